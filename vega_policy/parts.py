@@ -1,0 +1,167 @@
+"""The frozen parts of a policy's configuration: plain values, importable without torch or LeRobot.
+
+`VegaConfig` (LeRobot's side) and `VegaModel` (the method's side) share these classes. Their defaults are the
+method of VEGA-3D (arXiv 2603.19235): Wan2.1-T2V-1.3B read at layer 20 and noise level 0.3, mixed in by a token gate.
+"""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class PriorConfig:
+    """Which latent world simulator is read, and where.
+
+    Attributes:
+        name: Entry of the table in `vega_policy.priors`; `none` switches the geometric stream off.
+        path: Hub id or local folder in the hub's layout; None takes the entry's own checkpoint.
+        revision: Hub revision (branch, tag or commit); None takes the newest.
+        layer: 0-based index of the block that is read; None takes the entry's default (20 for Wan2.1-1.3B).
+        noise_level: Share t in [0, 1] of noise on the straight path; None takes the entry's default (0.3).
+        noise: `fixed` (one seeded noise for every frame) or `fresh` (drawn anew in each training step).
+        seed: Seed of the fixed noise, and of the weights of priors that have no checkpoint.
+        input_size: Side in pixels to which frames are resized for the prior; None lets its tokens fall on the grid.
+        dtype: Floating-point type of the frozen weights (`float32`, `bfloat16`); None takes the entry's default.
+        prompt_file: Safetensors file with the embedding of the empty prompt (key `prompt`, [n d]); None computes it
+            once from the checkpoint's text encoder and keeps it.
+        fingerprint: Hash over the prior's weights, filled in when a policy is built; a checkpoint refuses others.
+    """
+
+    name: str = "wan2.1_t2v_1.3b"
+    path: str | None = None
+    revision: str | None = None
+    layer: int | None = None
+    noise_level: float | None = None
+    noise: str = "fixed"
+    seed: int = 0
+    input_size: int | None = None
+    dtype: str | None = None
+    prompt_file: str | None = None
+    fingerprint: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.noise_level is not None and not 0.0 <= self.noise_level <= 1.0:
+            raise ValueError(
+                f"prior.noise_level is the share of noise on the path and lies in [0, 1]; got {self.noise_level}."
+            )
+        if self.noise not in ("fixed", "fresh"):
+            raise ValueError(f"prior.noise is 'fixed' or 'fresh'; got {self.noise!r}.")
+        if self.dtype not in (None, "float32", "bfloat16", "float16"):
+            raise ValueError(f"prior.dtype is float32, bfloat16, float16 or null; got {self.dtype!r}.")
+
+
+@dataclass(frozen=True)
+class FusionConfig:
+    """How semantic and prior tokens of one place become one token.
+
+    Attributes:
+        name: Entry of the table in `vega_policy.fusion`.
+        blend: For gates: `raw` (the paper's equation), `normalized` (released scene code) or `residual` (starts near
+            the semantic stream; recommended).
+        residual_scale: Initial value of the learned scale s of the `residual` blend.
+        gate_bias: Initial bias of the gate's logit; positive opens the semantic stream.
+    """
+
+    name: str = "token_gate"
+    blend: str = "residual"
+    residual_scale: float = 0.2
+    gate_bias: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.blend not in ("raw", "normalized", "residual"):
+            raise ValueError(f"fusion.blend is 'raw', 'normalized' or 'residual'; got {self.blend!r}.")
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """The vision-language backbone that reads the fused tokens with the instruction.
+
+    Attributes:
+        name: Entry of the table in `vega_policy.backbones`.
+        image_encoder: timm model name, or a local folder that timm can load, read at stride 16.
+        pretrained: Whether the encoders start from their pre-trained weights.
+        text_encoder: Folder or hub id of a sentence encoder; None takes the packaged MiniLM.
+        freeze_image_encoder: Keep the image encoder fixed (its features can then be cached).
+        freeze_text_encoder: Keep the text encoder fixed.
+        width: Token width d of the trunk.
+        depth: Number of trunk blocks.
+        heads: Attention heads of a trunk block; divides `width`.
+        latents: Learned queries into which each view's tokens are resampled; None keeps all tokens.
+        dropout: Dropout probability inside the trunk, in [0, 1).
+    """
+
+    name: str = "compact"
+    image_encoder: str = "efficientnet_lite0"
+    pretrained: bool = True
+    text_encoder: str | None = None
+    freeze_image_encoder: bool = False
+    freeze_text_encoder: bool = False
+    width: int = 384
+    depth: int = 4
+    heads: int = 6
+    latents: int | None = None
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads or self.width % 4:
+            raise ValueError(
+                f"backbone.width must be a multiple of 4 and of backbone.heads; got width {self.width}, "
+                f"heads {self.heads}."
+            )
+
+
+@dataclass(frozen=True)
+class ExpertConfig:
+    """The action expert that turns the context into a chunk of actions.
+
+    Attributes:
+        name: Entry of the table in `vega_policy.experts`.
+        width: Token width of the expert.
+        depth: Number of blocks.
+        heads: Attention heads; divides `width`.
+        steps: Integration steps from noise to actions.
+        time_power: Training times are drawn as u ** (1 / time_power), u uniform: a Beta(time_power, 1)
+            distribution, which prefers noisy times (pi0 uses 1.5).
+    """
+
+    name: str = "flow"
+    width: int = 384
+    depth: int = 4
+    heads: int = 6
+    steps: int = 10
+    time_power: float = 1.5
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads or self.width % 2:
+            raise ValueError(
+                f"expert.width must be even and a multiple of expert.heads; got width {self.width}, "
+                f"heads {self.heads}."
+            )
+        if self.steps < 1:
+            raise ValueError(f"expert.steps must be at least 1; got {self.steps}.")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """All that `VegaModel` needs: the four parts and the sizes that the data dictates.
+
+    Attributes:
+        views: Number of cameras v.
+        state_dim: Width s of the proprioceptive state.
+        action_dim: Width a of an action.
+        chunk_size: Actions t in a chunk.
+        frame_size: Side of the square frames in pixels.
+        prior: The latent world simulator.
+        fusion: How its tokens are mixed in.
+        backbone: The vision-language backbone.
+        expert: The action expert.
+    """
+
+    views: int
+    state_dim: int
+    action_dim: int
+    chunk_size: int = 16
+    frame_size: int = 224
+    prior: PriorConfig = field(default_factory=PriorConfig)
+    fusion: FusionConfig = field(default_factory=FusionConfig)
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    expert: ExpertConfig = field(default_factory=ExpertConfig)
