@@ -1,0 +1,72 @@
+"""Simulators: one file a family, found by the name of a suite; importing this imports no simulator."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from envs.base import ManipulationEnv, Task
+
+FAMILIES = {
+    "envs.robosuite_tasks": (
+        "robosuite",
+        "lift",
+        "lift_wide",
+        "stack",
+        "pick_place_can",
+        "nut_assembly_square",
+    ),
+}
+"""Module of each family -> the suites it offers. A module has `tasks(suite)` and `make(task, ...)`."""
+
+
+def suite_names() -> list[str]:
+    """Return every suite's name."""
+    return [name for names in FAMILIES.values() for name in names]
+
+
+def tasks(suite: str) -> list[Task]:
+    """Return the tasks of a suite.
+
+    Args:
+        suite: One of `suite_names()`.
+
+    Raises:
+        ValueError: If there is no such suite; the message lists the near names.
+    """
+    return importlib.import_module(_family(suite)).tasks(suite)
+
+
+def make(
+    suite: str, task_index: int, *, frame_size: int = 256, rendering: str = "full", render: bool = True
+) -> ManipulationEnv:
+    """Build an environment.
+
+    Args:
+        suite: One of `suite_names()`.
+        task_index: Index of the task in the suite, from 0.
+        frame_size: Height and width of a frame in pixels.
+        rendering: Profile "full" or "fast" (see `envs.rendering`).
+        render: False for an environment without cameras: nothing is rendered and no context is made.
+
+    Raises:
+        ValueError: If the suite, the task or the profile does not exist.
+        RuntimeError: If the simulator cannot run here (see `envs.rendering.load_mujoco`).
+    """
+    known = tasks(suite)
+    if not 0 <= task_index < len(known):
+        names = ", ".join(f"{task.index} {task.name}" for task in known)
+        raise ValueError(f"suite {suite!r} has no task {task_index}; its tasks are: {names}")
+    family = importlib.import_module(_family(suite))
+    return family.make(known[task_index], frame_size=frame_size, rendering=rendering, render=render)
+
+
+def _family(suite: str) -> str:
+    for module, names in FAMILIES.items():
+        if suite in names:
+            return module
+    near = difflib.get_close_matches(suite, suite_names(), n=5, cutoff=0.4)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    raise ValueError(f"unknown suite {suite!r}; {hint}Known suites: {', '.join(suite_names())}")
