@@ -82,8 +82,8 @@ def sinusoid(position: Tensor, width: int, max_period: float = 10_000.0) -> Tens
 def grid_positions(height: int, width: int, channels: int) -> Tensor:
     """2D sine-cosine embedding of a token grid by normalised image coordinate, -> [gh*gw channels].
 
-    Half of the channels hold the row, half the column; `channels` is a multiple of 4. Coordinates are those of
-    token centres in [0, 64), so that grids of different sizes describe the same place alike.
+    Half of the channels hold the row, half the column; `channels` is a multiple of 4. Coordinates are
+    those of token centres in [0, 64), so that grids of different sizes describe the same place alike.
     """
     rows = 64 * (torch.arange(height) + 0.5) / height
     columns = 64 * (torch.arange(width) + 0.5) / width

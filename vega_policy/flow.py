@@ -4,7 +4,8 @@ Time runs from t = 1 (noise) to t = 0 (actions), as in LeRobot and openpi:
 
     x_t = t * noise + (1 - t) * actions        v = d x_t / d t = noise - actions
 
-Lipman et al., "Flow Matching for Generative Modeling" (arXiv 2210.02747), with pi0's (arXiv 2410.24164) direction.
+Lipman et al., "Flow Matching for Generative Modeling" (arXiv 2210.02747), with pi0's (arXiv 2410.24164)
+direction.
 """
 
 from collections.abc import Callable
@@ -31,7 +32,7 @@ def velocity(actions: Tensor, noise: Tensor) -> Tensor:
 
 
 def sample_time(batch: int, power: float, generator: torch.Generator | None = None) -> Tensor:
-    """Training times in [0.001, 1], drawn on the CPU from Beta(power, 1) by its inverse distribution u^(1/power).
+    """Training times in [0.001, 1], drawn on the CPU from Beta(power, 1) by inversion, u^(1/power).
 
     Args:
         batch: Number of times b.
@@ -46,7 +47,7 @@ def sample_time(batch: int, power: float, generator: torch.Generator | None = No
 
 
 def euler(denoise: Denoise, noise: Tensor, steps: int) -> Tensor:
-    """Follow the velocity field from noise at t = 1 to actions at t = 0 in equal Euler steps, [b t a] -> [b t a]."""
+    """Follow the velocity field from noise (t = 1) to actions (t = 0) in equal steps, [b t a] -> [b t a]."""
     x = noise
     for step in range(steps):
         time = torch.full((len(x),), 1 - step / steps, dtype=torch.float32, device=x.device)

