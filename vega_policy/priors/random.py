@@ -23,6 +23,7 @@ class RandomPrior(nn.Module):
     """
 
     untrained = True
+    matrix: Tensor
     layer = 0
     noise_level = 0.0
 

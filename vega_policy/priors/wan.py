@@ -30,8 +30,9 @@ class LatentWorldSimulator(nn.Module):
     """A frozen Wan video diffusion model, read out at one block and one noise level.
 
     Args:
-        vae: The video autoencoder.
-        transformer: The diffusion transformer; blocks after `config.layer` are removed from it.
+        vae: The video autoencoder, an `AutoencoderKLWan`; its decoder is dropped.
+        transformer: The diffusion transformer, a `WanTransformer3DModel`; blocks after the one that
+            is read are dropped.
         prompt: Embedding of the empty prompt, [n d_text], without padding.
         config: Resolved prior config.
         grid: Token grid (gh, gw) of the backbone.
@@ -42,10 +43,17 @@ class LatentWorldSimulator(nn.Module):
         ValueError: If the layer lies outside the transformer or the input size does not fit its patches.
     """
 
+    vae: Any
+    transformer: Any
+    prompt: Tensor
+    latents_mean: Tensor
+    latents_std: Tensor
+    fixed_noise: Tensor | None
+
     def __init__(
         self,
-        vae: AutoencoderKLWan,
-        transformer: WanTransformer3DModel,
+        vae: Any,
+        transformer: Any,
         prompt: Tensor,
         config: PriorConfig,
         grid: tuple[int, int],
@@ -158,7 +166,7 @@ def load(config: PriorConfig, entry: PriorEntry, grid: tuple[int, int]) -> Laten
     check_class(folder / "vae", "AutoencoderKLWan")
     check_class(folder / "transformer", "WanTransformer3DModel")
     dtype = getattr(torch, str(config.dtype))
-    transformer = WanTransformer3DModel.from_pretrained(folder / "transformer", torch_dtype=dtype)
+    transformer: Any = WanTransformer3DModel.from_pretrained(folder / "transformer", torch_dtype=dtype)
     prompt = empty_prompt(
         config.path, folder, config.revision, config.prompt_file, transformer.config.text_dim
     )
@@ -201,7 +209,7 @@ def seeded(config: PriorConfig, architecture: dict[str, Any], grid: tuple[int, i
 
 
 @torch.no_grad()
-def _measure_latents(vae: AutoencoderKLWan) -> None:
+def _measure_latents(vae: Any) -> None:
     """Give an untrained VAE the latent mean and deviation that it has on smooth random pictures."""
     coarse = torch.rand(16, 3, 6, 6)
     pictures = functional.interpolate(coarse, (96, 96), mode="bicubic").clamp(0, 1)
