@@ -1,0 +1,71 @@
+"""Scripted demonstrators with privileged state: they plan on collision geometry, which no policy sees."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from envs.demonstrators.arm import Skill
+from envs.demonstrators.noise import OrnsteinUhlenbeck
+from envs.demonstrators.options import DemonstrationOptions
+from envs.demonstrators.skills import Workcell
+from envs.demonstrators.start_pose import widen_start
+
+__all__ = ["ActionPair", "DemonstrationOptions", "demonstrate"]
+
+type ActionPair = tuple[NDArray[np.float32], NDArray[np.float32]]
+"""(executed, clean): float32 [7] each, in [-1, 1]; they differ by the action noise."""
+
+
+def demonstrate(
+    env: Any,
+    *,
+    rng: np.random.Generator,
+    noise: float = 0.0,
+    options: DemonstrationOptions | None = None,
+) -> Iterator[ActionPair]:
+    """Demonstrates the task of a live environment that has just been reset.
+
+    The caller steps the environment with each executed action before it asks for the next one. The end of
+    the iteration says nothing about success: ask the environment.
+
+    Args:
+        env: a manipulation environment with `task` and `raw` (its raw robosuite environment).
+        rng: source of the action noise and of the widened start; owned by the caller.
+        noise: stationary standard deviation of the Ornstein-Uhlenbeck action noise, in shares of full scale
+            [0, 1]; slow, precise phases bear a third of it, the gripper none.
+        options: everything else; None takes the defaults.
+
+    Yields:
+        (executed, clean) actions, float32 [7] in [-1, 1].
+
+    Raises:
+        ValueError: no demonstrator for this task, or noise outside its range.
+    """
+    options = options or DemonstrationOptions()
+    program = _program(env)
+    walk = OrnsteinUhlenbeck(noise, options.noise_correlation, rng)
+    if any(options.start_spread):
+        widen_start(env.raw, np.array(options.start_spread), rng)
+    cell = Workcell.of(env.raw)
+    for command in program(cell):
+        clean = np.clip(command.action, -1.0, 1.0)
+        executed = clean.copy()
+        executed[:6] = np.clip(clean[:6] + command.noise_share * walk.step(), -1.0, 1.0)
+        yield executed.astype(np.float32), clean.astype(np.float32)
+        if not options.follow_through and env.raw._check_success():
+            return
+        cell.scene.refresh()
+
+
+def _program(env: Any) -> Callable[[Workcell], Skill]:
+    """The program of skills for the task of `env`."""
+    from envs.demonstrators.robosuite_tasks import DEMONSTRATORS
+
+    if env.task.name not in DEMONSTRATORS:
+        raise ValueError(
+            f"no demonstrator for task {env.task.name!r} of suite {env.task.suite!r}; "
+            f"there are demonstrators for {sorted(DEMONSTRATORS)}"
+        )
+    return DEMONSTRATORS[env.task.name]

@@ -1,0 +1,129 @@
+"""The hand of a Panda under robosuite's OSC_POSE controller: where it is, and how to drive it to a pose."""
+
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from envs.demonstrators.rotations import Array, about_z, rotation_vector
+
+OPEN, CLOSED = -1.0, 1.0
+GRIP_SITE = "gripper0_grip_site"
+TRANSLATION_PER_STEP = 0.05  # m, OSC_POSE's full scale
+ROTATION_PER_STEP = 0.5  # rad, OSC_POSE's full scale
+GAIN = 2.0  # the controller goes about half of each commanded delta in a control step
+STALL_WINDOW, STALL_PROGRESS = 12, 0.002  # steps; m: less than this in that window is no motion
+# The grip site looking straight down, its fingers closing along the world's y axis: yaw zero.
+DOWN = np.array([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, -1.0]])
+
+
+class Command(NamedTuple):
+    """One clean action [7] in [-1, 1] and the share of action noise that it bears (0 none, 1 all)."""
+
+    action: Array
+    noise_share: float = 1.0
+
+
+type Skill = Generator[Command, None, bool]
+"""Yields commands while the caller steps the simulation; returns whether it got where it wanted."""
+
+
+@dataclass(frozen=True)
+class Reach:
+    """How exactly, how fast and how long to pursue a pose."""
+
+    within: float = 0.006  # m
+    within_angle: float = 0.06  # rad
+    speed: float = 1.0  # share of full scale per axis
+    steps: int = 80
+    noise_share: float = 1.0
+    stalls: bool = True  # give up when nothing moves any more (in contact, or at a joint limit)
+
+
+PASSING = Reach(within=0.02, within_angle=0.1, steps=120)
+CLEARING = Reach(within=0.02, within_angle=9.0)
+ALIGNING = Reach(within=0.008, noise_share=0.6)
+PRECISE = Reach(within=0.005, speed=0.7, noise_share=0.3)
+
+
+class Arm:
+    """Reads the hand's pose and turns pose errors into actions."""
+
+    def __init__(self, sim: Any) -> None:
+        """Finds the Panda's grip site in `sim`, the `MjSim` of a robosuite 1.4 environment."""
+        self._data = sim.data._data
+        self._site = sim.model.site_name2id(GRIP_SITE)
+
+    @property
+    def position(self) -> Array:
+        """Point [3] between the fingertips, in the world (m)."""
+        return np.array(self._data.site_xpos[self._site])
+
+    @property
+    def rotation(self) -> Array:
+        """Rotation matrix [3 3] of the grip site in the world."""
+        return np.array(self._data.site_xmat[self._site]).reshape(3, 3)
+
+    @property
+    def yaw(self) -> float:
+        """Angle (rad) by which the closing axis is turned from the world's y axis, seen from above."""
+        closing = self.rotation[:, 0]
+        return float(np.arctan2(-closing[0], closing[1]))
+
+    def command(self, position: Array, rotation: Array, gripper: float, speed: float = 1.0) -> Array:
+        """The action [7] that moves the hand towards a pose, proportional near it and limited far from it.
+
+        Args:
+            position: wanted grip point [3] (m, world).
+            rotation: wanted rotation [3 3] of the grip site.
+            gripper: OPEN or CLOSED.
+            speed: largest share of full scale that any translation may take.
+        """
+        shift = GAIN * (position - self.position) / TRANSLATION_PER_STEP
+        turn = GAIN * rotation_vector(rotation @ self.rotation.T) / ROTATION_PER_STEP
+        return np.concatenate([_limited(shift, speed), _limited(turn, 1.0), [gripper]])
+
+    def move(self, position: ArrayLike, rotation: Array, gripper: float, reach: Reach | None = None) -> Skill:
+        """Pursues a pose until it is reached (True), or time is up or the hand stalls (False)."""
+        reach = reach or Reach()
+        goal, distances = np.asarray(position, dtype=np.float64), []
+        for _ in range(reach.steps):
+            away = float(np.linalg.norm(goal - self.position))
+            turn = float(np.linalg.norm(rotation_vector(rotation @ self.rotation.T)))
+            if away < reach.within and turn < reach.within_angle:
+                return True
+            distances.append(away + 0.05 * turn)
+            if reach.stalls and _stalled(distances):
+                return False
+            yield Command(self.command(goal, rotation, gripper, reach.speed), reach.noise_share)
+        return False
+
+    def hold(self, position: Array, rotation: Array, gripper: float, steps: int) -> Skill:
+        """Keeps a pose for some steps, such as those that the fingers need to close."""
+        for _ in range(steps):
+            yield Command(self.command(position, rotation, gripper), PRECISE.noise_share)
+        return True
+
+
+def down(yaw: float) -> Array:
+    """Rotation [3 3] of a hand that looks straight down with its closing axis turned by `yaw` rad."""
+    return about_z(yaw) @ DOWN
+
+
+def above(position: Array, height: float) -> Array:
+    """The point [3] that lies `height` metres above `position`."""
+    return position + np.array([0.0, 0.0, height])
+
+
+def _limited(vector: Array, limit: float) -> Array:
+    """`vector`, shortened without turning so that no entry exceeds `limit`."""
+    largest = float(np.abs(vector).max())
+    return vector if largest <= limit else vector * (limit / largest)
+
+
+def _stalled(distances: list[float]) -> bool:
+    if len(distances) < STALL_WINDOW + 3:
+        return False
+    return distances[-STALL_WINDOW - 1] - distances[-1] < STALL_PROGRESS

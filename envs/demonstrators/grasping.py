@@ -1,0 +1,193 @@
+"""Where to grasp: two-finger grasps from above, planned on point clouds of collision geometry."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from envs.demonstrators.rotations import Array, wrap
+from envs.demonstrators.scene import Scene
+
+MAX_WIDTH = 0.077  # m; the Panda opens 0.08
+HALF_OPEN = 0.04  # m from the grip point to the inner face of an open finger
+FINGER_REACH = 0.03  # m below the top of an object that the fingers go, where it is tall enough
+RIM_REACH = 0.016
+FLOOR_GAP = 0.011  # m that the grip point stays above the lowest point of the object
+COMFORTABLE_REACH = 0.70  # m from the base of the robot; farther away the elbow nears its limit
+NEIGHBOURHOOD = 0.25  # m around an object that the hand can touch while grasping it
+YAWS = np.deg2rad(np.arange(-90.0, 91.0, 2.5))
+RIM_ANGLES = np.deg2rad(np.arange(0.0, 360.0, 10.0))
+
+
+@dataclass(frozen=True)
+class Grasp:
+    """A pose of a hand that looks straight down, ready to close."""
+
+    position: Array  # [3] grip point, m, world
+    yaw: float  # rad, of the closing axis from the world's y axis
+    kind: str  # "centre": around the object; "rim": one finger inside, one outside
+    obstruction: int  # foreign points where fingers or palm would be
+    offset: Array = field(default_factory=lambda: np.zeros(2))  # [2] grip point from the middle of the rim, m
+
+
+@dataclass(frozen=True)
+class GraspWish:
+    """What a task asks of a grasp."""
+
+    yaw: float = 0.0  # rad, preferred
+    yaw_limit: float = np.pi / 2  # rad, largest distance from the preferred yaw
+    depth: float | None = None  # m below the top; None takes the kind's own
+    kind: str | None = None  # "centre", "rim" or None for the first that fits, centre before rim
+    avoided: tuple[Array, ...] = ()  # offsets [2] of rim grasps that failed before
+
+
+def closing_axis(yaw: float) -> Array:
+    """Unit vector [2] along which the fingers close."""
+    return np.array([-np.sin(yaw), np.cos(yaw)])
+
+
+def side_axis(yaw: float) -> Array:
+    """Unit vector [2] across the closing axis, in the plane of the table."""
+    return np.array([np.cos(yaw), np.sin(yaw)])
+
+
+def extents(points: Array, axis: Array) -> tuple[float, float]:
+    """Width (m) and middle (m) of points [n 2] projected on a unit vector [2]."""
+    along = points @ axis
+    low, high = float(along.min()), float(along.max())
+    return high - low, (high + low) / 2
+
+
+def obstruction(points: Array, position: Array, yaw: float) -> int:
+    """Number of points [n 3] inside the space of the open fingers and the palm at a grasp pose.
+
+    The boxes are the Panda hand's, widened by its controller's error: fingers of 4 x 3.6 cm from 1.4 cm below
+    the grip point upwards, a palm of 21 x 7 cm from 2.2 cm above it.
+    """
+    relative = points - position
+    across = np.abs(relative[:, :2] @ closing_axis(yaw))
+    beside = np.abs(relative[:, :2] @ side_axis(yaw))
+    height = relative[:, 2]
+    fingers = (
+        (across > HALF_OPEN - 0.008) & (across < HALF_OPEN + 0.03) & (beside < 0.018) & (height > -0.014)
+    )
+    palm = (across < 0.107) & (beside < 0.034) & (height > 0.022)
+    return int(fingers.sum() + palm.sum())
+
+
+def centre_grasps(cloud: Array, obstacles: Array, wish: GraspWish) -> Iterator[tuple[float, Grasp]]:
+    """Grasps around a whole object, each with its cost: narrow, near the wished yaw and free is cheap.
+
+    Args:
+        cloud: points [n 3] of the object.
+        obstacles: points [m 3] of everything around it.
+        wish: preferred yaw, its limit and the depth.
+    """
+    top, bottom = cloud[:, 2].max(), cloud[:, 2].min()
+    depth = FINGER_REACH if wish.depth is None else wish.depth
+    height = max(top - depth, bottom + FLOOR_GAP)
+    for yaw in _allowed_yaws(wish):
+        width, middle = extents(cloud[:, :2], closing_axis(yaw))
+        if width > MAX_WIDTH:
+            continue
+        _, beside = extents(cloud[:, :2], side_axis(yaw))
+        centre = closing_axis(yaw) * middle + side_axis(yaw) * beside
+        position = np.array([centre[0], centre[1], height])
+        blocked = obstruction(obstacles, position, yaw)
+        cost = 100.0 * width + 0.8 * abs(yaw - wish.yaw) + 0.05 * min(blocked, 200)
+        yield cost, Grasp(position, float(yaw), "centre", blocked)
+
+
+def _allowed_yaws(wish: GraspWish) -> Array:
+    return YAWS[np.abs(YAWS - wish.yaw) <= wish.yaw_limit + 1e-3]
+
+
+@dataclass(frozen=True)
+class Rim:
+    """The upper edge of a round vessel."""
+
+    middle: Array  # [3] m, world
+    points: Array  # [k 3] candidates on the edge, m, world
+
+
+def find_rim(cloud: Array, rotation: Array, origin: Array) -> Rim:
+    """The rim of a vessel that may stand tilted: the top 8 mm along the body axis closest to vertical.
+
+    Args:
+        cloud: points [n 3] of the object (world).
+        rotation: of the object's body [3 3].
+        origin: of the object's body [3].
+    """
+    local = (cloud - origin) @ rotation
+    up = int(np.argmax(np.abs(rotation[2])))
+    upwards = np.sign(rotation[2, up])
+    flat = [axis for axis in range(3) if axis != up]
+    height = (local[:, up] * upwards).max()
+    edge = local[local[:, up] * upwards > height - 0.008]
+    middle = (edge.max(0) + edge.min(0)) / 2
+    middle[up] = height * upwards
+    radius = float(np.percentile(np.linalg.norm((edge - middle)[:, flat], axis=1), 90)) - 0.004
+    ring = np.repeat(middle[None], len(RIM_ANGLES), axis=0)
+    ring[:, flat[0]] += radius * np.cos(RIM_ANGLES)
+    ring[:, flat[1]] += radius * np.sin(RIM_ANGLES)
+    return Rim(middle @ rotation.T + origin, ring @ rotation.T + origin)
+
+
+def rim_grasps(
+    rim: Rim, bottom: float, obstacles: Array, base: Array, wish: GraspWish
+) -> Iterator[tuple[float, Grasp]]:
+    """Radial grasps of a rim, each with its cost: free, near the robot and not on the low side is cheap.
+
+    Args:
+        rim: candidates.
+        bottom: height of the lowest point of the object (m).
+        obstacles: points [m 3] of everything around it.
+        base: of the robot [2] (m); far grasps make the arm stick at its limits.
+        wish: preferred yaw, its limit, the depth and the offsets not to try again.
+    """
+    depth = RIM_REACH if wish.depth is None else wish.depth
+    for point in rim.points:
+        offset = (point - rim.middle)[:2]
+        radial = np.arctan2(offset[1], offset[0])
+        distance = float(np.linalg.norm(point[:2] - base))
+        reach_cost = (
+            distance + 25 * max(0.0, distance - COMFORTABLE_REACH) + 10 * abs(point[2] - rim.middle[2])
+        )
+        reach_cost += 4.0 * sum(float(np.linalg.norm(offset - failed)) < 0.022 for failed in wish.avoided)
+        for yaw in (wrap(radial - np.pi / 2), wrap(radial + np.pi / 2)):
+            away = abs(yaw - wish.yaw)
+            if away > min(wish.yaw_limit, np.pi / 2) + 1e-6:
+                continue
+            position = np.array([point[0], point[1], max(point[2] - depth, bottom + FLOOR_GAP)])
+            blocked = obstruction(obstacles, position, yaw)
+            cost = reach_cost + 0.5 * away + 0.04 * min(blocked, 2000)
+            yield cost, Grasp(position, yaw, "rim", blocked, offset)
+
+
+def plan_grasp(scene: Scene, body: str, wish: GraspWish | None = None) -> Grasp:
+    """The cheapest grasp of `body` in its present pose and surroundings.
+
+    Raises:
+        ValueError: no grasp satisfies the wish.
+    """
+    wish = wish or GraspWish()
+    cloud = scene.cloud(body)
+    obstacles = near(scene.obstacles((body,)), cloud)
+    grasps: list[tuple[float, Grasp]] = []
+    if wish.kind != "rim":
+        grasps = list(centre_grasps(cloud, obstacles, wish))
+    if not grasps and wish.kind != "centre":
+        rim = find_rim(cloud, scene.rotation(body), scene.position(body))
+        base = scene.position("robot0_base")[:2]
+        grasps = list(rim_grasps(rim, float(cloud[:, 2].min()), obstacles, base, wish))
+    if not grasps:
+        raise ValueError(
+            f"no {wish.kind or ''} grasp of {body!r} within {wish.yaw_limit:.2f} rad of yaw {wish.yaw:.2f}"
+        )
+    return min(grasps, key=lambda pair: pair[0])[1]
+
+
+def near(points: Array, cloud: Array) -> Array:
+    """Those of `points` [n 3] within reach of a hand that grasps `cloud` [m 3], seen from above."""
+    low, high = cloud[:, :2].min(0) - NEIGHBOURHOOD, cloud[:, :2].max(0) + NEIGHBOURHOOD
+    return points[np.all((points[:, :2] > low) & (points[:, :2] < high), axis=1)]

@@ -1,0 +1,136 @@
+"""The demonstrators on the live simulator: they succeed, and their actions are what they say."""
+
+from itertools import islice
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import envs
+from envs.demonstrators import DemonstrationOptions, demonstrate
+from envs.demonstrators.arm import OPEN, Arm, Reach, down
+from envs.demonstrators.skills import Workcell
+from envs.demonstrators.start_pose import widen_start
+
+
+@pytest.fixture(scope="module")
+def lift_wide():
+    env = envs.make("lift_wide", 0, render=False)
+    yield env
+    env.close()
+
+
+def rollout(env, seed, **kwargs):
+    """Play one demonstration; returns the actions [t 2 7] and whether the last step was a success."""
+    env.reset_blindly(seed=seed)
+    actions, success = [], False
+    for executed, clean in demonstrate(env, rng=np.random.default_rng(seed), **kwargs):
+        actions.append((executed, clean))
+        success, _ = env.step_blindly(executed)
+    return np.array(actions), success
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_lift_wide_succeeds_in_about_two_seconds_and_is_still_lifted_at_the_end(lift_wide, seed):
+    actions, success = rollout(lift_wide, seed)
+    assert success
+    assert 30 <= len(actions) <= 60
+
+
+@pytest.mark.parametrize("suite", ["lift", "stack", "pick_place_can", "nut_assembly_square"])
+def test_every_robosuite_task_is_demonstrated_within_its_horizon(suite):
+    env = envs.make(suite, 0, render=False)
+    results = [rollout(env, seed) for seed in (0, 1)]
+    env.close()
+    assert all(success for _, success in results)
+    assert all(len(actions) < env.task.horizon for actions, _ in results)
+
+
+def test_without_noise_the_executed_action_is_the_clean_one(lift_wide):
+    actions, _ = rollout(lift_wide, 0)
+    np.testing.assert_array_equal(actions[:, 0], actions[:, 1])
+    assert actions.dtype == np.float32
+
+
+def test_noise_moves_the_executed_action_only_and_never_the_gripper(lift_wide):
+    lift_wide.reset_blindly(seed=0)
+    plain, _ = next(iter(demonstrate(lift_wide, rng=np.random.default_rng(0))))
+    executed, clean = next(iter(demonstrate(lift_wide, rng=np.random.default_rng(0), noise=0.35)))
+    np.testing.assert_array_equal(clean, plain)
+    assert np.count_nonzero(executed[:6] - clean[:6]) >= 3  # the limit may swallow the noise of the others
+    assert executed[6] == clean[6]
+
+
+def test_noisy_demonstrations_recover_and_stay_within_the_action_limits(lift_wide):
+    for seed in range(3):
+        actions, success = rollout(lift_wide, seed, noise=0.35)
+        assert success
+        assert np.abs(actions).max() <= 1.0
+
+
+def test_the_same_seed_gives_the_same_demonstration_watched_or_not(lift_wide):
+    first, _ = rollout(lift_wide, 3, noise=0.2)
+    lift_wide.reset_blindly(seed=3)
+    second = []
+    for pair in demonstrate(lift_wide, rng=np.random.default_rng(3), noise=0.2):
+        second.append(pair)
+        lift_wide.step_blindly(pair[0])
+        lift_wide.observe()
+    np.testing.assert_array_equal(first, np.array(second))
+
+
+def test_without_follow_through_the_recording_ends_at_the_first_success(lift_wide):
+    full, _ = rollout(lift_wide, 0)
+    short, success = rollout(lift_wide, 0, options=DemonstrationOptions(follow_through=False))
+    assert success
+    assert len(short) < len(full)
+    np.testing.assert_array_equal(short, full[: len(short)])
+
+
+def test_a_widened_start_moves_the_hand_by_the_drawn_shift_and_nothing_else(lift_wide):
+    lift_wide.reset_blindly(seed=0)
+    raw = lift_wide.raw
+    arm, cube = Arm(raw.sim), Workcell.of(raw).scene.position("cube_main")
+    before, turned = arm.position, arm.rotation
+    expected = np.random.default_rng(1).uniform([-0.1, -0.1, 0.0], [0.1, 0.1, 0.1])
+    widen_start(raw, np.array([0.1, 0.1, 0.1]), np.random.default_rng(1))
+    np.testing.assert_allclose(arm.position - before, expected, atol=1e-3)
+    np.testing.assert_allclose(arm.rotation, turned, atol=1e-2)
+    np.testing.assert_array_equal(Workcell.of(raw).scene.position("cube_main"), cube)
+
+
+def test_a_demonstration_from_a_widened_start_succeeds(lift_wide):
+    options = DemonstrationOptions(start_spread=(0.08, 0.08, 0.08))
+    assert all(rollout(lift_wide, seed, options=options)[1] for seed in range(3))
+
+
+def test_the_arm_servo_reaches_a_pose_and_its_yaw(lift_wide):
+    lift_wide.reset_blindly(seed=0)
+    cell = Workcell.of(lift_wide.raw)
+    goal = cell.arm.position + np.array([0.05, -0.05, 0.03])
+    for command in cell.arm.move(goal, down(0.4), OPEN, Reach(0.004, 0.03)):
+        lift_wide.step_blindly(command.action)
+        cell.scene.refresh()
+    np.testing.assert_allclose(cell.arm.position, goal, atol=4e-3)
+    assert cell.arm.yaw == pytest.approx(0.4, abs=0.03)
+
+
+def test_an_unknown_task_is_refused_with_the_known_ones(lift_wide):
+    stranger = SimpleNamespace(raw=lift_wide.raw, task=SimpleNamespace(name="juggle", suite="circus"))
+    with pytest.raises(ValueError, match=r"juggle.*lift_wide"):
+        next(iter(demonstrate(stranger, rng=np.random.default_rng(0))))
+
+
+def test_an_unknown_body_is_refused_with_the_known_ones(lift_wide):
+    with pytest.raises(KeyError, match="cube_main"):
+        Workcell.of(lift_wide.raw).scene.cloud("teapot")
+
+
+def test_a_start_spread_beyond_the_arm_is_refused():
+    with pytest.raises(ValueError, match="start_spread"):
+        DemonstrationOptions(start_spread=(0.5, 0.0, 0.0))
+
+
+def test_a_demonstration_is_lazy_and_can_be_left_early(lift_wide):
+    lift_wide.reset_blindly(seed=0)
+    assert len(list(islice(demonstrate(lift_wide, rng=np.random.default_rng(0)), 3))) == 3
