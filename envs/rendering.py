@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import importlib.metadata
 import logging
@@ -11,12 +12,15 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 MUJOCO_VERSION = "3.3.7"
+
+UNSEEN_GROUP = (
+    5  # geometry group of what a camera cannot see; robosuite, LIBERO and Meta-World leave it empty
+)
 
 MjModel = MjData = Any  # mujoco is a compiled module without type stubs
 
@@ -64,7 +68,7 @@ def apply_profile(model: MjModel, chosen: Profile) -> None:
         model.vis.quality.offsamples = chosen.samples
 
 
-def load_mujoco() -> ModuleType:
+def load_mujoco() -> Any:
     """Import mujoco, set up for headless rendering unless the user chose otherwise with MUJOCO_GL.
 
     Raises:
@@ -131,7 +135,9 @@ def quiet_import() -> Iterator[None]:
 class CameraRig:
     """The cameras of one environment, rendered off screen, upright for a person.
 
-    The context is made at the first frame, so that an environment that never shows one costs nothing.
+    The context is made at the first frame, so that an environment that never shows one costs nothing. In a
+    profile without shadows and reflections, what lies outside a camera's view is not drawn: the picture is
+    the same, and a software renderer has to transform a fraction of the robot's 170,000 triangles.
     """
 
     def __init__(
@@ -139,25 +145,32 @@ class CameraRig:
         model: MjModel,
         data: MjData,
         cameras: Mapping[str, str],
-        frame_size: int,
         *,
+        frame_size: int,
+        rendering: Profile,
         hidden_groups: tuple[int, ...] = (),
     ) -> None:
-        """Look at a simulation.
+        """Look at a simulation; its model is changed to follow the profile.
 
         Args:
-            model: Compiled model, with its profile applied.
+            model: Compiled model.
             data: The simulation's state; must be up to date when frames are asked for.
             cameras: Name in the observation -> name in the simulator; the first is used for videos.
             frame_size: Height and width in pixels.
+            rendering: How much of the picture is paid for.
             hidden_groups: Geometry groups that are not shown (collision shapes).
+
+        Raises:
+            ValueError: If the frame is too small to be one.
         """
         if frame_size < 8:
             raise ValueError(f"frame_size must be at least 8 pixels, got {frame_size}")
-        self._model, self._data = model, data
-        self._cameras, self._frame_size = dict(cameras), frame_size
+        apply_profile(model, rendering)
+        self._model, self._data, self._frame_size = model, data, frame_size
+        self._cameras = {name: model.camera(camera).id for name, camera in cameras.items()}
         self._hidden_groups = hidden_groups
-        self._renderer: Any = None
+        self._culls = not (rendering.shadows or rendering.reflections)
+        self._screen: _Screen | None = None
 
     def frames(self) -> dict[str, np.ndarray]:
         """Render every camera, {name: uint8 [h w 3]}."""
@@ -169,23 +182,75 @@ class CameraRig:
 
     def close(self) -> None:
         """Free the rendering context now: left to the interpreter's exit, it ends in an EGL traceback."""
-        if self._renderer is not None:
-            self._renderer.close()
-            self._renderer = None
+        if self._screen is not None:
+            atexit.unregister(self._screen.close)
+            self._screen.close()
+            self._screen = None
 
-    def _render(self, camera: str) -> np.ndarray:
-        import mujoco
+    def _render(self, camera: int) -> np.ndarray:
+        if self._screen is None:
+            self._screen = _Screen(self._model, self._frame_size, self._hidden_groups)
+            atexit.register(self._screen.close)  # for callers who forget: before EGL itself shuts down
+        if not self._culls:
+            return self._screen.draw(self._data, camera)
+        groups = self._model.geom_group.copy()
+        self._model.geom_group[out_of_view(self._model, self._data, camera)] = UNSEEN_GROUP
+        try:
+            return self._screen.draw(self._data, camera)
+        finally:
+            self._model.geom_group[:] = groups
 
-        if self._renderer is None:
-            self._open(mujoco)
-        self._renderer.update_scene(self._data, camera, self._options)
-        return self._renderer.render()  # mujoco.Renderer has already turned OpenGL's rows the right way up
 
-    def _open(self, mujoco: ModuleType) -> None:
-        screen = self._model.vis.global_
-        screen.offwidth = max(screen.offwidth, self._frame_size)
-        screen.offheight = max(screen.offheight, self._frame_size)
+class _Screen:
+    """An off-screen buffer with its OpenGL context."""
+
+    def __init__(self, model: MjModel, size: int, hidden_groups: tuple[int, ...]) -> None:
+        mujoco = load_mujoco()
+        self._mujoco, self._model = mujoco, model
+        model.vis.global_.offwidth = model.vis.global_.offheight = size  # the buffer has the frame's size
+        self._context = mujoco.GLContext(size, size)
+        self._context.make_current()
+        self._buffer = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_100)
+        self._scene = mujoco.MjvScene(model, maxgeom=10_000)
+        self._camera = mujoco.MjvCamera()
+        self._camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
+        self._viewport = mujoco.MjrRect(0, 0, size, size)
         self._options = mujoco.MjvOption()
-        for group in self._hidden_groups:
+        for group in (*hidden_groups, UNSEEN_GROUP):
             self._options.geomgroup[group] = 0
-        self._renderer = mujoco.Renderer(self._model, self._frame_size, self._frame_size)
+
+    def draw(self, data: MjData, camera: int) -> np.ndarray:
+        """Return what a camera sees, uint8 [h w 3]."""
+        mujoco = self._mujoco
+        frame = np.empty((self._viewport.height, self._viewport.width, 3), np.uint8)
+        self._camera.fixedcamid = camera
+        everything = mujoco.mjtCatBit.mjCAT_ALL
+        self._context.make_current()
+        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._buffer)
+        mujoco.mjv_updateScene(self._model, data, self._options, None, self._camera, everything, self._scene)
+        mujoco.mjr_render(self._viewport, self._scene, self._buffer)
+        mujoco.mjr_readPixels(frame, None, self._viewport, self._buffer)
+        return np.ascontiguousarray(frame[::-1])  # OpenGL's first row is the lowest
+
+    def close(self) -> None:
+        """Free buffer and context, in this order and in this context: ids are shared by all contexts."""
+        self._context.make_current()
+        self._buffer.free()
+        self._context.free()
+
+
+def out_of_view(model: MjModel, data: MjData, camera: int) -> np.ndarray:
+    """Tell which shapes a square frame of a camera cannot show: bounding boxes outside its pyramid.
+
+    Returns:
+        bool [geoms]; unbounded shapes (planes) are never out of view.
+    """
+    half_angle = np.radians(model.cam_fovy[camera]) / 2
+    sides = np.array([[1, 0], [-1, 0], [0, 1], [0, -1]]) * np.cos(half_angle)
+    normals = np.column_stack([sides, np.full(4, np.sin(half_angle))])  # outward; the camera looks along -z
+    normals = data.cam_xmat[camera].reshape(3, 3) @ normals.T  # [3 sides], in the world
+    axes = data.geom_xmat.reshape(-1, 3, 3)
+    centre = data.geom_xpos + np.einsum("gij,gj->gi", axes, model.geom_aabb[:, :3])
+    reach = np.einsum("gj,gjs->gs", model.geom_aabb[:, 3:], np.abs(np.einsum("gij,is->gjs", axes, normals)))
+    distance = (centre - data.cam_xpos[camera]) @ normals - reach  # [geoms sides]
+    return (distance.max(axis=1) > 0) & (model.geom_rbound > 0)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from envs.base import ManipulationEnv, Task, global_seed
-from envs.rendering import CameraRig, apply_profile, load_mujoco, profile, quiet_import
+from envs.rendering import CameraRig, load_mujoco, profile, quiet_import
 
 CAMERAS = {"image": "agentview", "image2": "robot0_eye_in_hand"}
 COLLISION_GROUP = 0  # robosuite keeps collision shapes in geometry group 0 and what is to be seen in 1
@@ -89,10 +89,14 @@ class RobosuiteEnv(ManipulationEnv):
             self._raw = _compile(TASKS[task.name])
         self._model, self._data = self._raw.sim.model._model, self._raw.sim.data._data
         self._substeps = round(self._raw.control_timestep / self._raw.model_timestep)
-        apply_profile(self._model, chosen)
         if render:
             self.camera_rig = CameraRig(
-                self._model, self._data, CAMERAS, frame_size, hidden_groups=(COLLISION_GROUP,)
+                self._model,
+                self._data,
+                CAMERAS,
+                frame_size=frame_size,
+                rendering=chosen,
+                hidden_groups=(COLLISION_GROUP,),
             )
 
     @property
@@ -120,8 +124,8 @@ class RobosuiteEnv(ManipulationEnv):
         return bool(raw._check_success())
 
     def _refresh(self) -> None:
-        # Poses lag one substep behind the joints after a step. Only kinematics is redone: a whole forward pass
-        # would warm-start the solver anew, and a watched episode would part from an unwatched one.
+        # Poses lag one substep behind the joints after a step. Only kinematics is redone: a forward pass would
+        # warm-start the solver anew, and a watched episode would part from an unwatched one.
         self._mujoco.mj_kinematics(self._model, self._data)
         self._mujoco.mj_comPos(self._model, self._data)
         self._mujoco.mj_camlight(self._model, self._data)
