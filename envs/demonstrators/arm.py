@@ -39,13 +39,15 @@ class Reach:
     speed: float = 1.0  # share of full scale per axis
     steps: int = 80
     noise_share: float = 1.0
+    plumb: bool = False  # correct the horizontal error at full gain while the height is still far off
     stalls: bool = True  # give up when nothing moves any more (in contact, or at a joint limit)
 
 
 PASSING = Reach(within=0.02, within_angle=0.1, steps=120)
 CLEARING = Reach(within=0.02, within_angle=9.0)
 ALIGNING = Reach(within=0.008, noise_share=0.6)
-PRECISE = Reach(within=0.005, speed=0.7, noise_share=0.3)
+PRECISE = Reach(within=0.005, speed=0.7, noise_share=0.3, plumb=True)
+LOWERING = Reach(within=0.006, within_angle=0.1, speed=0.7, noise_share=0.3, plumb=True)
 
 
 class Arm:
@@ -72,7 +74,9 @@ class Arm:
         closing = self.rotation[:, 0]
         return float(np.arctan2(-closing[0], closing[1]))
 
-    def command(self, position: Array, rotation: Array, gripper: float, speed: float = 1.0) -> Array:
+    def command(
+        self, position: Array, rotation: Array, gripper: float, speed: float = 1.0, plumb: bool = False
+    ) -> Array:
         """The action [7] that moves the hand towards a pose, proportional near it and limited far from it.
 
         Args:
@@ -80,10 +84,14 @@ class Arm:
             rotation: wanted rotation [3 3] of the grip site.
             gripper: OPEN or CLOSED.
             speed: largest share of full scale that any translation may take.
+            plumb: limit the vertical and the horizontal part each for itself; otherwise the hand goes straight
+                to its goal, and a long way down leaves a small sideways error for last.
         """
         shift = GAIN * (position - self.position) / TRANSLATION_PER_STEP
         turn = GAIN * rotation_vector(rotation @ self.rotation.T) / ROTATION_PER_STEP
-        return np.concatenate([_limited(shift, speed), _limited(turn, 1.0), [gripper]])
+        parts = [shift[:2], shift[2:]] if plumb else [shift]
+        limited = [_limited(part, speed) for part in parts]
+        return np.concatenate([*limited, _limited(turn, 1.0), [gripper]])
 
     def move(self, position: ArrayLike, rotation: Array, gripper: float, reach: Reach | None = None) -> Skill:
         """Pursues a pose until it is reached (True), or time is up or the hand stalls (False)."""
@@ -97,7 +105,8 @@ class Arm:
             distances.append(away + 0.05 * turn)
             if reach.stalls and _stalled(distances):
                 return False
-            yield Command(self.command(goal, rotation, gripper, reach.speed), reach.noise_share)
+            action = self.command(goal, rotation, gripper, reach.speed, reach.plumb)
+            yield Command(action, reach.noise_share)
         return False
 
     def hold(self, position: Array, rotation: Array, gripper: float, steps: int) -> Skill:

@@ -11,6 +11,7 @@ from envs.demonstrators.arm import (
     ALIGNING,
     CLEARING,
     CLOSED,
+    LOWERING,
     OPEN,
     PASSING,
     PRECISE,
@@ -122,7 +123,7 @@ def grasp(
 
 
 def hand_goal(cell: Workcell, body: str, xy: ArrayLike, underside: float) -> Array:
-    """Where the grip point [3] must go to have the held body's origin over `xy`, its underside at a height."""
+    """Where the grip point [3] must go to have the held body's origin over `xy` and its lowest point so high."""
     hand = cell.arm.position
     offset = cell.scene.position(body) - hand
     hanging = hand[2] - cell.scene.bottom(body)
@@ -154,7 +155,7 @@ def place(cell: Workcell, body: str, rotation: Array, placement: Placement) -> S
     aligned = np.array([goal[0], goal[1], cell.arm.position[2]])
     yield from cell.arm.move(aligned, rotation, CLOSED, Reach(0.008, 0.1, steps=40, noise_share=0.6))
     goal[:2] = hand_goal(cell, body, placement.xy, underside)[:2]
-    reached = yield from cell.arm.move(goal, rotation, CLOSED, Reach(0.006, 0.1, speed=0.7, noise_share=0.3))
+    reached = yield from cell.arm.move(goal, rotation, CLOSED, LOWERING)
     yield from release(cell, rotation, placement.retreat, goal)
     return reached
 
