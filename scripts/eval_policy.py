@@ -1,0 +1,28 @@
+"""Evaluate a checkpoint in closed loop: `scripts/eval_policy.py checkpoint=outputs/run/checkpoints/last`.
+
+Every field of configs/eval.yaml can be set on the command line, such as `env=lift_wide episodes_per_task=50
+control=[none,blind]`. Started again with the same settings, it goes on with the missing episodes.
+"""
+
+from pathlib import Path
+from typing import Any, cast
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+from vega_policy.evaluation.launch import launch
+from vega_policy.evaluation.summary import table
+
+
+@hydra.main(version_base=None, config_path="../configs", config_name="eval")
+def main(config: DictConfig) -> None:
+    """Evaluate, then print the table and where the report lies."""
+    summary = launch(
+        cast(dict[str, Any], OmegaConf.to_container(config, resolve=True, throw_on_missing=True))
+    )
+    print(table(summary))
+    print(f"report: {Path(config.output_dir) / 'report.html'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""A whole evaluation: play what is missing, film, summarise, report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from vega_policy.evaluation import videos
+from vega_policy.evaluation.episodes import (
+    EpisodeResult,
+    TaskDescription,
+    plan_episodes,
+    slot_queues,
+)
+from vega_policy.evaluation.policies import ChunkPolicy
+from vega_policy.evaluation.pool import WorkerPool
+from vega_policy.evaluation.report import write_report
+from vega_policy.evaluation.rollout import FinishedEpisode, Rollout, single_call_seconds
+from vega_policy.evaluation.run_folder import RunFolder, Trajectories, write_json
+from vega_policy.evaluation.settings import EvaluationSettings
+from vega_policy.evaluation.summary import summarize
+
+SUMMARY_FILE = "summary.json"
+TRAJECTORY_FOLDER = "trajectories"
+
+
+class Evaluation:
+    """One evaluation of one policy, under one or more controls, in one suite and one folder."""
+
+    def __init__(
+        self,
+        settings: EvaluationSettings,
+        tasks: Sequence[TaskDescription],
+        folder: Path,
+        provenance: dict[str, Any],
+    ) -> None:
+        """Open or begin an evaluation.
+
+        Args:
+            settings: What to do.
+            tasks: All tasks of the suite.
+            folder: Output folder; may hold an unfinished evaluation with the same settings.
+            provenance: What else decides the results (checkpoint, device, rendering, ...), as JSON values.
+
+        Raises:
+            OtherRunError: If the folder holds something else.
+            ValueError: If a task index does not exist or a number is out of range.
+        """
+        self.settings = settings
+        self.episodes = plan_episodes(
+            select_tasks(tasks, settings.tasks),
+            settings.episodes_per_task,
+            settings.seed,
+            official_states=settings.official_states,
+        )
+        self._folder = RunFolder(folder, {**provenance, **settings.decisive()})
+        self._trajectories = Trajectories(folder / TRAJECTORY_FOLDER, settings.videos)
+        self._started = time.perf_counter()
+
+    def run(self, policies: Mapping[str, ChunkPolicy], pool: WorkerPool) -> dict[str, Any]:
+        """Play every missing episode, then write summary.json, the films and report.html.
+
+        Args:
+            policies: The policy under each control of the settings.
+            pool: Workers; their environments are closed and built anew.
+
+        Returns:
+            The content of summary.json.
+
+        Raises:
+            ValueError: If the policies are not those of the settings' controls.
+        """
+        if tuple(policies) != self.settings.controls:
+            raise ValueError(f"expected policies for {list(self.settings.controls)}, got {list(policies)}")
+        for control, policy in policies.items():
+            self._play(control, policy, pool)
+        first, policy = next(iter(policies.items()))
+        results = {control: self._folder.results(control) for control in policies}
+        films = self._film(results[first], pool)
+        self._clock()
+        summary = summarize(results, policy.description, self._folder.progress, self._folder.settings)
+        write_json(self._folder.path / SUMMARY_FILE, summary)
+        write_report(self._folder.path, summary, films)
+        return summary
+
+    def _play(self, control: str, policy: ChunkPolicy, pool: WorkerPool) -> None:
+        finished = self._folder.results(control)
+        queues = slot_queues(self.episodes, self.settings.slots, {result.key for result in finished})
+        if not any(queues):
+            return
+        seconds = self._folder.progress.call_seconds.setdefault(control, [])
+        main = control == self.settings.controls[0]
+        pool.open(render=policy.reads_frames, keep_states=main and self.settings.videos > 0)
+        rollout = Rollout(policy, pool, policy.description.action_steps, call_seconds=seconds)
+        with _ProgressBar(control, len(self.episodes), finished) as bar:
+            for end in rollout.play(queues):
+                result = _result(control, end)
+                if main:
+                    self._trajectories.offer(result, end.outcome["states"])
+                    self._time_single_calls(rollout)
+                # States and durations first: an episode on record is never played again.
+                self._clock()
+                self._folder.add([result])
+                bar.count(result)
+
+    def _time_single_calls(self, rollout: Rollout) -> None:
+        progress = self._folder.progress
+        if not progress.single_call_seconds and rollout.last_batch is not None:
+            calls = self.settings.latency_calls
+            progress.single_call_seconds = single_call_seconds(rollout.policy, rollout.last_batch, calls)
+
+    def _film(self, results: Sequence[EpisodeResult], pool: WorkerPool) -> list[videos.Film]:
+        pool.open(render=True, keep_states=False)
+        return videos.film(
+            videos.choose(results, self.settings.videos),
+            self.episodes,
+            self._trajectories,
+            pool,
+            self._folder.path,
+            frame_size=self.settings.video_frame_size,
+        )
+
+    def _clock(self) -> None:
+        """Add the time since the last call to the evaluation's record."""
+        now = time.perf_counter()
+        self._folder.progress.seconds += now - self._started
+        self._started = now
+        self._folder.progress.save()
+
+
+def select_tasks(tasks: Sequence[TaskDescription], indices: Sequence[int] | None) -> list[TaskDescription]:
+    """Return the tasks with the given indices, in the suite's order; all of them for None.
+
+    Raises:
+        ValueError: If an index does not exist; the message lists the tasks.
+    """
+    if indices is None:
+        return list(tasks)
+    unknown = sorted(set(indices) - {task.index for task in tasks})
+    if unknown:
+        known = ", ".join(f"{task.index} {task.name}" for task in tasks)
+        raise ValueError(f"no tasks with index {unknown}; the suite has: {known}")
+    return [task for task in tasks if task.index in set(indices)]
+
+
+class _ProgressBar:
+    """Episodes and the success so far, resumed episodes included."""
+
+    def __init__(self, control: str, total: int, finished: Sequence[EpisodeResult]) -> None:
+        self._successes = sum(result.success for result in finished)
+        self._bar = tqdm(
+            total=total, initial=len(finished), desc=f"control {control}", unit="ep", dynamic_ncols=True
+        )
+
+    def __enter__(self) -> _ProgressBar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def count(self, result: EpisodeResult) -> None:
+        """Count one more episode."""
+        self._successes += result.success
+        self._bar.set_postfix_str(f"success {self._successes}/{self._bar.n + 1}", refresh=False)
+        self._bar.update()
+
+
+def _result(control: str, end: FinishedEpisode) -> EpisodeResult:
+    episode, outcome = asdict(end.episode), end.outcome
+    del episode["initial_state"]
+    return EpisodeResult(
+        control=control,
+        **episode,
+        success=outcome["success"],
+        length=outcome["length"],
+        policy_calls=end.policy_calls,
+        initial_hash=outcome["initial_hash"],
+        final_hash=outcome["final_hash"],
+    )

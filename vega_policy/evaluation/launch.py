@@ -1,0 +1,87 @@
+"""From a composed configuration to an evaluated checkpoint: what scripts/eval_policy.py calls."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vega_policy.evaluation.controls import apply_control
+from vega_policy.evaluation.evaluate import Evaluation
+from vega_policy.evaluation.lerobot_policy import checkpoint_fingerprint, find_checkpoint, load_lerobot_policy
+from vega_policy.evaluation.pool import EnvironmentFactory, WorkerPool
+from vega_policy.evaluation.settings import EvaluationSettings
+from vega_policy.evaluation.worker import resolve
+
+_SETTINGS = (
+    "episodes_per_task",
+    "seed",
+    "official_states",
+    "slots",
+    "processes",
+    "videos",
+    "video_frame_size",
+    "latency_calls",
+)
+
+
+def launch(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Evaluate a checkpoint as configs/eval.yaml describes it.
+
+    Args:
+        config: The composed configuration as plain values; configs/eval.yaml explains each field.
+
+    Returns:
+        The content of summary.json.
+
+    Raises:
+        FileNotFoundError: If the checkpoint, or a file that a control needs, does not exist.
+        ValueError: If a setting is wrong, the output folder holds something else, or the policy does not fit
+            the environment.
+        WorkerError: If a simulator failed.
+    """
+    settings = read_settings(config)
+    environment = config["env"]
+    tasks = resolve(config["environments"]["tasks"])(settings.suite)
+    factory = EnvironmentFactory(
+        config["environments"]["make"], environment["frame_size"], environment["rendering"]
+    )
+    checkpoint = find_checkpoint(Path(config["checkpoint"]))
+    device = choose_device(config["device"])
+    provenance = {
+        "checkpoint": str(config["checkpoint"]),
+        "checkpoint_sha256": checkpoint_fingerprint(checkpoint),
+        "action_steps": config["action_steps"],
+        "device": device,
+        "frame_size": factory.frame_size,
+        "rendering": factory.rendering,
+    }
+    evaluation = Evaluation(settings, tasks, Path(config["output_dir"]), provenance)
+    with WorkerPool(factory, min(settings.processes, settings.slots)) as pool:
+        policy = load_lerobot_policy(checkpoint, device=device, action_steps=config["action_steps"])
+        policies = {control: apply_control(control, policy, checkpoint) for control in settings.controls}
+        return evaluation.run(policies, pool)
+
+
+def read_settings(config: Mapping[str, Any]) -> EvaluationSettings:
+    """Read the settings of an evaluation from a composed configuration.
+
+    Args:
+        config: Plain values; `control` is one name or a list of names.
+    """
+    control, tasks = config["control"], config["tasks"]
+    return EvaluationSettings(
+        suite=config["env"]["suite"],
+        tasks=None if tasks is None else tuple(tasks),
+        controls=(control,) if isinstance(control, str) else tuple(control),
+        **{name: config[name] for name in _SETTINGS},
+    )
+
+
+def choose_device(device: str | None) -> str:
+    """Return a torch device; None takes a GPU if there is one, else the CPU."""
+    if device is not None:
+        return device
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,168 @@
+"""Worker processes from the main process's side: start, send to all, wait for all, say what went wrong."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from vega_policy.evaluation.worker import EpisodeOrder, SlotOrder, SlotReport
+
+_WORKER_FILE = Path(__file__).with_name("worker.py")
+_SECONDS_TO_CLOSE = 20.0
+
+
+class WorkerError(RuntimeError):
+    """A worker process failed; the message holds its traceback."""
+
+
+@dataclass(frozen=True)
+class EnvironmentFactory:
+    """How workers build environments.
+
+    Attributes:
+        make: Dotted path of a function `(suite, task_index, *, frame_size, rendering, render) ->
+            environment`.
+        frame_size: Height and width of a frame in pixels.
+        rendering: Rendering profile, `full` or `fast`.
+    """
+
+    make: str
+    frame_size: int
+    rendering: str
+
+    def arguments(self, *, render: bool, frame_size: int | None = None) -> dict[str, Any]:
+        """Return the keyword arguments of `make`, for another frame size if one is given."""
+        return {"frame_size": frame_size or self.frame_size, "rendering": self.rendering, "render": render}
+
+
+class WorkerPool:
+    """Processes that hold the environments of all slots; slot s lives in process s modulo their number.
+
+    Use it as a context manager: leaving it ends the processes.
+    """
+
+    def __init__(self, factory: EnvironmentFactory, processes: int) -> None:
+        """Start the processes; they import the simulator while the caller goes on.
+
+        Args:
+            factory: How environments are built.
+            processes: Number of processes, at least 1.
+
+        Raises:
+            ValueError: If the number of processes is below 1.
+        """
+        if processes < 1:
+            raise ValueError(f"expected at least 1 process, got processes={processes}")
+        self._factory = factory
+        self._children: list[tuple[subprocess.Popen[bytes], Connection]] = []
+        for _ in range(processes):
+            child = _start()
+            self._children.append(child)
+            child[1].send((sys.path, factory.make))
+
+    def open(self, *, render: bool, keep_states: bool) -> None:
+        """Close all environments; those built from now on render or not, and keep their states or not."""
+        arguments = self._factory.arguments(render=render)
+        everyone = range(len(self._children))
+        self._exchange({w: ("open", {"arguments": arguments, "keep_states": keep_states}) for w in everyone})
+
+    def advance(self, orders: dict[int, SlotOrder]) -> dict[int, SlotReport]:
+        """Let every slot with an order play one tick and return the reports by slot.
+
+        Raises:
+            WorkerError: If a worker failed or died.
+        """
+        shares: dict[int, dict[int, SlotOrder]] = {}
+        for slot, order in orders.items():
+            shares.setdefault(slot % len(self._children), {})[slot] = order
+        replies = self._exchange({w: ("advance", {"orders": share}) for w, share in shares.items()})
+        return {slot: report for reply in replies.values() for slot, report in reply.items()}
+
+    def film(self, jobs: list[tuple[EpisodeOrder, np.ndarray]], *, frame_size: int) -> list[np.ndarray]:
+        """Render the states [t n] of episodes, several at a time.
+
+        Args:
+            jobs: Episodes and their simulator states.
+            frame_size: Height and width of the pictures in pixels.
+
+        Returns:
+            One uint8 [t h w 3] for each job.
+        """
+        arguments = self._factory.arguments(render=True, frame_size=frame_size)
+        films: list[np.ndarray] = []
+        for start in range(0, len(jobs), len(self._children)):
+            batch = jobs[start : start + len(self._children)]
+            requests = {
+                worker: ("film", {"order": order, "states": states, "arguments": arguments})
+                for worker, (order, states) in enumerate(batch)
+            }
+            replies = self._exchange(requests)
+            films += [replies[worker] for worker in range(len(batch))]
+        return films
+
+    def _exchange(self, requests: dict[int, tuple[str, dict[str, Any]]]) -> dict[int, Any]:
+        for worker, request in requests.items():
+            # To a dead worker nothing can be sent, but its last words can still be read below.
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                self._children[worker][1].send(request)
+        return {worker: self._receive(worker) for worker in requests}
+
+    def _receive(self, worker: int) -> Any:
+        process, connection = self._children[worker]
+        try:
+            outcome, value = connection.recv()
+        except (EOFError, ConnectionResetError) as error:
+            code = process.wait(_SECONDS_TO_CLOSE)
+            raise WorkerError(
+                f"evaluation worker {worker} died without a word (exit code {code}; -9 often means that "
+                "memory ran out). Finished episodes are kept: start again with the same settings, or with "
+                "fewer slots."
+            ) from error
+        if outcome == "failed":
+            raise WorkerError(f"evaluation worker {worker} failed. Finished episodes are kept.\n{value}")
+        return value
+
+    def close(self) -> None:
+        """Hang up, let the workers close their environments, and end those that do not."""
+        for _, connection in self._children:
+            connection.close()
+        for process, _ in self._children:
+            try:
+                process.wait(_SECONDS_TO_CLOSE)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        self._children = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _start() -> tuple[subprocess.Popen[bytes], Connection]:
+    ours, theirs = socket.socketpair()
+    # Simulators are parallel over processes: a thread pool in each would only fight for the same cores.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    with theirs:
+        # -P keeps this folder off the search path, where `statistics.py` would hide Python's own.
+        process = subprocess.Popen(
+            [sys.executable, "-P", str(_WORKER_FILE), str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            env=environment,
+        )
+    return process, Connection(ours.detach())

@@ -1,0 +1,189 @@
+"""The folder of an evaluation: settings, finished episodes, states to film; all written atomically."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+
+from vega_policy.evaluation.episodes import EpisodeResult
+
+SETTINGS_FILE = "settings.json"
+EPISODES_FILE = "episodes.parquet"
+PROGRESS_FILE = "progress.json"
+_ARROW_TYPES = {"str": pyarrow.string(), "int": pyarrow.int64(), "bool": pyarrow.bool_()}
+_SCHEMA = pyarrow.schema([(field.name, _ARROW_TYPES[str(field.type)]) for field in fields(EpisodeResult)])
+
+
+class OtherRunError(ValueError):
+    """The output folder belongs to something else; the message names the differing settings."""
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that a kill leaves either the old or the new content.
+
+    Args:
+        path: The file; its folder is made if needed.
+        content: All of it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(path.name + ".part")
+    with draft.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as indented JSON, atomically."""
+    write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+class RunFolder:
+    """One evaluation on disk; opening it again with the same settings goes on where it stopped."""
+
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+        """Open or begin an evaluation.
+
+        Args:
+            path: The folder.
+            settings: Everything that decides the results, as JSON values.
+
+        Raises:
+            OtherRunError: If the folder holds an evaluation with other settings, or other files.
+        """
+        self.path = path
+        self.settings: dict[str, Any] = json.loads(json.dumps(settings))
+        if (path / SETTINGS_FILE).is_file():
+            _require_equal(path, json.loads((path / SETTINGS_FILE).read_text()), self.settings)
+        elif path.exists() and any(path.iterdir()):
+            raise OtherRunError(
+                f"{path} holds files but no {SETTINGS_FILE}, so it is no evaluation; choose another folder"
+            )
+        else:
+            write_json(path / SETTINGS_FILE, self.settings)
+        self._results = read_episodes(path) if (path / EPISODES_FILE).is_file() else []
+        self.progress = Progress(path / PROGRESS_FILE)
+
+    def results(self, control: str) -> list[EpisodeResult]:
+        """Return the finished episodes under a control, in order of task and episode."""
+        return sorted((r for r in self._results if r.control == control), key=lambda result: result.key)
+
+    def add(self, results: Iterable[EpisodeResult]) -> None:
+        """Record finished episodes; they are on disk when this returns."""
+        self._results += results
+        ordered = sorted(self._results, key=lambda result: (result.control, result.key))
+        table = pyarrow.Table.from_pylist([asdict(result) for result in ordered], schema=_SCHEMA)
+        buffer = io.BytesIO()
+        pyarrow.parquet.write_table(table, buffer)
+        write_atomically(self.path / EPISODES_FILE, buffer.getvalue())
+
+
+class Progress:
+    """What an evaluation cost: seconds and policy-call durations, summed over its starts."""
+
+    def __init__(self, path: Path) -> None:
+        """Read what earlier starts recorded, if anything."""
+        self._path = path
+        self.seconds: float = 0.0
+        self.call_seconds: dict[str, list[float]] = {}
+        self.single_call_seconds: list[float] = []
+        if path.is_file():
+            stored = json.loads(path.read_text())
+            self.seconds = stored["seconds"]
+            self.call_seconds = stored["call_seconds"]
+            self.single_call_seconds = stored["single_call_seconds"]
+
+    def save(self) -> None:
+        """Write it to disk."""
+        value = {
+            "seconds": self.seconds,
+            "call_seconds": self.call_seconds,
+            "single_call_seconds": self.single_call_seconds,
+        }
+        write_atomically(self._path, (json.dumps(value) + "\n").encode())
+
+
+class Trajectories:
+    """Simulator states of the first successes and failures, kept so that they can be filmed afterwards.
+
+    "First" is by episode index across tasks, not by the time of finishing, so the choice is repeatable.
+    """
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        """Open the folder.
+
+        Args:
+            folder: Where the states lie.
+            keep: How many successes and how many failures are kept.
+        """
+        self._folder = folder
+        self._keep = keep
+
+    def offer(self, result: EpisodeResult, states: np.ndarray | None) -> None:
+        """Keep the states [t n] of an episode if it is among the first of its kind so far."""
+        if states is None or self._keep == 0:
+            return
+        buffer = io.BytesIO()
+        np.save(buffer, states)
+        write_atomically(self._folder / _trajectory_name(result), buffer.getvalue())
+        for path in self._paths(result.success)[self._keep :]:
+            path.unlink()
+
+    def load(self, result: EpisodeResult) -> np.ndarray | None:
+        """Return the states [t n] of an episode, or None if they were not kept."""
+        path = self._folder / _trajectory_name(result)
+        return np.load(path) if path.is_file() else None
+
+    def _paths(self, success: bool) -> list[Path]:
+        # Names begin with the episode's index, then the task's: their order is the order of choice.
+        return sorted(self._folder.glob(f"*_{_outcome(success)}.npy"))
+
+
+def read_episodes(folder: Path) -> list[EpisodeResult]:
+    """Read the finished episodes of an evaluation.
+
+    Args:
+        folder: Folder of the evaluation.
+
+    Raises:
+        FileNotFoundError: If there is no evaluation, or none of its episodes finished.
+    """
+    path = folder / EPISODES_FILE
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} does not exist: {folder} holds no evaluation with a finished episode"
+        )
+    return [EpisodeResult(**row) for row in pyarrow.parquet.read_table(path, schema=_SCHEMA).to_pylist()]
+
+
+def _outcome(success: bool) -> str:
+    return "success" if success else "failure"
+
+
+def _trajectory_name(result: EpisodeResult) -> str:
+    return f"{result.index:05d}_{result.task_index:03d}_{_outcome(result.success)}.npy"
+
+
+def _require_equal(path: Path, stored: dict[str, Any], settings: dict[str, Any]) -> None:
+    names = sorted(stored.keys() | settings.keys())
+    missing = "(not set)"
+    lines = [
+        f"  {name}: {stored.get(name, missing)!r} there, {settings.get(name, missing)!r} now"
+        for name in names
+        if stored.get(name, missing) != settings.get(name, missing)
+    ]
+    if lines:
+        raise OtherRunError(
+            f"{path} holds an evaluation with other settings; choose another folder, or delete this one:\n"
+            + "\n".join(lines)
+        )

@@ -1,0 +1,230 @@
+"""The process that steps simulators.
+
+It runs as a file (`python worker.py <file descriptor>`), not as a module of the package: `import vega_policy`
+brings torch and LeRobot, which a simulator does not need and which would cost every worker seconds. So this
+file uses the standard library and numpy alone, and everything that crosses the connection is made of their
+types.
+
+Frames that nobody reads are never rendered: a slot executes its actions blindly and observes once, after the
+last.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any, TypedDict
+
+import numpy as np
+
+
+class EpisodeOrder(TypedDict):
+    """Which episode to play.
+
+    `initial_state` picks an official initial state; None leaves the start to the seed.
+    """
+
+    suite: str
+    task_index: int
+    seed: int
+    initial_state: int | None
+
+
+class SlotOrder(TypedDict):
+    """What one slot does in a tick: execute `actions` [t a], then, if nothing is running, start `episode`."""
+
+    actions: np.ndarray | None
+    episode: EpisodeOrder | None
+
+
+class SlotObservation(TypedDict):
+    """What the policy may see: `frames` {camera: uint8 [h w 3]}, empty if unrendered, `state` float32 [s]."""
+
+    frames: dict[str, np.ndarray]
+    state: np.ndarray
+    instruction: str
+    action_size: int
+
+
+class Outcome(TypedDict):
+    """How an episode ended; `states` float64 [length + 1, n] only if the pool was opened to keep them."""
+
+    success: bool
+    length: int
+    initial_hash: str
+    final_hash: str
+    states: np.ndarray | None
+
+
+class SlotReport(TypedDict):
+    """The end of the episode that was running, if it ended, and the view of the one now running, if any."""
+
+    outcome: Outcome | None
+    observation: SlotObservation | None
+
+
+def state_hash(state: np.ndarray) -> str:
+    """Return 16 hexadecimal digits of the SHA-256 of a simulator state."""
+    return hashlib.sha256(np.ascontiguousarray(state, dtype=np.float64).tobytes()).hexdigest()[:16]
+
+
+class Stage:
+    """The environment of one slot; built anew only when the task changes."""
+
+    def __init__(self, make: Callable[..., Any], arguments: dict[str, Any]) -> None:
+        self._make = make
+        self._arguments = arguments
+        self._task: tuple[str, int] | None = None
+        self.environment: Any = None
+
+    def begin(self, order: EpisodeOrder) -> Any:
+        """Start an episode and return its first observation."""
+        task = (order["suite"], order["task_index"])
+        if task != self._task:
+            self.close()
+            self.environment = self._make(*task, **self._arguments)
+            self._task = task
+        official = order["initial_state"]
+        options = {} if official is None else {"initial_state": official}
+        return self.environment.reset(seed=order["seed"], options=options)[0]
+
+    def close(self) -> None:
+        """Close the environment, so that no rendering context outlives it."""
+        if self.environment is not None:
+            self.environment.close()
+        self.environment, self._task = None, None
+
+
+class Slot:
+    """One row of the policy's batch: plays one episode after another."""
+
+    def __init__(self, stage: Stage, *, keep_states: bool) -> None:
+        self.stage = stage
+        self._keep_states = keep_states
+        self._length = 0
+        self._initial_hash = ""
+        self._states: list[np.ndarray] = []
+
+    def advance(self, order: SlotOrder) -> SlotReport:
+        """Execute the actions of a tick, start the next episode where one ended, and observe."""
+        outcome, observation = None, None
+        if order["actions"] is not None:
+            outcome = self._play(order["actions"])
+            if outcome is None:
+                return {"outcome": None, "observation": self._view(self.stage.environment.observe())}
+        if order["episode"] is not None:
+            observation = self._view(self._begin(order["episode"]))
+        return {"outcome": outcome, "observation": observation}
+
+    def _begin(self, order: EpisodeOrder) -> Any:
+        observation = self.stage.begin(order)
+        state = self.stage.environment.simulator_state()
+        self._length, self._initial_hash = 0, state_hash(state)
+        self._states = [state] if self._keep_states else []
+        return observation
+
+    def _play(self, actions: np.ndarray) -> Outcome | None:
+        """Execute actions [t a] until the simulator says success or cuts the episode; None if it goes on."""
+        environment = self.stage.environment
+        for action in actions:
+            success, truncated = environment.step_blindly(action)
+            self._length += 1
+            if self._keep_states:
+                self._states.append(environment.simulator_state())
+            if success or truncated:
+                return {
+                    "success": bool(success),
+                    "length": self._length,
+                    "initial_hash": self._initial_hash,
+                    "final_hash": state_hash(environment.simulator_state()),
+                    "states": np.stack(self._states) if self._keep_states else None,
+                }
+        return None
+
+    def _view(self, observation: dict[str, Any]) -> SlotObservation:
+        environment = self.stage.environment
+        return {
+            "frames": dict(observation["pixels"]) if "pixels" in observation else {},
+            "state": np.asarray(observation["agent_pos"], dtype=np.float32),
+            "instruction": environment.task_description,
+            "action_size": environment.action_space.shape[0],
+        }
+
+
+class Worker:
+    """The slots of this process, by number, and what the pool may ask of them."""
+
+    def __init__(self, make: Callable[..., Any]) -> None:
+        self._make = make
+        self._slots: dict[int, Slot] = {}
+        self._arguments: dict[str, Any] = {}
+        self._keep_states = False
+
+    def open(self, arguments: dict[str, Any], keep_states: bool) -> None:
+        """Forget all slots; environments are from now on made with these arguments."""
+        self.close()
+        self._arguments, self._keep_states = arguments, keep_states
+
+    def advance(self, orders: dict[int, SlotOrder]) -> dict[int, SlotReport]:
+        """Play one tick of each slot that has an order."""
+        for slot in orders.keys() - self._slots.keys():
+            self._slots[slot] = Slot(Stage(self._make, self._arguments), keep_states=self._keep_states)
+        return {slot: self._slots[slot].advance(order) for slot, order in orders.items()}
+
+    def film(self, order: EpisodeOrder, states: np.ndarray, arguments: dict[str, Any]) -> np.ndarray:
+        """Render states [t n] of an episode, uint8 [t h w 3]."""
+        stage = Stage(self._make, arguments)
+        # The reset rebuilds what a state does not hold: LIBERO draws the poses of fixtures there.
+        stage.begin(order)
+        frames = []
+        for state in states:
+            stage.environment.restore(state)
+            frames.append(stage.environment.render())
+        stage.close()
+        return np.stack(frames)
+
+    def close(self) -> None:
+        """Close every environment."""
+        for slot in self._slots.values():
+            slot.stage.close()
+        self._slots = {}
+
+
+def resolve(path: str) -> Callable[..., Any]:
+    """Return the function that a dotted path such as `envs.make` names."""
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+def serve(connection: Connection) -> None:
+    """Answer requests `(method, arguments)` with `("done", result)` until the other side hangs up.
+
+    An error is sent as `("failed", traceback)` and ends the process.
+    """
+
+    def report(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        connection.send(("failed", "".join(traceback.format_exception(kind, error, trace))))
+
+    sys.excepthook = report
+    search_path, make = connection.recv()
+    sys.path[:] = search_path
+    worker = Worker(resolve(make))
+    try:
+        while True:
+            method, arguments = connection.recv()
+            connection.send(("done", getattr(worker, method)(**arguments)))
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        return  # The main process hung up or is gone.
+    finally:
+        worker.close()
+
+
+if __name__ == "__main__":
+    # Ctrl-C reaches the whole process group; the main process decides, and its end is this process's end.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    serve(Connection(int(sys.argv[1])))
