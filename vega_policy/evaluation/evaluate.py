@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +13,7 @@ from tqdm import tqdm
 
 from vega_policy.evaluation import videos
 from vega_policy.evaluation.episodes import (
+    Episode,
     EpisodeResult,
     TaskDescription,
     plan_episodes,
@@ -62,12 +64,22 @@ class Evaluation:
         self._trajectories = Trajectories(folder / TRAJECTORY_FOLDER, settings.videos)
         self._started = time.perf_counter()
 
+    def prepare(self, pool: WorkerPool) -> None:
+        """Let the workers build the environments needed first, while the caller loads the policy."""
+        for control in self.settings.controls:
+            queues = self._queues(control)
+            if any(queues):
+                pool.open(render=control != "blind", keep_states=False)
+                firsts = {slot: queue[0] for slot, queue in enumerate(queues) if queue}
+                pool.build({slot: (e.suite, e.task_index) for slot, e in firsts.items()})
+                return
+
     def run(self, policies: Mapping[str, ChunkPolicy], pool: WorkerPool) -> dict[str, Any]:
         """Play every missing episode, then write summary.json, the films and report.html.
 
         Args:
             policies: The policy under each control of the settings.
-            pool: Workers; their environments are closed and built anew.
+            pool: Workers.
 
         Returns:
             The content of summary.json.
@@ -89,8 +101,7 @@ class Evaluation:
         return summary
 
     def _play(self, control: str, policy: ChunkPolicy, pool: WorkerPool) -> None:
-        finished = self._folder.results(control)
-        queues = slot_queues(self.episodes, self.settings.slots, {result.key for result in finished})
+        finished, queues = self._folder.results(control), self._queues(control)
         if not any(queues):
             return
         seconds = self._folder.progress.call_seconds.setdefault(control, [])
@@ -115,7 +126,6 @@ class Evaluation:
             progress.single_call_seconds = single_call_seconds(rollout.policy, rollout.last_batch, calls)
 
     def _film(self, results: Sequence[EpisodeResult], pool: WorkerPool) -> list[videos.Film]:
-        pool.open(render=True, keep_states=False)
         return videos.film(
             videos.choose(results, self.settings.videos),
             self.episodes,
@@ -124,6 +134,10 @@ class Evaluation:
             self._folder.path,
             frame_size=self.settings.video_frame_size,
         )
+
+    def _queues(self, control: str) -> list[deque[Episode]]:
+        finished = {result.key for result in self._folder.results(control)}
+        return slot_queues(self.episodes, self.settings.slots, finished)
 
     def _clock(self) -> None:
         """Add the time since the last call to the evaluation's record."""

@@ -60,6 +60,7 @@ def launch(config: Mapping[str, Any]) -> dict[str, Any]:
     }
     evaluation = Evaluation(settings, tasks, Path(config["output_dir"]), provenance)
     with WorkerPool(factory, min(settings.processes, settings.slots)) as pool:
+        evaluation.prepare(pool)
         policy = load_lerobot_policy(checkpoint, device=device, action_steps=config["action_steps"])
         policies = {control: apply_control(control, policy, checkpoint) for control in settings.controls}
         return evaluation.run(policies, pool)

@@ -69,12 +69,27 @@ class WorkerPool:
             child = _start()
             self._children.append(child)
             child[1].send((sys.path, factory.make))
+        self._unread = [0] * processes
 
     def open(self, *, render: bool, keep_states: bool) -> None:
-        """Close all environments; those built from now on render or not, and keep their states or not."""
+        """Say what is wanted of the environments from now on; returns at once.
+
+        Args:
+            render: Whether they render frames; those made otherwise are closed and built anew when needed.
+            keep_states: Whether finished episodes come with the simulator state of each step.
+        """
         arguments = self._factory.arguments(render=render)
-        everyone = range(len(self._children))
-        self._exchange({w: ("open", {"arguments": arguments, "keep_states": keep_states}) for w in everyone})
+        for worker in range(len(self._children)):
+            self._send(worker, "open", {"arguments": arguments, "keep_states": keep_states})
+
+    def build(self, tasks: dict[int, tuple[str, int]]) -> None:
+        """Let the workers build environments while the caller goes on; returns at once.
+
+        Args:
+            tasks: Suite and index of the task that each slot plays first.
+        """
+        for worker, share in self._shares(tasks).items():
+            self._send(worker, "build", {"tasks": share})
 
     def advance(self, orders: dict[int, SlotOrder]) -> dict[int, SlotReport]:
         """Let every slot with an order play one tick and return the reports by slot.
@@ -82,11 +97,12 @@ class WorkerPool:
         Raises:
             WorkerError: If a worker failed or died.
         """
-        shares: dict[int, dict[int, SlotOrder]] = {}
-        for slot, order in orders.items():
-            shares.setdefault(slot % len(self._children), {})[slot] = order
-        replies = self._exchange({w: ("advance", {"orders": share}) for w, share in shares.items()})
-        return {slot: report for reply in replies.values() for slot, report in reply.items()}
+        for worker, share in self._shares(orders).items():
+            self._send(worker, "advance", {"orders": share})
+        reports: dict[int, SlotReport] = {}
+        for worker in self._shares(orders):
+            reports |= self._receive(worker)
+        return reports
 
     def film(self, jobs: list[tuple[EpisodeOrder, np.ndarray]], *, frame_size: int) -> list[np.ndarray]:
         """Render the states [t n] of episodes, several at a time.
@@ -102,22 +118,33 @@ class WorkerPool:
         films: list[np.ndarray] = []
         for start in range(0, len(jobs), len(self._children)):
             batch = jobs[start : start + len(self._children)]
-            requests = {
-                worker: ("film", {"order": order, "states": states, "arguments": arguments})
-                for worker, (order, states) in enumerate(batch)
-            }
-            replies = self._exchange(requests)
-            films += [replies[worker] for worker in range(len(batch))]
+            for worker, (order, states) in enumerate(batch):
+                self._send(worker, "film", {"order": order, "states": states, "arguments": arguments})
+            films += [self._receive(worker) for worker in range(len(batch))]
         return films
 
-    def _exchange(self, requests: dict[int, tuple[str, dict[str, Any]]]) -> dict[int, Any]:
-        for worker, request in requests.items():
-            # To a dead worker nothing can be sent, but its last words can still be read below.
-            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                self._children[worker][1].send(request)
-        return {worker: self._receive(worker) for worker in requests}
+    def _shares(self, slots: dict[int, Any]) -> dict[int, dict[int, Any]]:
+        """Return what belongs to slots, by worker."""
+        shares: dict[int, dict[int, Any]] = {}
+        for slot, value in slots.items():
+            shares.setdefault(slot % len(self._children), {})[slot] = value
+        return shares
+
+    def _send(self, worker: int, method: str, arguments: dict[str, Any]) -> None:
+        self._unread[worker] += 1
+        # To a dead worker nothing can be sent, but its last words can still be read.
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            self._children[worker][1].send((method, arguments))
 
     def _receive(self, worker: int) -> Any:
+        """Wait until a worker has done all that it was sent, and return its last answer."""
+        answer = None
+        while self._unread[worker]:
+            answer = self._read(worker)
+            self._unread[worker] -= 1
+        return answer
+
+    def _read(self, worker: int) -> Any:
         process, connection = self._children[worker]
         try:
             outcome, value = connection.recv()

@@ -61,7 +61,10 @@ def mcnemar_exact(only_first: int, only_second: int) -> float:
     if min(only_first, only_second) < 0:
         raise ValueError(f"expected counts of at least 0, got {only_first} and {only_second}")
     disagreements = only_first + only_second
-    tail = sum(math.comb(disagreements, count) for count in range(min(only_first, only_second) + 1))
+    tail = term = 1
+    for count in range(min(only_first, only_second)):
+        term = term * (disagreements - count) // (count + 1)  # from one binomial coefficient to the next
+        tail += term
     return min(1.0, 2 * tail / 2**disagreements)
 
 

@@ -74,7 +74,7 @@ def state_hash(state: np.ndarray) -> str:
 
 
 class Stage:
-    """The environment of one slot; built anew only when the task changes."""
+    """An environment of one task after another, built anew only when the task changes."""
 
     def __init__(self, make: Callable[..., Any], arguments: dict[str, Any]) -> None:
         self._make = make
@@ -82,13 +82,16 @@ class Stage:
         self._task: tuple[str, int] | None = None
         self.environment: Any = None
 
+    def build(self, suite: str, task_index: int) -> None:
+        """Have the environment of a task."""
+        if (suite, task_index) != self._task:
+            self.close()
+            self.environment = self._make(suite, task_index, **self._arguments)
+            self._task = (suite, task_index)
+
     def begin(self, order: EpisodeOrder) -> Any:
         """Start an episode and return its first observation."""
-        task = (order["suite"], order["task_index"])
-        if task != self._task:
-            self.close()
-            self.environment = self._make(*task, **self._arguments)
-            self._task = task
+        self.build(order["suite"], order["task_index"])
         official = order["initial_state"]
         options = {} if official is None else {"initial_state": official}
         return self.environment.reset(seed=order["seed"], options=options)[0]
@@ -105,7 +108,7 @@ class Slot:
 
     def __init__(self, stage: Stage, *, keep_states: bool) -> None:
         self.stage = stage
-        self._keep_states = keep_states
+        self.keep_states = keep_states
         self._length = 0
         self._initial_hash = ""
         self._states: list[np.ndarray] = []
@@ -125,7 +128,7 @@ class Slot:
         observation = self.stage.begin(order)
         state = self.stage.environment.simulator_state()
         self._length, self._initial_hash = 0, state_hash(state)
-        self._states = [state] if self._keep_states else []
+        self._states = [state] if self.keep_states else []
         return observation
 
     def _play(self, actions: np.ndarray) -> Outcome | None:
@@ -134,7 +137,7 @@ class Slot:
         for action in actions:
             success, truncated = environment.step_blindly(action)
             self._length += 1
-            if self._keep_states:
+            if self.keep_states:
                 self._states.append(environment.simulator_state())
             if success or truncated:
                 return {
@@ -142,7 +145,7 @@ class Slot:
                     "length": self._length,
                     "initial_hash": self._initial_hash,
                     "final_hash": state_hash(environment.simulator_state()),
-                    "states": np.stack(self._states) if self._keep_states else None,
+                    "states": np.stack(self._states) if self.keep_states else None,
                 }
         return None
 
@@ -164,28 +167,36 @@ class Worker:
         self._slots: dict[int, Slot] = {}
         self._arguments: dict[str, Any] = {}
         self._keep_states = False
+        self._studio: tuple[dict[str, Any], Stage] | None = None
 
     def open(self, arguments: dict[str, Any], keep_states: bool) -> None:
-        """Forget all slots; environments are from now on made with these arguments."""
-        self.close()
+        """Give all slots environments made with these arguments; those that have them already keep them."""
+        if arguments != self._arguments:
+            self.close()
         self._arguments, self._keep_states = arguments, keep_states
+        for slot in self._slots.values():
+            slot.keep_states = keep_states
+
+    def build(self, tasks: dict[int, tuple[str, int]]) -> None:
+        """Build the environments of slots for the tasks that they play first."""
+        for slot, task in tasks.items():
+            self._slot(slot).stage.build(*task)
 
     def advance(self, orders: dict[int, SlotOrder]) -> dict[int, SlotReport]:
         """Play one tick of each slot that has an order."""
-        for slot in orders.keys() - self._slots.keys():
-            self._slots[slot] = Slot(Stage(self._make, self._arguments), keep_states=self._keep_states)
-        return {slot: self._slots[slot].advance(order) for slot, order in orders.items()}
+        return {slot: self._slot(slot).advance(order) for slot, order in orders.items()}
 
     def film(self, order: EpisodeOrder, states: np.ndarray, arguments: dict[str, Any]) -> np.ndarray:
         """Render states [t n] of an episode, uint8 [t h w 3]."""
-        stage = Stage(self._make, arguments)
+        if self._studio is None or self._studio[0] != arguments:
+            self._studio = (arguments, Stage(self._make, arguments))
+        stage = self._studio[1]
         # The reset rebuilds what a state does not hold: LIBERO draws the poses of fixtures there.
         stage.begin(order)
         frames = []
         for state in states:
             stage.environment.restore(state)
             frames.append(stage.environment.render())
-        stage.close()
         return np.stack(frames)
 
     def close(self) -> None:
@@ -193,6 +204,14 @@ class Worker:
         for slot in self._slots.values():
             slot.stage.close()
         self._slots = {}
+        if self._studio is not None:
+            self._studio[1].close()
+        self._studio = None
+
+    def _slot(self, slot: int) -> Slot:
+        if slot not in self._slots:
+            self._slots[slot] = Slot(Stage(self._make, self._arguments), keep_states=self._keep_states)
+        return self._slots[slot]
 
 
 def resolve(path: str) -> Callable[..., Any]:
