@@ -7,8 +7,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from envs.demonstrators.arm import Skill
+from envs.demonstrators.libero_goals import achieve_goals
 from envs.demonstrators.noise import OrnsteinUhlenbeck
 from envs.demonstrators.options import DemonstrationOptions
+from envs.demonstrators.robosuite_tasks import DEMONSTRATORS
 from envs.demonstrators.skills import Workcell
 from envs.demonstrators.start_pose import widen_start
 
@@ -60,12 +62,12 @@ def demonstrate(
 
 
 def _program(env: Any) -> Callable[[Workcell], Skill]:
-    """The program of skills for the task of `env`."""
-    from envs.demonstrators.robosuite_tasks import DEMONSTRATORS
-
+    """The program of skills for the task of `env`: one for every goal in LIBERO, one a task in robosuite."""
+    if env.task.suite.startswith("libero_"):
+        return achieve_goals
     if env.task.name not in DEMONSTRATORS:
         raise ValueError(
             f"no demonstrator for task {env.task.name!r} of suite {env.task.suite!r}; "
-            f"there are demonstrators for {sorted(DEMONSTRATORS)}"
+            f"there are demonstrators for every libero_* suite and for {sorted(DEMONSTRATORS)}"
         )
     return DEMONSTRATORS[env.task.name]

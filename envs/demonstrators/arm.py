@@ -84,8 +84,8 @@ class Arm:
             rotation: wanted rotation [3 3] of the grip site.
             gripper: OPEN or CLOSED.
             speed: largest share of full scale that any translation may take.
-            plumb: limit the vertical and the horizontal part each for itself; otherwise the hand goes straight
-                to its goal, and a long way down leaves a small sideways error for last.
+            plumb: limit the vertical and the horizontal part each for itself; otherwise the hand goes in a
+                straight line, and a long way down leaves a small sideways error for last.
         """
         shift = GAIN * (position - self.position) / TRANSLATION_PER_STEP
         turn = GAIN * rotation_vector(rotation @ self.rotation.T) / ROTATION_PER_STEP

@@ -123,7 +123,7 @@ def grasp(
 
 
 def hand_goal(cell: Workcell, body: str, xy: ArrayLike, underside: float) -> Array:
-    """Where the grip point [3] must go to have the held body's origin over `xy` and its lowest point so high."""
+    """Where the grip point [3] must go for the held body to be over `xy`, its lowest point at a height."""
     hand = cell.arm.position
     offset = cell.scene.position(body) - hand
     hanging = hand[2] - cell.scene.bottom(body)

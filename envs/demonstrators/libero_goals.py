@@ -1,0 +1,52 @@
+"""The demonstrator of every LIBERO and LIBERO-PRO task: reads the goal and achieves it predicate by predicate."""
+
+from envs.demonstrators.arm import Skill
+from envs.demonstrators.libero_fixtures import OPEN_TO_FILL, close_drawer, open_drawer, turn_knob
+from envs.demonstrators.libero_placing import put
+from envs.demonstrators.libero_scene import Goal, goals, holds, joint_of
+from envs.demonstrators.skills import Workcell
+
+ORDER = {"open": 0, "turnon": 1, "turnoff": 1, "on": 2, "in": 2, "close": 3}
+ROUNDS = 2  # what a later step has spoilt is done again once
+
+
+def achieve_goals(cell: Workcell) -> Skill:
+    """Makes every predicate of the problem's goal true, in an order in which none hinders the next.
+
+    Raises:
+        ValueError: the goal has a predicate for which there is no skill.
+    """
+    wanted = goals(cell)
+    unknown = [goal for goal in wanted if goal[0] not in ORDER]
+    if unknown:
+        raise ValueError(f"no skill for {unknown}; there are skills for {sorted(ORDER)}")
+    for _ in range(ROUNDS):
+        for goal in sorted(wanted, key=lambda goal: ORDER[goal[0]]):
+            if not holds(cell, goal):
+                yield from _achieve(cell, goal)
+        if all(holds(cell, goal) for goal in wanted):
+            return True
+    return False
+
+
+def _achieve(cell: Workcell, goal: Goal) -> Skill:
+    match goal:
+        case ("open", target):
+            return (yield from open_drawer(cell, target))
+        case ("close", target):
+            return (yield from close_drawer(cell, target))
+        case ("turnon", fixture):
+            return (yield from turn_knob(cell, fixture, 1.0))
+        case ("turnoff", fixture):
+            return (yield from turn_knob(cell, fixture, -1.0))
+        case (_, thing, target):
+            yield from _make_room(cell, target)
+            return (yield from put(cell, thing, target))
+    raise ValueError(f"no skill for {goal}")
+
+
+def _make_room(cell: Workcell, target: str) -> Skill:
+    """Opens the drawer that something is to be put into, if it is not open enough."""
+    if joint_of(cell, target) is None or holds(cell, ("open", target)):
+        return True
+    return (yield from open_drawer(cell, target, OPEN_TO_FILL))

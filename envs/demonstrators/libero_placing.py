@@ -1,0 +1,105 @@
+"""Putting a thing where a LIBERO goal wants it: on a body, on or in a region."""
+
+import numpy as np
+
+from envs.demonstrators.arm import CLOSED, OPEN, Reach, Skill, above, down
+from envs.demonstrators.libero_scene import body_of, is_object, joint_of, region
+from envs.demonstrators.rotations import Array, wrap
+from envs.demonstrators.skills import (
+    ABOVE_GRASP,
+    OPENING_STEPS,
+    Placement,
+    Workcell,
+    descend,
+    grasp,
+    place,
+    transit,
+)
+
+CONTAINER = "_contain_region"
+ANGLES = np.deg2rad(np.arange(0.0, 360.0, 15.0))
+
+
+def put(cell: Workcell, thing: str, target: str) -> Skill:
+    """Brings `thing` to `target`, by whatever way the shapes of both ask for."""
+    body = body_of(cell, thing)
+    if _is_flat(cell.scene.cloud(body)) and not is_object(cell, target):
+        return (yield from drag(cell, body, region(cell, target).centre[:2]))
+    held = yield from grasp(cell, body)
+    if held is None:
+        return False
+    rotation = down(held.yaw)
+    yield from slide_out(cell, body, rotation)
+    return (yield from place(cell, body, rotation, _placement(cell, body, target)))
+
+
+def _is_flat(cloud: Array) -> bool:
+    """A plate: too wide for the hand and too low for a rim that fingers could go around."""
+    return bool(np.ptp(cloud[:, 2]) < 0.035 and np.ptp(cloud[:, :2], axis=0).min() > 0.09)
+
+
+def _placement(cell: Workcell, body: str, target: str) -> Placement:
+    """Where the held `body` has to be set down for `target`."""
+    scene = cell.scene
+    if is_object(cell, target):
+        support = body_of(cell, target)
+        cloud, origin = scene.cloud(support), scene.position(support)
+        below = np.linalg.norm(cloud[:, :2] - origin[:2], axis=1) < 0.035
+        return Placement(origin[:2], float(cloud[below, 2].max()))
+    goal = region(cell, target)
+    hanging = cell.arm.position[2] - scene.bottom(body)
+    if target.endswith(CONTAINER):
+        rim = scene.top(body_of(cell, target.removesuffix(CONTAINER)))
+        # As deep as the hand can go without touching the rim.
+        return Placement(goal.centre[:2], max(rim - 0.06, rim + 0.012 - hanging), drop=0.0)
+    if joint_of(cell, target) is not None:
+        floor, top = goal.centre[2] - goal.half_extents[2], goal.centre[2] + goal.half_extents[2]
+        return Placement(goal.centre[:2], max(floor, top - 0.008 - hanging), drop=0.004)
+    return Placement(goal.centre[:2], float(goal.centre[2]))
+
+
+def slide_out(cell: Workcell, body: str, rotation: Array) -> Skill:
+    """Slides a held thing out horizontally if something overhangs it, before it is lifted."""
+    cloud, obstacles = cell.scene.cloud(body), cell.scene.obstacles((body,))
+    centre, radius = cloud[:, :2].mean(0), np.ptp(cloud[:, 0]) / 2 + 0.004
+    above_it = obstacles[:, 2] > cloud[:, 2].max() + 0.004
+    if not np.any(above_it & (np.linalg.norm(obstacles[:, :2] - centre, axis=1) < radius)):
+        return True
+    base = cell.scene.position("robot0_base")[:2]
+    high = obstacles[obstacles[:, 2] > cloud[:, 2].min() + 0.02, :2]
+
+    def cost(shift: Array) -> float:
+        hit = np.count_nonzero(np.linalg.norm(high - centre - shift, axis=1) < radius)
+        return (
+            hit + 100.0 * float(np.linalg.norm(shift)) + 20.0 * float(np.linalg.norm(centre + shift - base))
+        )
+
+    shifts = [r * np.array([np.cos(a), np.sin(a)]) for a in ANGLES for r in (0.04, 0.07, 0.10, 0.13)]
+    shift = min(shifts, key=cost)
+    goal = cell.arm.position + np.array([*shift, 0.0])
+    return (yield from cell.arm.move(goal, rotation, CLOSED, Reach(0.015)))
+
+
+def drag(cell: Workcell, body: str, xy: Array) -> Skill:
+    """Pinches a plate's rim on the side that faces the goal and drags it along; up to three times."""
+    radius = float(np.ptp(cell.scene.cloud(body)[:, 0])) / 2
+    for _ in range(3):
+        centre = cell.scene.position(body)
+        way = xy - centre[:2]
+        if np.linalg.norm(way) < 0.012:
+            return True
+        heading = np.array([*(way / np.linalg.norm(way)), 0.0])
+        rotation = down(wrap(float(np.arctan2(way[1], way[0])) - np.pi / 2, np.pi))
+        rim = centre + heading * (radius + 0.009)
+        rim[2] = cell.scene.bottom(body) + 0.010
+        yield from transit(cell, above(rim, ABOVE_GRASP), rotation, OPEN, clearance=0.03)
+        yield from descend(cell, rim, rotation)
+        yield from cell.arm.hold(rim, rotation, CLOSED, 12)
+        rest = xy - cell.scene.position(body)[:2]
+        goal = cell.arm.position + np.array([*rest, 0.0]) + 0.02 * heading
+        goal[2] = rim[2]
+        yield from cell.arm.move(goal, rotation, CLOSED, Reach(0.006, speed=0.35, steps=120, noise_share=0.3))
+        here = cell.arm.position
+        yield from cell.arm.hold(here, rotation, OPEN, OPENING_STEPS)
+        yield from cell.arm.move(above(here, ABOVE_GRASP), rotation, OPEN, Reach(0.02))
+    return False
