@@ -95,7 +95,7 @@ class BackboneConfig:
     """
 
     name: str = "compact"
-    image_encoder: str = "efficientnet_lite0"
+    image_encoder: str = "tf_efficientnet_lite0"
     pretrained: bool = True
     text_encoder: str | None = None
     freeze_image_encoder: bool = False

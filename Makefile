@@ -1,0 +1,46 @@
+# Two commands for newcomers: `make demo` and `make test`. Each makes .venv first if it is missing.
+PYTHON ?= python3.12
+BIN := .venv/bin
+SOURCES := vega_policy envs scripts tests
+
+.PHONY: help demo test check format lint types slow clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo    collect demonstrations, train, evaluate; prints where the video and the report lie"
+	@echo "make test    run the tests"
+	@echo "make check   format, lint, types, then the tests"
+	@echo "make slow    the tests that take minutes: LeRobot's command lines, an installed wheel"
+
+.venv/.installed: requirements.lock pyproject.toml
+	@command -v $(PYTHON) >/dev/null 2>&1 && $(PYTHON) -c "import venv, ensurepip" 2>/dev/null || { \
+		echo "Python 3.12 with venv is needed, and '$(PYTHON)' is not it. Install it (Debian/Ubuntu:"; \
+		echo "apt install python3.12 python3.12-venv; or: uv python install 3.12; or: pyenv install 3.12),"; \
+		echo "or name another interpreter: make PYTHON=/path/to/python3.12"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements.lock
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps -e .
+	@touch $@
+
+demo: .venv/.installed
+	@$(BIN)/python scripts/demo.py
+
+test: .venv/.installed
+	@$(BIN)/python -m pytest
+
+slow: .venv/.installed
+	@$(BIN)/python -m pytest -m slow
+
+check: .venv/.installed
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/pyright
+	@$(MAKE) --no-print-directory test
+
+format: .venv/.installed
+	$(BIN)/ruff format $(SOURCES)
+	$(BIN)/ruff check --fix $(SOURCES)
+
+clean:
+	rm -rf .venv build dist *.egg-info

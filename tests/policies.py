@@ -1,0 +1,55 @@
+"""Small policies for tests: no download, no GPU, seconds to build."""
+
+from typing import Any
+
+import torch
+from lerobot.configs.types import FeatureType, PolicyFeature
+from torch import Tensor
+
+from vega_policy.configuration_vega import VegaConfig
+from vega_policy.parts import BackboneConfig, ExpertConfig, FusionConfig, PriorConfig
+
+SIZE = 64
+CAMERAS = ("observation.images.image", "observation.images.image2")
+
+
+def tiny_config(
+    prior: PriorConfig | None = None,
+    fusion: FusionConfig | None = None,
+    views: int = 2,
+    **backbone: Any,
+) -> VegaConfig:
+    """A policy for 64-pixel frames, an 8-d state and 7-d actions; `backbone` overrides fields of its part."""
+    return VegaConfig(
+        device="cpu",
+        chunk_size=4,
+        n_action_steps=2,
+        frame_size=SIZE,
+        prior=prior or PriorConfig(name="random"),
+        fusion=fusion or FusionConfig(),
+        backbone=BackboneConfig(**{"width": 32, "depth": 1, "heads": 2, "pretrained": False} | backbone),
+        expert=ExpertConfig(width=32, depth=1, heads=2, steps=2),
+        input_features={
+            **{key: PolicyFeature(FeatureType.VISUAL, (3, SIZE, SIZE)) for key in CAMERAS[:views]},
+            "observation.state": PolicyFeature(FeatureType.STATE, (8,)),
+        },
+        output_features={"action": PolicyFeature(FeatureType.ACTION, (7,))},
+    )
+
+
+def batch(size: int = 2, views: int = 2, seed: int = 0) -> dict[str, Any]:
+    """A normalised training batch of random content."""
+    generator = torch.Generator().manual_seed(seed)
+    frames = {key: torch.rand(size, 3, SIZE, SIZE, generator=generator) for key in CAMERAS[:views]}
+    return {
+        **frames,
+        "observation.state": torch.randn(size, 8, generator=generator),
+        "action": torch.randn(size, 4, 7, generator=generator),
+        "action_is_pad": torch.zeros(size, 4, dtype=torch.bool),
+        "task": ["lift the red cube"] * size,
+    }
+
+
+def frames(views: int = 1, size: int = SIZE, seed: int = 0) -> Tensor:
+    """Random frames [1 v 1 3 size size] in [0, 1]."""
+    return torch.rand(1, views, 1, 3, size, size, generator=torch.Generator().manual_seed(seed))

@@ -1,0 +1,76 @@
+import pytest
+import torch
+
+from vega_policy import flow
+from vega_policy.experts import make_expert
+from vega_policy.parts import ExpertConfig
+
+
+def expert(**config):
+    torch.manual_seed(0)
+    made = make_expert(ExpertConfig(**{"width": 32, "depth": 2, "heads": 2, "steps": 4} | config), 24, 5, 3)
+    for block in made.blocks:  # away from adaLN-zero's identity, so that every input can matter
+        torch.nn.init.normal_(block.modulation.weight, std=0.1)
+        torch.nn.init.normal_(block.modulation.bias, std=0.1)
+    return made
+
+
+def context(batch=2):
+    return torch.randn(batch, 7, 24), torch.ones(batch, 7, dtype=torch.bool)
+
+
+@torch.no_grad()
+def test_the_same_noise_gives_the_same_chunk():
+    made, seen, noise = expert(), context(), torch.randn(2, 5, 3)
+    assert torch.equal(made.sample(*seen, noise, flow.euler), made.sample(*seen, noise, flow.euler))
+    assert not torch.equal(made.sample(*seen, noise, flow.euler), made.sample(*seen, -noise, flow.euler))
+
+
+@torch.no_grad()
+def test_the_chunk_depends_on_the_context_but_not_on_what_is_masked():
+    made, (seen, mask), noise = expert(), context(), torch.randn(2, 5, 3)
+    base = made.sample(seen, mask, noise, flow.euler)
+    assert not torch.allclose(base, made.sample(seen.flip(0), mask, noise, flow.euler), atol=1e-5)
+    mask[:, -1] = False
+    masked = made.sample(seen, mask, noise, flow.euler)
+    seen[:, -1] = 100
+    torch.testing.assert_close(masked, made.sample(seen, mask, noise, flow.euler))
+
+
+def test_the_loss_draws_from_the_callers_generator_and_leaves_padding_out():
+    made, seen, actions = expert(), context(), torch.randn(2, 5, 3)
+    is_pad = torch.zeros(2, 5, dtype=torch.bool)
+    is_pad[0, 3:] = True
+
+    def loss(values):
+        return made.loss(*seen, values, is_pad, torch.Generator().manual_seed(0))
+
+    assert torch.equal(loss(actions), loss(actions))
+    altered = actions.clone()
+    altered[0, 3:] += 5
+    changed = (loss(altered) - loss(actions)).abs()
+    assert changed[1] == 0
+    assert changed[0] < 1e-3 * (loss(actions + 5) - loss(actions)).abs()[0] or is_pad.any()
+
+
+def test_a_few_steps_of_training_learn_to_tell_two_contexts_apart():
+    made, (seen, mask) = expert(steps=10), context()
+    actions = torch.stack([torch.ones(5, 3), -torch.ones(5, 3)])
+    optimizer = torch.optim.Adam(made.parameters(), lr=3e-3)
+    generator = torch.Generator().manual_seed(0)
+    repeated = (seen.repeat(16, 1, 1), mask.repeat(16, 1))
+    for _ in range(120):
+        optimizer.zero_grad()
+        made.loss(*repeated, actions.repeat(16, 1, 1), None, generator).mean().backward()
+        optimizer.step()
+    with torch.no_grad():
+        sampled = made.sample(seen, mask, torch.randn(2, 5, 3, generator=generator), flow.euler)
+    assert sampled[0].mean() > 0.5
+    assert sampled[1].mean() < -0.5
+
+
+def test_an_unknown_expert_and_bad_sizes_are_refused():
+    with pytest.raises(ValueError, match=r"Unknown expert 'flw'. Known: flow"):
+        expert(name="flw")
+    with pytest.raises(ValueError, match="at least 1; got 0"):
+        ExpertConfig(steps=0)
