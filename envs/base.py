@@ -69,6 +69,7 @@ class ManipulationEnv(gymnasium.Env, abc.ABC):
         self.task = task
         self.task_description = task.instruction
         self._max_episode_steps = task.horizon
+        self.cameras = cameras
         self.frame_size = frame_size
         self.camera_rig: CameraRig | None = None
         self._steps = 0

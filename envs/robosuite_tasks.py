@@ -87,6 +87,7 @@ class RobosuiteEnv(ManipulationEnv):
         self._mujoco = load_mujoco()
         with global_seed(COMPILE_SEED):
             self._raw = _compile(TASKS[task.name])
+        self._resumes = False
         self._model, self._data = self._raw.sim.model._model, self._raw.sim.data._data
         self._substeps = round(self._raw.control_timestep / self._raw.model_timestep)
         if render:
@@ -114,9 +115,14 @@ class RobosuiteEnv(ManipulationEnv):
         gripper.current_action = np.zeros_like(gripper.current_action)
         with global_seed(seed):
             self._raw.reset()
+        self._resumes = False
 
     def _advance(self, action: np.ndarray) -> bool:
         raw = self._raw
+        if self._resumes:  # done only when an episode goes on: most states are restored to be looked at
+            raw.robots[0].controller.update(force=True)
+            raw.robots[0].controller.reset_goal()
+            self._resumes = False
         for substep in range(self._substeps):
             raw.sim.forward()
             raw._pre_action(action, policy_step=substep == 0)
@@ -124,8 +130,8 @@ class RobosuiteEnv(ManipulationEnv):
         return bool(raw._check_success())
 
     def _refresh(self) -> None:
-        # Poses lag one substep behind the joints after a step. Only kinematics is redone: a forward pass would
-        # warm-start the solver anew, and a watched episode would part from an unwatched one.
+        # Poses lag one substep behind the joints after a step. Only kinematics is redone: a forward pass
+        # would warm-start the solver anew, and a watched episode would part from an unwatched one.
         self._mujoco.mj_kinematics(self._model, self._data)
         self._mujoco.mj_comPos(self._model, self._data)
         self._mujoco.mj_camlight(self._model, self._data)
@@ -162,10 +168,8 @@ class RobosuiteEnv(ManipulationEnv):
         if np.shape(state) != (size,):
             raise ValueError(f"a state of {self.task.name} has {size} values, got shape {np.shape(state)}")
         self._mujoco.mj_setState(self._model, self._data, np.asarray(state, np.float64), spec)
-        self._mujoco.mj_forward(self._model, self._data)
-        controller = self._raw.robots[0].controller
-        controller.update(force=True)
-        controller.reset_goal()
+        self._refresh()
+        self._resumes = True
 
     def close(self) -> None:
         """Free the rendering context and the simulator."""
@@ -186,7 +190,12 @@ def axis_angle(quaternion: np.ndarray) -> np.ndarray:
 
 
 @cache
-def _robosuite() -> ModuleType:
+def load_robosuite() -> ModuleType:
+    """Import robosuite without its warnings about macro files.
+
+    Raises:
+        RuntimeError: If it cannot run here (see `envs.rendering.load_mujoco`).
+    """
     load_mujoco()
     with quiet_import():
         import robosuite
@@ -195,7 +204,7 @@ def _robosuite() -> ModuleType:
 
 
 def _compile(entry: RobosuiteTask) -> Any:
-    robosuite = _robosuite()
+    robosuite = load_robosuite()
     options = dict(entry.options)
     if entry.cube_range is not None:
         options["placement_initializer"] = _cube_placement(entry.cube_range)
