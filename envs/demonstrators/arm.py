@@ -121,6 +121,24 @@ def down(yaw: float) -> Array:
     return about_z(yaw) @ DOWN
 
 
+def pointing(approach: Array, closing: Array) -> Array:
+    """Rotation [3 3] of a hand that points along a unit vector [3] and closes along another one."""
+    return np.stack([closing, np.cross(approach, closing), approach], axis=1)
+
+
+def leaning(heading: Array, pitch: float) -> Array:
+    """Rotation [3 3] of a hand that leans towards a horizontal unit vector [3], closing level and across it.
+
+    Args:
+        heading: where the fingers point to when the hand lies flat.
+        pitch: 0 looks straight down, pi/2 straight along the heading (rad).
+    """
+    approach = np.sin(pitch) * heading - np.array([0.0, 0.0, np.cos(pitch)])
+    across = np.array([-heading[1], heading[0], 0.0])
+    # Either sign of the closing axis is the same hand to the world; the wrist has more room at positive yaws.
+    return pointing(approach, across if across[1] > 0.1 or (across[1] >= -0.1 and across[0] < 0) else -across)
+
+
 def above(position: Array, height: float) -> Array:
     """The point [3] that lies `height` metres above `position`."""
     return position + np.array([0.0, 0.0, height])

@@ -4,17 +4,18 @@ import re
 
 import numpy as np
 
-from envs.demonstrators.arm import CLOSED, OPEN, PRECISE, Command, Reach, Skill, above, down
+from envs.demonstrators.arm import CLOSED, OPEN, PRECISE, Command, Reach, Skill, above, down, leaning
 from envs.demonstrators.grasping import closing_axis, extents
 from envs.demonstrators.libero_scene import joint_of, joint_position
-from envs.demonstrators.rotations import Array, about_x, about_z, wrap
+from envs.demonstrators.rotations import Array, about_x, about_z
 from envs.demonstrators.skills import ABOVE_GRASP, OPENING_STEPS, Workcell, descend, transit
 
 OPEN_FULLY, OPEN_TO_FILL = (
     0.155,
     0.125,
 )  # m; a drawer pulled out farther is in the way of the hand that fills it
-SHUT = 0.003  # m past the stop that the spring of the contact allows
+SHUT = 0.0005  # m past zero
+PUSHING_PITCH = np.deg2rad(35)
 BAR_DEPTH = 0.017  # m from the frontmost point of a drawer that belongs to the bar of its handle
 KNOB_TURN = 1.2  # rad; the stove is on from 0.5
 
@@ -90,19 +91,33 @@ def _pull(cell: Workcell, drawer: Drawer, rotation: Array, opening: float) -> Sk
 
 
 def close_drawer(cell: Workcell, region_name: str) -> Skill:
-    """Pushes the front of the drawer with closed fingers until it is shut."""
+    """Pushes the bar of the handle with closed fingers until the drawer is shut.
+
+    The hand leans, so that its palm stays clear of the drawers above.
+    """
     drawer = Drawer(cell, region_name)
-    outwards = drawer.outwards
-    yaw = wrap(float(np.arctan2(outwards[1], outwards[0])) - np.pi / 2, np.pi)
-    rotation = down(yaw)
-    start = drawer.handle + 0.05 * outwards
+    inwards = -drawer.outwards
+    rotation = leaning(inwards, PUSHING_PITCH)
+    start = drawer.handle - 0.06 * inwards
     yield from transit(cell, above(start, ABOVE_GRASP), rotation, CLOSED, clearance=0.03)
     yield from cell.arm.move(start, rotation, CLOSED, Reach(0.01))
+    yield from _push(cell, drawer, rotation)
+    here = cell.arm.position
+    yield from cell.arm.move(here - 0.08 * inwards, rotation, CLOSED, Reach(0.02, 9.0))
+    return drawer.opening < -SHUT
+
+
+def _push(cell: Workcell, drawer: Drawer, rotation: Array) -> Skill:
+    """Pushes along the slide, 3 cm ahead of where the hand is, until the drawer is shut or nothing moves."""
+    start, inwards = cell.arm.position, -drawer.outwards
+    pushed: list[float] = []
     for _ in range(100):
+        pushed.append(float((cell.arm.position - start) @ inwards))
         if drawer.opening < -SHUT:
             return True
-        goal = cell.arm.position - 0.03 * outwards
-        goal[2] = start[2]
+        if len(pushed) > 15 and pushed[-1] - pushed[-15] < 0.002:
+            return False
+        goal = start + (pushed[-1] + 0.03) * inwards
         yield Command(cell.arm.command(goal, rotation, CLOSED), PRECISE.noise_share)
     return False
 

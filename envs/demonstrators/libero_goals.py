@@ -1,4 +1,4 @@
-"""The demonstrator of every LIBERO and LIBERO-PRO task: reads the goal and achieves it predicate by predicate."""
+"""The demonstrator of every LIBERO and LIBERO-PRO task: achieves the goal predicate by predicate."""
 
 from envs.demonstrators.arm import Skill
 from envs.demonstrators.libero_fixtures import OPEN_TO_FILL, close_drawer, open_drawer, turn_knob

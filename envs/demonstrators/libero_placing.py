@@ -3,7 +3,9 @@
 import numpy as np
 
 from envs.demonstrators.arm import CLOSED, OPEN, Reach, Skill, above, down
-from envs.demonstrators.libero_scene import body_of, is_object, joint_of, region
+from envs.demonstrators.fitting import fitting_turn, open_fingers, shared_spot
+from envs.demonstrators.grasping import near
+from envs.demonstrators.libero_scene import body_of, goals, is_object, joint_of, region
 from envs.demonstrators.rotations import Array, wrap
 from envs.demonstrators.skills import (
     ABOVE_GRASP,
@@ -17,6 +19,7 @@ from envs.demonstrators.skills import (
 )
 
 CONTAINER = "_contain_region"
+STANDING = 0.04  # m above a region that tells things on it from its own surface
 ANGLES = np.deg2rad(np.arange(0.0, 360.0, 15.0))
 
 
@@ -28,9 +31,9 @@ def put(cell: Workcell, thing: str, target: str) -> Skill:
     held = yield from grasp(cell, body)
     if held is None:
         return False
-    rotation = down(held.yaw)
-    yield from slide_out(cell, body, rotation)
-    return (yield from place(cell, body, rotation, _placement(cell, body, target)))
+    yield from slide_out(cell, body, down(held.yaw))
+    yaw = held.yaw + _turn(cell, body, target, held.yaw)
+    return (yield from place(cell, body, down(yaw), _placement(cell, body, target, yaw)))
 
 
 def _is_flat(cloud: Array) -> bool:
@@ -38,7 +41,27 @@ def _is_flat(cloud: Array) -> bool:
     return bool(np.ptp(cloud[:, 2]) < 0.035 and np.ptp(cloud[:, :2], axis=0).min() > 0.09)
 
 
-def _placement(cell: Workcell, body: str, target: str) -> Placement:
+def _turn(cell: Workcell, body: str, target: str, yaw: float) -> float:
+    """How far (rad) the held `body` has to be turned to fit into the compartment `target`."""
+    if not target.endswith(CONTAINER):
+        return 0.0
+    return fitting_turn(cell.scene.cloud(body)[:, :2], 2 * region(cell, target).half_extents[:2], yaw)
+
+
+def _spot(cell: Workcell, body: str, target: str, yaw: float) -> Array:
+    """The point [2] of the region `target` for the held `body`: the middle, unless others go there too."""
+    goal = region(cell, target)
+    if sum(wanted[-1] == target for wanted in goals(cell)) < 2:
+        return goal.centre[:2]
+    origin = cell.scene.position(body)
+    fingers = open_fingers(yaw) + (cell.arm.position - origin)[:2]
+    footprint = np.concatenate([cell.scene.cloud(body)[:, :2] - origin[:2], fingers])
+    standing = near(cell.scene.obstacles((body,)), goal.centre[None])
+    standing = standing[standing[:, 2] > goal.centre[2] + STANDING]
+    return shared_spot(footprint, standing[:, :2], goal.centre[:2], goal.half_extents[:2])
+
+
+def _placement(cell: Workcell, body: str, target: str, yaw: float) -> Placement:
     """Where the held `body` has to be set down for `target`."""
     scene = cell.scene
     if is_object(cell, target):
@@ -49,13 +72,13 @@ def _placement(cell: Workcell, body: str, target: str) -> Placement:
     goal = region(cell, target)
     hanging = cell.arm.position[2] - scene.bottom(body)
     if target.endswith(CONTAINER):
-        rim = scene.top(body_of(cell, target.removesuffix(CONTAINER)))
+        rim = scene.top(body_of(cell, cell.env.object_sites_dict[target].parent_name))
         # As deep as the hand can go without touching the rim.
         return Placement(goal.centre[:2], max(rim - 0.06, rim + 0.012 - hanging), drop=0.0)
     if joint_of(cell, target) is not None:
         floor, top = goal.centre[2] - goal.half_extents[2], goal.centre[2] + goal.half_extents[2]
         return Placement(goal.centre[:2], max(floor, top - 0.008 - hanging), drop=0.004)
-    return Placement(goal.centre[:2], float(goal.centre[2]))
+    return Placement(_spot(cell, body, target, yaw), float(goal.centre[2]))
 
 
 def slide_out(cell: Workcell, body: str, rotation: Array) -> Skill:

@@ -10,7 +10,7 @@ from envs.demonstrators.surfaces import box_surface, cylinder_surface, sphere_su
 from envs.rendering import load_mujoco
 
 ROBOT_PREFIXES = ("robot0", "gripper0", "mount0")
-SUPPORTS = ("world", "floor", "table")  # what objects stand on is no obstacle to a hand above it
+SUPPORTS = ("world", "floor", "table")  # endings of what objects stand on: no obstacle to a hand above it
 
 
 class Scene:
@@ -94,7 +94,7 @@ class Scene:
 
     @staticmethod
     def _passes(body: str, excluded: Collection[str]) -> bool:
-        return body in excluded or body in SUPPORTS or body.startswith(ROBOT_PREFIXES)
+        return body in excluded or body.endswith(SUPPORTS) or body.startswith(ROBOT_PREFIXES)
 
     def position(self, body: str) -> Array:
         """Origin [3] of `body` in the world (m)."""
