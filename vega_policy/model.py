@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, Self
 
 import torch
-from einops import rearrange
+from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from vega_policy import flow
@@ -45,7 +45,7 @@ class VegaModel(nn.Module):
         self.__dict__["prior"] = make_prior(config.prior, self.backbone.grid)  # not a sub-module
         if self.prior is not None:
             self.project = Mlp(self.prior.width, width, width)
-            self.fusion = make_fusion(width, config.fusion)
+            self.fusion = make_fusion(width, config.fusion, self.backbone.grid)
         self.expert = make_expert(config.expert, width, config.chunk_size, config.action_dim)
 
     def see(self, observation: Observation, generator: torch.Generator | None = None) -> Tensor:
@@ -56,7 +56,10 @@ class VegaModel(nn.Module):
         features = self.prior_features(observation, generator)
         prior = self.project(rearrange(features, "b v d h w -> b v (h w) d"))
         views = semantic.shape[1]
-        fused = self.fusion(semantic.flatten(0, 1), prior.flatten(0, 1))
+        context = None
+        if self.fusion.reads_instruction:
+            context = repeat(self.backbone.pool(observation.instruction), "b d -> (b v) d", v=views)
+        fused = self.fusion(semantic.flatten(0, 1), prior.flatten(0, 1), context)
         return rearrange(fused, "(b v) m d -> b v m d", v=views)
 
     def read(

@@ -63,17 +63,28 @@ class FusionConfig:
         blend: For gates: `raw` (the paper's equation), `normalized` (released scene code) or `residual`
             (starts near the semantic stream; recommended).
         residual_scale: Initial value of the learned scale s of the `residual` blend.
-        gate_bias: Initial bias of the gate's logit; positive opens the semantic stream.
+        gate_bias: Initial bias of the gate's logit; positive opens the semantic stream; None takes the
+            fusion's own (0, and -0.5 where the instruction is read).
+        context_scale: Initial factor of the instruction's summand in the gate's logit.
+        layers: Layers of cross-attention; the paper has 1 and 3.
+        heads: Heads of cross-attention; divides the token width.
     """
 
     name: str = "token_gate"
     blend: str = "residual"
     residual_scale: float = 0.2
-    gate_bias: float = 0.0
+    gate_bias: float | None = None
+    context_scale: float = 1.0
+    layers: int = 1
+    heads: int = 8
 
     def __post_init__(self) -> None:
         if self.blend not in ("raw", "normalized", "residual"):
             raise ValueError(f"fusion.blend is 'raw', 'normalized' or 'residual'; got {self.blend!r}.")
+        if self.layers < 1 or self.heads < 1:
+            raise ValueError(
+                f"fusion.layers and fusion.heads must be at least 1; got {self.layers} and {self.heads}."
+            )
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,10 @@
 A backbone offers
 
 - `width`: token width d; `grid`: token grid (gh, gw) of a view; `cacheable`: whether its image encoder is
-frozen,
+  frozen,
 - `encode(frames [b v 3 h w]) -> [b v c gh gw]`: the image encoder,
 - `project(features) -> [b v n d]`: the semantic stream's own projector,
+- `pool(instruction) -> [b d]`: the instruction as one vector, for fusions that read it,
 - `read(tokens [b v n d], instruction, state [b s]) -> (context [b s d], mask [b s])`.
 """
 

@@ -79,6 +79,12 @@ class CompactBackbone(nn.Module):
         """Semantic tokens, [b v c gh gw] -> [b v n d]."""
         return self.project_image(rearrange(features, "b v c h w -> b v (h w) c"))
 
+    def pool(self, instruction: list[str]) -> Tensor:
+        """Mean of the instruction's projected words, b sentences -> [b d]."""
+        words, is_word = self.text_encoder(instruction)
+        words = self.project_text(words) * is_word[..., None]
+        return words.sum(dim=1) / is_word.sum(dim=1, keepdim=True)
+
     def read(self, tokens: Tensor, instruction: list[str], state: Tensor) -> tuple[Tensor, Tensor]:
         """Read fused tokens with the instruction and the state.
 

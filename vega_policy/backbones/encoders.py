@@ -81,7 +81,8 @@ def _timm_features(name: str, pretrained: bool) -> Any:
         "features_only": True,
         "feature_cls": "getter",
     }  # the getter drops what lies behind the read-out
-    reductions = timm.create_model(source, **options).feature_info.reduction()
+    untrained: Any = timm.create_model(source, **options)
+    reductions = untrained.feature_info.reduction()
     if STRIDE not in reductions:
         raise ValueError(
             f"backbone.image_encoder: {name!r} has strides {reductions}; one of {STRIDE} is needed."
