@@ -25,6 +25,7 @@ from tqdm import tqdm
 from vega_policy.model import VegaModel
 from vega_policy.observation import stack_views
 from vega_policy.parts import BackboneConfig, PriorConfig
+from vega_policy.priors import resolve
 from vega_policy.training.folders import atomic_folder, exclusive
 
 FORMAT = 1
@@ -94,11 +95,11 @@ def check_cacheable(backbone: BackboneConfig, prior: PriorConfig, cached: Sequen
     return wanted
 
 
-def dataset_key(root: Path, repo_id: str) -> dict[str, str]:
-    """What names one state of a LeRobot dataset on disk: its name and a hash of its metadata."""
+def dataset_hash(root: Path) -> str:
+    """Hash over the metadata of a LeRobot dataset on disk: `meta/info.json` and the episodes' files."""
     episodes = sorted((root / "meta" / "episodes").rglob("*.parquet"))
     content = b"".join(path.read_bytes() for path in [root / "meta" / "info.json", *episodes])
-    return {"repo_id": repo_id, "metadata": _hash(content)}
+    return _hash(content)
 
 
 def streams_of(
@@ -108,7 +109,7 @@ def streams_of(
 
     Args:
         model: The policy's model; its frozen weights are part of the key.
-        dataset: The dataset's key.
+        dataset: The dataset's name and `dataset_hash`.
         cameras: Camera keys in the order of views.
         names: Stream names that `check_cacheable` let pass.
     """
@@ -126,9 +127,10 @@ def _own_key(model: VegaModel, name: str) -> dict[str, Any]:
     if name == "semantic":
         return {"encoder": backbone.image_encoder, "weights": fingerprint(model.backbone.image_encoder)}
     if name == "prior":
-        read = {"layer": model.prior.layer, "noise_level": model.prior.noise_level}
-        config = asdict(model.config.prior) | read | {"fingerprint": model.prior.fingerprint}
-        return {"prior": config, "grid": list(model.backbone.grid)}
+        config = asdict(resolve(model.config.prior)) | {"fingerprint": model.prior.fingerprint}
+        places = ("path", "revision")  # the fingerprint says what was loaded, wherever it lay
+        kept = {field: value for field, value in config.items() if field not in places}
+        return {"prior": kept, "grid": list(model.backbone.grid)}
     return {}
 
 
@@ -190,7 +192,7 @@ def build_streams(
     Args:
         root: Root of all caches.
         streams: What is needed.
-        model: The policy's model, on the device that is to compute.
+        model: The policy's model, on the device that is to compute; it is left in evaluation mode.
         episodes: Frames of all episodes in order; read only if something is missing.
         frames: Frames of the dataset, for the progress bar.
         batch: Instants encoded at once.
@@ -199,6 +201,7 @@ def build_streams(
         missing = [stream for stream in streams if not (root / stream.folder).exists()]
         if not missing:
             return
+        model.eval()
         writers = [stack.enter_context(_Writer(root, stream)) for stream in missing]
         mean = MeanFrames()
         bar = stack.enter_context(

@@ -1,0 +1,118 @@
+"""Where training batches come from: a cache in memory, or videos decoded on the way.
+
+Both give LeRobot's batches before pre-processing, for the same rows in the same order. What a cache gives
+passes through no per-sample Python and imports no lerobot.
+"""
+
+from collections.abc import Iterator, Mapping
+from itertools import count
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from vega_policy.training.sampler import ShuffledRows
+from vega_policy.training.table import ACTION, STATE, FrameTable
+
+Batch = dict[str, Any]
+
+
+class Source(Protocol):
+    """Gives batches of chosen rows."""
+
+    def stream(self, sampler: ShuffledRows, first: int) -> Iterator[Batch]:
+        """Batches of `sampler`, endlessly, from number `first` on."""
+        ...
+
+    def batch(self, rows: Tensor) -> Batch:
+        """The batch of some rows [b]."""
+        ...
+
+
+class CachedSource:
+    """Batches by index from arrays that hold the whole dataset.
+
+    A batch has `observation.state` [b s], `action` [b t a], `action_is_pad` [b t], `task`; of the cached
+    streams, `frames` become one key a camera, float32 [b 3 h w] in [0, 1], and features `vega.<stream>`.
+    """
+
+    def __init__(
+        self, table: FrameTable, streams: Mapping[str, Tensor], cameras: list[str], chunk_size: int
+    ) -> None:
+        """Refers to the arrays; nothing is copied.
+
+        Args:
+            table: States, actions, instructions.
+            streams: Cached values by stream, [n v ...].
+            cameras: Camera keys in the order of views.
+            chunk_size: Actions in a chunk t.
+        """
+        self._table, self._streams = table, streams
+        self._cameras, self._chunk_size = cameras, chunk_size
+
+    def batch(self, rows: Tensor) -> Batch:
+        """The batch of some rows [b]."""
+        action, is_pad = self._table.chunks(rows, self._chunk_size)
+        batch: Batch = {STATE: self._table.state[rows], ACTION: action, "action_is_pad": is_pad}
+        batch["task"] = self._table.instructions(rows)
+        for name, values in self._streams.items():
+            picked = values.index_select(0, rows)
+            if name == "frames":
+                batch |= dict(zip(self._cameras, picked.float().div_(255).unbind(dim=1), strict=True))
+            else:
+                batch[f"vega.{name}"] = picked
+        return batch
+
+    def stream(self, sampler: ShuffledRows, first: int) -> Iterator[Batch]:
+        """Batches of `sampler`, endlessly, from number `first` on."""
+        return (self.batch(sampler.batch(number)) for number in count(first))
+
+
+class VideoSource:
+    """Batches through LeRobotDataset, which decodes the videos around each row."""
+
+    def __init__(self, dataset: Dataset, cameras: list[str], workers: int, seed: int) -> None:
+        """Remembers how to load.
+
+        Args:
+            dataset: LeRobotDataset over all episodes, its frames uint8 or float in [0, 1].
+            cameras: Camera keys.
+            workers: Decoding processes; 0 decodes in this one.
+            seed: Seed of the workers' random states.
+        """
+        self._dataset, self._cameras, self._workers = dataset, cameras, workers
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def batch(self, rows: Tensor) -> Batch:
+        """The batch of some rows [b]."""
+        return next(self._load([rows.tolist()], workers=0))
+
+    def stream(self, sampler: ShuffledRows, first: int) -> Iterator[Batch]:
+        """Batches of `sampler`, endlessly, from number `first` on."""
+        return self._load(_RowLists(sampler, first), self._workers)
+
+    def _load(self, row_lists: Any, workers: int) -> Iterator[Batch]:
+        loader = DataLoader(
+            self._dataset,
+            batch_sampler=row_lists,
+            num_workers=workers,
+            multiprocessing_context="forkserver" if workers else None,
+            generator=self._generator,  # the process's own random state is not touched
+            pin_memory=torch.cuda.is_available(),
+        )
+        for batch in loader:
+            for camera in self._cameras:
+                if batch[camera].dtype == torch.uint8:
+                    batch[camera] = batch[camera].float() / 255
+            yield batch
+
+
+class _RowLists:
+    """The sampler's batches as lists, which is what a DataLoader takes."""
+
+    def __init__(self, sampler: ShuffledRows, first: int) -> None:
+        self._sampler, self._first = sampler, first
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return (self._sampler.batch(number).tolist() for number in count(self._first))

@@ -1,0 +1,154 @@
+"""Opening a LeRobot dataset, and refusing one the policy cannot learn from."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from lerobot.configs import FeatureType, PolicyFeature, PreTrainedConfig
+from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
+from lerobot.datasets.video_utils import decode_video_frames
+from lerobot.utils.feature_utils import dataset_to_policy_features
+from torch import Tensor
+
+from vega_policy.features import MeanFrames
+from vega_policy.training.config import DatasetConfig
+
+SAMPLED_EPISODES = 32
+"""Episodes that are decoded for the mean frames where no cache is built."""
+
+
+class DatasetError(ValueError):
+    """The dataset is missing or does not fit the policy."""
+
+
+def open_dataset(config: DatasetConfig, chunk_size: int) -> LeRobotDataset:
+    """Opens all episodes, with a chunk of actions at every row.
+
+    Args:
+        config: Where the dataset is.
+        chunk_size: Actions in a chunk.
+
+    Returns:
+        The dataset; frames of videos are uint8.
+
+    Raises:
+        DatasetError: If a local root holds no finalized dataset; says which command collects one.
+    """
+    if config.root is not None and not (Path(config.root) / "meta" / "info.json").is_file():
+        command = config.collect_command or "the command that collects or downloads it"
+        raise DatasetError(
+            f"No demonstrations in {config.root}: expected a finalized LeRobotDataset (meta/info.json), "
+            f"found {_listing(Path(config.root))}. Collect them first: {command}"
+        )
+    meta = LeRobotDatasetMetadata(config.repo_id, root=config.root, revision=config.revision)
+    return LeRobotDataset(
+        config.repo_id,
+        root=config.root,
+        revision=config.revision,
+        video_backend=config.video_backend,
+        delta_timestamps={"action": [step / meta.fps for step in range(chunk_size)]},
+        return_uint8=True,
+    )
+
+
+def match_features(policy: PreTrainedConfig, dataset: LeRobotDataset) -> None:
+    """Gives the policy the dataset's features, or checks those it expects already.
+
+    Cameras, `observation.state` and `action` are taken; anything else a dataset may hold, such as a
+    simulator's state, never reaches a policy.
+
+    Args:
+        policy: The policy's config; filled in if it names no features yet.
+        dataset: The dataset.
+
+    Raises:
+        DatasetError: If a camera, the state or the action is missing or has another width; names what the
+            policy expects and what the dataset has.
+    """
+    seen = (FeatureType.VISUAL, FeatureType.STATE)
+    there = dataset_to_policy_features(dataset.meta.features)
+    if not policy.input_features:
+        policy.input_features = {key: kept for key, kept in there.items() if kept.type in seen}
+    if not policy.output_features:
+        policy.output_features = {key: kept for key, kept in there.items() if kept.type is FeatureType.ACTION}
+    expected = {**policy.input_features, **policy.output_features}
+    wrong = [key for key, feature in expected.items() if not _fits(feature, there.get(key))]
+    lacking = [
+        name
+        for name, found in (
+            ("observation.images.<camera>", policy.image_features),
+            ("observation.state", policy.robot_state_feature),
+            ("action", policy.action_feature),
+        )
+        if not found
+    ]
+    if wrong or lacking:
+        raise DatasetError(
+            f"{dataset.repo_id} does not fit the policy ({', '.join(wrong + lacking)}). The policy expects: "
+            f"{_names(expected, lacking)}. The dataset has: {_names(there)}. Rename or collect what is "
+            "missing, or give policy.input_features that the dataset has."
+        )
+
+
+def _fits(expected: PolicyFeature, found: PolicyFeature | None) -> bool:
+    """Same kind and width; a camera may have another size, its frames are resized."""
+    if found is None or found.type is not expected.type:
+        return False
+    return expected.type is FeatureType.VISUAL or tuple(found.shape) == tuple(expected.shape)
+
+
+def _names(features: dict[str, PolicyFeature], lacking: list[str] | None = None) -> str:
+    told = [f"{key} {list(feature.shape)}" for key, feature in features.items()]
+    return ", ".join([*told, *(lacking or [])]) or "nothing"
+
+
+def _listing(folder: Path) -> str:
+    if not folder.is_dir():
+        return "no such folder"
+    return ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "an empty folder"
+
+
+def episode_frames(
+    dataset: LeRobotDataset, cameras: list[str], backend: str, episodes: list[int] | None = None
+) -> Iterator[dict[str, Tensor]]:
+    """Frames of whole episodes, each video read once from the episode's start to its end.
+
+    Args:
+        dataset: The dataset.
+        cameras: Camera keys.
+        backend: Video decoder.
+        episodes: Episodes to read; None reads all, in order.
+
+    Yields:
+        For each episode, frames by camera, uint8 [t 3 h w].
+    """
+    for episode in range(dataset.num_episodes) if episodes is None else episodes:
+        yield {camera: _clip(dataset, camera, backend, episode) for camera in cameras}
+
+
+def _clip(dataset: LeRobotDataset, camera: str, backend: str, episode: int) -> Tensor:
+    meta = dataset.meta
+    assert meta.episodes is not None  # a dataset that opened has them
+    row = meta.episodes[episode]
+    if camera not in meta.video_keys:
+        rows = range(row["dataset_from_index"], row["dataset_to_index"])
+        frames = dataset.hf_dataset.select_columns([camera])[rows.start : rows.stop][camera]
+        return (torch.stack(list(frames)) * 255).round().to(torch.uint8)
+    start = row[f"videos/{camera}/from_timestamp"]
+    times = [start + frame / meta.fps for frame in range(row["length"])]
+    # LeRobot compares times in float32: in a video of hours its usual tolerance of 1e-4 s is below rounding.
+    return decode_video_frames(
+        dataset.root / meta.get_video_file_path(episode, camera), times, 0.25 / meta.fps, backend, True
+    )
+
+
+def sampled_mean_frames(dataset: LeRobotDataset, cameras: list[str], backend: str) -> dict[str, Tensor]:
+    """Mean frame of each camera over at most 32 evenly spaced episodes, float32 [3 h w] in [0, 1]."""
+    count = min(SAMPLED_EPISODES, dataset.num_episodes)
+    episodes = np.linspace(0, dataset.num_episodes - 1, count).round().astype(int).tolist()
+    mean = MeanFrames()
+    for frames in episode_frames(dataset, cameras, backend, episodes):
+        mean.add(frames)
+    return mean.result()

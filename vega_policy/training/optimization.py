@@ -1,0 +1,89 @@
+"""Optimizer and averaged weights, on whole lists of tensors at once."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
+
+from vega_policy.modeling_vega import VegaPolicy
+
+
+class WeightAverage:
+    """Exponential moving average of the trainable weights.
+
+    The decay rises with the number of updates k as min(decay, (1 + k) / (10 + k)), so that a short run is
+    not dominated by its initial weights.
+    """
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        """Starts from the module's present weights.
+
+        Args:
+            module: Module whose parameters with `requires_grad` are averaged.
+            decay: Largest share of the old average kept by an update, in [0, 1); 0 follows the weights.
+        """
+        self.decay = decay
+        self._weights: list[Tensor] = list(trainable(module).values())
+        self._average = [weight.detach().clone() for weight in self._weights]
+
+    @torch.no_grad()
+    def update(self, updates: int) -> None:
+        """Moves the average towards the weights.
+
+        Args:
+            updates: Updates made before this one, which sets the decay.
+        """
+        decay = min(self.decay, (1 + updates) / (10 + updates)) if self.decay else 0.0
+        torch._foreach_lerp_(self._average, self._weights, 1 - decay)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Lends the average to the module; the raw weights come back bit by bit on leaving."""
+        raw = [weight.detach().clone() for weight in self._weights]
+        self._write(self._average)
+        try:
+            yield
+        finally:
+            self._write(raw)
+
+    @torch.no_grad()
+    def _write(self, values: list[Tensor]) -> None:
+        torch._foreach_copy_(self._weights, values)
+
+
+def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters that learn, by name."""
+    return {name: weight for name, weight in module.named_parameters() if weight.requires_grad}
+
+
+def train_mode(module: nn.Module) -> None:
+    """Training mode for what learns; frozen parts stay as in evaluation: no dropout, no new statistics."""
+    module.train()
+    for part in module.modules():
+        weights = list(part.parameters())
+        if weights and not any(weight.requires_grad for weight in weights):
+            part.eval()
+
+
+def make_optimizer(policy: VegaPolicy, steps: int) -> tuple[torch.optim.Optimizer, LRScheduler]:
+    """The policy's own AdamW, in its fused form, and its schedule over the run.
+
+    Args:
+        policy: Policy whose config gives the presets and which says what learns.
+        steps: Optimizer steps of the whole run.
+
+    Returns:
+        Optimizer and learning-rate schedule.
+    """
+    preset = policy.config.get_optimizer_preset()
+    optimizer = torch.optim.AdamW(
+        policy.get_optim_params(),
+        lr=preset.lr,
+        betas=preset.betas,
+        eps=preset.eps,
+        weight_decay=preset.weight_decay,
+        fused=True,
+    )
+    return optimizer, policy.config.get_scheduler_preset().build(optimizer, steps)

@@ -1,0 +1,125 @@
+"""A run's folder: who may write there, and what of an earlier start is kept.
+
+outputs/<run>/config.yaml          the resolved config, from which the same run can be started again
+              metrics.jsonl        one line a log step
+              tensorboard/
+              mean_frames.safetensors
+              checkpoints/<step>/  pretrained_model/ and training_state/
+              checkpoints/last     -> newest complete one
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vega_policy.training.config import TrainConfig, encode
+from vega_policy.training.folders import remove_partial
+
+CONFIG, METRICS, CHECKPOINTS, LAST = "config.yaml", "metrics.jsonl", "checkpoints", "last"
+FREE_TO_CHANGE = (
+    "output_dir",
+    "resume",
+    "stop_after",
+    "log_every",
+    "save_every",
+    "dataset.workers",
+    "dataset.cache_root",
+    "dataset.collect_command",
+    "policy.device",
+)
+"""Fields that may differ between the starts of one run: they do not change its numbers."""
+
+
+class RunFolderError(ValueError):
+    """The output folder does not fit what was asked for."""
+
+
+def check_folder(config: TrainConfig) -> None:
+    """Refuses an output folder that does not fit, before anything is built or written.
+
+    Args:
+        config: The run. With `resume` the folder may hold an earlier start of the same run.
+
+    Raises:
+        RunFolderError: If the folder holds another run, or anything at all and `resume` is off.
+    """
+    folder = Path(config.output_dir)
+    saved = folder / CONFIG
+    if saved.exists() and config.resume:
+        _check_same_run(config, yaml.safe_load(saved.read_text()), folder)
+    elif folder.exists() and any(folder.iterdir()):
+        raise RunFolderError(_occupied(folder))
+
+
+def claim(config: TrainConfig, values: dict[str, Any]) -> None:
+    """Takes a folder that `check_folder` let pass: notes the config, clears half-written checkpoints.
+
+    Args:
+        config: The run.
+        values: The config as it was asked for, by `encode`.
+    """
+    folder = Path(config.output_dir)
+    (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+    remove_partial(folder / CHECKPOINTS)
+    if not (folder / CONFIG).exists():
+        (folder / CONFIG).write_text(yaml.safe_dump(values, sort_keys=False))
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint of a run, None before the first."""
+    link = folder / CHECKPOINTS / LAST
+    return link.resolve() if link.exists() else None
+
+
+def forget_metrics_after(folder: Path, step: int) -> None:
+    """Drops log lines of steps that a killed start made after its last checkpoint; they are made again."""
+    path = folder / METRICS
+    if path.exists():
+        kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
+        path.write_text("".join(f"{line}\n" for line in kept))
+
+
+def _step_of(line: str) -> float:
+    """Step of a log line; a line cut short by a kill counts as later than all."""
+    try:
+        return json.loads(line)["step"]
+    except json.JSONDecodeError:
+        return float("inf")
+
+
+def _occupied(folder: Path) -> str:
+    last = last_checkpoint(folder)
+    content = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8])
+    run = f"a run at step {int(last.name)}" if last is not None else f"no run that can go on ({content})"
+    if last is None and (folder / CONFIG).exists():
+        run = "a run without a checkpoint yet"
+    return (
+        f"{folder}: expected an empty or new folder for a new run, found {run}. Give another output_dir, or "
+        "resume=true to go on with that run, or delete the folder."
+    )
+
+
+def _check_same_run(config: TrainConfig, saved: dict[str, Any], folder: Path) -> None:
+    expected, asked = _flatten(saved), _flatten(encode(config))
+    differing = [
+        f"{name} (run: {expected.get(name)!r}, asked for: {asked.get(name)!r})"
+        for name in sorted(expected.keys() | asked.keys())
+        if expected.get(name) != asked.get(name) and name not in FREE_TO_CHANGE
+    ]
+    if differing:
+        raise RunFolderError(
+            f"{folder} holds another run; resume=true goes on with the same run only. Differing: "
+            f"{'; '.join(differing)}. Give those values again, or another output_dir."
+        )
+
+
+def _flatten(node: Any, path: str = "") -> dict[str, Any]:
+    """Nested values by dotted path; lists and tuples are values."""
+    if not isinstance(node, dict):
+        return {path: list(node) if isinstance(node, tuple) else node}
+    flat = {}
+    for key, value in node.items():
+        flat |= _flatten(value, f"{path}.{key}" if path else str(key))
+    return flat

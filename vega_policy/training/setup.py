@@ -1,0 +1,197 @@
+"""From a run's config to its parts, and the one call that trains: `train`."""
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from lerobot.configs import PreTrainedConfig
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
+from safetensors.torch import load_file
+from torch import Tensor
+
+from vega_policy import features
+from vega_policy.modeling_vega import VegaPolicy
+from vega_policy.processor_vega import make_vega_pre_post_processors
+from vega_policy.training import checkpoints
+from vega_policy.training.batches import CachedSource, Source, VideoSource
+from vega_policy.training.checkpoints import MEAN_FRAMES, PRETRAINED, Learner, Origin
+from vega_policy.training.config import TrainConfig, encode
+from vega_policy.training.dataset import episode_frames, match_features, open_dataset, sampled_mean_frames
+from vega_policy.training.optimization import WeightAverage, make_optimizer
+from vega_policy.training.run_folder import check_folder, claim, last_checkpoint
+from vega_policy.training.sampler import ShuffledRows
+from vega_policy.training.table import FrameTable, check_finite, read_table
+from vega_policy.training.trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+
+def train(config: TrainConfig) -> Path:
+    """Trains a policy, or goes on with a run that was stopped.
+
+    Args:
+        config: The run. Its policy's features are filled in from the dataset.
+
+    Returns:
+        Folder of the last checkpoint; its `pretrained_model` loads with `from_pretrained`.
+
+    Raises:
+        ValueError: If the output folder, the dataset or the cache does not fit; each says what to do.
+    """
+    use_cores()
+    accelerator = Accelerator(cpu=config.vega.device == "cpu", mixed_precision=config.precision)
+    if accelerator.is_main_process:
+        check_folder(config)
+    saved = encode(config)  # before the policy resolves its own config
+    data = load_data(config)
+    checkpoint = last_checkpoint(Path(config.output_dir))
+    set_seed(config.seed)
+    policy = make_policy(config, checkpoint, accelerator.device)
+    source, mean_frames = make_source(config, policy, data, checkpoint)
+    learner = make_learner(config, policy, mean_frames, data.dataset, checkpoint)
+    if accelerator.is_main_process:
+        claim(config, saved)
+    accelerator.wait_for_everyone()
+    if learner.step >= min(config.steps, config.stop_after or config.steps):
+        assert checkpoint is not None
+        logger.info("%s is complete at step %d; nothing to do.", config.output_dir, learner.step)
+        return checkpoint
+    logger.info(_summary(config, policy, data, learner.step))
+    rank, world = accelerator.process_index, accelerator.num_processes
+    sampler = ShuffledRows(data.rows, config.batch_size, seed=config.seed, rank=rank, world=world)
+    origin: Origin = {"num_processes": world, "batch_size": config.batch_size, "dataset": data.metadata}
+    trainer = Trainer(config, accelerator, learner, source, sampler, data.held_out, origin)
+    set_seed(config.seed + 1 + rank)
+    if checkpoint is not None:
+        checkpoints.check_origin(checkpoint, origin)
+        checkpoints.load_rng_state(checkpoint, rank)
+    return trainer.fit()
+
+
+@dataclass(frozen=True)
+class Data:
+    """An opened dataset.
+
+    Attributes:
+        dataset: LeRobot's view of it.
+        table: Its states, actions and instructions.
+        rows: Rows to learn from [n].
+        held_out: Rows of the held-out episodes [m].
+        metadata: Hash over the dataset's metadata: another one, another dataset.
+    """
+
+    dataset: LeRobotDataset
+    table: FrameTable
+    rows: Tensor
+    held_out: Tensor
+    metadata: str
+
+
+def load_data(config: TrainConfig) -> Data:
+    """Opens the dataset and refuses one that the policy cannot learn from."""
+    if config.dataset.cache != "none":
+        features.check_cacheable(config.vega.backbone, config.vega.prior, config.dataset.cached)
+    dataset = open_dataset(config.dataset, config.vega.chunk_size)
+    match_features(config.vega, dataset)
+    table = read_table(Path(dataset.root))
+    learned, held_out = table.split(config.dataset.held_out, config.dataset.episodes)
+    metadata = features.dataset_hash(Path(dataset.root))
+    data = Data(dataset, table, table.rows_of(learned), table.rows_of(held_out), metadata)
+    check_finite(table, torch.cat([data.rows, data.held_out]), dataset.root)
+    return data
+
+
+def make_policy(config: TrainConfig, checkpoint: Path | None, device: torch.device) -> VegaPolicy:
+    """A new policy, one that starts from `policy.pretrained_path`, or that of a checkpoint.
+
+    Args:
+        config: The run.
+        checkpoint: Checkpoint to go on from; its averaged weights are loaded.
+        device: Where the policy goes.
+    """
+    if checkpoint is not None:
+        saved = PreTrainedConfig.from_pretrained(checkpoint / PRETRAINED)
+        saved.device = config.vega.device
+        return VegaPolicy.from_pretrained(checkpoint / PRETRAINED, config=saved, strict=True).to(device)
+    if config.vega.pretrained_path is not None:
+        path = config.vega.pretrained_path
+        return VegaPolicy.from_pretrained(path, config=config.vega, strict=True).to(device)
+    return VegaPolicy(config.vega).to(device)
+
+
+def make_source(
+    config: TrainConfig, policy: VegaPolicy, data: Data, checkpoint: Path | None
+) -> tuple[Source, dict[str, Tensor]]:
+    """Where batches come from, and the mean frame of each camera.
+
+    Builds the cache that the config asks for, where it is missing.
+    """
+    cameras, backend = list(policy.config.image_features), config.dataset.video_backend
+    if config.dataset.cache == "none":
+        workers, seed = config.dataset.workers, config.seed
+        source = VideoSource(data.dataset, cameras, workers=workers, seed=seed)
+        if checkpoint is not None:
+            return source, load_file(checkpoint / PRETRAINED / MEAN_FRAMES)
+        return source, sampled_mean_frames(data.dataset, cameras, backend)
+    root, model = Path(config.dataset.cache_root), policy.model
+    names = features.check_cacheable(model.config.backbone, model.config.prior, config.dataset.cached)
+    key = {"repo_id": config.dataset.repo_id, "metadata": data.metadata}
+    streams = features.streams_of(model, key, cameras, names)
+    episodes = episode_frames(data.dataset, cameras, backend)
+    features.build_streams(root, streams, model, episodes, frames=len(data.table))
+    values = {
+        stream.name: features.open_stream(root, stream, len(data.table), config.dataset.cache == "ram")
+        for stream in streams
+    }
+    source = CachedSource(data.table, values, cameras, policy.config.chunk_size)
+    return source, features.open_mean_frames(root, streams[0])
+
+
+def make_learner(
+    config: TrainConfig,
+    policy: VegaPolicy,
+    mean_frames: dict[str, Tensor],
+    dataset: LeRobotDataset,
+    checkpoint: Path | None,
+) -> Learner:
+    """Optimizer, averaged weights and processors around a policy, as a checkpoint left them if given."""
+    average = WeightAverage(policy, config.average_decay)  # a checkpoint's policy holds the averaged weights
+    if checkpoint is not None:
+        checkpoints.load_raw_weights(checkpoint, policy)
+    optimizer, scheduler = make_optimizer(policy, config.steps)
+    stats: Any = dataset.meta.stats
+    processors = make_vega_pre_post_processors(policy.config, stats)
+    learner = Learner(policy, average, optimizer, scheduler, processors, mean_frames)
+    if checkpoint is not None:
+        checkpoints.load_training_state(checkpoint, learner)
+    return learner
+
+
+def use_cores() -> None:
+    """Uses the cores this process may use; a user's OMP_NUM_THREADS stands.
+
+    In a container torch counts the host's cores, which slows small models down many times over.
+    """
+    if "OMP_NUM_THREADS" in os.environ:
+        return
+    cores = len(os.sched_getaffinity(0))
+    quota = Path("/sys/fs/cgroup/cpu.max")
+    if quota.is_file():
+        limit, period = quota.read_text().split()
+        cores = cores if limit == "max" else min(cores, max(1, int(limit) // int(period)))
+    torch.set_num_threads(cores)
+
+
+def _summary(config: TrainConfig, policy: VegaPolicy, data: Data, step: int) -> str:
+    learned = sum(weight.numel() for weight in policy.parameters() if weight.requires_grad)
+    frozen = sum(weight.numel() for weight in policy.parameters() if not weight.requires_grad)
+    return (
+        f"Training {learned / 1e6:.1f}M weights ({frozen / 1e6:.1f}M frozen) on {len(data.rows)} frames of "
+        f"{config.dataset.repo_id} ({len(data.held_out)} held out), steps {step} to {config.steps}, into "
+        f"{config.output_dir}"
+    )
