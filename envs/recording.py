@@ -48,11 +48,13 @@ class Recording:
         seed: Seed of the episode.
         states: Simulator state before each action, float64 [t n].
         actions: Clean actions, float32 [t a] in [-1, 1].
+        attempts: Episodes played to get it, itself included.
     """
 
     seed: int
     states: np.ndarray
     actions: np.ndarray
+    attempts: int = 1
 
 
 def record(env: ManipulationEnv, seed: int, demonstrator: Demonstrator) -> Recording | None:

@@ -75,13 +75,25 @@ def load_mujoco() -> Any:
         RuntimeError: If mujoco is missing or of another version than the simulators need, or EGL is missing.
     """
     check_mujoco_version()
-    if "mujoco" not in sys.modules and sys.platform == "linux":
+    if sys.platform == "linux":
         os.environ.setdefault("MUJOCO_GL", "egl")
-    if os.environ.get("MUJOCO_GL", "").lower() == "egl":
+    if _uses_egl():
         check_egl()
     import mujoco
 
     return mujoco
+
+
+def _uses_egl() -> bool:
+    return os.environ.get("MUJOCO_GL", "").lower() == "egl"
+
+
+def _gl_context(size: int) -> Any:
+    if _uses_egl():  # mujoco.GLContext is another one if mujoco was imported before load_mujoco chose EGL
+        from mujoco.egl import GLContext
+
+        return GLContext(size, size)
+    return load_mujoco().GLContext(size, size)
 
 
 def check_mujoco_version() -> None:
@@ -135,8 +147,8 @@ def quiet_import() -> Iterator[None]:
 class CameraRig:
     """The cameras of one environment, rendered off screen, upright for a person.
 
-    The context is made at the first frame, so that an environment that never shows one costs nothing. In a
-    profile without shadows and reflections, what lies outside a camera's view is not drawn: the picture is
+    The context is made at the first frame, so that an environment that never shows one costs nothing. Where
+    there are neither shadows nor reflections, what lies outside a camera's view is not drawn: the picture is
     the same, and a software renderer has to transform a fraction of the robot's 170,000 triangles.
     """
 
@@ -169,7 +181,7 @@ class CameraRig:
         self._model, self._data, self._frame_size = model, data, frame_size
         self._cameras = {name: model.camera(camera).id for name, camera in cameras.items()}
         self._hidden_groups = hidden_groups
-        self._culls = not (rendering.shadows or rendering.reflections)
+        self._culls = not (model.light_castshadow.any() or model.mat_reflectance.any())
         self._screen: _Screen | None = None
 
     def frames(self) -> dict[str, np.ndarray]:
@@ -208,7 +220,7 @@ class _Screen:
         mujoco = load_mujoco()
         self._mujoco, self._model = mujoco, model
         model.vis.global_.offwidth = model.vis.global_.offheight = size  # the buffer has the frame's size
-        self._context = mujoco.GLContext(size, size)
+        self._context = _gl_context(size)
         self._context.make_current()
         self._buffer = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_100)
         self._scene = mujoco.MjvScene(model, maxgeom=10_000)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -197,8 +198,11 @@ def load_robosuite() -> ModuleType:
         RuntimeError: If it cannot run here (see `envs.rendering.load_mujoco`).
     """
     load_mujoco()
+    chosen = os.environ.get("MUJOCO_GL")
     with quiet_import():
         import robosuite
+    if chosen is not None:
+        os.environ["MUJOCO_GL"] = chosen  # robosuite puts EGL in its place
 
     return robosuite
 

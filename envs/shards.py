@@ -11,7 +11,7 @@ import hashlib
 import io
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -42,15 +42,14 @@ class ShardSummary:
 
 
 def write_shard(
-    folder: Path, env: ManipulationEnv, recordings: Sequence[Recording], *, attempts: int, repo_id: str
+    folder: Path, env: ManipulationEnv, recordings: Iterable[Recording], repo_id: str
 ) -> ShardSummary:
     """Render recordings and write them as one shard.
 
     Args:
         folder: Where the shard will lie; must not exist.
         env: Environment of the recordings' task, with cameras.
-        recordings: Successful demonstrations.
-        attempts: How many episodes were played to get them.
+        recordings: Successful demonstrations; each is written before the next one is asked for.
         repo_id: LeRobot's name for the dataset.
 
     Returns:
@@ -58,13 +57,13 @@ def write_shard(
     """
     provisional = folder.with_name(folder.name + ".unfinished")
     shutil.rmtree(provisional, ignore_errors=True)
-    _write_dataset(provisional / DATASET, env, recordings, repo_id)
-    _save_states(provisional / STATES, [recording.states for recording in recordings], first=0)
+    written = _write_dataset(provisional / DATASET, env, recordings, repo_id)
+    _save_states(provisional / STATES, [recording.states for recording in written], first=0)
     summary = ShardSummary(
-        env.task.name,
-        tuple(recording.seed for recording in recordings),
-        tuple(len(recording.actions) for recording in recordings),
-        attempts,
+        task=env.task.name,
+        seeds=tuple(recording.seed for recording in written),
+        lengths=tuple(len(recording.actions) for recording in written),
+        attempts=sum(recording.attempts for recording in written),
     )
     manifest = {"summary": asdict(summary), "files": _hashes(provisional)}
     (provisional / MANIFEST).write_text(json.dumps(manifest))
@@ -107,7 +106,9 @@ def merge_shards(folders: Sequence[Path], root: Path, repo_id: str) -> None:
         first += len(episodes)
 
 
-def _write_dataset(root: Path, env: ManipulationEnv, recordings: Sequence[Recording], repo_id: str) -> None:
+def _write_dataset(
+    root: Path, env: ManipulationEnv, recordings: Iterable[Recording], repo_id: str
+) -> list[Recording]:
     from lerobot.configs import RGBEncoderConfig
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
@@ -123,15 +124,17 @@ def _write_dataset(root: Path, env: ManipulationEnv, recordings: Sequence[Record
             rgb_encoder=RGBEncoderConfig(**CODEC),
             streaming_encoding=True,
             encoder_threads=1,
-            # A full queue makes LeRobot drop frames; this one holds the longest episode.
-            encoder_queue_maxsize=max(len(recording.actions) for recording in recordings) + 1,
+            encoder_queue_maxsize=env.task.horizon + 1,  # a full queue makes LeRobot drop frames
         )
+        written = []
         for recording in recordings:
             for frame in dataset_frames(env, recording):
                 dataset.add_frame(frame)
             dataset.save_episode()
+            written.append(recording)
         dataset.finalize()
-    _check_videos(root, sum(len(recording.actions) for recording in recordings))
+    _check_videos(root, sum(len(recording.actions) for recording in written))
+    return written
 
 
 def _check_videos(root: Path, expected: int) -> None:
@@ -162,7 +165,7 @@ def _hashes(folder: Path) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _quiet_lerobot() -> Any:
+def _quiet_lerobot() -> Iterator[None]:
     """Silence the progress bars and encoder logs of LeRobot's libraries; errors still pass."""
     import av
     import datasets

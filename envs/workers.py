@@ -8,10 +8,10 @@ import os
 import signal
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -55,28 +55,34 @@ class Job:
 
 
 def collect_shard(job: Job, report: Report) -> ShardSummary:
-    """Play until a shard is full, then render and write it.
+    """Play until a shard is full; each success is rendered and written before the next episode.
 
     Args:
         job: What is wanted.
-        report: Told of every episode.
+        report: Told of every episode, of a success when it is written.
 
     Raises:
         RuntimeError: If the demonstrator succeeds too rarely to fill the shard.
     """
     env = _environment(job.task.suite, job.task.index, job.frame_size, job.rendering)
-    recordings: list[Recording] = []
-    most = min(len(job.seeds), PATIENCE * job.episodes)
-    for attempts, seed in enumerate(job.seeds[:most], start=1):
+    return write_shard(job.folder, env, _successes(job, env, report), job.repo_id)
+
+
+def _successes(job: Job, env: ManipulationEnv, report: Report) -> Iterator[Recording]:
+    found = attempts = 0
+    seeds = job.seeds[: PATIENCE * job.episodes]
+    for seed in seeds:
         recording = record(env, seed, job.demonstrator)
-        report(job.task.name, recording is not None)
+        attempts += 1
         if recording is not None:
-            recordings.append(recording)
-        if len(recordings) == job.episodes:
-            return write_shard(job.folder, env, recordings, attempts=attempts, repo_id=job.repo_id)
+            yield replace(recording, attempts=attempts)
+            found, attempts = found + 1, 0
+        report(job.task.name, recording is not None)
+        if found == job.episodes:
+            return
     raise RuntimeError(
-        f"the demonstrator of {job.task.name} succeeded in {len(recordings)} of {most} episodes (seeds "
-        f"{job.seeds[0]} to {job.seeds[most - 1]}); {job.episodes} demonstrations are needed. "
+        f"the demonstrator of {job.task.name} succeeded in {found} of {len(seeds)} episodes (seeds "
+        f"{seeds[0]} to {seeds[-1]}); {job.episodes} demonstrations are needed. "
         f"Lower its noise ({job.demonstrator.noise}) or check its options."
     )
 

@@ -1,0 +1,173 @@
+"""Rendering: upright images, profiles, restored states, and what happens where rendering cannot run."""
+
+import ctypes
+import importlib.metadata
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import envs
+from envs import rendering
+from envs.speed import measure_rendering
+
+SIZE = 96
+
+
+@pytest.fixture(scope="module")
+def fast():
+    env = envs.make("lift_wide", 0, frame_size=SIZE, rendering="fast")
+    env.reset(seed=0)
+    yield env
+    env.close()
+
+
+@pytest.fixture(scope="module")
+def full():
+    env = envs.make("lift_wide", 0, frame_size=SIZE, rendering="full")
+    env.reset(seed=0)
+    yield env
+    env.close()
+
+
+def projected(env, camera, point):
+    """Row and column in an upright image at which a camera sees a point of the world."""
+    model, data = env.raw.sim.model, env.raw.sim.data
+    index = model.camera_name2id(camera)
+    x, y, z = data.cam_xmat[index].reshape(3, 3).T @ (point - data.cam_xpos[index])
+    scale = SIZE / 2 / np.tan(np.radians(model.cam_fovy[index]) / 2)
+    return SIZE / 2 + y / z * scale, SIZE / 2 - x / z * scale
+
+
+def red_centre(frame):
+    red, green, blue = frame.astype(int).transpose(2, 0, 1)
+    rows, columns = np.nonzero((red > 90) & (red > 2 * green) & (red > 2 * blue))
+    return rows.mean(), columns.mean()
+
+
+@pytest.mark.parametrize("position", [(0.1, 0.1), (0.1, -0.1), (-0.05, 0.05)])
+def test_images_are_upright_and_the_cube_is_where_the_camera_sees_it(fast, position):
+    fast.raw.sim.data.set_joint_qpos("cube_joint0", [*position, 0.83, 1, 0, 0, 0])
+    frames = fast.observe()["pixels"]
+    expected = projected(fast, "agentview", np.array([*position, 0.83]))
+    assert red_centre(frames["image"]) == pytest.approx(expected, abs=2.0)
+
+
+def test_the_hand_camera_is_upright_too(fast):
+    fast.raw.sim.data.set_joint_qpos("cube_joint0", [-0.05, 0.06, 0.83, 1, 0, 0, 0])
+    expected = projected(fast, "robot0_eye_in_hand", np.array([-0.05, 0.06, 0.83]))
+    assert red_centre(fast.observe()["pixels"]["image2"]) == pytest.approx(expected, abs=2.0)
+
+
+def test_restoring_a_state_shows_the_same_picture_and_the_same_hand(fast):
+    fast.reset(seed=4)
+    states, observations = [], []
+    for action in np.random.default_rng(1).uniform(-1, 1, (6, 7)):
+        states.append(fast.simulator_state())
+        observations.append(fast.observe())
+        fast.step_blindly(action)
+    fast.reset(seed=5)
+    for state, observation in zip(states, observations, strict=True):
+        fast.restore(state)
+        again = fast.observe()
+        assert np.array_equal(again["agent_pos"], observation["agent_pos"])
+        for camera, frame in observation["pixels"].items():
+            assert np.array_equal(again["pixels"][camera], frame)
+
+
+def test_an_episode_can_go_on_from_a_restored_state(fast):
+    fast.reset(seed=4)
+    state, before = fast.simulator_state(), fast.observe()["agent_pos"]
+    fast.reset(seed=5)
+    fast.restore(state)
+    for _ in range(5):
+        fast.step_blindly(np.zeros(7))
+    after = fast.observe()["agent_pos"]
+    np.testing.assert_allclose(after[:6], before[:6], atol=2e-3)  # the controller holds the pose it finds
+
+
+def test_what_a_camera_cannot_see_is_not_drawn_and_not_missed(fast, monkeypatch):
+    fast.reset(seed=6)
+    drawn, hidden = [], []
+    for culls in (True, False):
+        monkeypatch.setattr(fast.camera_rig, "_culls", culls)
+        drawn.append(fast.observe()["pixels"])
+    for index in fast.camera_rig._cameras.values():
+        hidden.append(rendering.out_of_view(fast._model, fast._data, index).mean())
+    assert min(hidden) > 0.2
+    for camera in ("image", "image2"):
+        assert np.array_equal(drawn[0][camera], drawn[1][camera])
+
+
+def test_profiles_change_the_picture_and_not_the_physics(fast, full):
+    for env in (fast, full):
+        env.reset(seed=8)
+        env.step(np.full(7, 0.5))
+    assert np.array_equal(fast.simulator_state(), full.simulator_state())
+    one, other = (env.observe()["pixels"]["image"].astype(int) for env in (fast, full))
+    assert 0 < np.abs(one - other).mean() < 20  # reflections and soft edges
+    assert fast._model.light_castshadow.max() == 0 == fast._model.mat_reflectance.max()
+    assert fast._model.vis.quality.offsamples == 0 < full._model.vis.quality.offsamples
+
+
+def test_closing_one_environment_leaves_the_pictures_of_another_alone(fast):
+    before = fast.observe()["pixels"]["image"]
+    other = envs.make("stack", 0, frame_size=SIZE, rendering="fast")
+    other.reset(seed=0)
+    other.close()
+    other.close()
+    assert np.array_equal(before, fast.observe()["pixels"]["image"])
+
+
+def test_without_cameras_there_are_no_pixels_and_nothing_to_render():
+    env = envs.make("lift", 0, render=False)
+    observation, _ = env.reset(seed=0)
+    assert list(observation) == ["agent_pos"]
+    assert env.observation_space.contains(observation)
+    with pytest.raises(RuntimeError, match="render=False"):
+        env.render()
+    env.close()
+
+
+def test_observations_fit_their_space(fast):
+    assert fast.observation_space.contains(fast.reset(seed=0)[0])
+    assert np.array_equal(fast.render(), fast.observe()["pixels"]["image"])
+
+
+def test_importing_envs_imports_no_simulator_and_a_forgotten_close_is_silent_at_exit():
+    script = (
+        "import sys, envs, envs.rendering; assert not {'mujoco', 'robosuite', 'lerobot'} & set(sys.modules);"
+        "env = envs.make('lift', 0, frame_size=16); env.reset(seed=0); print('made')"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "made\n", "")
+
+
+def test_another_mujoco_is_refused_with_the_reason(monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "3.17.0")
+    with pytest.raises(RuntimeError, match=r"mujoco 3\.3\.7 is needed, found 3\.17\.0: .*other physics"):
+        rendering.load_mujoco()
+
+
+def test_missing_egl_is_reported_with_the_packages_to_install(monkeypatch):
+    def missing(name):
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(ctypes, "CDLL", missing)
+    with pytest.raises(RuntimeError, match=r"libEGL\.so\.1.*apt-get install libegl1"):
+        rendering.check_egl()
+
+
+def test_unknown_profiles_and_tiny_frames_are_refused():
+    with pytest.raises(ValueError, match="unknown rendering profile 'quick'; known: full, fast"):
+        envs.make("lift", 0, rendering="quick")
+    with pytest.raises(ValueError, match="at least 8 pixels, got 4"):
+        envs.make("lift", 0, frame_size=4)
+
+
+def test_the_gain_of_the_fast_profile_is_measured():
+    speed = measure_rendering("lift", frame_size=64, steps=3)
+    assert speed.cameras == 2
+    assert set(speed.watched) == {"full", "fast"}
+    assert speed.gain() == speed.watched["fast"] / speed.watched["full"]
