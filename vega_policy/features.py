@@ -128,7 +128,7 @@ def _own_key(model: VegaModel, name: str) -> dict[str, Any]:
         return {"encoder": backbone.image_encoder, "weights": fingerprint(model.backbone.image_encoder)}
     if name == "prior":
         config = asdict(resolve(model.config.prior)) | {"fingerprint": model.prior.fingerprint}
-        places = ("path", "revision")  # the fingerprint says what was loaded, wherever it lay
+        places = ("path", "revision", "engine")  # the fingerprint says what was loaded; engines agree
         kept = {field: value for field, value in config.items() if field not in places}
         return {"prior": kept, "grid": list(model.backbone.grid)}
     return {}

@@ -28,6 +28,9 @@ class PriorConfig:
             computes it once from the checkpoint's text encoder and keeps it.
         fingerprint: Hash over the prior's weights, filled in when a policy is built; a checkpoint refuses
             others.
+        engine: How features are computed, which changes them by no more than rounding: `plain` (diffusers'
+            own modules), `fast` (exact reductions; on CUDA compiled and captured for the first batch size,
+            others are refused) or `auto` (fast where it exists; other batch sizes run uncompiled).
     """
 
     name: str = "wan2.1_t2v_1.3b"
@@ -41,6 +44,7 @@ class PriorConfig:
     dtype: str | None = None
     prompt_file: str | None = None
     fingerprint: str | None = None
+    engine: str = "auto"
 
     def __post_init__(self) -> None:
         if self.noise_level is not None and not 0.0 <= self.noise_level <= 1.0:
@@ -50,6 +54,8 @@ class PriorConfig:
             )
         if self.noise not in ("fixed", "fresh"):
             raise ValueError(f"prior.noise is 'fixed' or 'fresh'; got {self.noise!r}.")
+        if self.engine not in ("plain", "fast", "auto"):
+            raise ValueError(f"prior.engine is 'plain', 'fast' or 'auto'; got {self.engine!r}.")
         if self.dtype not in (None, "float32", "bfloat16", "float16"):
             raise ValueError(f"prior.dtype is float32, bfloat16, float16 or null; got {self.dtype!r}.")
 

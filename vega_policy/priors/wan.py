@@ -3,10 +3,11 @@
     z0 = normalised VAE mean        z = (1 - t) z0 + t noise        feature = blocks[layer](z, 1000 t, "")
 
 Everything is diffusers' own (`AutoencoderKLWan`, `WanTransformer3DModel`); blocks after the one that is
-read are dropped when the prior is built.
+read are dropped when the prior is built. This file is the plain path; `wan_fast` computes the same faster.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Self
 
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
@@ -18,6 +19,7 @@ from vega_policy.observation import resize
 from vega_policy.parts import PriorConfig
 from vega_policy.priors import PriorEntry
 from vega_policy.priors.prompt import PROMPT_LENGTH, empty_prompt
+from vega_policy.priors.wan_fast import Engine, make_engine
 from vega_policy.priors.weights import check_class, fingerprint_files, fingerprint_seed, locate
 
 WAY_OUT = (
@@ -68,6 +70,8 @@ class LatentWorldSimulator(nn.Module):
             )
         self.layer, self.noise_level, self.seed = config.layer, config.noise_level, config.seed
         self.grid, self.fingerprint, self.untrained = grid, fingerprint, untrained
+        self.engine = config.engine
+        self._forget_engine()
         self.vae, self.transformer = vae, transformer
         transformer.blocks = transformer.blocks[: config.layer + 1]
         transformer.norm_out = transformer.proj_out = nn.Identity()
@@ -93,15 +97,25 @@ class LatentWorldSimulator(nn.Module):
         Returns:
             Features [b v d gh gw] in the prior's own floating-point type.
         """
-        video = rearrange(resize(frames[:, :, -1], *self.input_size), "b v c h w -> (b v) c 1 h w")
+        pictures = resize(frames[:, :, -1], *self.input_size).flatten(0, 1)
         with torch.autocast(
             frames.device.type, enabled=False
         ):  # frozen features do not depend on the trainer
-            latent = self.encode(video)
-            noisy = (1 - self.noise_level) * latent + self.noise_level * self.noise(latent, generator)
-            tokens = self.read(noisy)  # [(b v) d gh gw] of the prior's own grid
-            pooled = functional.adaptive_avg_pool2d(tokens.float(), self.grid).to(tokens.dtype)
-        return pooled.unflatten(0, frames.shape[:2])
+            tokens = self.features(pictures, generator)  # [(b v) d gh gw] of the prior's own grid
+            if tokens.shape[-2:] != self.grid:
+                tokens = functional.adaptive_avg_pool2d(tokens.float(), self.grid).to(tokens.dtype)
+        return tokens.unflatten(0, frames.shape[:2])
+
+    def features(self, pictures: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Features of single pictures on the prior's own grid, [n 3 h w] in [0, 1] -> [n d gh gw]."""
+        if not self._engine_chosen:  # at the first call, because weights may have moved before
+            self._engine, self._engine_chosen = make_engine(self, self.engine), True
+        if self._engine is not None:
+            latent = torch.empty(len(pictures), *self._engine.latent, device=pictures.device)
+            return self._engine(pictures.float(), self.noise(latent, generator), self.noise_level)
+        latent = self.encode(pictures[:, :, None])
+        noisy = (1 - self.noise_level) * latent + self.noise_level * self.noise(latent, generator)
+        return self.read(noisy)
 
     def encode(self, video: Tensor) -> Tensor:
         """Normalised mean of the VAE's posterior, [n 3 t h w] in [0, 1] -> [n z t' h/8 w/8] float32."""
@@ -137,6 +151,19 @@ class LatentWorldSimulator(nn.Module):
         for block in network.blocks:
             tokens = block(tokens, prompt, modulation, rotary)
         return rearrange(tokens, "n (gh gw) d -> n d gh gw", gh=gh, gw=gw)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Build the engine anew where the weights move or change their type."""
+        self._forget_engine()
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy builds its own engine: captured graphs cannot be copied."""
+        return self.__dict__ | {"_engine": None, "_engine_chosen": False}
+
+    def _forget_engine(self) -> None:
+        self._engine: Engine | None = None
+        self._engine_chosen = False
 
 
 def _input_size(config: PriorConfig, grid: tuple[int, int], patch: int) -> tuple[int, int]:
