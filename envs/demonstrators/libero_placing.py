@@ -9,16 +9,20 @@ from envs.demonstrators.libero_scene import body_of, goals, is_object, joint_of,
 from envs.demonstrators.rotations import Array, wrap
 from envs.demonstrators.skills import (
     ABOVE_GRASP,
-    OPENING_STEPS,
+    CLOSING_STEPS,
     Placement,
     Workcell,
     descend,
     grasp,
     place,
+    release,
     transit,
 )
 
 CONTAINER = "_contain_region"
+AT_GOAL = 0.025  # m; LIBERO asks for 0.04
+RIM_GRIP, FLAT_LIFT = 0.010, 0.035  # m above the lowest point of a plate; m that its rim is lifted
+CARRYING = Reach(0.006, 0.1, speed=0.6, noise_share=0.3)
 STANDING = 0.04  # m above a region that tells things on it from its own surface
 ANGLES = np.deg2rad(np.arange(0.0, 360.0, 15.0))
 
@@ -27,7 +31,7 @@ def put(cell: Workcell, thing: str, target: str) -> Skill:
     """Brings `thing` to `target`, by whatever way the shapes of both ask for."""
     body = body_of(cell, thing)
     if _is_flat(cell.scene.cloud(body)) and not is_object(cell, target):
-        return (yield from drag(cell, body, region(cell, target).centre[:2]))
+        return (yield from carry_flat(cell, body, region(cell, target).centre[:2]))
     held = yield from grasp(cell, body)
     if held is None:
         return False
@@ -103,26 +107,29 @@ def slide_out(cell: Workcell, body: str, rotation: Array) -> Skill:
     return (yield from cell.arm.move(goal, rotation, CLOSED, Reach(0.015)))
 
 
-def drag(cell: Workcell, body: str, xy: Array) -> Skill:
-    """Pinches a plate's rim on the side that faces the goal and drags it along; up to three times."""
+def carry_flat(cell: Workcell, body: str, xy: Array) -> Skill:
+    """Pinches a plate's rim on the side that faces its goal, lifts that side and draws the plate there.
+
+    The plate hangs in the fingers and swings about their axis; its far edge may touch the table. Up to three
+    times, until its origin is at `xy` [2].
+    """
     radius = float(np.ptp(cell.scene.cloud(body)[:, 0])) / 2
     for _ in range(3):
         centre = cell.scene.position(body)
         way = xy - centre[:2]
-        if np.linalg.norm(way) < 0.012:
+        if np.linalg.norm(way) < AT_GOAL:
             return True
         heading = np.array([*(way / np.linalg.norm(way)), 0.0])
         rotation = down(wrap(float(np.arctan2(way[1], way[0])) - np.pi / 2, np.pi))
-        rim = centre + heading * (radius + 0.009)
-        rim[2] = cell.scene.bottom(body) + 0.010
+        rim = centre + heading * radius
+        rim[2] = cell.scene.bottom(body) + RIM_GRIP
         yield from transit(cell, above(rim, ABOVE_GRASP), rotation, OPEN, clearance=0.03)
         yield from descend(cell, rim, rotation)
-        yield from cell.arm.hold(rim, rotation, CLOSED, 12)
-        rest = xy - cell.scene.position(body)[:2]
-        goal = cell.arm.position + np.array([*rest, 0.0]) + 0.02 * heading
-        goal[2] = rim[2]
-        yield from cell.arm.move(goal, rotation, CLOSED, Reach(0.006, speed=0.35, steps=120, noise_share=0.3))
-        here = cell.arm.position
-        yield from cell.arm.hold(here, rotation, OPEN, OPENING_STEPS)
-        yield from cell.arm.move(above(here, ABOVE_GRASP), rotation, OPEN, Reach(0.02))
-    return False
+        yield from cell.arm.hold(rim, rotation, CLOSED, CLOSING_STEPS)
+        yield from cell.arm.move(above(rim, FLAT_LIFT), rotation, CLOSED, Reach(0.01, 9.0, speed=0.5))
+        for height in (FLAT_LIFT, FLAT_LIFT, 0.0):
+            rest = xy - cell.scene.position(body)[:2]
+            goal = np.array([*(cell.arm.position[:2] + rest), rim[2] + height])
+            yield from cell.arm.move(goal, rotation, CLOSED, CARRYING)
+        yield from release(cell, rotation, ABOVE_GRASP)
+    return bool(np.linalg.norm(xy - cell.scene.position(body)[:2]) < AT_GOAL)
