@@ -73,7 +73,7 @@ class CollectionSettings:
         """Build settings from a composed configuration (configs/collect.yaml)."""
         demonstrator = dict(config["demonstrator"])
         options = dict(demonstrator.pop("options"))
-        options["start_spread"] = tuple(options["start_spread"])
+        options |= {name: tuple(options[name]) for name in ("start_spread", "detour")}
         tasks = config["tasks"]
         return CollectionSettings(
             **config["env"],

@@ -50,7 +50,8 @@ def demonstrate(
     walk = OrnsteinUhlenbeck(noise, options.noise_correlation, rng)
     if any(options.start_spread):
         widen_start(env.raw, np.array(options.start_spread), rng)
-    cell = Workcell.of(env.raw)
+    meters, radians = options.detour
+    cell = Workcell.of(env.raw, rng.uniform(-1.0, 1.0, 3) * [meters, meters, radians])
     for command in program(cell):
         clean = np.clip(command.action, -1.0, 1.0)
         executed = clean.copy()

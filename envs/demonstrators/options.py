@@ -10,19 +10,25 @@ class DemonstrationOptions:
     Attributes:
         noise_correlation: of the action noise between two control steps, in [0, 1).
         start_spread: largest shift of the hand's start in x, y (both ways) and upwards z (m).
+        detour: largest error of the first approach, in metres of x and y and in radians of yaw. The hand
+            first goes to a wrong place above the object, then corrects itself: recordings show corrections
+            while every action stays the demonstrator's own (tasks of one object to be lifted).
         follow_through: go on until the hand has let go and retreated; False ends at the first success.
     """
 
     noise_correlation: float = 0.9
     start_spread: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    detour: tuple[float, float] = (0.0, 0.0)
     follow_through: bool = True
 
     def __post_init__(self) -> None:
-        """Refuses a start spread that is negative or larger than the arm can follow from its rest pose.
+        """Refuses a spread or detour that is negative or larger than the arm can follow.
 
         Raises:
-            ValueError: a spread outside [0, 0.3] m.
+            ValueError: a spread outside [0, 0.3] m, or a detour outside [0, 0.1] m or [0, 1] rad.
         """
+        if not (0.0 <= self.detour[0] <= 0.1 and 0.0 <= self.detour[1] <= 1.0):
+            raise ValueError(f"detour: expected up to 0.1 m and up to 1 rad, got {self.detour}")
         if not all(0.0 <= spread <= 0.3 for spread in self.start_spread):
             raise ValueError(
                 f"start_spread is a distance per axis: expected [0, 0.3] m, got {self.start_spread}"

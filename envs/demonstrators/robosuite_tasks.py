@@ -31,6 +31,8 @@ def lift(cell: Workcell) -> Skill:
 
     One strategy for every cube pose: the hand turns by at most 45 degrees, to the face that is nearest.
     """
+    if cell.detour.any():
+        yield from _approach_beside(cell, "cube_main")
     for _ in range(3):
         yaw = nearest_equivalent(_body_yaw(cell, "cube_main"), cell.arm.yaw, np.pi / 2)
         rotation = down(wrap(yaw))
@@ -43,6 +45,14 @@ def lift(cell: Workcell) -> Skill:
         if cell.scene.position("cube_main")[2] > position[2] + LIFT_HEIGHT / 2:
             return (yield from cell.arm.hold(raised, rotation, CLOSED, 5))
     return False
+
+
+def _approach_beside(cell: Workcell, body: str) -> Skill:
+    """Goes above `body`, but off by the detour: what follows shows how to correct it."""
+    shift, turn = [*cell.detour[:2], ABOVE_GRASP], cell.detour[2]
+    yaw = nearest_equivalent(_body_yaw(cell, body), cell.arm.yaw, np.pi / 2)
+    beside = cell.scene.position(body) + shift
+    return (yield from cell.arm.move(beside, down(wrap(yaw + turn)), OPEN, Reach(0.02, 0.15)))
 
 
 def stack(cell: Workcell) -> Skill:

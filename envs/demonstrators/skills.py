@@ -1,7 +1,7 @@
 """Skills that every task is made of: transit, grasp, place, retreat. Each is a generator of commands."""
 
 from collections.abc import Generator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -39,11 +39,12 @@ class Workcell:
     scene: Scene
     arm: Arm
     env: Any  # the raw robosuite environment, for what only a task knows (pegs, bins, goals)
+    detour: Array = field(default_factory=lambda: np.zeros(3))  # x, y (m), yaw (rad) of the first approach
 
     @classmethod
-    def of(cls, raw: Any) -> "Workcell":
+    def of(cls, raw: Any, detour: Array | None = None) -> "Workcell":
         """The workcell of a raw robosuite 1.4 (or LIBERO) environment that has just been reset."""
-        return cls(Scene(raw.sim), Arm(raw.sim), raw)
+        return cls(Scene(raw.sim), Arm(raw.sim), raw, np.zeros(3) if detour is None else detour)
 
 
 def corridor_top(points: Array, start: ArrayLike, end: ArrayLike, radius: float = CORRIDOR) -> float:
