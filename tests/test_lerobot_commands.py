@@ -1,0 +1,113 @@
+"""LeRobot's own command lines find and run the policy, with no flag that names our modules."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.synthetic_dataset import REPO_ID, write_dataset
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+TINY = (
+    "--policy.prior.name=wan_tiny",
+    "--policy.frame_size=64",
+    "--policy.chunk_size=4",
+    "--policy.n_action_steps=4",
+    "--policy.backbone.width=32",
+    "--policy.backbone.heads=2",
+    "--policy.backbone.depth=1",
+    "--policy.backbone.freeze_text_encoder=true",
+    "--policy.expert.width=32",
+    "--policy.expert.heads=2",
+    "--policy.expert.depth=1",
+)
+
+
+def run(programs: Path, folder: Path, command: str, *arguments: str) -> str:
+    """Run one of an environment's programs in `folder`, offline, and return what it printed."""
+    outcome = subprocess.run(
+        [programs / command, *arguments],
+        cwd=folder,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "MUJOCO_GL": "egl", "PYTHONPATH": ""},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    printed = outcome.stdout + outcome.stderr
+    assert outcome.returncode == 0, printed[-4000:]
+    return printed
+
+
+def train_and_evaluate(programs: Path, folder: Path) -> None:
+    """Two steps of `lerobot-train`, then one episode of `lerobot-eval` on what it saved."""
+    data = write_dataset(folder / "data", lengths=(6, 6), frame_shapes=((64, 64), (64, 64)))
+    run(
+        programs,
+        folder,
+        "lerobot-train",
+        "--policy.type=vega",
+        *TINY,
+        "--policy.device=cpu",
+        "--policy.push_to_hub=false",
+        f"--dataset.repo_id={REPO_ID}",
+        f"--dataset.root={data}",
+        "--dataset.video_backend=pyav",
+        "--batch_size=2",
+        "--num_workers=0",
+        "--steps=2",
+        "--log_freq=1",
+        f"--output_dir={folder / 'run'}",
+    )
+    checkpoint = folder / "run" / "checkpoints" / "last" / "pretrained_model"
+    stored = json.loads((checkpoint / "config.json").read_text())
+    assert stored["type"] == "vega"
+    assert stored["prior"]["fingerprint"]
+    run(
+        programs,
+        folder,
+        "lerobot-eval",
+        f"--policy.path={checkpoint}",
+        "--policy.device=cpu",
+        "--env.type=vega_robosuite",
+        "--env.task=lift_wide",
+        "--env.frame_size=64",
+        "--env.rendering=fast",
+        "--eval.n_episodes=1",
+        "--eval.batch_size=1",
+        f"--output_dir={folder / 'evaluation'}",
+    )
+    results = json.loads((folder / "evaluation" / "eval_info.json").read_text())
+    assert results["overall"]["n_episodes"] == 1
+
+
+def test_lerobot_train_and_lerobot_eval_run_from_the_installed_package(tmp_path):
+    train_and_evaluate(Path(sys.executable).parent, tmp_path)
+
+
+@pytest.mark.slow
+def test_the_wheel_in_an_empty_environment_trains_and_evaluates_outside_the_repository(tmp_path):
+    def call(*command: str | Path) -> None:
+        subprocess.run(command, check=True, cwd=tmp_path, timeout=900)
+
+    uv = Path(sys.executable).parent / "uv"
+    call(uv, "build", "--quiet", "--wheel", "--out-dir", tmp_path / "dist", REPOSITORY)
+    call(uv, "venv", "--quiet", "--python", "3.12", tmp_path / "empty")
+    python = tmp_path / "empty" / "bin" / "python"
+    requirements = REPOSITORY / "requirements.lock"
+    call(uv, "pip", "install", "--quiet", "--python", python, "--require-hashes", "-r", requirements)
+    wheel = next((tmp_path / "dist").glob("*.whl"))
+    call(uv, "pip", "install", "--quiet", "--python", python, "--no-deps", wheel)
+    found = run(
+        python.parent,
+        tmp_path,
+        "python",
+        "-c",
+        "from vega_policy.resources import resource; print(resource('configs') / 'train.yaml')",
+    )
+    assert "empty" in found
+    assert Path(found.strip().splitlines()[-1]).is_file()
+    train_and_evaluate(python.parent, tmp_path)
