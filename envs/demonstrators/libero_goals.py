@@ -1,6 +1,7 @@
 """The demonstrator of every LIBERO and LIBERO-PRO task: achieves the goal predicate by predicate."""
 
 from envs.demonstrators.arm import Skill
+from envs.demonstrators.libero_chambers import close_door
 from envs.demonstrators.libero_fixtures import OPEN_TO_FILL, close_drawer, open_drawer, turn_knob
 from envs.demonstrators.libero_placing import put
 from envs.demonstrators.libero_scene import Goal, goals, holds, joint_of
@@ -34,7 +35,8 @@ def _achieve(cell: Workcell, goal: Goal) -> Skill:
         case ("open", target):
             return (yield from open_drawer(cell, target))
         case ("close", target):
-            return (yield from close_drawer(cell, target))
+            close = close_door if joint_of(cell, target) is None else close_drawer
+            return (yield from close(cell, target))
         case ("turnon", fixture):
             return (yield from turn_knob(cell, fixture, 1.0))
         case ("turnoff", fixture):

@@ -5,6 +5,7 @@ import numpy as np
 from envs.demonstrators.arm import CLOSED, OPEN, Reach, Skill, above, down
 from envs.demonstrators.fitting import fitting_turn, open_fingers, shared_spot
 from envs.demonstrators.grasping import near
+from envs.demonstrators.libero_chambers import insert
 from envs.demonstrators.libero_scene import body_of, goals, is_object, joint_of, region
 from envs.demonstrators.rotations import Array, wrap
 from envs.demonstrators.skills import (
@@ -32,6 +33,8 @@ def put(cell: Workcell, thing: str, target: str) -> Skill:
     body = body_of(cell, thing)
     if _is_flat(cell.scene.cloud(body)) and not is_object(cell, target):
         return (yield from carry_flat(cell, body, region(cell, target).centre[:2]))
+    if _is_chamber(cell, target):
+        return (yield from insert(cell, body, target))
     held = yield from grasp(cell, body)
     if held is None:
         return False
@@ -43,6 +46,13 @@ def put(cell: Workcell, thing: str, target: str) -> Skill:
 def _is_flat(cloud: Array) -> bool:
     """A plate: too wide for the hand and too low for a rim that fingers could go around."""
     return bool(np.ptp(cloud[:, 2]) < 0.035 and np.ptp(cloud[:, :2], axis=0).min() > 0.09)
+
+
+def _is_chamber(cell: Workcell, target: str) -> bool:
+    """A space that is closed above, such as a microwave's: no drawer, no basket, no flat region."""
+    if is_object(cell, target) or target.endswith(CONTAINER) or joint_of(cell, target) is not None:
+        return False
+    return bool(region(cell, target).half_extents.min() > 0.05)
 
 
 def _turn(cell: Workcell, body: str, target: str, yaw: float) -> float:

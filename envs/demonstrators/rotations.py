@@ -20,6 +20,12 @@ def about_z(angle: float) -> Array:
     return np.array([[c, -s, 0.0], [s, c, 0.0], [0.0, 0.0, 1.0]])
 
 
+def about_axis(axis: Array, angle: float) -> Array:
+    """Rotation matrix [3 3] about a unit vector [3] by `angle` rad (Rodrigues)."""
+    cross = np.array([[0.0, -axis[2], axis[1]], [axis[2], 0.0, -axis[0]], [-axis[1], axis[0], 0.0]])
+    return np.eye(3) + np.sin(angle) * cross + (1 - np.cos(angle)) * cross @ cross
+
+
 def rotation_vector(rotation: Array) -> Array:
     """Axis times angle [3] (rad, norm in [0, pi]) of a rotation matrix [3 3]: its logarithm.
 
