@@ -8,11 +8,12 @@ from envs.demonstrators.rotations import Array, about_z
 TURNS = np.deg2rad(np.arange(-180.0, 180.0, 5.0))
 COMFORTABLE_YAW = np.deg2rad(95.0)
 ENOUGH = 0.06  # m of free space around a thing; more is no better
+MARGIN = 0.015  # m of play that a thing should have in its compartment
 SPREAD = 0.7  # share of a region's half extents over which shared spots are spread
 
 
 def fitting_turn(footprint: Array, room: Array, yaw: float) -> float:
-    """The smallest turn (rad) after which a footprint fits into a rectangle along the axes.
+    """The smallest turn (rad) after which a footprint fits into a rectangle along the axes with some play.
 
     Args:
         footprint: points [n 2] of the held thing (m).
@@ -22,7 +23,7 @@ def fitting_turn(footprint: Array, room: Array, yaw: float) -> float:
 
     def cost(turn: float) -> float:
         sides = np.ptp(footprint @ about_z(turn)[:2, :2].T, axis=0)
-        too_wide = float(np.maximum(sides - room, 0.0).sum())
+        too_wide = float(np.maximum(sides + MARGIN - room, 0.0).sum())
         twisted = max(0.0, abs(yaw + turn) - COMFORTABLE_YAW)
         return 100.0 * too_wide + 0.1 * abs(turn) + 5.0 * twisted
 
