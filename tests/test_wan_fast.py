@@ -181,6 +181,11 @@ def test_the_fixed_transformer_equals_the_plain_one_behind_its_last_block():
     torch.testing.assert_close(fixed(latent), expected, **TIGHT)
 
 
+def test_the_fast_form_has_no_block_behind_the_one_that_is_read():
+    assert len(FastWan(make_wan(layer=0)).blocks) == 1
+    assert len(FastWan(make_wan(layer=2)).blocks) == 3
+
+
 @pytest.mark.parametrize("n", [1, 2, 7])
 @pytest.mark.parametrize("views", [1, 3])
 def test_all_reductions_together_equal_the_plain_path(n, views):

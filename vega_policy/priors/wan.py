@@ -6,7 +6,8 @@ Everything is diffusers' own (`AutoencoderKLWan`, `WanTransformer3DModel`); bloc
 read are dropped when the prior is built. This file is the plain path; `wan_fast` computes the same faster.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Self
 
 import torch
@@ -151,6 +152,17 @@ class LatentWorldSimulator(nn.Module):
         for block in network.blocks:
             tokens = block(tokens, prompt, modulation, rotary)
         return rearrange(tokens, "n (gh gw) d -> n d gh gw", gh=gh, gw=gw)
+
+    @contextmanager
+    def nested(self) -> Iterator[None]:
+        """Let the engine run without a graph of its own, so that somebody else can capture it."""
+        if self._engine is not None:
+            self._engine.nested = True
+        try:
+            yield
+        finally:
+            if self._engine is not None:
+                self._engine.nested = False
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Build the engine anew where the weights move or change their type."""

@@ -14,6 +14,7 @@ import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vega_policy.priors.wan_fixed import FixedTransformer
 from vega_policy.priors.wan_frame import FrameEncoder
@@ -23,6 +24,14 @@ logger = logging.getLogger(__name__)
 WARM_UP = 3
 """Runs before a capture; in them libraries choose their kernels."""
 
+ATTENTION = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+"""Attention kernels by speed on a few hundred tokens of an H100; torch itself starts with flash."""
+
 
 def obstacle(prior: Any) -> str | None:
     """Why a prior has no fast form, or None if it has one.
@@ -31,7 +40,7 @@ def obstacle(prior: Any) -> str | None:
         prior: A `LatentWorldSimulator`.
     """
     vae, transformer = prior.vae, prior.transformer
-    if type(vae) is not AutoencoderKLWan or type(transformer) is not WanTransformer3DModel:
+    if (type(vae), type(transformer)) != (AutoencoderKLWan, WanTransformer3DModel):
         return f"its networks are {type(vae).__name__} and {type(transformer).__name__}, not Wan's own"
     if vae.use_tiling:
         return "its autoencoder works in tiles"
@@ -134,7 +143,8 @@ def _refuse(what: str, expected: str, found: Any) -> None:
 class CapturedWan:
     """A `FastWan` compiled for one batch size and captured as one CUDA graph.
 
-    Blocks share one compiled function, so that building takes seconds, not minutes.
+    Blocks share one compiled function, so that building takes seconds, not minutes. Products are left to
+    cuBLAS: the compiler's own, tuned for two minutes, were slower.
 
     Args:
         fast: The reductions, on a CUDA device.
@@ -150,21 +160,30 @@ class CapturedWan:
         compiled: dict[str, Any] = {"fullgraph": True, "dynamic": False}
         self.enter = torch.compile(fast.enter, **compiled)
         self.blocks: list[Any] = [torch.compile(block, **compiled) for block in fast.blocks]
-        self._graph, self._features = capture(self._run)
+        self._graph, self._features = capture(lambda: self.inline(self._frames, self._noise))
 
     @torch.no_grad()
     def __call__(self, frames: Tensor, noise: Tensor, noise_level: float) -> Tensor:
         """As `FastWan.forward`, for batches of the captured length only."""
-        self.fast.check(frames, noise, noise_level)
-        if len(frames) != self.batch:
-            _refuse("batches of", f"{self.batch} frames", f"{len(frames)}")
+        self._check(frames, noise, noise_level)
         self._frames.copy_(frames)
         self._noise.copy_(noise)
         self._graph.replay()
         return self._features.clone()
 
-    def _run(self) -> Tensor:
-        tokens = self.enter(self._frames, self._noise)
+    def _check(self, frames: Tensor, noise: Tensor, noise_level: float) -> None:
+        self.fast.check(frames, noise, noise_level)
+        if len(frames) != self.batch:
+            _refuse("batches of", f"{self.batch} frames", f"{len(frames)}")
+
+    def nested(self, frames: Tensor, noise: Tensor, noise_level: float) -> Tensor:
+        """As a call, without a graph of its own, to be captured in a larger one."""
+        self._check(frames, noise, noise_level)
+        return self.inline(frames, noise)
+
+    def inline(self, frames: Tensor, noise: Tensor) -> Tensor:
+        """The compiled work without a graph of its own, to be captured in a larger one."""
+        tokens = self.enter(frames, noise.expand(len(frames), *self.fast.latent).contiguous())
         return self.fast.leave(self.fast.transformer.run(tokens, self.blocks))
 
 
@@ -180,7 +199,7 @@ def capture(run: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
     """
     beside = torch.cuda.Stream()
     beside.wait_stream(torch.cuda.current_stream())
-    with torch.backends.cudnn.flags(benchmark=True):
+    with torch.backends.cudnn.flags(enabled=True, benchmark=True), sdpa_kernel(ATTENTION, set_priority=True):
         with torch.cuda.stream(beside):
             for _ in range(WARM_UP):
                 run()
@@ -205,6 +224,7 @@ class Engine:
     def __init__(self, prior: Any, strict: bool) -> None:
         self.fast = FastWan(prior)
         self.latent = self.fast.latent
+        self.nested = False  # inside somebody else's capture a graph cannot be replayed
         self._strict = strict
         self._captured: CapturedWan | None = None
 
@@ -216,7 +236,7 @@ class Engine:
                 logger.info("Building the prior for batches of %d frames; this takes a while.", len(frames))
                 self._captured = CapturedWan(self.fast, frames, noise)
             if self._strict or len(frames) == self._captured.batch:
-                run = self._captured
+                run = self._captured.nested if self.nested else self._captured
         return run(frames, noise, noise_level)
 
 

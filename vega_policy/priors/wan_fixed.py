@@ -58,8 +58,8 @@ class SelfAttention(nn.Module):
             rotate(self._heads(functional.rms_norm(x.float(), x.shape[-1:], gain, self.eps)), rotary)
             for x, gain in ((query, self.norms[0]), (key, self.norms[1]))
         )
-        heads = (x.to(tokens.dtype).transpose(1, 2) for x in (query, key, self._heads(value)))
-        mixed = functional.scaled_dot_product_attention(*heads)
+        query, key, value = (x.to(tokens.dtype).transpose(1, 2) for x in (query, key, self._heads(value)))
+        mixed = functional.scaled_dot_product_attention(query, key, value)
         return self.out(mixed.transpose(1, 2).flatten(2))
 
     def _heads(self, x: Tensor) -> Tensor:
@@ -225,8 +225,9 @@ class FixedTransformer(nn.Module):
         gate = torch.ones_like(modulation[0])
         self.blocks = nn.ModuleList()
         for block in transformer.blocks:
-            self.blocks.append(FixedBlock(block, modulation, text, padding, gate))
-            gate = self.blocks[-1].modulation[5]
+            fixed = FixedBlock(block, modulation, text, padding, gate)
+            self.blocks.append(fixed)
+            gate = fixed.modulation[5]
         self.register_buffer("exit_gate", gate)
         latent = torch.empty(1, embed.in_channels, 1, *size, device=prompt.device)
         cosine, sine = rotary_tables(transformer, latent)

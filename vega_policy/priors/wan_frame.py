@@ -15,14 +15,13 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import (
     WanResample,
     WanResidualBlock,
     WanResidualDownBlock,
-    WanRMS_norm,
 )
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
 
-def frame_convolution(conv: WanCausalConv3d, channels: int | None = None) -> nn.Conv2d:
+def frame_convolution(conv: Any, channels: int | None = None) -> nn.Conv2d:
     """The 2D convolution that a causal 3D one is on a video of one frame.
 
     Args:
@@ -34,7 +33,7 @@ def frame_convolution(conv: WanCausalConv3d, channels: int | None = None) -> nn.
 
 
 def _convolution(weight: Tensor, bias: Tensor | None, stride: Any, padding: Any) -> nn.Conv2d:
-    size = (weight.shape[1], weight.shape[0], weight.shape[2:])
+    size: Any = (weight.shape[1], weight.shape[0], weight.shape[2:])
     with torch.device("meta"):
         conv = nn.Conv2d(*size, stride=stride, padding=padding, bias=bias is not None)
     conv.weight = nn.Parameter(weight.detach().contiguous(memory_format=torch.channels_last))
@@ -52,7 +51,7 @@ class ChannelNorm(nn.Module):
 
     gain: Tensor
 
-    def __init__(self, norm: WanRMS_norm) -> None:
+    def __init__(self, norm: Any) -> None:
         super().__init__()
         self.register_buffer("gain", norm.scale * norm.gamma.detach().float().reshape(-1, 1, 1))
 
@@ -68,7 +67,7 @@ class FrameBlock(nn.Module):
         block: The block of Wan's autoencoder.
     """
 
-    def __init__(self, block: WanResidualBlock) -> None:
+    def __init__(self, block: Any) -> None:
         super().__init__()
         self.norm1, self.norm2 = ChannelNorm(block.norm1), ChannelNorm(block.norm2)
         self.conv1, self.conv2 = frame_convolution(block.conv1), frame_convolution(block.conv2)
@@ -90,7 +89,7 @@ class FrameAttention(nn.Module):
         block: The block of Wan's autoencoder.
     """
 
-    def __init__(self, block: WanAttentionBlock) -> None:
+    def __init__(self, block: Any) -> None:
         super().__init__()
         self.norm = ChannelNorm(block.norm)
         self.query_key_value = _pointwise(block.to_qkv)
@@ -103,10 +102,11 @@ class FrameAttention(nn.Module):
         return x + rearrange(self.out(mixed), "n 1 (h w) c -> n c h w", h=x.shape[2])
 
 
-def _pointwise(conv: nn.Conv2d) -> nn.Linear:
+def _pointwise(conv: Any) -> nn.Linear:
     with torch.device("meta"):
         linear = nn.Linear(conv.in_channels, conv.out_channels)
-    linear.weight, linear.bias = nn.Parameter(conv.weight.detach()[:, :, 0, 0].clone()), conv.bias
+    linear.weight = nn.Parameter(conv.weight.detach()[:, :, 0, 0].clone())
+    linear.bias = nn.Parameter(conv.bias.detach().clone())
     return linear
 
 
@@ -119,7 +119,7 @@ class FrameDownBlock(nn.Module):
         block: The block of Wan2.2's autoencoder.
     """
 
-    def __init__(self, block: WanResidualDownBlock) -> None:
+    def __init__(self, block: Any) -> None:
         super().__init__()
         down = [] if block.downsampler is None else [_resample(block.downsampler)]
         self.layers = nn.Sequential(*map(FrameBlock, block.resnets), *down)
@@ -130,7 +130,7 @@ class FrameDownBlock(nn.Module):
         return self.layers(x) + self.average(x[:, :, None])[:, :, 0]
 
 
-def _resample(layer: WanResample) -> nn.Module:
+def _resample(layer: Any) -> nn.Module:
     pad, conv = layer.resample
     return nn.Sequential(pad, _convolution(conv.weight, conv.bias, conv.stride, conv.padding))
 

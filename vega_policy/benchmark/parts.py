@@ -1,0 +1,83 @@
+"""The benchmark's parts and their options; each part's module is imported when it is asked for."""
+
+import argparse
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+PARTS = ("prior", "policy", "train", "simulate")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Options of all parts; a part reads those that concern it."""
+    gpu = torch.cuda.is_available()
+    parser.add_argument("--device", default="cuda" if gpu else "cpu")
+    parser.add_argument("--output", default=None, help="JSON file to write")
+    parser.add_argument("--seconds", type=float, default=1.0, help="how long each figure is timed")
+    prior = parser.add_argument_group("prior, policy, train")
+    prior.add_argument("--prior", default="wan2.1_t2v_1.3b" if gpu else "wan_tiny", help="random weights")
+    prior.add_argument("--sizes", nargs="+", default=["256x256"], help="frames, HEIGHTxWIDTH")
+    prior.add_argument("--frames", nargs="+", type=int, default=[2], help="frames encoded at once")
+    prior.add_argument("--paths", nargs="+", default=None, help="released all_blocks early_stop fast")
+    policy = parser.add_argument_group("policy, train")
+    policy.add_argument("--views", type=int, default=2)
+    policy.add_argument("--frame-size", type=int, default=128)
+    policy.add_argument("--batch", type=int, default=256, help="samples of a training step")
+    policy.add_argument("--text-encoder", default=None, help="folder of a sentence encoder's config")
+    simulate = parser.add_argument_group("simulate")
+    simulate.add_argument("--suites", nargs="+", default=["lift_wide"])
+
+
+def rows_of(part: str, options: argparse.Namespace, device: torch.device) -> Iterator[dict[str, Any]]:
+    """Rows of one part, as they are measured.
+
+    Args:
+        part: One of `PARTS`.
+        options: What `add_options` parsed.
+        device: Where it runs.
+
+    Raises:
+        ValueError: If a size is not HEIGHTxWIDTH in multiples of 16, or a path is unknown.
+    """
+    if part == "prior":
+        from vega_policy.benchmark.prior import PATHS, benchmark_prior
+
+        paths = options.paths or [path for path in PATHS if path != "released" or device.type == "cuda"]
+        if set(paths) - set(PATHS):
+            raise ValueError(f"--paths: known are {', '.join(PATHS)}; got {' '.join(paths)}.")
+        sizes = [_size(text) for text in options.sizes]
+        return benchmark_prior(options.prior, device, sizes, options.frames, paths, options.seconds)
+    if part == "policy":
+        from vega_policy.benchmark.policy import benchmark_policy
+
+        return benchmark_policy(_model(options), device, options.seconds)
+    if part == "train":
+        from vega_policy.benchmark.train import benchmark_train
+
+        return benchmark_train(_model(options), device, options.batch, options.seconds)
+    from vega_policy.benchmark.simulate import benchmark_simulate
+
+    return benchmark_simulate(options.suites, options.frame_size, options.seconds)
+
+
+def _size(text: str) -> tuple[int, int]:
+    sides = text.split("x")
+    if len(sides) != 2 or not all(side.isdigit() and int(side) and int(side) % 16 == 0 for side in sides):
+        raise ValueError(f"--sizes: expected HEIGHTxWIDTH in multiples of 16, such as 256x256; got {text!r}.")
+    return int(sides[0]), int(sides[1])
+
+
+def _model(options: argparse.Namespace) -> Any:
+    from vega_policy.parts import BackboneConfig, ModelConfig, PriorConfig
+
+    return ModelConfig(
+        views=options.views,
+        state_dim=8,
+        action_dim=7,
+        frame_size=options.frame_size,
+        prior=PriorConfig(name=options.prior),
+        backbone=BackboneConfig(
+            pretrained=False, text_encoder=options.text_encoder, freeze_text_encoder=True
+        ),
+    )
