@@ -1,0 +1,58 @@
+"""The suites as LeRobot sees them."""
+
+import numpy as np
+import pytest
+from lerobot.configs import FeatureType
+from lerobot.envs.factory import make_env, make_env_config
+from lerobot.envs.utils import env_to_policy_features, preprocess_observation
+
+import envs
+import envs.lerobot_configs as lerobot_configs
+from envs.base import EVALUATION_SEED
+
+
+def config(**fields):
+    assert lerobot_configs.VegaRobosuiteEnv.get_choice_name(lerobot_configs.VegaRobosuiteEnv)
+    return make_env_config("vega_robosuite", frame_size=32, rendering="fast", **fields)
+
+
+def test_the_features_are_those_of_the_datasets():
+    features = env_to_policy_features(config())
+    assert {name: tuple(feature.shape) for name, feature in features.items()} == {
+        "action": (7,),
+        "observation.state": (8,),
+        "observation.images.image": (3, 32, 32),
+        "observation.images.image2": (3, 32, 32),
+    }
+    assert features["observation.state"].type is FeatureType.STATE
+
+
+def test_lerobot_evaluates_from_seeds_that_no_demonstration_has():
+    vector = make_env(config(task="lift"), n_envs=2)["lift"][0]
+    observation, _ = vector.reset(seed=[1000, 1001])
+    env = envs.make("lift", 0, frame_size=32, rendering="fast")
+    for index in range(2):
+        expected, _ = env.reset(seed=EVALUATION_SEED + 1000 + index)
+        assert np.array_equal(observation["agent_pos"][index], expected["agent_pos"])
+        assert np.array_equal(observation["pixels"]["image"][index], expected["pixels"]["image"])
+    assert set(preprocess_observation(observation)) == {
+        "observation.state",
+        "observation.images.image",
+        "observation.images.image2",
+    }
+    assert vector.call("_max_episode_steps") == (100, 100)
+    assert vector.call("task_description") == ("lift the red cube",) * 2
+    *_, info = vector.step(np.zeros((2, 7), np.float32))
+    assert info["is_success"].tolist() == [False, False]
+    vector.close()
+    env.close()
+
+
+def test_every_task_of_a_suite_gets_its_environment():
+    vectors = config(task="robosuite").create_envs(n_envs=2, use_async_envs=True)  # made at their first reset
+    assert list(vectors["robosuite"]) == [0, 1, 2, 3, 4]
+
+
+def test_an_unknown_task_is_refused_with_near_names():
+    with pytest.raises(ValueError, match="unknown suite 'lift_wyde'; did you mean lift_wide"):
+        make_env(config(task="lift_wyde"))
