@@ -1,8 +1,10 @@
 import pytest
 import torch
 
+from tests.policies import batch, tiny_config
 from vega_policy import flow
 from vega_policy.experts import make_expert
+from vega_policy.modeling_vega import VegaPolicy
 from vega_policy.parts import ExpertConfig
 
 
@@ -67,6 +69,62 @@ def test_a_few_steps_of_training_learn_to_tell_two_contexts_apart():
         sampled = made.sample(seen, mask, torch.randn(2, 5, 3, generator=generator), flow.euler)
     assert sampled[0].mean() > 0.5
     assert sampled[1].mean() < -0.5
+
+
+def regression(**config):
+    torch.manual_seed(0)
+    return make_expert(ExpertConfig(**{"name": "l1", "width": 32, "depth": 2, "heads": 2} | config), 24, 5, 3)
+
+
+@torch.no_grad()
+def test_l1_regression_needs_no_noise_and_reads_what_is_not_masked():
+    made, (seen, mask) = regression(), context()
+    base = made.sample(seen, mask, torch.randn(2, 5, 3), flow.euler)
+    assert torch.equal(base, made.sample(seen, mask, torch.randn(2, 5, 3), flow.euler))
+    assert not torch.allclose(
+        base, made.sample(seen.flip(0), mask, torch.zeros(2, 5, 3), flow.euler), atol=1e-5
+    )
+    assert made.sample(seen, mask, torch.zeros(6, 5, 3), flow.euler).shape == (6, 5, 3)
+    mask[:, -1] = False
+    masked = made.sample(seen, mask, torch.zeros(2, 5, 3), flow.euler)
+    seen[:, -1] = 100
+    torch.testing.assert_close(masked, made.sample(seen, mask, torch.zeros(2, 5, 3), flow.euler))
+
+
+def test_the_l1_loss_is_the_mean_absolute_error_of_the_steps_that_exist():
+    made, (seen, mask), actions = regression(), context(), torch.randn(2, 5, 3)
+    is_pad = torch.zeros(2, 5, dtype=torch.bool)
+    is_pad[0, 3:] = True
+    error = (made.predict(seen, mask) - actions).abs()
+    expected = torch.stack([error[0, :3].mean(), error[1].mean()])
+    torch.testing.assert_close(made.loss(seen, mask, actions, is_pad, None), expected)
+    torch.testing.assert_close(made.loss(seen, mask, actions, None, None), error.mean(dim=(1, 2)))
+
+
+def test_l1_regression_learns_to_tell_two_contexts_apart():
+    made, (seen, mask) = regression(), context()
+    actions = torch.stack([torch.ones(5, 3), -torch.ones(5, 3)])
+    optimizer = torch.optim.Adam(made.parameters(), lr=3e-3)
+    for _ in range(60):
+        optimizer.zero_grad()
+        made.loss(seen, mask, actions, None, None).mean().backward()
+        optimizer.step()
+    assert made.loss(seen, mask, actions, None, None).mean() < 0.3
+
+
+def test_l1_regression_trains_a_policy_and_the_state_can_be_kept_from_it():
+    for state in (True, False):
+        torch.manual_seed(0)
+        config = tiny_config()
+        config.expert = ExpertConfig(name="l1", width=32, depth=1, heads=2, state=state)
+        policy = VegaPolicy(config)
+        loss, _ = policy(batch())
+        loss.backward()
+        assert policy.model.expert.queries.grad.abs().max() > 0
+        seen = batch()
+        chunk = policy.eval().predict_action_chunk(seen)
+        moved = policy.predict_action_chunk(seen | {"observation.state": seen["observation.state"] + 1})
+        assert torch.equal(chunk, moved) != state
 
 
 def test_an_unknown_expert_and_bad_sizes_are_refused():

@@ -4,7 +4,7 @@ Every expert offers `loss(context, mask, actions, is_pad, generator) -> [b]` and
 `sample(context, mask, noise, integrate) -> [b t a]`.
 """
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from einops import repeat
@@ -126,10 +126,105 @@ class FlowExpert(nn.Module):
         return integrate(lambda x, time: self.velocity(context, mask, x, time), noise, self.config.steps)
 
 
-EXPERTS: dict[str, type[FlowExpert]] = {"flow": FlowExpert}
+class ReadingBlock(nn.Module):
+    """Pre-norm transformer block over a chunk that reads the context: self-attention, cross-attention, MLP.
+
+    Args:
+        width: Token width d.
+        heads: Attention heads.
+        context_width: Width of the context's tokens.
+    """
+
+    def __init__(self, width: int, heads: int, context_width: int) -> None:
+        super().__init__()
+        self.norm_self, self.norm_cross, self.norm_mlp = (nn.LayerNorm(width) for _ in range(3))
+        self.attention = Attention(width, heads)
+        self.cross_attention = Attention(width, heads, context_width)
+        self.mlp = Mlp(width, 4 * width, width)
+
+    def forward(self, tokens: Tensor, context: Tensor, mask: Tensor) -> Tensor:
+        """Tokens [b t d], context [b s c], mask [b s] -> [b t d]."""
+        tokens = tokens + self.attention(self.norm_self(tokens))
+        tokens = tokens + self.cross_attention(self.norm_cross(tokens), context, mask)
+        return tokens + self.mlp(self.norm_mlp(tokens))
 
 
-def make_expert(config: ExpertConfig, context_width: int, chunk_size: int, action_dim: int) -> FlowExpert:
+class ResidualMlp(nn.Module):
+    """Norm - Linear - ReLU with a skip connection, [... d] -> [... d].
+
+    Args:
+        width: Width d.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.branch = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.ReLU())
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[... d] -> [... d]."""
+        return tokens + self.branch(tokens)
+
+
+class L1Expert(nn.Module):
+    """Parallel L1 regression of the whole chunk (OpenVLA-OFT, arXiv 2502.19645).
+
+    Empty action queries, one a step, see each other in both directions and the context; a residual MLP turns
+    each into an action. One pass, no noise: the same context gives the same actions.
+
+    Args:
+        config: Sizes.
+        context_width: Width of the context's tokens.
+        chunk_size: Actions t in a chunk.
+        action_dim: Width a of an action.
+    """
+
+    def __init__(self, config: ExpertConfig, context_width: int, chunk_size: int, action_dim: int) -> None:
+        super().__init__()
+        width = config.width
+        self.queries = nn.Parameter(0.02 * torch.randn(chunk_size, width))
+        self.norm_context = nn.LayerNorm(context_width)
+        self.blocks = nn.ModuleList(
+            ReadingBlock(width, config.heads, context_width) for _ in range(config.depth)
+        )
+        self.head = nn.Sequential(
+            nn.LayerNorm(width),
+            nn.Linear(width, width),
+            nn.ReLU(),
+            ResidualMlp(width),
+            ResidualMlp(width),
+            nn.LayerNorm(width),
+            nn.Linear(width, action_dim),
+        )
+
+    def predict(self, context: Tensor, mask: Tensor) -> Tensor:
+        """The chunk, context [b s c], mask [b s] -> [b t a]."""
+        context = self.norm_context(context)
+        tokens = repeat(self.queries, "t d -> b t d", b=len(context))
+        for block in self.blocks:
+            tokens = block(tokens, context, mask)
+        return self.head(tokens)
+
+    def loss(
+        self,
+        context: Tensor,
+        mask: Tensor,
+        actions: Tensor,
+        is_pad: Tensor | None,
+        generator: torch.Generator | None,
+    ) -> Tensor:
+        """Mean absolute error, padded actions left out, -> [b]; nothing is drawn from the generator."""
+        return flow.masked_mean((self.predict(context, mask) - actions).abs(), is_pad)
+
+    def sample(self, context: Tensor, mask: Tensor, noise: Tensor, integrate: flow.Integrator) -> Tensor:
+        """The chunk, [b t a]; of the noise only the number of rows counts, and nothing is integrated."""
+        return repeat(self.predict(context, mask), "b t a -> (b r) t a", r=len(noise) // len(context))
+
+
+EXPERTS: dict[str, type[FlowExpert] | type[L1Expert]] = {"flow": FlowExpert, "l1": L1Expert}
+"""Name -> class, constructed with (config, context_width, chunk_size, action_dim)."""
+
+
+def make_expert(config: ExpertConfig, context_width: int, chunk_size: int, action_dim: int) -> Any:
     """Build the expert that a config names.
 
     Args:

@@ -55,13 +55,18 @@ def euler(denoise: Denoise, noise: Tensor, steps: int) -> Tensor:
     return x
 
 
-def masked_mean_square(error: Tensor, is_pad: Tensor | None) -> Tensor:
-    """Mean square over the steps of a chunk that exist, per sample, [b t a], [b t] -> [b].
+def masked_mean(values: Tensor, is_pad: Tensor | None) -> Tensor:
+    """Mean over the steps of a chunk that exist, per sample, [b t a], [b t] -> [b].
 
     A sample whose every step is padding counts as zero.
     """
-    square = error.square().mean(dim=-1)  # [b t]
+    mean = values.mean(dim=-1)  # [b t]
     if is_pad is None:
-        return square.mean(dim=1)
-    valid = (~is_pad).to(square.dtype)
-    return (square * valid).sum(dim=1) / valid.sum(dim=1).clamp(min=1)
+        return mean.mean(dim=1)
+    valid = (~is_pad).to(mean.dtype)
+    return (mean * valid).sum(dim=1) / valid.sum(dim=1).clamp(min=1)
+
+
+def masked_mean_square(error: Tensor, is_pad: Tensor | None) -> Tensor:
+    """Mean square over the steps of a chunk that exist, per sample, [b t a], [b t] -> [b]."""
+    return masked_mean(error.square(), is_pad)

@@ -67,7 +67,8 @@ class VegaModel(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """What the backbone makes of the fused tokens: context [b s d] and its mask [b s]."""
         tokens = self.see(observation, generator)
-        return self.backbone.read(tokens, observation.instruction, observation.state)
+        state = observation.state if self.config.expert.state else torch.zeros_like(observation.state)
+        return self.backbone.read(tokens, observation.instruction, state)
 
     def loss(
         self,

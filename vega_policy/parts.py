@@ -26,6 +26,9 @@ class PriorConfig:
             default.
         prompt_file: Safetensors file with the embedding of the empty prompt (key `prompt`, [n d]); None
             computes it once from the checkpoint's text encoder and keeps it.
+        clip: What is read as one video: `frame` (each frame for itself, as the paper's code does), `history`
+            (the last `clip_frames` of a camera) or `views` (the cameras of one instant).
+        clip_frames: Frames of a history, 1 + 4k; only with `clip=history`.
         fingerprint: Hash over the prior's weights, filled in when a policy is built; a checkpoint refuses
             others.
         engine: How features are computed, which changes them by no more than rounding: `plain` (diffusers'
@@ -43,10 +46,19 @@ class PriorConfig:
     input_size: int | None = None
     dtype: str | None = None
     prompt_file: str | None = None
+    clip: str = "frame"
+    clip_frames: int = 5
     fingerprint: str | None = None
     engine: str = "auto"
 
     def __post_init__(self) -> None:
+        if self.clip not in ("frame", "history", "views"):
+            raise ValueError(f"prior.clip is 'frame', 'history' or 'views'; got {self.clip!r}.")
+        if self.clip_frames < 1 or self.clip_frames % 4 != 1:
+            raise ValueError(
+                f"prior.clip_frames is 1 + 4k, as video autoencoders want it (1, 5, 9, ...); got "
+                f"{self.clip_frames}."
+            )
         if self.noise_level is not None and not 0.0 <= self.noise_level <= 1.0:
             raise ValueError(
                 "prior.noise_level is the share of noise on the path and lies in [0, 1]; got "
@@ -56,6 +68,10 @@ class PriorConfig:
             raise ValueError(f"prior.noise is 'fixed' or 'fresh'; got {self.noise!r}.")
         if self.engine not in ("plain", "fast", "auto"):
             raise ValueError(f"prior.engine is 'plain', 'fast' or 'auto'; got {self.engine!r}.")
+        if self.engine == "fast" and self.clip != "frame":
+            raise ValueError(
+                f"prior.engine=fast reads single frames; prior.clip={self.clip} needs prior.engine=auto or plain."
+            )
         if self.dtype not in (None, "float32", "bfloat16", "float16"):
             raise ValueError(f"prior.dtype is float32, bfloat16, float16 or null; got {self.dtype!r}.")
 
@@ -143,6 +159,7 @@ class ExpertConfig:
         steps: Integration steps from noise to actions.
         time_power: Training times are drawn as u ** (1 / time_power), u uniform: a Beta(time_power, 1)
             distribution, which prefers noisy times (pi0 uses 1.5).
+        state: Whether the policy knows its proprioceptive state; without, it sees a state of zeros.
     """
 
     name: str = "flow"
@@ -151,6 +168,7 @@ class ExpertConfig:
     heads: int = 6
     steps: int = 10
     time_power: float = 1.5
+    state: bool = True
 
     def __post_init__(self) -> None:
         if self.width % self.heads or self.width % 2:
