@@ -160,7 +160,9 @@ def test_a_prior_noise_level_outside_zero_to_one_is_refused():
 
 
 def test_an_unknown_prior_names_the_nearest_and_the_known():
-    with pytest.raises(ValueError, match=r"'wan_tny'. Did you mean 'wan_tiny'\? Known: none, random"):
+    with pytest.raises(
+        ValueError, match=r"'wan_tny'. Did you mean 'wan_tiny'\? Known: none, dinov3, precomputed"
+    ):
         make_prior(PriorConfig(name="wan_tny"), GRID)
 
 

@@ -105,9 +105,9 @@ class VegaConfig(PreTrainedConfig):
             raise ValueError(f"The policy needs {', '.join(missing)}; the features are {there or 'none'}.")
 
     @property
-    def observation_delta_indices(self) -> None:
-        """One instant; None keeps LeRobot from adding a time axis in training only."""
-        return None
+    def observation_delta_indices(self) -> list[int] | None:
+        """One instant, or the frames of a history; None keeps LeRobot from adding a time axis in training."""
+        return list(range(1 - self.prior.clip_frames, 1)) if self.prior.clip == "history" else None
 
     @property
     def action_delta_indices(self) -> list[int]:

@@ -51,6 +51,7 @@ class VegaPolicy(PreTrainedPolicy):
         if prior is not None:
             config.prior = dataclasses.replace(resolve(config.prior), fingerprint=prior.fingerprint)
         self._queue: deque[Tensor] = deque()
+        self._past: dict[str, deque[Tensor]] = {}
 
     @classmethod
     def from_pretrained(
@@ -64,8 +65,9 @@ class VegaPolicy(PreTrainedPolicy):
         return (parameter for parameter in self.parameters() if parameter.requires_grad)
 
     def reset(self) -> None:
-        """Forget the rest of the last chunk: a new episode begins."""
+        """Forget the rest of the last chunk and the past: a new episode begins."""
         self._queue.clear()
+        self._past.clear()
 
     def forward(self, batch: dict[str, Any], reduction: str = "mean") -> tuple[Tensor, dict[str, float]]:
         """Training loss.
@@ -107,11 +109,32 @@ class VegaPolicy(PreTrainedPolicy):
 
     @torch.no_grad()
     def select_action(self, batch: dict[str, Any], noise: Tensor | None = None, **kwargs: Any) -> Tensor:
-        """The next normalised action [b a]; a new chunk when `n_action_steps` of the last are spent."""
+        """The next normalised action [b a]; a new chunk when `n_action_steps` of the last are spent.
+
+        With `prior.clip=history` it remembers the frames of the last calls, so it wants one call a control
+        step.
+        """
+        batch = self.remember(batch)
         if not self._queue:
             chunk = self.predict_action_chunk(batch, noise=noise, **kwargs)
             self._queue.extend(chunk[:, : self.config.n_action_steps].unbind(dim=1))
         return self._queue.popleft()
+
+    def remember(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Replace each camera's frame [b 3 h w] by the clip that a history ends with, [b t 3 h w].
+
+        Before there are enough frames the first one is repeated, as LeRobot's dataset does at the start of an
+        episode. Without `prior.clip=history` the batch is returned as it is.
+        """
+        if self.config.prior.clip != "history":
+            return batch
+        length = self.config.prior.clip_frames
+        clips = {}
+        for key in (key for key in self.config.image_features if key in batch):
+            past = self._past.setdefault(key, deque([batch[key]] * length, maxlen=length))
+            past.append(batch[key])
+            clips[key] = torch.stack(tuple(past), dim=1)
+        return batch | clips
 
     def observe(self, batch: dict[str, Any]) -> Observation:
         """Make an `Observation` of a LeRobot batch.
@@ -129,6 +152,7 @@ class VegaPolicy(PreTrainedPolicy):
             held = sorted(key for key in batch if key.startswith("observation"))
             raise ValueError(f"The batch lacks {missing}; it holds {held}. Rename the keys to match.")
         state = batch[OBS_STATE]
+        state = state[:, -1] if state.ndim == 3 else state  # of a clip, the present
         frames = {key: batch[key] for key in needed}
         return Observation(
             frames=stack_views(frames, self.config.frame_size) if needed else None,

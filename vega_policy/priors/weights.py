@@ -3,13 +3,30 @@
 import hashlib
 import json
 from collections.abc import Iterable
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from transformers import PreTrainedModel
+
+from vega_policy.parts import PriorConfig
+from vega_policy.priors import PriorEntry
 
 CHUNK = 1 << 24
+VARIANTS = ("*.fp16.*", "*.bf16.*", "*.non_ema.*")
+"""Second copies of weights that some checkpoints hold beside the ones that are read."""
+
+
+def way_out(entry: PriorEntry) -> str:
+    """Advice for somebody who cannot have a prior's files: its terms, and the prior that needs none."""
+    terms = f"Their terms: {entry.terms}. " if entry.terms else ""
+    return (
+        f"{terms}To try the policy without these files, take the small prior that needs no download: "
+        "prior=wan_tiny (LeRobot: --policy.prior.name=wan_tiny)."
+    )
 
 
 def locate(source: str, revision: str | None, parts: Iterable[str], way_out: str) -> Path:
@@ -18,7 +35,7 @@ def locate(source: str, revision: str | None, parts: Iterable[str], way_out: str
     Args:
         source: Local folder in the hub's layout, or hub id.
         revision: Hub revision; None takes the newest.
-        parts: Sub-folders that are needed, such as `vae` and `transformer`.
+        parts: Sub-folders that are needed, such as `vae` and `transformer`; `.` is the folder itself.
         way_out: Advice for somebody who cannot have these files.
 
     Returns:
@@ -31,7 +48,7 @@ def locate(source: str, revision: str | None, parts: Iterable[str], way_out: str
     folder = Path(source).expanduser()
     if not folder.is_dir():
         folder = _fetch(source, revision, parts, way_out)
-    missing = [f"{part}/config.json" for part in parts if not (folder / part / "config.json").is_file()]
+    missing = [file for part in parts for file in _missing(folder, part)]
     if missing:
         held = sorted(entry.name for entry in folder.iterdir())[:12]
         raise FileNotFoundError(
@@ -41,10 +58,28 @@ def locate(source: str, revision: str | None, parts: Iterable[str], way_out: str
     return folder
 
 
+def _missing(folder: Path, part: str) -> list[str]:
+    """Files that a part needs and lacks."""
+    place = "" if part == "." else f"{part}/"
+    if part == "scheduler":
+        needed = ["scheduler_config.json"]
+    elif part in ("tokenizer", "feature_extractor"):
+        needed = []
+    else:
+        needed = ["config.json", "*.safetensors"]
+    return [f"{place}{name}" for name in needed if not any((folder / part).glob(name))]
+
+
 def _fetch(source: str, revision: str | None, parts: list[str], way_out: str) -> Path:
-    patterns = [f"{part}/*" for part in parts] + ["*.json", "*.safetensors"]
+    # a star matches slashes too: "*.safetensors" would fetch the text encoder as well
+    patterns = [f"{part}/*" for part in parts if part != "."]
+    if "." in parts:
+        patterns += ["config.json", "model*.safetensors", "model*.json", "*processor_config.json"]
+    skipped = [*VARIANTS, "*.bin", "*.msgpack", "*.ckpt", "*.onnx*"]
     try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
+        return Path(
+            snapshot_download(source, revision=revision, allow_patterns=patterns, ignore_patterns=skipped)
+        )
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError, ValueError) as error:
         raise FileNotFoundError(
             f"The prior's weights {source!r} are neither a local folder nor to be had from the hub "
@@ -69,11 +104,26 @@ def check_class(folder: Path, expected: str) -> None:
         raise ValueError(f"{folder} holds {found}; this prior needs {expected}.")
 
 
+def load_part(cls: type[Any], folder: Path, config: PriorConfig) -> Any:
+    """One network of a checkpoint, in the floating-point type that the config names.
+
+    Args:
+        cls: A model class of diffusers or transformers.
+        folder: The part's folder.
+        config: Resolved prior config.
+    """
+    dtype = getattr(torch, str(config.dtype))
+    if issubclass(cls, PreTrainedModel):
+        return cls.from_pretrained(folder, dtype=dtype)
+    return cls.from_pretrained(folder, torch_dtype=dtype)
+
+
 def fingerprint_files(folder: Path, parts: Iterable[str]) -> str:
     """Hash over names and bytes of the safetensors files of a checkpoint's parts, 16 hexadecimal digits."""
     digest = hashlib.sha256()
     for part in parts:
-        for path in sorted((folder / part).glob("*.safetensors")):
+        paths = (folder / part).glob("*.safetensors")
+        for path in sorted(path for path in paths if not any(fnmatch(path.name, v) for v in VARIANTS)):
             digest.update(f"{part}/{path.name}".encode())
             with path.open("rb") as file:
                 while block := file.read(CHUNK):

@@ -1,0 +1,135 @@
+"""The real networks of each prior without weights, from which sizes, memory and arithmetic can be read."""
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import nn
+
+Architecture = dict[str, tuple[str, dict[str, Any]]]
+"""Part of a checkpoint -> "module:class" and constructor arguments."""
+
+_WAN_VAE = ("diffusers:AutoencoderKLWan", {})
+_SD_VAE = (
+    "diffusers:AutoencoderKL",
+    {
+        "block_out_channels": (128, 256, 512, 512),
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "layers_per_block": 2,
+    },
+)
+
+
+def _wan(heads: int, feed_forward: int, layers: int, channels: int = 16, **options: Any) -> dict[str, Any]:
+    return {
+        "num_attention_heads": heads,
+        "ffn_dim": feed_forward,
+        "num_layers": layers,
+        "in_channels": channels,
+        "out_channels": channels,
+        "text_dim": 4096,
+        **options,
+    }
+
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "wan2.1_t2v_1.3b": {
+        "vae": _WAN_VAE,
+        "transformer": ("diffusers:WanTransformer3DModel", _wan(12, 8960, 30)),
+    },
+    "wan2.1_t2v_14b": {
+        "vae": _WAN_VAE,
+        "transformer": ("diffusers:WanTransformer3DModel", _wan(40, 13824, 40)),
+    },
+    "wan2.1_vace_1.3b": {
+        "vae": _WAN_VAE,
+        "transformer": (
+            "diffusers:WanVACETransformer3DModel",
+            _wan(12, 8960, 30, vace_layers=list(range(0, 30, 2)), vace_in_channels=96),
+        ),
+    },
+    "wan2.2_ti2v_5b": {
+        "vae": (
+            "diffusers:AutoencoderKLWan",
+            {
+                "base_dim": 160,
+                "decoder_base_dim": 256,
+                "z_dim": 48,
+                "is_residual": True,
+                "in_channels": 12,
+                "out_channels": 12,
+                "patch_size": 2,
+                "scale_factor_spatial": 16,
+                "latents_mean": [0.0] * 48,
+                "latents_std": [1.0] * 48,
+            },
+        ),
+        "transformer": ("diffusers:WanTransformer3DModel", _wan(24, 14336, 30, 48)),
+    },
+    "sd21": {
+        "vae": _SD_VAE,
+        "unet": (
+            "diffusers:UNet2DConditionModel",
+            {
+                "attention_head_dim": [5, 10, 20, 20],
+                "cross_attention_dim": 1024,
+                "use_linear_projection": True,
+            },
+        ),
+    },
+    "svd": {
+        "unet": ("diffusers:UNetSpatioTemporalConditionModel", {"num_attention_heads": (5, 10, 20, 20)}),
+    },
+    "sd_vae": {"vae": _SD_VAE},
+    "wan_vae": {"vae": _WAN_VAE},
+    "dinov3": {
+        ".": (
+            "transformers:DINOv3ViTModel",
+            {
+                "hidden_size": 1024,
+                "intermediate_size": 4096,
+                "num_hidden_layers": 24,
+                "num_attention_heads": 16,
+                "num_register_tokens": 4,
+            },
+        )
+    },
+    "vjepa2": {
+        ".": (
+            "transformers:VJEPA2Model",
+            {
+                "hidden_size": 1408,
+                "num_hidden_layers": 40,
+                "num_attention_heads": 22,
+                "mlp_ratio": 48 / 11,
+            },
+        )
+    },
+}
+"""Prior -> its parts at their published sizes."""
+
+
+def without_weights(name: str) -> dict[str, nn.Module]:
+    """The parts of a prior on the meta device: shapes, and no memory.
+
+    Args:
+        name: A key of `ARCHITECTURES`.
+
+    Raises:
+        ValueError: If the architecture of the prior is not listed.
+    """
+    if name not in ARCHITECTURES:
+        raise ValueError(f"No architecture of the prior {name!r}. Known: {', '.join(sorted(ARCHITECTURES))}.")
+    with torch.device("meta"):
+        return {part: _build(*definition) for part, definition in ARCHITECTURES[name].items()}
+
+
+def _build(path: str, options: dict[str, Any]) -> nn.Module:
+    module, name = path.split(":")
+    cls: Callable[..., nn.Module] = getattr(import_module(module), name)
+    if module == "transformers":
+        config = getattr(import_module(module), name.replace("Model", "Config"))
+        return cls(config(**options))
+    return cls(**options)
