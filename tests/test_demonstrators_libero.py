@@ -8,7 +8,7 @@ import pytest
 
 from envs.demonstrators import demonstrate
 from envs.demonstrators.arm import leaning, pointing
-from envs.demonstrators.fitting import clearance, fitting_turn, open_fingers, shared_spot
+from envs.demonstrators.fitting import bypass, clearance, fitting_turn, open_fingers, shared_spot
 from envs.demonstrators.libero_chambers import INSIDE, open_side, resting_place
 from envs.demonstrators.libero_goals import achieve_goals
 from envs.demonstrators.libero_scene import Region
@@ -59,6 +59,15 @@ def test_the_second_pot_on_a_stove_leaves_room_for_fingers_beside_the_first():
     second = shared_spot(pot, standing, np.zeros(2), half)
     assert np.all(np.abs([first, second]) < half)
     assert clearance(pot + second, standing) > 0.0
+
+
+def test_a_free_way_needs_no_bypass_and_a_blocked_one_goes_around():
+    start, goal = np.zeros(2), np.array([0.3, 0.0])
+    assert bypass(start, goal, 0.07, np.array([[0.15, 0.2]])) is goal
+    bowl = box_surface(np.array([0.02, 0.02, 0.02]))[:, :2] + [0.15, 0.0]
+    via = bypass(start, goal, 0.07, bowl)
+    ways = [a + t * (b - a) for a, b in ((start, via), (via, goal)) for t in np.linspace(0, 1, 50)]
+    assert clearance(np.array(ways), bowl) > 0.06
 
 
 def microwave():

@@ -3,7 +3,7 @@
 import numpy as np
 
 from envs.demonstrators.arm import CLOSED, OPEN, Reach, Skill, above, down
-from envs.demonstrators.fitting import fitting_turn, open_fingers, shared_spot
+from envs.demonstrators.fitting import bypass, fitting_turn, open_fingers, shared_spot
 from envs.demonstrators.grasping import near
 from envs.demonstrators.libero_chambers import insert
 from envs.demonstrators.libero_scene import body_of, goals, is_object, joint_of, region
@@ -22,6 +22,7 @@ from envs.demonstrators.skills import (
 
 CONTAINER = "_contain_region"
 AT_GOAL = 0.025  # m; LIBERO asks for 0.04
+LOST = 0.04  # m between a plate's edge and the hand that should hold it
 RIM_GRIP, FLAT_LIFT = 0.010, 0.035  # m above the lowest point of a plate; m that its rim is lifted
 CARRYING = Reach(0.006, 0.1, speed=0.6, noise_share=0.3)
 STANDING = 0.04  # m above a region that tells things on it from its own surface
@@ -137,9 +138,13 @@ def carry_flat(cell: Workcell, body: str, xy: Array) -> Skill:
         yield from descend(cell, rim, rotation)
         yield from cell.arm.hold(rim, rotation, CLOSED, CLOSING_STEPS)
         yield from cell.arm.move(above(rim, FLAT_LIFT), rotation, CLOSED, Reach(0.01, 9.0, speed=0.5))
-        for height in (FLAT_LIFT, FLAT_LIFT, 0.0):
-            rest = xy - cell.scene.position(body)[:2]
+        obstacles = cell.scene.obstacles((body,))
+        tall = obstacles[obstacles[:, 2] > rim[2] + FLAT_LIFT, :2]
+        via = bypass(centre[:2], xy, radius + 0.015, tall)
+        for stop, height in ((via, FLAT_LIFT), (xy, FLAT_LIFT), (xy, FLAT_LIFT), (xy, 0.0)):
+            rest = stop - cell.scene.position(body)[:2]
             goal = np.array([*(cell.arm.position[:2] + rest), rim[2] + height])
-            yield from cell.arm.move(goal, rotation, CLOSED, CARRYING)
+            if np.linalg.norm(cell.arm.position[:2] - cell.scene.position(body)[:2]) < radius + LOST:
+                yield from cell.arm.move(goal, rotation, CLOSED, CARRYING)
         yield from release(cell, rotation, ABOVE_GRASP)
     return bool(np.linalg.norm(xy - cell.scene.position(body)[:2]) < AT_GOAL)
