@@ -174,6 +174,11 @@ def test_features_of_fresh_noise_are_refused():
         check_cacheable(FROZEN, PriorConfig(noise="fresh"), ["semantic", "prior"])
 
 
+def test_features_of_a_history_of_frames_are_refused():
+    with pytest.raises(ValueError, match=r"prior\.clip=history"):
+        check_cacheable(FROZEN, PriorConfig(clip="history"), ["semantic", "prior"])
+
+
 def test_what_is_computed_live_needs_frames():
     with pytest.raises(ValueError, match=r"leaves semantic to be computed.*Add 'frames'"):
         check_cacheable(LEARNING, PriorConfig(), ["prior"])

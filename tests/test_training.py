@@ -1,6 +1,7 @@
 """Training runs: exact resume, complete checkpoints, what learns and what does not, refused folders."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 from tests.synthetic_dataset import CAMERAS, write_dataset
 from tests.training_runs import tiny_backbone, tiny_policy, tiny_run
 from vega_policy.modeling_vega import VegaPolicy
+from vega_policy.training.folders import point_link
 from vega_policy.training.run_folder import RunFolderError, last_checkpoint
 from vega_policy.training.setup import train
 
@@ -168,6 +170,16 @@ def test_a_checkpoint_that_was_cut_off_is_not_taken_for_one(root, tmp_path, fini
     resumed = train(tiny_run(root, tmp_path / "run", resume=True))
     assert_bitwise_equal(finished / "checkpoints" / "last", resumed)
     assert not list(resumed.parent.glob(".*partial"))
+
+
+def test_a_kill_between_a_checkpoint_and_its_link_loses_nothing(root, tmp_path, finished):
+    checkpoints = train(tiny_run(root, tmp_path / "run")).parent
+    point_link(checkpoints / "last", checkpoints / "000002")
+    assert train(tiny_run(root, tmp_path / "run", resume=True)).name == "000004"
+    shutil.rmtree(checkpoints / "000004")
+    resumed = train(tiny_run(root, tmp_path / "run", resume=True))
+    assert (checkpoints / "last").resolve() == resumed.resolve()
+    assert_bitwise_equal(finished / "checkpoints" / "last", resumed)
 
 
 def test_a_folder_that_holds_another_run_is_refused(root, finished):

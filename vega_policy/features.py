@@ -85,6 +85,11 @@ def check_cacheable(backbone: BackboneConfig, prior: PriorConfig, cached: Sequen
             f"dataset.cached holds 'prior', but prior.noise={prior.noise} gives other features in each step. "
             "Set prior.noise=fixed, or dataset.cached=[frames] or [frames,semantic]."
         )
+    if prior.clip == "history" and {"prior", "frames"} & set(wanted):
+        raise ValueError(
+            "prior.clip=history reads several instants at once; a cache holds single ones. Set "
+            "dataset.cache=none, or prior.clip=frame or views."
+        )
     live = [name for name in ("semantic", "prior") if name not in wanted]
     live = [name for name in live if name != "prior" or prior.name != "none"]
     if live and "frames" not in wanted:

@@ -61,6 +61,11 @@ def checkpoint_of(run: Path, step: int) -> Path:
     return run / CHECKPOINTS / f"{step:06d}"
 
 
+def step_of(checkpoint: Path) -> int:
+    """Optimizer steps made before a checkpoint."""
+    return json.loads((checkpoint / STATE / STEP).read_text())["step"]
+
+
 def save_checkpoint(run: Path, learner: Learner, rng_states: list[dict[str, Tensor]], origin: Origin) -> Path:
     """Writes a checkpoint and points `last` at it. Called by one process.
 
@@ -120,7 +125,7 @@ def load_training_state(checkpoint: Path, learner: Learner) -> None:
     state = checkpoint / STATE
     load_optimizer_state(learner.optimizer, state)
     load_scheduler_state(learner.scheduler, state)
-    learner.step = json.loads((state / STEP).read_text())["step"]
+    learner.step = step_of(checkpoint)
 
 
 def check_origin(checkpoint: Path, origin: Origin) -> None:

@@ -76,7 +76,7 @@ class TrainConfig:
         accumulate: Forward passes per optimizer step.
         average_decay: Decay of the averaged weights, which are what a checkpoint's policy holds; 0 keeps
             the raw ones.
-        precision: `no`, `bf16` or `fp16` autocast.
+        precision: `no` or `bf16` autocast.
         log_every: Steps between two log lines.
         save_every: Steps between two checkpoints; the last step always has one.
         evaluate_every: Steps between two held-out losses (needs `dataset.held_out`).
@@ -98,11 +98,16 @@ class TrainConfig:
     evaluate_every: int = 500
 
     def __post_init__(self) -> None:
-        _choice("precision", self.precision, ("no", "bf16", "fp16"))
+        _choice("precision", self.precision, ("no", "bf16"))
         _share("average_decay", self.average_decay)
         for name in ("steps", "batch_size", "accumulate", "log_every", "save_every", "evaluate_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
+
+    @property
+    def last_step(self) -> int:
+        """Step at which this start of the run ends."""
+        return self.steps if self.stop_after is None else min(self.steps, self.stop_after)
 
     @property
     def vega(self) -> VegaConfig:

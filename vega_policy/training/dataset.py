@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from lerobot.configs import FeatureType, PolicyFeature, PreTrainedConfig
 from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
+from lerobot.datasets.factory import resolve_delta_timestamps
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.datasets.video_utils import decode_video_frames
 from lerobot.utils.feature_utils import dataset_to_policy_features
@@ -23,12 +24,12 @@ class DatasetError(ValueError):
     """The dataset is missing or does not fit the policy."""
 
 
-def open_dataset(config: DatasetConfig, chunk_size: int) -> LeRobotDataset:
+def open_dataset(config: DatasetConfig, policy: PreTrainedConfig) -> LeRobotDataset:
     """Opens all episodes, with a chunk of actions at every row.
 
     Args:
         config: Where the dataset is.
-        chunk_size: Actions in a chunk.
+        policy: The policy's config, which says what is read around each row.
 
     Returns:
         The dataset; frames of videos are uint8.
@@ -48,7 +49,7 @@ def open_dataset(config: DatasetConfig, chunk_size: int) -> LeRobotDataset:
         root=config.root,
         revision=config.revision,
         video_backend=config.video_backend,
-        delta_timestamps={"action": [step / meta.fps for step in range(chunk_size)]},
+        delta_timestamps=resolve_delta_timestamps(policy, meta),
         return_uint8=True,
     )
 

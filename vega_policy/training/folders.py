@@ -50,6 +50,15 @@ def point_link(link: Path, target: Path) -> None:
     _sync(link.parent)
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Writes a small file so that it is never seen half-written."""
+    temporary = path.with_name(f".{path.name}{PARTIAL_SUFFIX}")
+    temporary.write_text(text)
+    _sync(temporary)
+    temporary.replace(path)
+    _sync(path.parent)
+
+
 def remove_partial(folder: Path) -> None:
     """Deletes what a killed process left half-written directly below `folder`."""
     for path in folder.glob(f".*{PARTIAL_SUFFIX}"):

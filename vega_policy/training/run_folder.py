@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from vega_policy.training.config import TrainConfig, encode
-from vega_policy.training.folders import remove_partial
+from vega_policy.training.folders import point_link, remove_partial, replace_text
 
 CONFIG, METRICS, CHECKPOINTS, LAST = "config.yaml", "metrics.jsonl", "checkpoints", "last"
 FREE_TO_CHANGE = (
@@ -54,7 +54,7 @@ def check_folder(config: TrainConfig) -> None:
 
 
 def claim(config: TrainConfig, values: dict[str, Any]) -> None:
-    """Takes a folder that `check_folder` let pass: notes the config, clears half-written checkpoints.
+    """Takes a folder that `check_folder` let pass: notes the config, clears what is half-written.
 
     Args:
         config: The run.
@@ -62,15 +62,22 @@ def claim(config: TrainConfig, values: dict[str, Any]) -> None:
     """
     folder = Path(config.output_dir)
     (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+    remove_partial(folder)
     remove_partial(folder / CHECKPOINTS)
     if not (folder / CONFIG).exists():
-        (folder / CONFIG).write_text(yaml.safe_dump(values, sort_keys=False))
+        replace_text(folder / CONFIG, yaml.safe_dump(values, sort_keys=False))
+    last = last_checkpoint(folder)
+    if last is not None:
+        point_link(folder / CHECKPOINTS / LAST, last)
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint of a run, None before the first."""
-    link = folder / CHECKPOINTS / LAST
-    return link.resolve() if link.exists() else None
+    """The newest complete checkpoint of a run, None before the first.
+
+    Every folder named by a step is complete; the link may be one behind if a kill came right after a rename.
+    """
+    steps = [path for path in (folder / CHECKPOINTS).glob("[0-9]*") if path.name.isdigit()]
+    return max(steps, key=lambda path: int(path.name), default=None)
 
 
 def forget_metrics_after(folder: Path, step: int) -> None:
@@ -78,7 +85,7 @@ def forget_metrics_after(folder: Path, step: int) -> None:
     path = folder / METRICS
     if path.exists():
         kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
-        path.write_text("".join(f"{line}\n" for line in kept))
+        replace_text(path, "".join(f"{line}\n" for line in kept))
 
 
 def _step_of(line: str) -> float:

@@ -47,9 +47,13 @@ def train(config: TrainConfig) -> Path:
     accelerator = Accelerator(cpu=config.vega.device == "cpu", mixed_precision=config.precision)
     if accelerator.is_main_process:
         check_folder(config)
+    accelerator.wait_for_everyone()
+    checkpoint = last_checkpoint(Path(config.output_dir))
+    if checkpoint is not None and checkpoints.step_of(checkpoint) >= config.last_step:
+        logger.info("%s is complete up to step %d; nothing to do.", config.output_dir, config.last_step)
+        return checkpoint
     saved = encode(config)  # before the policy resolves its own config
     data = load_data(config)
-    checkpoint = last_checkpoint(Path(config.output_dir))
     set_seed(config.seed)
     policy = make_policy(config, checkpoint, accelerator.device)
     source, mean_frames = make_source(config, policy, data, checkpoint)
@@ -57,10 +61,6 @@ def train(config: TrainConfig) -> Path:
     if accelerator.is_main_process:
         claim(config, saved)
     accelerator.wait_for_everyone()
-    if learner.step >= min(config.steps, config.stop_after or config.steps):
-        assert checkpoint is not None
-        logger.info("%s is complete at step %d; nothing to do.", config.output_dir, learner.step)
-        return checkpoint
     logger.info(_summary(config, policy, data, learner.step))
     rank, world = accelerator.process_index, accelerator.num_processes
     sampler = ShuffledRows(data.rows, config.batch_size, seed=config.seed, rank=rank, world=world)
@@ -96,7 +96,7 @@ def load_data(config: TrainConfig) -> Data:
     """Opens the dataset and refuses one that the policy cannot learn from."""
     if config.dataset.cache != "none":
         features.check_cacheable(config.vega.backbone, config.vega.prior, config.dataset.cached)
-    dataset = open_dataset(config.dataset, config.vega.chunk_size)
+    dataset = open_dataset(config.dataset, config.vega)
     match_features(config.vega, dataset)
     table = read_table(Path(dataset.root))
     learned, held_out = table.split(config.dataset.held_out, config.dataset.episodes)

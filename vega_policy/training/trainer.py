@@ -57,7 +57,7 @@ class Trainer:
             Folder of the last checkpoint.
         """
         config, learner = self.config, self.learner
-        last = min(config.steps, config.stop_after or config.steps)
+        last = config.last_step
         batches = self.source.stream(self.sampler, learner.step * config.accumulate)
         main = self.accelerator.is_main_process
         progress = Progress(self.run, learner.step, config.steps, log_every=config.log_every, shown=main)
