@@ -115,7 +115,8 @@ class PriorReader(nn.Module):
         if self.clip == "history" and frames.shape[2] != self.clip_frames:
             raise ValueError(
                 f"prior.clip=history reads {self.clip_frames} frames of each camera; got {frames.shape[2]}. "
-                "A cache of single frames cannot hold its features: dataset.cache=none."
+                "Train with dataset.cache=none; in a rollout call select_action at every control step, which "
+                "remembers frames (this package's own evaluation observes once a chunk and cannot)."
             )
         batch, views = frames.shape[:2]
         clips = resize(as_clips(frames, self.clip), *self.input_size)
