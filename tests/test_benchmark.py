@@ -4,6 +4,7 @@ import time
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from scripts import benchmark as script
 from vega_policy.benchmark import prior as prior_part
@@ -147,6 +148,12 @@ def test_the_script_refuses_sizes_and_paths_that_it_cannot_measure(arguments, me
     with pytest.raises(SystemExit):
         script.main()
     assert re.search(message, " ".join(capsys.readouterr().err.split()))
+
+
+def test_the_product_with_an_activation_counts_as_a_product():
+    with FlopCounterMode(display=False, custom_mapping=prior_part.FLOPS) as counter:
+        torch._addmm_activation(torch.zeros(7), torch.zeros(3, 5), torch.zeros(5, 7), use_gelu=True)
+    assert counter.get_total_flops() == 2 * 3 * 5 * 7
 
 
 def test_a_captured_step_without_a_gpu_is_refused():
