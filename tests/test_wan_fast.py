@@ -274,6 +274,11 @@ def test_an_unknown_engine_is_refused():
         PriorConfig(engine="turbo")
 
 
+def test_the_fast_engine_refuses_videos_of_several_frames():
+    with pytest.raises(ValueError, match=r"reads single frames; prior.clip=history needs prior.engine=auto"):
+        PriorConfig(engine="fast", clip="history")
+
+
 def test_a_prior_that_changes_its_type_builds_its_engine_anew():
     prior = make_wan(engine="fast")
     assert prior(frames()).dtype == torch.float32

@@ -70,7 +70,8 @@ class PriorConfig:
             raise ValueError(f"prior.engine is 'plain', 'fast' or 'auto'; got {self.engine!r}.")
         if self.engine == "fast" and self.clip != "frame":
             raise ValueError(
-                f"prior.engine=fast reads single frames; prior.clip={self.clip} needs prior.engine=auto or plain."
+                f"prior.engine=fast reads single frames; prior.clip={self.clip} needs prior.engine=auto or "
+                "plain."
             )
         if self.dtype not in (None, "float32", "bfloat16", "float16"):
             raise ValueError(f"prior.dtype is float32, bfloat16, float16 or null; got {self.dtype!r}.")
