@@ -79,7 +79,8 @@ def load_mujoco() -> Any:
         os.environ.setdefault("MUJOCO_GL", "egl")
     if _uses_egl():
         check_egl()
-    import mujoco
+    with quiet_import():
+        import mujoco
 
     return mujoco
 

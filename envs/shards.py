@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import io
 import json
+import logging
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -166,11 +167,12 @@ def _hashes(folder: Path) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _quiet_lerobot() -> Iterator[None]:
-    """Silence the progress bars and encoder logs of LeRobot's libraries; errors still pass."""
+    """Silence the progress bars, codec logs and reports of LeRobot's libraries; warnings and errors pass."""
     import av
     import datasets
 
-    level = av.logging.get_level()
+    level, disabled = av.logging.get_level(), logging.root.manager.disable
+    logging.disable(logging.INFO)
     av.logging.set_libav_level(av.logging.ERROR)
     datasets.disable_progress_bars()
     try:
@@ -179,3 +181,4 @@ def _quiet_lerobot() -> Iterator[None]:
     finally:
         datasets.enable_progress_bars()
         av.logging.set_level(level)
+        logging.disable(disabled)
