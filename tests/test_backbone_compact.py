@@ -111,3 +111,17 @@ def test_frame_sizes_off_the_stride_other_camera_counts_and_unknown_backbones_ar
         backbone(name="compct")
     with pytest.raises(ValueError, match=r"width 30, heads 4"):
         BackboneConfig(width=30, heads=4)
+
+
+def test_a_fresh_encoder_reads_frames_as_it_will_in_evaluation():
+    fresh, pictures = backbone(freeze_image_encoder=True), frames(size=128)[:, :, 0]
+    first = fresh.encode(pictures)
+    assert torch.equal(first, fresh.eval().encode(pictures))
+    assert torch.equal(first, fresh.train().encode(pictures))
+
+
+def test_a_frozen_sentence_is_the_same_in_training_and_in_evaluation():
+    kept = backbone(freeze_text_encoder=True).train()
+    in_training, _ = kept.text_encoder(["lift the cube"])
+    in_evaluation, _ = backbone(freeze_text_encoder=True).eval().text_encoder(["lift the cube"])
+    assert torch.equal(in_training, in_evaluation)

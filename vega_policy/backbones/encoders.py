@@ -53,6 +53,7 @@ class ImageEncoder(nn.Module):
         self.register_buffer("mean", _channels(self.network.pretrained_cfg["mean"]), persistent=False)
         self.register_buffer("std", _channels(self.network.pretrained_cfg["std"]), persistent=False)
         self.requires_grad_(not frozen)
+        self.eval()
 
     def train(self, mode: bool = True) -> "ImageEncoder":
         """Keep normalisation statistics and stochastic layers as in evaluation."""
@@ -154,6 +155,11 @@ class TextEncoder(nn.Module):
         self.width: int = self.network.config.hidden_size
         self.requires_grad_(not frozen)
         self._known: dict[str, Tensor] = {}
+        self.train(not frozen)
+
+    def train(self, mode: bool = True) -> "TextEncoder":
+        """Training mode only if it learns: a sentence that is encoded once must not meet dropout."""
+        return super().train(mode and not self.frozen)
 
     def forward(self, sentences: list[str]) -> tuple[Tensor, Tensor]:
         """Token features and their mask (True: a word), b sentences -> [b l c], [b l]."""
