@@ -145,15 +145,15 @@ class Workers:
         if self._processes == 1:
             merge_shards(folders, root, repo_id)
             return
-        with ProcessPoolExecutor(1, _context()) as pool:  # a worker has LeRobot loaded, the caller has not
+        with ProcessPoolExecutor(1, context()) as pool:  # a worker has LeRobot loaded, the caller has not
             pool.submit(merge_shards, folders, root, repo_id).result()
 
     def _run_pool(self, left: list[Job]) -> None:
         """Run jobs and strike those done off the list."""
-        context = _context()
-        episodes: Any = context.SimpleQueue()
+        processes = context()
+        episodes: Any = processes.SimpleQueue()
         pool = ProcessPoolExecutor(
-            min(self._processes, len(left)), context, initializer=_start_worker, initargs=(episodes,)
+            min(self._processes, len(left)), processes, initializer=_start_worker, initargs=(episodes,)
         )
         running: dict[Future[ShardSummary], Job] = {pool.submit(_collect_in_worker, job): job for job in left}
         try:
@@ -192,10 +192,11 @@ def _close_environment() -> None:
         _OPEN.popitem()[1].close()
 
 
-def _context() -> Any:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["envs.preload"])
-    return context
+def context() -> Any:
+    """Return the multiprocessing context whose processes start with everything imported that they need."""
+    forkserver = multiprocessing.get_context("forkserver")
+    forkserver.set_forkserver_preload(["envs.preload"])
+    return forkserver
 
 
 _EPISODES: Any = None  # this worker's end of the queue of (task, success)

@@ -29,13 +29,6 @@ SETTINGS = CollectionSettings(
     frame_size=32,
     demonstrator=Demonstrator(noise=0.2),
 )
-SCRIPT = """
-import sys
-import envs.collection, envs.lerobot_configs
-assert not {"mujoco", "robosuite"} & set(sys.modules), "LeRobot's commands would load a simulator"
-from tests.test_collection import SETTINGS, Path
-envs.collection.collect(SETTINGS, Path(sys.argv[1]), processes=1)
-"""
 
 
 @pytest.fixture(scope="module")
@@ -152,15 +145,15 @@ def test_a_folder_that_holds_something_else_is_refused(tmp_path):
 def test_a_killed_collection_goes_on_and_a_damaged_shard_is_collected_again(root, tmp_path, caplog):
     target = tmp_path / "lift_wide"
     shards = [target.with_name("lift_wide.partial") / f"000_lift_wide_0000{index}" for index in range(3)]
-    command = [sys.executable, "-c", SCRIPT, str(target)]
-    process = subprocess.Popen(command, cwd=Path(__file__).parents[1], stderr=subprocess.PIPE)
+    process = workers.context().Process(target=collect, args=(SETTINGS, target), kwargs={"processes": 1})
+    process.start()
     try:
         wait_for(shards[1].exists, process)
         with pytest.raises(RuntimeError, match="another process is collecting"):
             collect(SETTINGS, target, processes=1)
     finally:
         process.kill()
-        process.communicate()
+        process.join()
     assert not target.exists()
     video = next(shards[0].rglob("*.mp4"))
     video.write_bytes(video.read_bytes()[:-100])
@@ -178,7 +171,7 @@ def test_a_killed_collection_goes_on_and_a_damaged_shard_is_collected_again(root
 def wait_for(happened, process, seconds=400):
     deadline = time.monotonic() + seconds
     while not happened():
-        assert process.poll() is None, process.stderr.read().decode()
+        assert process.is_alive(), f"the collection ended with {process.exitcode}"
         assert time.monotonic() < deadline, "the collection made no shard"
         time.sleep(0.05)
 

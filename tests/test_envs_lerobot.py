@@ -1,5 +1,8 @@
 """The suites as LeRobot sees them."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from lerobot.configs import FeatureType
@@ -46,6 +49,12 @@ def test_lerobot_evaluates_from_seeds_that_no_demonstration_has():
     assert info["is_success"].tolist() == [False, False]
     vector.close()
     env.close()
+
+
+@pytest.mark.slow
+def test_lerobots_commands_load_no_simulator_until_they_need_one():
+    script = "import sys, envs.lerobot_configs; assert not {'mujoco', 'robosuite'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=400)
 
 
 def test_every_task_of_a_suite_gets_its_environment():
