@@ -13,7 +13,7 @@ from pathlib import Path
 SCRIPTS = Path(__file__).resolve().parent
 OUTPUT = Path("outputs/demo")
 STAGES = {
-    "collect": ["collect_demos.py", "env=lift_wide"],
+    "collect": ["collect_demos.py", "env=lift_wide", "episodes_per_task=100"],
     "train": ["train_policy.py", "experiment=demo", f"output_dir={OUTPUT}/train", "resume=true"],
     "evaluate": [
         "eval_policy.py",
