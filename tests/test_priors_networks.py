@@ -243,7 +243,7 @@ def test_the_vace_prior_refuses_the_fast_engine(folder):
 
 
 def test_the_fast_engine_of_the_wan_prior_refuses_clips(folder):
-    with pytest.raises(ValueError, match="reads single frames, not clip=history"):
+    with pytest.raises(ValueError, match=r"reads single frames; prior\.clip=history needs"):
         load("wan2.1_t2v_14b", folder("wan2.1_t2v_14b"), layer=1, engine="fast", clip="history")
 
 
