@@ -1,0 +1,1 @@
+"""From a checkpoint to a robot: policy server and client, safety limits, preflight, recording."""
