@@ -114,7 +114,7 @@ def test_frame_sizes_off_the_stride_other_camera_counts_and_unknown_backbones_ar
         backbone(size=100)
     with pytest.raises(ValueError, match="built for 2 cameras; the observation has 3"):
         frozen.read(torch.randn(1, 3, 64, 32), ["lift"], torch.zeros(1, 8))
-    with pytest.raises(ValueError, match=r"Unknown backbone 'compct'. Known: compact"):
+    with pytest.raises(ValueError, match=r"Unknown backbone 'compct'. Did you mean 'compact'"):
         backbone(name="compct")
     with pytest.raises(ValueError, match=r"width 30, heads 4"):
         BackboneConfig(width=30, heads=4)

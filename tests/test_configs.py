@@ -10,6 +10,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 
 from tests.synthetic_dataset import write_dataset
+from vega_policy.backbones import BACKBONES
 from vega_policy.configuration_vega import VegaConfig
 from vega_policy.fusion import FUSIONS
 from vega_policy.parts import BackboneConfig, ExpertConfig, FusionConfig, PriorConfig
@@ -62,9 +63,10 @@ def test_every_option_lists_every_field_of_its_part(group):
         assert listed == {field.name for field in fields(PARTS[group])} - {"fingerprint"}, option
 
 
-def test_every_prior_and_fusion_of_the_tables_is_an_option():
+def test_every_prior_fusion_and_backbone_of_the_tables_is_an_option():
     assert options("prior") == sorted(["none", *PRIORS])
     assert options("fusion") == sorted(FUSIONS)
+    assert options("backbone") == sorted([*BACKBONES, "compact_small"])
 
 
 @pytest.mark.parametrize("experiment", options("experiment"))

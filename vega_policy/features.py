@@ -74,9 +74,10 @@ def check_cacheable(backbone: BackboneConfig, prior: PriorConfig, cached: Sequen
             has to be computed live and there would be no frames to compute it from.
     """
     wanted = [name for name in cached if name != "prior" or prior.name != "none"]
-    if "semantic" in wanted and not backbone.freeze_image_encoder:
+    if "semantic" in wanted and not backbone.frozen_features:
+        learning = "freeze_connector" if backbone.freeze_image_encoder else "freeze_image_encoder"
         raise ValueError(
-            "dataset.cached holds 'semantic', but backbone.freeze_image_encoder=false lets these features "
+            f"dataset.cached holds 'semantic', but backbone.{learning}=false lets these features "
             "change in training. Set it to true, or cache the frames instead: "
             "dataset.cached=[frames,prior]."
         )
@@ -128,9 +129,8 @@ def streams_of(
 
 
 def _own_key(model: VegaModel, name: str) -> dict[str, Any]:
-    backbone = model.config.backbone
     if name == "semantic":
-        return {"encoder": backbone.image_encoder, "weights": fingerprint(model.backbone.image_encoder)}
+        return {"encoder": model.backbone.encoder_name, "weights": fingerprint(model.backbone.image_encoder)}
     if name == "prior":
         config = asdict(resolve(model.config.prior)) | {"fingerprint": model.prior.fingerprint}
         places = ("path", "revision", "engine")  # the fingerprint says what was loaded; engines agree

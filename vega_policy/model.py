@@ -46,15 +46,22 @@ class VegaModel(nn.Module):
         if self.prior is not None:
             self.project = Mlp(self.prior.width, width, width)
             self.fusion = make_fusion(width, config.fusion, self.backbone.grid)
+            self._check_tokens()
         self.expert = make_expert(config.expert, width, config.chunk_size, config.action_dim)
 
     def see(self, observation: Observation, generator: torch.Generator | None = None) -> Tensor:
         """Fused tokens of each view, [b v n d]; reads cached features where the observation brings them."""
-        semantic = self.backbone.project(self.semantic_features(observation))
+        return self.fuse(self.semantic_features(observation), observation, generator)
+
+    def fuse(
+        self, features: Tensor, observation: Observation, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Mix the prior into the backbone's image features, [b v c gh gw] -> tokens [b v n d]."""
+        semantic = self.backbone.project(features)
         if self.prior is None:
             return semantic
-        features = self.prior_features(observation, generator)
-        prior = self.project(rearrange(features, "b v d h w -> b v (h w) d"))
+        read = self.prior_features(observation, generator)
+        prior = self.project(rearrange(read, "b v d h w -> b v (h w) d"))
         views = semantic.shape[1]
         context = None
         if self.fusion.reads_instruction:
@@ -66,9 +73,10 @@ class VegaModel(nn.Module):
         self, observation: Observation, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor]:
         """What the backbone makes of the fused tokens: context [b s d] and its mask [b s]."""
-        tokens = self.see(observation, generator)
+        features = self.semantic_features(observation)
+        tokens = self.fuse(features, observation, generator)
         state = observation.state if self.config.expert.state else torch.zeros_like(observation.state)
-        return self.backbone.read(tokens, observation.instruction, state)
+        return self.backbone.read(tokens, observation.instruction, state, features)
 
     def loss(
         self,
@@ -108,6 +116,16 @@ class VegaModel(nn.Module):
     def gate(self) -> Tensor | None:
         """Weight of the semantic stream in the last forward pass, [b*v n 1]; None without a gate."""
         return None if self.prior is None else self.fusion.gate
+
+    def _check_tokens(self) -> None:
+        n = self.backbone.grid[0] * self.backbone.grid[1]
+        m = self.fusion.tokens(n)
+        if self.backbone.one_token_a_place and m != n:
+            raise ValueError(
+                f"fusion={self.config.fusion.name} makes {m} tokens of {n}; the backbone "
+                f"{self.config.backbone.name!r} has a place for {n} of each frame. Take another fusion, or "
+                "backbone=compact."
+            )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move the prior along with the model (torch calls this for `.to`, `.cuda`, `.half`, ...)."""

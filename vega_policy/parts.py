@@ -5,7 +5,10 @@ method of VEGA-3D (arXiv 2603.19235): Wan2.1-T2V-1.3B read at layer 20 and noise
 token gate.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""Linear layers of a decoder block under the names that Llama, Gemma and Qwen share."""
 
 
 @dataclass(frozen=True)
@@ -114,25 +117,41 @@ class FusionConfig:
 class BackboneConfig:
     """The vision-language backbone that reads the fused tokens with the instruction.
 
+    The first fields concern every backbone, the second group the compact one, the third Hugging Face models.
+
     Attributes:
         name: Entry of the table in `vega_policy.backbones`.
+        pretrained: Whether the encoders (or the whole Hugging Face model) start from pre-trained weights.
+        freeze_image_encoder: Keep the image encoder fixed.
         image_encoder: timm model name, or a local folder that timm can load, read at stride 16.
-        pretrained: Whether the encoders start from their pre-trained weights.
         text_encoder: Folder or hub id of a sentence encoder; None takes the packaged MiniLM.
-        freeze_image_encoder: Keep the image encoder fixed (its features can then be cached).
         freeze_text_encoder: Keep the text encoder fixed.
         width: Token width d of the trunk.
         depth: Number of trunk blocks.
         heads: Attention heads of a trunk block; divides `width`.
         latents: Learned queries into which each view's tokens are resampled; None keeps all tokens.
         dropout: Dropout probability inside the trunk, in [0, 1).
+        path: Hub id or local folder of an image-text-to-text model; None takes the entry's own.
+        revision: Hub revision; None takes the newest.
+        layer: 0-based block of the language model whose output is the context; later blocks are dropped. None
+            reads the last hidden state, behind the final norm.
+        dtype: Floating-point type of the model's weights (`float32`, `bfloat16`, `float16`).
+        attention: Attention implementation of transformers (`eager`, `sdpa`, `flash_attention_2`, ...); None
+            takes the model's default.
+        freeze_connector: Keep the projector from image features to the language model fixed.
+        freeze_language_model: Keep the language model fixed; gradients still pass through it to the fusion.
+        lora_rank: Rank of low-rank adapters on the language model, which is then fixed otherwise; 0 for none.
+        lora_alpha: Adapters are scaled by lora_alpha / lora_rank.
+        lora_targets: Names of the linear layers that get adapters.
+        gradient_checkpointing: Compute the language model's blocks twice, to save memory in training.
     """
 
     name: str = "compact"
-    image_encoder: str = "tf_efficientnet_lite0"
     pretrained: bool = True
-    text_encoder: str | None = None
     freeze_image_encoder: bool = False
+
+    image_encoder: str = "tf_efficientnet_lite0"
+    text_encoder: str | None = None
     freeze_text_encoder: bool = False
     width: int = 384
     depth: int = 4
@@ -140,12 +159,51 @@ class BackboneConfig:
     latents: int | None = None
     dropout: float = 0.0
 
+    path: str | None = None
+    revision: str | None = None
+    layer: int | None = None
+    dtype: str = "float32"
+    attention: str | None = None
+    freeze_connector: bool = False
+    freeze_language_model: bool = False
+    lora_rank: int = 0
+    lora_alpha: int = 32
+    lora_targets: tuple[str, ...] = LORA_TARGETS
+    gradient_checkpointing: bool = False
+
     def __post_init__(self) -> None:
         if self.width % self.heads or self.width % 4:
             raise ValueError(
                 f"backbone.width must be a multiple of 4 and of backbone.heads; got width {self.width}, "
                 f"heads {self.heads}."
             )
+        if self.lora_rank < 0:
+            raise ValueError(f"backbone.lora_rank is 0 (no adapters) or more; got {self.lora_rank}.")
+        if self.dtype not in ("float32", "bfloat16", "float16"):
+            raise ValueError(f"backbone.dtype is float32, bfloat16 or float16; got {self.dtype!r}.")
+        if self.name == "compact":
+            self._check_compact()
+
+    def _check_compact(self) -> None:
+        """Refuse fields that mean nothing to the compact backbone.
+
+        Raises:
+            ValueError: If one of them is set.
+        """
+        defaults = {field.name: field.default for field in fields(self)}
+        foreign = ("path", "revision", "layer", "dtype", "attention", "freeze_connector")
+        foreign += ("freeze_language_model", "lora_rank", "gradient_checkpointing")
+        given = [name for name in foreign if getattr(self, name) != defaults[name]]
+        if given:
+            raise ValueError(
+                f"backbone.{given[0]} concerns Hugging Face models; the compact backbone has none. Choose "
+                "one, such as backbone=smolvlm2_500m."
+            )
+
+    @property
+    def frozen_features(self) -> bool:
+        """Whether training leaves the semantic features as they are, so that they can be cached."""
+        return self.freeze_image_encoder and (self.name == "compact" or self.freeze_connector)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from vega_policy.attention import Attention, Block, Mlp, grid_positions
+from vega_policy.backbones import BackboneEntry
 from vega_policy.backbones.encoders import STRIDE, ImageEncoder, TextEncoder
 from vega_policy.parts import BackboneConfig
 
@@ -44,6 +45,7 @@ class CompactBackbone(nn.Module):
     """
 
     position: Tensor
+    one_token_a_place = False
 
     def __init__(self, config: BackboneConfig, state_dim: int, views: int, frame_size: int) -> None:
         super().__init__()
@@ -53,7 +55,7 @@ class CompactBackbone(nn.Module):
             )
         self.width = config.width
         self.grid = (frame_size // STRIDE, frame_size // STRIDE)
-        self.cacheable = config.freeze_image_encoder
+        self.encoder_name = config.image_encoder
         self.image_encoder = ImageEncoder(
             config.image_encoder, config.pretrained, config.freeze_image_encoder
         )
@@ -85,13 +87,16 @@ class CompactBackbone(nn.Module):
         words = self.project_text(words) * is_word[..., None]
         return words.sum(dim=1) / is_word.sum(dim=1, keepdim=True)
 
-    def read(self, tokens: Tensor, instruction: list[str], state: Tensor) -> tuple[Tensor, Tensor]:
+    def read(
+        self, tokens: Tensor, instruction: list[str], state: Tensor, features: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Read fused tokens with the instruction and the state.
 
         Args:
             tokens: Fused tokens [b v m d], m the grid's tokens or a multiple (streams one after the other).
             instruction: One sentence a sample.
             state: Normalised proprioception [b s].
+            features: Not needed: nothing bypasses the fusion here.
 
         Returns:
             Context [b s d] and its mask [b s] (True: may be read).
@@ -115,3 +120,10 @@ class CompactBackbone(nn.Module):
             raise ValueError(
                 f"This policy was built for {len(self.view)} cameras; the observation has {views}."
             )
+
+
+def load(
+    config: BackboneConfig, entry: BackboneEntry, state_dim: int, views: int, frame_size: int
+) -> CompactBackbone:
+    """The compact backbone of a config; the entry has nothing to add."""
+    return CompactBackbone(config, state_dim, views, frame_size)

@@ -112,8 +112,8 @@ def _load_efficientnet_lite0(network: nn.Module) -> None:
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Silence the loading bar and the report on the one buffer that newer transformers no longer keep."""
+def quiet_transformers() -> Iterator[None]:
+    """Silence transformers' loading bars, and reports on buffers and keys that it no longer keeps."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -144,7 +144,7 @@ class TextEncoder(nn.Module):
         super().__init__()
         self.frozen = frozen
         source = path or _packaged_text_encoder()
-        with _quiet_transformers():
+        with quiet_transformers():
             self.tokenizer = AutoTokenizer.from_pretrained(source)
             self.network = (
                 AutoModel.from_pretrained(source)
