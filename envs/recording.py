@@ -98,7 +98,7 @@ def dataset_frames(env: ManipulationEnv, recording: Recording) -> Iterator[dict[
         observation = env.observe()
         pixels: Mapping[str, np.ndarray] = observation["pixels"]
         yield {
-            **{f"observation.images.{camera}": frame for camera, frame in pixels.items()},
+            **{image_key(env, camera): frame for camera, frame in pixels.items()},
             "observation.state": observation["agent_pos"],
             "action": action,
             "task": env.task_description,
@@ -110,7 +110,12 @@ def dataset_features(env: ManipulationEnv) -> dict[str, dict[str, Any]]:
     size = env.frame_size
     frame = {"dtype": "video", "shape": (size, size, 3), "names": ["height", "width", "channels"]}
     return {
-        **{f"observation.images.{camera}": dict(frame) for camera in env.cameras},
+        **{image_key(env, camera): dict(frame) for camera in env.cameras},
         "observation.state": {"dtype": "float32", "shape": (env.state_size,), "names": None},
         "action": {"dtype": "float32", "shape": (env.action_size,), "names": None},
     }
+
+
+def image_key(env: ManipulationEnv, camera: str) -> str:
+    """Return LeRobot's key of a camera; an environment's only camera is `observation.image`."""
+    return "observation.image" if len(env.cameras) == 1 else f"observation.images.{camera}"

@@ -146,7 +146,7 @@ def quiet_import() -> Iterator[None]:
 
 
 class CameraRig:
-    """The cameras of one environment, rendered off screen, upright for a person.
+    """The cameras of one environment, rendered off screen, upright for a person unless `flipped`.
 
     The context is made at the first frame, so that an environment that never shows one costs nothing. Where
     there are neither shadows nor reflections, what lies outside a camera's view is not drawn: the picture is
@@ -162,6 +162,7 @@ class CameraRig:
         frame_size: int,
         rendering: Profile,
         hidden_groups: tuple[int, ...] = (),
+        flipped: tuple[int, ...] = (),
     ) -> None:
         """Look at a simulation; its model is changed to follow the profile.
 
@@ -172,6 +173,8 @@ class CameraRig:
             frame_size: Height and width in pixels.
             rendering: How much of the picture is paid for.
             hidden_groups: Geometry groups that are not shown (collision shapes).
+            flipped: Axes along which pictures are flipped: (1,) mirrors them left to right, (0, 1) turns them
+                by 180 degrees.
 
         Raises:
             ValueError: If the frame is too small to be one.
@@ -181,17 +184,17 @@ class CameraRig:
         apply_profile(model, rendering)
         self._model, self._data, self._frame_size = model, data, frame_size
         self._cameras = {name: model.camera(camera).id for name, camera in cameras.items()}
-        self._hidden_groups = hidden_groups
+        self._hidden_groups, self._flipped = hidden_groups, flipped
         self._culls = not (model.light_castshadow.any() or model.mat_reflectance.any())
         self._screen: _Screen | None = None
 
     def frames(self) -> dict[str, np.ndarray]:
         """Render every camera, {name: uint8 [h w 3]}."""
-        return {name: self._render(camera) for name, camera in self._cameras.items()}
+        return {name: self._picture(camera) for name, camera in self._cameras.items()}
 
     def frame(self) -> np.ndarray:
         """Render the first camera, uint8 [h w 3]."""
-        return self._render(next(iter(self._cameras.values())))
+        return self._picture(next(iter(self._cameras.values())))
 
     def close(self) -> None:
         """Free the rendering context now: left to the interpreter's exit, it ends in an EGL traceback."""
@@ -199,6 +202,10 @@ class CameraRig:
             atexit.unregister(self._screen.close)
             self._screen.close()
             self._screen = None
+
+    def _picture(self, camera: int) -> np.ndarray:
+        frame = self._render(camera)
+        return np.ascontiguousarray(np.flip(frame, self._flipped)) if self._flipped else frame
 
     def _render(self, camera: int) -> np.ndarray:
         if self._screen is None:

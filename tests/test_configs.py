@@ -174,3 +174,13 @@ def test_the_script_meets_missing_demonstrations_with_one_message(script, tmp_pa
     assert "No demonstrations in outputs/demonstrations/lift_wide" in stopped.value.code
     assert "scripts/collect_demos.py env=lift_wide" in stopped.value.code
     assert list(tmp_path.iterdir()) == []
+
+
+def test_every_suite_has_an_environment_config_of_its_name():
+    import envs
+
+    assert options("env") == sorted(envs.suite_names())
+    for name in options("env"):
+        config = yaml.safe_load((CONFIGS / "env" / f"{name}.yaml").read_text())
+        assert list(config) == ["suite", "frame_size", "rendering"]
+        assert config["suite"] == name

@@ -8,7 +8,7 @@ import pytest
 
 import envs
 from envs.base import global_seed
-from envs.robosuite_tasks import axis_angle, load_robosuite
+from envs.panda import axis_angle, load_robosuite
 
 ACTIONS = np.random.default_rng(0).uniform(-1, 1, (12, 7))
 

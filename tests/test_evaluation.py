@@ -3,6 +3,7 @@ import os
 import shutil
 import signal
 from collections import deque
+from dataclasses import replace
 from pathlib import Path
 
 import av
@@ -229,12 +230,19 @@ def test_a_slot_plays_the_same_episodes_whatever_is_finished():
 
 
 def test_different_seeds_share_no_episode_and_official_states_are_passed_on():
-    first, second = (
-        plan_episodes(world.tasks("near"), 10_000, seed, official_states=True) for seed in (0, 1)
-    )
+    tasks = [replace(task, official_states=10_000) for task in world.tasks("near")]
+    first, second = (plan_episodes(tasks, 10_000, seed, official_states=True) for seed in (0, 1))
     assert not {episode.seed for episode in first} & {episode.seed for episode in second}
     assert first[0].seed == FIRST_SEED
     assert first[49].order()["initial_state"] == 49
+
+
+def test_official_states_that_do_not_exist_are_refused():
+    (near,) = world.tasks("near")
+    with pytest.raises(ValueError, match=r"near.*has no official initial states; set official_states=false"):
+        plan_episodes([near], 1, 0, official_states=True)
+    with pytest.raises(ValueError, match="has 50 official initial states, but episodes_per_task is 51"):
+        plan_episodes([replace(near, official_states=50)], 51, 0, official_states=True)
 
 
 def test_evaluation_seeds_begin_where_the_environments_say():

@@ -22,6 +22,7 @@ class Task:
     name: str
     instruction: str
     horizon: int
+    official_states: int = 0
 
 
 def tasks(suite):

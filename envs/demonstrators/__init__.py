@@ -6,18 +6,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from envs.demonstrators.arm import Skill
+from envs.demonstrators.arm import Command, Skill
 from envs.demonstrators.libero_goals import achieve_goals
+from envs.demonstrators.metaworld import packaged_commands
 from envs.demonstrators.noise import OrnsteinUhlenbeck
 from envs.demonstrators.options import DemonstrationOptions
-from envs.demonstrators.robosuite_tasks import DEMONSTRATORS
+from envs.demonstrators.robosuite_tasks import DEMONSTRATORS, lift
 from envs.demonstrators.skills import Workcell
 from envs.demonstrators.start_pose import widen_start
 
 __all__ = ["ActionPair", "DemonstrationOptions", "demonstrate"]
 
 type ActionPair = tuple[NDArray[np.float32], NDArray[np.float32]]
-"""(executed, clean): float32 [7] each, in [-1, 1]; they differ by the action noise."""
+"""(executed, clean): float32 [a] each, in [-1, 1]; they differ by the action noise."""
 
 
 def demonstrate(
@@ -33,30 +34,43 @@ def demonstrate(
     the iteration says nothing about success: ask the environment.
 
     Args:
-        env: a manipulation environment with `task` and `raw` (its raw robosuite environment).
+        env: a manipulation environment with `task` and `raw` (the simulator's own environment).
         rng: source of the action noise and of the widened start; owned by the caller.
         noise: stationary standard deviation of the Ornstein-Uhlenbeck action noise, in shares of full scale
             [0, 1]; slow, precise phases bear a third of it, the gripper none.
         options: everything else; None takes the defaults.
 
     Yields:
-        (executed, clean) actions, float32 [7] in [-1, 1].
+        (executed, clean) actions, float32 [a] in [-1, 1].
 
     Raises:
-        ValueError: no demonstrator for this task, or noise outside its range.
+        ValueError: no demonstrator for this task, noise outside its range, or an option that this
+            demonstrator does not have.
     """
     options = options or DemonstrationOptions()
-    program = _program(env)
     walk = OrnsteinUhlenbeck(noise, options.noise_correlation, rng)
+    play = packaged_commands if env.task.suite.startswith("metaworld_") else _panda_commands
+    for command in play(env, options, rng):
+        clean = np.clip(command.action, -1.0, 1.0)
+        executed = clean.copy()
+        disturbed = clean[:-1] + command.noise_share * walk.step()[: len(clean) - 1]  # not the gripper
+        executed[:-1] = np.clip(disturbed, -1.0, 1.0)
+        yield executed.astype(np.float32), clean.astype(np.float32)
+
+
+def _panda_commands(env: Any, options: DemonstrationOptions, rng: np.random.Generator) -> Iterator[Command]:
+    program = _program(env)
+    if any(options.detour) and program is not lift:
+        raise ValueError(
+            f"the demonstrator of {env.task.name!r} makes no detour, which only lift and lift_wide show; "
+            f"set detour to (0, 0), got {options.detour}"
+        )
     if any(options.start_spread):
         widen_start(env.raw, np.array(options.start_spread), rng)
     meters, radians = options.detour
     cell = Workcell.of(env.raw, rng.uniform(-1.0, 1.0, 3) * [meters, meters, radians])
     for command in program(cell):
-        clean = np.clip(command.action, -1.0, 1.0)
-        executed = clean.copy()
-        executed[:6] = np.clip(clean[:6] + command.noise_share * walk.step(), -1.0, 1.0)
-        yield executed.astype(np.float32), clean.astype(np.float32)
+        yield command
         if not options.follow_through and env.raw._check_success():
             return
         cell.scene.refresh()
@@ -68,7 +82,7 @@ def _program(env: Any) -> Callable[[Workcell], Skill]:
         return achieve_goals
     if env.task.name not in DEMONSTRATORS:
         raise ValueError(
-            f"no demonstrator for task {env.task.name!r} of suite {env.task.suite!r}; "
-            f"there are demonstrators for every libero_* suite and for {sorted(DEMONSTRATORS)}"
+            f"no demonstrator for task {env.task.name!r} of suite {env.task.suite!r}; there are "
+            f"demonstrators for every libero_* and metaworld_* suite and for {sorted(DEMONSTRATORS)}"
         )
     return DEMONSTRATORS[env.task.name]

@@ -12,7 +12,7 @@ class DemonstrationOptions:
         start_spread: largest shift of the hand's start in x, y (both ways) and upwards z (m).
         detour: largest error of the first approach, in metres of x and y and in radians of yaw. The hand
             first goes to a wrong place above the object, then corrects itself: recordings show corrections
-            while every action stays the demonstrator's own (tasks of one object to be lifted).
+            while every action stays the demonstrator's own. Lift and LiftWide only; others refuse it.
         follow_through: go on until the hand has let go and retreated; False ends at the first success.
     """
 

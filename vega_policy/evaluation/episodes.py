@@ -34,6 +34,11 @@ class TaskDescription(Protocol):
         """Short name."""
         ...
 
+    @property
+    def official_states(self) -> int:
+        """Number of official initial states; 0 where there are none."""
+        ...
+
 
 EpisodeKey = tuple[int, int]
 """Index of the task and index of the episode within it: unique in one evaluation of one suite."""
@@ -122,7 +127,7 @@ def plan_episodes(
         official_states: Whether episode i starts from the suite's official initial state i.
 
     Raises:
-        ValueError: If there is no task, or a number is out of range.
+        ValueError: If there is no task, a number is out of range, or official states are missing.
     """
     if not tasks:
         raise ValueError("expected at least one task to evaluate on, got none")
@@ -135,12 +140,28 @@ def plan_episodes(
         raise ValueError(
             f"expected a seed of at least 0, got {seed}; lower seeds belong to the demonstrations"
         )
+    if official_states:
+        _require_official_states(tasks, episodes_per_task)
     first = FIRST_SEED + seed * EPISODES_PER_SEED
     return [
         Episode(task.suite, task.name, task.index, index, first + index, index if official_states else None)
         for task in tasks
         for index in range(episodes_per_task)
     ]
+
+
+def _require_official_states(tasks: Sequence[TaskDescription], episodes_per_task: int) -> None:
+    for task in tasks:
+        if task.official_states == 0:
+            raise ValueError(
+                f"{task.name} of suite {task.suite!r} has no official initial states; set "
+                "official_states=false, and seeds draw its episodes"
+            )
+        if episodes_per_task > task.official_states:
+            raise ValueError(
+                f"{task.name} of suite {task.suite!r} has {task.official_states} official initial states, "
+                f"but episodes_per_task is {episodes_per_task}; lower it, or set official_states=false"
+            )
 
 
 def slot_queues(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from vega_policy.evaluation.controls import apply_control
+from vega_policy.evaluation.episodes import TaskDescription
 from vega_policy.evaluation.evaluate import Evaluation
 from vega_policy.evaluation.lerobot_policy import checkpoint_fingerprint, find_checkpoint, load_lerobot_policy
 from vega_policy.evaluation.pool import EnvironmentFactory, WorkerPool
@@ -18,7 +19,6 @@ from vega_policy.evaluation.worker import resolve
 _SETTINGS = (
     "episodes_per_task",
     "seed",
-    "official_states",
     "slots",
     "processes",
     "videos",
@@ -42,9 +42,9 @@ def launch(config: Mapping[str, Any]) -> dict[str, Any]:
             the environment.
         WorkerError: If a simulator failed.
     """
-    settings = read_settings(config)
     environment = config["env"]
-    tasks = resolve(config["environments"]["tasks"])(settings.suite)
+    tasks = resolve(config["environments"]["tasks"])(environment["suite"])
+    settings = read_settings(config, tasks)
     factory = EnvironmentFactory(
         config["environments"]["make"], environment["frame_size"], environment["rendering"]
     )
@@ -66,17 +66,21 @@ def launch(config: Mapping[str, Any]) -> dict[str, Any]:
         return evaluation.run(policies, pool)
 
 
-def read_settings(config: Mapping[str, Any]) -> EvaluationSettings:
+def read_settings(config: Mapping[str, Any], suite_tasks: Sequence[TaskDescription]) -> EvaluationSettings:
     """Read the settings of an evaluation from a composed configuration.
 
     Args:
         config: Plain values; `control` is one name or a list of names.
+        suite_tasks: All tasks of the suite: where all have official initial states, these are the default.
     """
-    control, tasks = config["control"], config["tasks"]
+    control, tasks, official = config["control"], config["tasks"], config["official_states"]
+    if official is None:
+        official = all(task.official_states for task in suite_tasks)
     return EvaluationSettings(
         suite=config["env"]["suite"],
         tasks=None if tasks is None else tuple(tasks),
         controls=(control,) if isinstance(control, str) else tuple(control),
+        official_states=official,
         **{name: config[name] for name in _SETTINGS},
     )
 

