@@ -21,7 +21,7 @@ class Resampler(nn.Module):
 
     def __init__(self, width: int, heads: int, latents: int) -> None:
         super().__init__()
-        self.queries = nn.Parameter(0.02 * torch.randn(latents, width))
+        self.queries = nn.Parameter(torch.randn(latents, width))  # small ones would all attend alike
         self.norm = nn.LayerNorm(width)
         self.attention = Attention(width, heads)
 
