@@ -19,7 +19,7 @@ from envs.demonstrators import DemonstrationOptions
 from envs.metadata import differences, read_metadata, write_metadata
 from envs.recording import Demonstrator
 from envs.rendering import profile
-from envs.shards import ShardSummary, read_shard
+from envs.shards import CODECS, ShardSummary, read_shard
 from envs.workers import Job, Workers
 
 logger = logging.getLogger(__name__)
@@ -40,6 +40,7 @@ class CollectionSettings:
         rendering: Profile "full" or "fast".
         demonstrator: How demonstrators play.
         repo_id: LeRobot's name for the dataset.
+        video: How frames are stored, "lossless" or "h264" (see `envs.shards.CODECS`).
     """
 
     suite: str
@@ -50,14 +51,17 @@ class CollectionSettings:
     rendering: str = "fast"
     demonstrator: Demonstrator = field(default_factory=Demonstrator)
     repo_id: str = "vega/demonstrations"
+    video: str = "lossless"
 
     def __post_init__(self) -> None:
         """Check what can be checked without a simulator.
 
         Raises:
-            ValueError: If the profile is unknown, or a number is out of range.
+            ValueError: If the profile or the video is unknown, or a number is out of range.
         """
         profile(self.rendering)
+        if self.video not in CODECS:
+            raise ValueError(f"unknown video {self.video!r}; known: {', '.join(CODECS)}")
         for name in ("episodes_per_task", "episodes_per_shard"):
             if vars(self)[name] < 1:
                 raise ValueError(f"expected {name} of at least 1, got {vars(self)[name]}")
@@ -82,6 +86,7 @@ class CollectionSettings:
             episodes_per_shard=config["episodes_per_shard"],
             demonstrator=Demonstrator(options=DemonstrationOptions(**options), **demonstrator),
             repo_id=config["repo_id"],
+            video=config["video"],
         )
 
     def decisive(self) -> dict[str, Any]:
@@ -197,6 +202,7 @@ def _jobs(settings: CollectionSettings, work: Path) -> Iterator[Job]:
                 rendering=settings.rendering,
                 demonstrator=settings.demonstrator,
                 repo_id=settings.repo_id,
+                video=settings.video,
             )
 
 

@@ -42,6 +42,7 @@ class Job:
         rendering: Rendering profile.
         demonstrator: How demonstrators play.
         repo_id: LeRobot's name for the dataset.
+        video: How frames are stored, a name in `envs.shards.CODECS`.
     """
 
     task: Task
@@ -52,6 +53,7 @@ class Job:
     rendering: str
     demonstrator: Demonstrator
     repo_id: str
+    video: str
 
 
 def collect_shard(job: Job, report: Report) -> ShardSummary:
@@ -65,7 +67,7 @@ def collect_shard(job: Job, report: Report) -> ShardSummary:
         RuntimeError: If the demonstrator succeeds too rarely to fill the shard.
     """
     env = _environment(job.task.suite, job.task.index, job.frame_size, job.rendering)
-    return write_shard(job.folder, env, _successes(job, env, report), job.repo_id)
+    return write_shard(job.folder, env, _successes(job, env, report), job.repo_id, job.video)
 
 
 def _successes(job: Job, env: ManipulationEnv, report: Report) -> Iterator[Recording]:
