@@ -39,7 +39,7 @@ def streams(policy, names, **changed):
 def build(policy, data, folder, names=("frames", "semantic", "prior")):
     wanted = streams(policy, names)
     episodes = episode_frames(data.dataset, list(CAMERAS), "pyav")
-    features.build_streams(folder, wanted, policy.model, episodes, frames=len(data.table), batch=4)
+    features.build_streams(folder, wanted, policy.model, episodes, frames=len(data.table))
     return wanted
 
 
