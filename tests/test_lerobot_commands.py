@@ -95,7 +95,7 @@ def test_the_wheel_in_an_empty_environment_trains_and_evaluates_outside_the_repo
 
     uv = Path(sys.executable).parent / "uv"
     call(uv, "build", "--quiet", "--wheel", "--out-dir", tmp_path / "dist", REPOSITORY)
-    call(uv, "venv", "--quiet", "--python", "3.12", tmp_path / "empty")
+    call(uv, "venv", "--quiet", "--python", sys.executable, tmp_path / "empty")
     python = tmp_path / "empty" / "bin" / "python"
     requirements = REPOSITORY / "requirements.lock"
     call(uv, "pip", "install", "--quiet", "--python", python, "--require-hashes", "-r", requirements)
