@@ -30,6 +30,8 @@ class VegaModel(nn.Module):
 
     Args:
         config: The four parts and the sizes that the data dictates.
+        built: Backbone and prior where they exist already (sizes are read off ones without weights); None
+            builds those that the config names.
     """
 
     backbone: Any
@@ -37,12 +39,12 @@ class VegaModel(nn.Module):
     fusion: Any
     project: Mlp
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, built: tuple[Any, Any] | None = None) -> None:
         super().__init__()
         self.config = config
-        self.backbone = make_backbone(config.backbone, config.state_dim, config.views, config.frame_size)
-        width = self.backbone.width
-        self.__dict__["prior"] = make_prior(config.prior, self.backbone.grid)  # not a sub-module
+        backbone, prior = built or _build(config)
+        self.backbone, width = backbone, backbone.width
+        self.__dict__["prior"] = prior  # not a sub-module
         if self.prior is not None:
             self.project = Mlp(self.prior.width, width, width)
             self.fusion = make_fusion(width, config.fusion, self.backbone.grid)
@@ -134,6 +136,11 @@ class VegaModel(nn.Module):
         if prior is not None:
             prior._apply(fn, recurse)
         return self
+
+
+def _build(config: ModelConfig) -> tuple[Any, Any]:
+    backbone = make_backbone(config.backbone, config.state_dim, config.views, config.frame_size)
+    return backbone, make_prior(config.prior, backbone.grid)
 
 
 def _frames(observation: Observation, stream: str) -> Tensor:

@@ -1,11 +1,15 @@
 """The real networks of each prior without weights, from which sizes, memory and arithmetic can be read."""
 
+import dataclasses
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
 import torch
 from torch import nn
+
+from vega_policy.parts import PriorConfig
+from vega_policy.priors import make_prior, resolve
 
 Architecture = dict[str, tuple[str, dict[str, Any]]]
 """Part of a checkpoint -> "module:class" and constructor arguments."""
@@ -110,6 +114,18 @@ ARCHITECTURES: dict[str, Architecture] = {
 }
 """Prior -> its parts at their published sizes."""
 
+READERS = {
+    "wan2.1_t2v_1.3b": "vega_policy.priors.wan:LatentWorldSimulator",
+    "wan2.1_t2v_14b": "vega_policy.priors.wan:LatentWorldSimulator",
+    "wan2.1_vace_1.3b": "vega_policy.priors.wan_vace:ControlledWorldSimulator",
+    "wan2.2_ti2v_5b": "vega_policy.priors.wan:LatentWorldSimulator",
+    "sd_vae": "vega_policy.priors.vae:StableDiffusionVae",
+    "wan_vae": "vega_policy.priors.vae:WanVae",
+    "dinov3": "vega_policy.priors.vit:Dinov3",
+    "vjepa2": "vega_policy.priors.vit:VJepa2",
+}
+"""Prior -> class that reads it, for those whose forward pass runs without weights."""
+
 
 def without_weights(name: str) -> dict[str, nn.Module]:
     """The parts of a prior on the meta device: shapes, and no memory.
@@ -124,6 +140,47 @@ def without_weights(name: str) -> dict[str, nn.Module]:
         raise ValueError(f"No architecture of the prior {name!r}. Known: {', '.join(sorted(ARCHITECTURES))}.")
     with torch.device("meta"):
         return {part: _build(*definition) for part, definition in ARCHITECTURES[name].items()}
+
+
+def reader_without_weights(config: PriorConfig, grid: tuple[int, int]) -> Any:
+    """The reader of a prior on the meta device, cut behind its read-out as with weights.
+
+    Args:
+        config: Prior config.
+        grid: Token grid (gh, gw) of the backbone.
+
+    Raises:
+        ValueError: If the prior has no reader without weights.
+    """
+    config = resolve(dataclasses.replace(config, engine="plain"))
+    if config.name in ("random", "wan_tiny"):
+        return make_prior(config, grid).to("meta")
+    parts: dict[str, Any] = without_weights(config.name)
+    for part in parts.values():
+        _cast(part, getattr(torch, str(config.dtype)))
+    if config.name not in READERS:
+        raise ValueError(
+            f"The prior {config.name!r} has no reader without weights. Known: {', '.join(sorted(READERS))}."
+        )
+    module, name = READERS[config.name].split(":")
+    reader: Callable[..., Any] = getattr(import_module(module), name)
+    with torch.device("meta"):
+        if "transformer" in parts:
+            prompt = torch.zeros(1, ARCHITECTURES[config.name]["transformer"][1]["text_dim"])
+            return reader(parts["vae"], parts["transformer"], prompt, config, grid, "none")
+        if "vae" in parts:
+            return reader(parts["vae"], config, grid, "none")
+        network: Any = parts["."]
+        encoder = network.model if config.name == "dinov3" else network.encoder
+        return reader(network, encoder, config, grid, "none")
+
+
+def _cast(network: Any, dtype: torch.dtype) -> None:
+    """The type in which a network is loaded; diffusers names parts that stay in float32."""
+    kept = set(network._keep_in_fp32_modules or ())
+    for name, weight in network.named_parameters():
+        if not kept & set(name.split(".")):
+            weight.data = weight.data.to(dtype)
 
 
 def _build(path: str, options: dict[str, Any]) -> nn.Module:
