@@ -3,6 +3,8 @@
 import runpy
 import sys
 from dataclasses import fields
+from functools import cache
+from itertools import cycle
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from hydra import compose, initialize_config_dir
 
 from tests.synthetic_dataset import write_dataset
 from vega_policy.backbones import BACKBONES
+from vega_policy.bases import BASES, BaseConfig
 from vega_policy.configuration_vega import VegaConfig
 from vega_policy.fusion import FUSIONS
 from vega_policy.parts import BackboneConfig, ExpertConfig, FusionConfig, PriorConfig
@@ -20,14 +23,26 @@ from vega_policy.training.run_folder import FREE_TO_CHANGE
 
 REPOSITORY = Path(__file__).parents[1]
 CONFIGS = REPOSITORY / "configs"
-PARTS = {"prior": PriorConfig, "fusion": FusionConfig, "backbone": BackboneConfig, "expert": ExpertConfig}
+PARTS = {
+    "prior": PriorConfig,
+    "fusion": FusionConfig,
+    "backbone": BackboneConfig,
+    "expert": ExpertConfig,
+    "base": BaseConfig,
+}
 DATASET = "dataset.repo_id=tests/synthetic"
+
+
+@pytest.fixture(scope="module")
+def headline():
+    return run("experiment=libero_wan")
 
 
 def options(group):
     return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
 
 
+@cache
 def composed(*overrides):
     with initialize_config_dir(str(CONFIGS), version_base=None):
         return compose("train", overrides=["policy.device=cpu", "output_dir=outputs/x", *overrides])
@@ -66,16 +81,19 @@ def test_every_option_lists_every_field_of_its_part(group):
 def test_every_prior_fusion_and_backbone_of_the_tables_is_an_option():
     assert options("prior") == sorted(["none", *PRIORS])
     assert options("fusion") == sorted(FUSIONS)
+    assert options("base") == sorted(["none", *BASES])
     assert options("backbone") == sorted([*BACKBONES, "compact_small"])
 
 
 @pytest.mark.parametrize("experiment", options("experiment"))
 def test_every_experiment_composes_with_every_prior_and_every_fusion_and_nothing_leaks(experiment):
-    for group in ("prior", "fusion"):
-        for option in options(group):
-            both = composed(f"experiment={experiment}", f"{group}={option}", DATASET)
-            assert both[group] == composed(DATASET, f"{group}={option}")[group]
-            assert getattr(from_hydra(both).vega, group).name == option
+    pairs = zip(options("prior"), cycle(options("fusion")), strict=False)  # more priors than fusions
+    for prior, fusion in pairs:
+        both = composed(f"experiment={experiment}", f"prior={prior}", f"fusion={fusion}", DATASET)
+        alone = composed(DATASET, f"prior={prior}", f"fusion={fusion}")
+        assert (both.prior, both.fusion) == (alone.prior, alone.fusion)
+        policy = from_hydra(both).vega
+        assert (policy.prior.name, policy.fusion.name) == (prior, fusion)
 
 
 @pytest.mark.parametrize("experiment", options("experiment"))
@@ -98,6 +116,33 @@ def test_an_experiment_sets_no_field_that_belongs_to_a_group(experiment):
 )
 def test_an_ablation_is_one_field(override, field):
     assert difference(run("experiment=demo"), run("experiment=demo", override)) == {field}
+
+
+ABLATIONS = [
+    (path.stem, f"{field}={value}")
+    for path in sorted((CONFIGS / "ablation").glob("*.yaml"))
+    for field, values in yaml.safe_load(path.read_text())["hydra"]["sweeper"]["params"].items()
+    for value in values.split(",")
+]
+
+
+@pytest.mark.parametrize(("table", "override"), ABLATIONS)
+def test_every_row_of_the_papers_tables_is_one_field_away_from_the_method(table, override, headline):
+    folder = f"outputs/ablation/{table}/{override.partition('=')[2]}"
+    row = run("experiment=libero_wan", override, f"output_dir={folder}")
+    field = override.partition("=")[0]
+    name = f"policy.{field}.name" if field in GROUPS else f"policy.{field}"
+    assert difference(headline, row) - {"output_dir"} <= {name}
+
+
+@pytest.mark.parametrize("table", sorted({table for table, _ in ABLATIONS}))
+def test_every_run_of_an_ablation_has_a_folder_of_its_own(table):
+    rows = [override for name, override in ABLATIONS if name == table]
+    with initialize_config_dir(str(CONFIGS), version_base=None):
+        composed_rows = [
+            compose("train", ["experiment=libero_wan", f"+ablation={table}", row]) for row in rows
+        ]
+    assert len({row.output_dir for row in composed_rows}) == len(rows)
 
 
 def test_a_saved_config_gives_the_same_run():

@@ -4,10 +4,12 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
+from tests.base_checkpoints import write_base
 from tests.synthetic_dataset import REPO_ID, write_dataset
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -42,7 +44,7 @@ def run(programs: Path, folder: Path, command: str, *arguments: str) -> str:
     return printed
 
 
-def train_and_evaluate(programs: Path, folder: Path) -> None:
+def train_and_evaluate(programs: Path, folder: Path, policy: Sequence[str] = TINY) -> None:
     """Two steps of `lerobot-train`, then one episode of `lerobot-eval` on what it saved."""
     data = write_dataset(folder / "data", lengths=(6, 6), frame_shapes=((64, 64), (64, 64)))
     run(
@@ -50,7 +52,7 @@ def train_and_evaluate(programs: Path, folder: Path) -> None:
         folder,
         "lerobot-train",
         "--policy.type=vega",
-        *TINY,
+        *policy,
         "--policy.device=cpu",
         "--policy.push_to_hub=false",
         f"--dataset.repo_id={REPO_ID}",
@@ -86,6 +88,19 @@ def train_and_evaluate(programs: Path, folder: Path) -> None:
 
 def test_lerobot_train_and_lerobot_eval_run_from_the_installed_package(tmp_path):
     train_and_evaluate(Path(sys.executable).parent, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_pretrained_base_trains_and_evaluates_by_lerobots_commands_as_type_vega(tmp_path, monkeypatch):
+    base = write_base("smolvla", tmp_path, monkeypatch)
+    policy = (
+        "--policy.base.name=smolvla",
+        f"--policy.base.path={base}",
+        "--policy.prior.name=random",
+        "--policy.chunk_size=4",
+        "--policy.n_action_steps=4",
+    )
+    train_and_evaluate(Path(sys.executable).parent, tmp_path, policy)
 
 
 @pytest.mark.slow

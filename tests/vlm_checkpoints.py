@@ -87,7 +87,10 @@ def tokenizer(*special: str, **named: str) -> PreTrainedTokenizerFast:
 def write_smolvlm(folder: Path) -> None:
     """SmolVLM2: SigLIP, pixel shuffle, Llama; 4x4 tokens of 64 pixels."""
     words = tokenizer(
-        "<fake_token_around_image>", "<global-img>", "<end_of_utterance>", image_token="<image>"
+        "<end_of_utterance>",
+        image_token="<image>",
+        fake_image_token="<fake_token_around_image>",
+        global_image_token="<global-img>",
     )
     config = SmolVLMConfig(
         vision_config=SIGLIP,

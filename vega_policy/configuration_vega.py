@@ -7,6 +7,7 @@ from lerobot.configs.types import NormalizationMode
 from lerobot.optim.optimizers import AdamWConfig
 from lerobot.optim.schedulers import CosineDecayWithWarmupSchedulerConfig
 
+from vega_policy.bases import BaseConfig
 from vega_policy.parts import BackboneConfig, ExpertConfig, FusionConfig, ModelConfig, PriorConfig
 
 
@@ -23,6 +24,7 @@ class VegaConfig(PreTrainedConfig):
         fusion: How its tokens are mixed with the semantic ones.
         backbone: The vision-language backbone.
         expert: The action expert.
+        base: A pre-trained policy of LeRobot to build upon, in the place of backbone and expert.
         normalization_mapping: How LeRobot's processors scale each kind of feature.
         optimizer_lr: Peak learning rate of AdamW.
         optimizer_weight_decay: Weight decay of AdamW.
@@ -39,6 +41,7 @@ class VegaConfig(PreTrainedConfig):
     fusion: FusionConfig = field(default_factory=FusionConfig)
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     expert: ExpertConfig = field(default_factory=ExpertConfig)
+    base: BaseConfig = field(default_factory=BaseConfig)
     normalization_mapping: dict[str, NormalizationMode] = field(
         default_factory=lambda: {
             "VISUAL": NormalizationMode.IDENTITY,

@@ -2,21 +2,25 @@
 
 import dataclasses
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from lerobot.policies.common.flow_matching import euler_integrate
 from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.utils.constants import ACTION, OBS_STATE
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vega_policy.configuration_vega import VegaConfig
 from vega_policy.model import VegaModel
 from vega_policy.observation import Observation, stack_views
 from vega_policy.priors import resolve
+
+if TYPE_CHECKING:
+    from vega_policy.bases.based import BasedModel
 
 
 class VegaPolicy(PreTrainedPolicy):
@@ -46,12 +50,37 @@ class VegaPolicy(PreTrainedPolicy):
         self, config: VegaConfig, dataset_stats: Any = None, dataset_meta: Any = None, **kwargs: Any
     ) -> None:
         super().__init__(config)
-        self.model = VegaModel(config.model)
+        self.model: Any = VegaModel(config.model) if config.base.name == "none" else self._based(config)
         prior = self.model.prior
         if prior is not None:
             config.prior = dataclasses.replace(resolve(config.prior), fingerprint=prior.fingerprint)
         self._queue: deque[Tensor] = deque()
         self._past: dict[str, deque[Tensor]] = {}
+
+    @staticmethod
+    def _based(config: VegaConfig) -> "BasedModel":
+        config.validate_features()
+        from vega_policy.bases.based import BasedModel  # LeRobot's other policies are heavy to import
+        from vega_policy.bases.loading import with_fingerprint
+
+        model = BasedModel(config)
+        config.base = with_fingerprint(config.base, model.fingerprint)
+        return model
+
+    @property
+    def base(self) -> Any:
+        """The pre-trained policy that this one builds upon; None without one."""
+        return None if self.config.base.name == "none" else self.model.base
+
+    def supports_rtc(self) -> bool:
+        """Whether LeRobot's real-time chunking applies: as it does for the base."""
+        return self.base is not None and self.base.supports_rtc()
+
+    def init_rtc_processor(self) -> None:
+        """Hand the real-time chunking that LeRobot put into the config on to the base."""
+        if self.base is not None:
+            self.base.config.rtc_config = vars(self.config)["rtc_config"]
+            self.base.init_rtc_processor()
 
     @classmethod
     def from_pretrained(
@@ -68,6 +97,8 @@ class VegaPolicy(PreTrainedPolicy):
         """Forget the rest of the last chunk and the past: a new episode begins."""
         self._queue.clear()
         self._past.clear()
+        if self.base is not None:
+            self.base.reset()
 
     def forward(self, batch: dict[str, Any], reduction: str = "mean") -> tuple[Tensor, dict[str, float]]:
         """Training loss.
@@ -80,15 +111,21 @@ class VegaPolicy(PreTrainedPolicy):
             The loss, and what is worth logging: `loss`, and for gates the mean `gate` (weight of the semantic
             stream).
         """
+        if self.base is not None:
+            return self._logged(*self.base(batch, reduction=reduction))
         fresh = torch.default_generator if self.training and self.config.prior.noise == "fresh" else None
         losses = self.model.loss(
             self.observe(batch), batch[ACTION], batch.get("action_is_pad"), prior_generator=fresh
         )
         loss = losses.mean()
-        log = {"loss": loss.item()}
+        return self._logged(loss if reduction == "mean" else losses, {"loss": loss.item()})
+
+    def _logged(self, loss: Tensor, log: dict[str, Any]) -> tuple[Tensor, dict[str, float]]:
+        """Numbers worth logging, the mean gate among them."""
+        numbers = {name: value for name, value in log.items() if isinstance(value, float)}
         if self.model.gate is not None:
-            log["gate"] = self.model.gate.mean().item()
-        return (loss if reduction == "mean" else losses), log
+            numbers["gate"] = self.model.gate.mean().item()
+        return loss, numbers
 
     @torch.no_grad()
     def predict_action_chunk(self, batch: dict[str, Any], noise: Tensor | None = None, **rtc: Any) -> Tensor:
@@ -99,6 +136,8 @@ class VegaPolicy(PreTrainedPolicy):
             noise: Where the flow starts, [b t a]; the same noise gives the same chunk. None draws it.
             **rtc: Arguments of LeRobot's real-time chunking, handed to its integrator.
         """
+        if self.base is not None:
+            return self.base.predict_action_chunk(batch, noise=noise, **rtc)
         observation = self.observe(batch)
         model = self.model.config
         shape = (len(observation.state), model.chunk_size, model.action_dim)
@@ -106,6 +145,13 @@ class VegaPolicy(PreTrainedPolicy):
         return self.model.act(
             observation, noise.to(observation.state), partial(_integrate, rtc=rtc) if rtc else _integrate
         )
+
+    @property
+    def noise_shape(self) -> tuple[int, int]:
+        """Shape [t a] of the noise that a chunk starts from."""
+        if self.base is not None:
+            return self.config.chunk_size, self.model.noise_width
+        return self.config.chunk_size, self.model.config.action_dim
 
     @torch.no_grad()
     def select_action(self, batch: dict[str, Any], noise: Tensor | None = None, **kwargs: Any) -> Tensor:
@@ -160,6 +206,38 @@ class VegaPolicy(PreTrainedPolicy):
             instruction=_sentences(batch.get("task"), len(state)),
             **cached,
         )
+
+    def _save_pretrained(self, save_directory: Path, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Save configuration and weights, less those that lie unchanged in the base's own file."""
+        frozen = set() if self.base is None else {f"model.{name}" for name in self.model.frozen_names()}
+        if frozen:
+            held = self.state_dict() if state_dict is None else state_dict
+            state_dict = {name: value for name, value in held.items() if name not in frozen}
+        super()._save_pretrained(save_directory, state_dict=state_dict)
+
+    @classmethod
+    def _load_as_safetensor(cls, model: Self, model_file: str, map_location: str, strict: bool) -> Self:
+        """Load weights; those that do not learn have come with the base already."""
+        if model.base is None:
+            return super()._load_as_safetensor(model, model_file, map_location, strict)
+        saved = load_file(model_file)
+        frozen = {f"model.{name}" for name in model.model.frozen_names()}
+        twins = _twins(model, saved.keys())
+        missing = [name for name in model.state_dict() if name not in saved.keys() | frozen | twins]
+        superfluous = sorted(saved.keys() - model.state_dict().keys())
+        if strict and (missing or superfluous):
+            raise RuntimeError(
+                f"{model_file} does not fit the policy: missing {missing[:3]}, superfluous {superfluous[:3]}."
+            )
+        model.load_state_dict(saved, strict=False)
+        return model
+
+
+def _twins(model: nn.Module, names: Iterable[str]) -> set[str]:
+    """Names of weights that share their memory with one of those named: files hold them once."""
+    state = model.state_dict(keep_vars=True)
+    held = {state[name].data_ptr() for name in names if name in state}
+    return {name for name, weight in state.items() if weight.data_ptr() in held}
 
 
 def _sentences(task: str | list[str] | None, batch: int) -> list[str]:

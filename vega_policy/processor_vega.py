@@ -32,8 +32,13 @@ def make_vega_pre_post_processors(
         dataset_meta: Taken for LeRobot's sake.
 
     Returns:
-        Pre-processor (rename, batch axis, device, normalise) and post-processor (un-normalise, to the CPU).
+        Pre-processor (rename, batch axis, device, normalise) and post-processor (un-normalise, to the CPU);
+        with a base, its own.
     """
+    if config.base.name != "none":
+        from vega_policy.bases.loading import base_processors  # LeRobot's other policies are heavy to import
+
+        return base_processors(config, dataset_stats)
     inputs: dict[str, PolicyFeature] = config.input_features or {}
     outputs: dict[str, PolicyFeature] = config.output_features or {}
     before = [

@@ -60,8 +60,10 @@ class BlindPolicy:
     def chunk(self, batch: ObservationBatch, noise: np.ndarray | None) -> np.ndarray:
         """Predict from state, instruction and mean frames; see `ChunkPolicy.chunk`."""
         rows = len(batch.instructions)
+        length = self.description.history
+        axes = (rows,) if length == 1 else (rows, length)
         frames = {
-            camera: np.broadcast_to(mean, (rows, *mean.shape)) for camera, mean in self._mean_frames.items()
+            camera: np.broadcast_to(mean, (*axes, *mean.shape)) for camera, mean in self._mean_frames.items()
         }
         return self._policy.chunk(batch.with_constant_frames(frames), noise)
 

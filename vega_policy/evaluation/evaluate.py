@@ -106,7 +106,11 @@ class Evaluation:
             return
         seconds = self._folder.progress.call_seconds.setdefault(control, [])
         main = control == self.settings.controls[0]
-        pool.open(render=policy.reads_frames, keep_states=main and self.settings.videos > 0)
+        pool.open(
+            render=policy.reads_frames,
+            keep_states=main and self.settings.videos > 0,
+            history=policy.description.history,
+        )
         rollout = Rollout(policy, pool, policy.description.action_steps, call_seconds=seconds)
         with _ProgressBar(control, len(self.episodes), finished) as bar:
             for end in rollout.play(queues):

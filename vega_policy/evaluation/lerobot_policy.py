@@ -21,7 +21,6 @@ from vega_policy.evaluation.policies import ObservationBatch, PolicyDescription
 from vega_policy.modeling_vega import VegaPolicy
 
 _NOISE_SHAPES = {
-    "vega": ("chunk_size", None),
     "smolvla": ("chunk_size", "max_action_dim"),
     "pi0": ("chunk_size", "max_action_dim"),
     "pi05": ("chunk_size", "max_action_dim"),
@@ -60,7 +59,7 @@ class LeRobotChunkPolicy:
         self._preprocessor = preprocessor
         self._postprocessor = postprocessor
         self._description = describe(policy, action_steps)
-        self._noise_shape = _noise_shape(policy.config)
+        self._noise_shape = _noise_shape(policy)
         self.reads_frames = bool(self._description.cameras)
         self._constant_features: dict[int, dict[str, Tensor]] = {}
 
@@ -83,7 +82,7 @@ class LeRobotChunkPolicy:
     def chunk(self, batch: ObservationBatch, noise: np.ndarray | None) -> np.ndarray:
         """Predict actions in the environment's units; see `ChunkPolicy.chunk`."""
         inputs = self._preprocessor(_to_lerobot(batch, self._description))
-        if batch.constant_frames and isinstance(self._policy, VegaPolicy):
+        if batch.constant_frames and isinstance(self._policy, VegaPolicy) and self._policy.base is None:
             inputs |= self._encode_once(self._policy, inputs)
         if noise is None:
             # A policy that draws its own noise draws the same at every call: by row, not by history.
@@ -191,7 +190,13 @@ def describe(policy: PreTrainedPolicy, action_steps: int | None) -> PolicyDescri
         state_size=None if state is None else state.shape[0],
         action_size=action.shape[0],
         action_steps=steps,
+        history=_history(policy),
     )
+
+
+def _history(policy: PreTrainedPolicy) -> int:
+    steps = policy.config.observation_delta_indices if isinstance(policy, VegaPolicy) else None
+    return 1 if steps is None else len(steps)
 
 
 def _prior_label(policy: PreTrainedPolicy) -> str:
@@ -201,7 +206,10 @@ def _prior_label(policy: PreTrainedPolicy) -> str:
     return f"{name} (untrained prior)" if policy.model.prior.untrained else name
 
 
-def _noise_shape(config: PreTrainedConfig) -> tuple[int, int] | None:
+def _noise_shape(policy: PreTrainedPolicy) -> tuple[int, int] | None:
+    if isinstance(policy, VegaPolicy):
+        return policy.noise_shape
+    config = policy.config
     if config.type not in _NOISE_SHAPES or config.action_feature is None:
         return None
     length, size = _NOISE_SHAPES[config.type]
@@ -214,9 +222,10 @@ def _cuda_devices() -> list[int]:
 
 
 def _to_lerobot(batch: ObservationBatch, description: PolicyDescription) -> dict[str, Any]:
-    """Return a batch as LeRobot's preprocessors expect it: frames float32 [b 3 h w] in [0, 1]."""
+    """Return a batch as LeRobot's preprocessors expect it: frames float32 [b (t) 3 h w] in [0, 1]."""
     inputs: dict[str, Any] = {
-        camera: rearrange(torch.from_numpy(np.ascontiguousarray(pixels)), "b h w c -> b c h w").float() / 255
+        camera: rearrange(torch.from_numpy(np.ascontiguousarray(pixels)), "... h w c -> ... c h w").float()
+        / 255
         for camera, pixels in batch.frames.items()
     }
     if description.state_size is not None:

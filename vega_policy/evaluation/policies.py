@@ -22,7 +22,8 @@ class ObservationBatch:
     """What the policy sees of all slots at one tick, in LeRobot's names.
 
     Attributes:
-        frames: Camera key -> uint8 [b h w 3]; empty if the policy reads no frames.
+        frames: Camera key -> uint8 [b h w 3], or [b t h w 3] for a policy that reads histories; empty if the
+            policy reads no frames.
         state: Proprioception, float32 [b s].
         instructions: b strings.
         constant_frames: Whether the policy is shown these same frames at every call, so that it may encode
@@ -56,6 +57,7 @@ class PolicyDescription:
         state_size: Number of state values it reads, or None if it reads no state.
         action_size: Number of values in an action.
         action_steps: How many actions of a chunk are executed before it is asked again.
+        history: Frames of each camera that it reads, the last ones of the episode.
     """
 
     name: str
@@ -64,6 +66,7 @@ class PolicyDescription:
     state_size: int | None
     action_size: int
     action_steps: int
+    history: int = 1
 
 
 class ChunkPolicy(Protocol):

@@ -71,16 +71,18 @@ class WorkerPool:
             child[1].send((sys.path, factory.make))
         self._unread = [0] * processes
 
-    def open(self, *, render: bool, keep_states: bool) -> None:
+    def open(self, *, render: bool, keep_states: bool, history: int = 1) -> None:
         """Say what is wanted of the environments from now on; returns at once.
 
         Args:
             render: Whether they render frames; those made otherwise are closed and built anew when needed.
             keep_states: Whether finished episodes come with the simulator state of each step.
+            history: Frames of each camera that an observation holds, the last ones of the episode.
         """
         arguments = self._factory.arguments(render=render)
         for worker in range(len(self._children)):
-            self._send(worker, "open", {"arguments": arguments, "keep_states": keep_states})
+            wanted = {"arguments": arguments, "keep_states": keep_states, "history": history}
+            self._send(worker, "open", wanted)
 
     def build(self, tasks: dict[int, tuple[str, int]]) -> None:
         """Let the workers build environments while the caller goes on; returns at once.

@@ -16,6 +16,7 @@ import importlib
 import signal
 import sys
 import traceback
+from collections import deque
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any, TypedDict
@@ -43,7 +44,11 @@ class SlotOrder(TypedDict):
 
 
 class SlotObservation(TypedDict):
-    """What the policy may see: `frames` {camera: uint8 [h w 3]}, empty if unrendered, `state` float32 [s]."""
+    """What the policy may see.
+
+    `frames` {camera: uint8 [h w 3], or [t h w 3] where a history is wanted}, empty if unrendered; `state`
+    float32 [s].
+    """
 
     frames: dict[str, np.ndarray]
     state: np.ndarray
@@ -106,9 +111,11 @@ class Stage:
 class Slot:
     """One row of the policy's batch: plays one episode after another."""
 
-    def __init__(self, stage: Stage, *, keep_states: bool) -> None:
+    def __init__(self, stage: Stage, *, keep_states: bool, history: int = 1) -> None:
         self.stage = stage
         self.keep_states = keep_states
+        self.history = history
+        self._past: deque[dict[str, np.ndarray]] = deque()
         self._length = 0
         self._initial_hash = ""
         self._states: list[np.ndarray] = []
@@ -126,6 +133,10 @@ class Slot:
 
     def _begin(self, order: EpisodeOrder) -> Any:
         observation = self.stage.begin(order)
+        # Before the episode's start there is its first frame, as LeRobot's dataset pads a clip.
+        self._past = deque(maxlen=self.history)
+        for _ in range(self.history - 1):
+            self._remember(observation)
         state = self.stage.environment.simulator_state()
         self._length, self._initial_hash = 0, state_hash(state)
         self._states = [state] if self.keep_states else []
@@ -134,7 +145,7 @@ class Slot:
     def _play(self, actions: np.ndarray) -> Outcome | None:
         """Execute actions [t a] until the simulator says success or cuts the episode; None if it goes on."""
         environment = self.stage.environment
-        for action in actions:
+        for step, action in enumerate(actions, start=1):
             success, truncated = environment.step_blindly(action)
             self._length += 1
             if self.keep_states:
@@ -147,12 +158,23 @@ class Slot:
                     "final_hash": state_hash(environment.simulator_state()),
                     "states": np.stack(self._states) if self.keep_states else None,
                 }
+            if 0 < len(actions) - step < self.history:  # what comes after the last is seen by `_view`
+                self._remember(environment.observe())
         return None
+
+    def _remember(self, observation: dict[str, Any]) -> None:
+        """Keep a copy of the frames: a simulator may draw the next ones into the same memory."""
+        pixels = observation.get("pixels", {})
+        self._past.append({camera: frame.copy() for camera, frame in pixels.items()})
 
     def _view(self, observation: dict[str, Any]) -> SlotObservation:
         environment = self.stage.environment
+        frames = dict(observation.get("pixels", {}))
+        if self.history > 1:
+            self._remember(observation)
+            frames = {camera: np.stack([seen[camera] for seen in self._past]) for camera in frames}
         return {
-            "frames": dict(observation["pixels"]) if "pixels" in observation else {},
+            "frames": frames,
             "state": np.asarray(observation["agent_pos"], dtype=np.float32),
             "instruction": environment.task_description,
             "action_size": environment.action_space.shape[0],
@@ -167,15 +189,16 @@ class Worker:
         self._slots: dict[int, Slot] = {}
         self._arguments: dict[str, Any] = {}
         self._keep_states = False
+        self._history = 1
         self._studio: tuple[dict[str, Any], Stage] | None = None
 
-    def open(self, arguments: dict[str, Any], keep_states: bool) -> None:
+    def open(self, arguments: dict[str, Any], keep_states: bool, history: int) -> None:
         """Give all slots environments made with these arguments; those that have them already keep them."""
         if arguments != self._arguments:
             self.close()
-        self._arguments, self._keep_states = arguments, keep_states
+        self._arguments, self._keep_states, self._history = arguments, keep_states, history
         for slot in self._slots.values():
-            slot.keep_states = keep_states
+            slot.keep_states, slot.history = keep_states, history
 
     def build(self, tasks: dict[int, tuple[str, int]]) -> None:
         """Build the environments of slots for the tasks that they play first."""
@@ -210,7 +233,8 @@ class Worker:
 
     def _slot(self, slot: int) -> Slot:
         if slot not in self._slots:
-            self._slots[slot] = Slot(Stage(self._make, self._arguments), keep_states=self._keep_states)
+            stage = Stage(self._make, self._arguments)
+            self._slots[slot] = Slot(stage, keep_states=self._keep_states, history=self._history)
         return self._slots[slot]
 
 

@@ -116,7 +116,7 @@ class PriorReader(nn.Module):
             raise ValueError(
                 f"prior.clip=history reads {self.clip_frames} frames of each camera; got {frames.shape[2]}. "
                 "Train with dataset.cache=none; in a rollout call select_action at every control step, which "
-                "remembers frames (this package's own evaluation observes once a chunk and cannot)."
+                "remembers frames."
             )
         batch, views = frames.shape[:2]
         clips = resize(as_clips(frames, self.clip), *self.input_size)

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from vega_policy.configuration_vega import VegaConfig
 
 STREAMS = ("frames", "semantic", "prior")
-GROUPS = ("prior", "fusion", "backbone", "expert")
+GROUPS = ("prior", "fusion", "backbone", "expert", "base")
 
 
 @dataclass(frozen=True)

@@ -95,6 +95,8 @@ class Data:
 def load_data(config: TrainConfig) -> Data:
     """Opens the dataset and refuses one that the policy cannot learn from."""
     if config.dataset.cache != "none":
+        if config.vega.base.name != "none":
+            raise ValueError("dataset.cache: a base embeds pictures by itself; set dataset.cache=none.")
         features.check_cacheable(config.vega.backbone, config.vega.prior, config.dataset.cached)
     dataset = open_dataset(config.dataset, config.vega)
     match_features(config.vega, dataset)
