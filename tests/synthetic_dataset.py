@@ -18,6 +18,7 @@ def write_dataset(
     action_width: int = 7,
     nan_action_at: int | None = None,
     use_videos: bool = True,
+    cameras: tuple[str, ...] = CAMERAS,
     tasks: tuple[str, ...] = ("lift the cube", "push the cube"),
 ) -> Path:
     """Writes a finalized dataset of len(lengths) episodes at 10 Hz and returns its root."""
@@ -25,7 +26,7 @@ def write_dataset(
     image_type = "video" if use_videos else "image"
     features = {
         camera: {"dtype": image_type, "shape": (*shape, 3), "names": ["height", "width", "channels"]}
-        for camera, shape in zip(CAMERAS, frame_shapes, strict=True)
+        for camera, shape in zip(cameras, frame_shapes, strict=True)
     }
     if state_width:
         features["observation.state"] = {"dtype": "float32", "shape": (state_width,), "names": None}
@@ -44,7 +45,7 @@ def write_dataset(
         for t in range(length):
             frame = {
                 camera: square_frame(shape, t / length)
-                for camera, shape in zip(CAMERAS, frame_shapes, strict=True)
+                for camera, shape in zip(cameras, frame_shapes, strict=True)
             }
             if state_width:
                 frame["observation.state"] = rng.normal(size=state_width).astype(np.float32)

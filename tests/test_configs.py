@@ -85,13 +85,19 @@ def test_every_prior_fusion_and_backbone_of_the_tables_is_an_option():
     assert options("backbone") == sorted([*BACKBONES, "compact_small"])
 
 
+@cache
+def alone(group, option):
+    """A group's node where nothing else was chosen."""
+    return composed(DATASET, f"{group}={option}")[group]
+
+
 @pytest.mark.parametrize("experiment", options("experiment"))
 def test_every_experiment_composes_with_every_prior_and_every_fusion_and_nothing_leaks(experiment):
-    pairs = zip(options("prior"), cycle(options("fusion")), strict=False)  # more priors than fusions
-    for prior, fusion in pairs:
+    priors, fusions = options("prior"), cycle(options("fusion"))
+    for prior, fusion in zip(priors, fusions, strict=False):  # there are more priors: each of both is met
         both = composed(f"experiment={experiment}", f"prior={prior}", f"fusion={fusion}", DATASET)
-        alone = composed(DATASET, f"prior={prior}", f"fusion={fusion}")
-        assert (both.prior, both.fusion) == (alone.prior, alone.fusion)
+        assert both.prior == alone("prior", prior)
+        assert both.fusion == alone("fusion", fusion)
         policy = from_hydra(both).vega
         assert (policy.prior.name, policy.fusion.name) == (prior, fusion)
 
@@ -118,7 +124,7 @@ def test_an_ablation_is_one_field(override, field):
     assert difference(run("experiment=demo"), run("experiment=demo", override)) == {field}
 
 
-ABLATIONS = [
+TABLES = [
     (path.stem, f"{field}={value}")
     for path in sorted((CONFIGS / "ablation").glob("*.yaml"))
     for field, values in yaml.safe_load(path.read_text())["hydra"]["sweeper"]["params"].items()
@@ -126,7 +132,7 @@ ABLATIONS = [
 ]
 
 
-@pytest.mark.parametrize(("table", "override"), ABLATIONS)
+@pytest.mark.parametrize(("table", "override"), TABLES)
 def test_every_row_of_the_papers_tables_is_one_field_away_from_the_method(table, override, headline):
     folder = f"outputs/ablation/{table}/{override.partition('=')[2]}"
     row = run("experiment=libero_wan", override, f"output_dir={folder}")
@@ -135,14 +141,33 @@ def test_every_row_of_the_papers_tables_is_one_field_away_from_the_method(table,
     assert difference(headline, row) - {"output_dir"} <= {name}
 
 
-@pytest.mark.parametrize("table", sorted({table for table, _ in ABLATIONS}))
+@pytest.mark.parametrize("table", sorted({table for table, _ in TABLES}))
 def test_every_run_of_an_ablation_has_a_folder_of_its_own(table):
-    rows = [override for name, override in ABLATIONS if name == table]
+    rows = [override for name, override in TABLES if name == table]
     with initialize_config_dir(str(CONFIGS), version_base=None):
         composed_rows = [
             compose("train", ["experiment=libero_wan", f"+ablation={table}", row]) for row in rows
         ]
     assert len({row.output_dir for row in composed_rows}) == len(rows)
+
+
+ABLATIONS = [path for path in options("experiment") if path.startswith("ablation_")]
+
+
+@pytest.mark.parametrize("ablation", ABLATIONS)
+def test_an_ablation_sweeps_one_field_over_seeds_and_every_value_composes(ablation):
+    node = yaml.safe_load((CONFIGS / "experiment" / f"{ablation}.yaml").read_text())
+    (field, values), (seed, seeds) = node["hydra"]["sweeper"]["params"].items()
+    assert node["hydra"]["mode"] == "MULTIRUN"
+    assert seed == "seed"
+    assert len(seeds.split(",")) >= 3
+    runs = [run(f"experiment={ablation}", f"{field}={value}") for value in str(values).split(",")]
+    assert len(runs) >= 2
+    first, group = runs[0], field.partition(".")[0]
+    for other in runs[1:]:
+        changed = difference(first, other)
+        assert changed
+        assert all(name.startswith(f"policy.{group}.") for name in changed)
 
 
 def test_a_saved_config_gives_the_same_run():

@@ -18,11 +18,6 @@ from vega_policy.training.table import read_table
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return write_dataset(tmp_path_factory.mktemp("data") / "synthetic")
-
-
-@pytest.fixture(scope="module")
 def loaded(root, tmp_path_factory):
     """A policy and its data."""
     config = tiny_run(root, tmp_path_factory.mktemp("runs") / "run")

@@ -8,9 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from lerobot.configs.policies import PreTrainedConfig
+from safetensors.torch import load_file
 
 from tests.base_checkpoints import write_base
 from tests.synthetic_dataset import REPO_ID, write_dataset
+from tests.training_runs import tiny_run
+from vega_policy.training.setup import train
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TINY = (
@@ -101,6 +105,26 @@ def test_a_pretrained_base_trains_and_evaluates_by_lerobots_commands_as_type_veg
         "--policy.n_action_steps=4",
     )
     train_and_evaluate(Path(sys.executable).parent, tmp_path, policy)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_either_trainer_is_where_the_other_goes_on(tmp_path):
+    programs = Path(sys.executable).parent
+    data = write_dataset(tmp_path / "data", lengths=(6, 6), frame_shapes=((64, 64), (64, 64)))
+    common = ("--policy.device=cpu", "--policy.push_to_hub=false", f"--dataset.repo_id={REPO_ID}")
+    common += (f"--dataset.root={data}", "--dataset.video_backend=pyav", "--batch_size=2", "--num_workers=0")
+    common += ("--steps=1", "--log_freq=1")
+    theirs = f"--output_dir={tmp_path / 'theirs'}"
+    run(programs, tmp_path, "lerobot-train", "--policy.type=vega", *TINY, *common, theirs)
+    source = tmp_path / "theirs" / "checkpoints" / "last" / "pretrained_model"
+    config = PreTrainedConfig.from_pretrained(source)
+    config.pretrained_path, config.push_to_hub = source, False
+    ours = train(tiny_run(data, tmp_path / "ours", policy=config, steps=1, dataset={"cache": "none"}))
+    before, after = (load_file(path / "model.safetensors") for path in (source, ours / "pretrained_model"))
+    assert before.keys() == after.keys()
+    path = f"--policy.path={ours / 'pretrained_model'}"
+    run(programs, tmp_path, "lerobot-train", path, *common, f"--output_dir={tmp_path / 'again'}")
+    assert (tmp_path / "again" / "checkpoints" / "last" / "pretrained_model" / "model.safetensors").is_file()
 
 
 @pytest.mark.slow

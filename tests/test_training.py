@@ -2,24 +2,19 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
 from lerobot.policies.factory import make_pre_post_processors
 from safetensors.torch import load_file
 
-from tests.synthetic_dataset import CAMERAS, write_dataset
-from tests.training_runs import tiny_backbone, tiny_policy, tiny_run
+from tests.synthetic_dataset import CAMERAS
+from tests.training_runs import assert_bitwise_equal, saved_weights, tiny_backbone, tiny_policy, tiny_run
 from vega_policy.modeling_vega import VegaPolicy
 from vega_policy.training.folders import point_link
-from vega_policy.training.run_folder import RunFolderError, last_checkpoint
+from vega_policy.training.retention import newest_sound
+from vega_policy.training.run_folder import RunFolderError
 from vega_policy.training.setup import train
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return write_dataset(tmp_path_factory.mktemp("data") / "synthetic")
 
 
 @pytest.fixture(scope="module")
@@ -27,21 +22,6 @@ def finished(root, tmp_path_factory):
     """A run of four steps with a checkpoint every two."""
     output = tmp_path_factory.mktemp("runs") / "straight"
     return train(tiny_run(root, output)).parents[1]
-
-
-def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    files = ("pretrained_model/model", "training_state/weights", "training_state/optimizer_state")
-    return {
-        f"{file}:{name}": value
-        for file in files
-        for name, value in load_file(checkpoint / f"{file}.safetensors").items()
-    }
-
-
-def assert_bitwise_equal(first: Path, second: Path) -> None:
-    expected, found = weights(first), weights(second)
-    assert expected.keys() == found.keys()
-    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
 
 
 @pytest.mark.parametrize(
@@ -84,7 +64,7 @@ def test_a_resumed_run_has_one_log_line_a_step(root, tmp_path):
 def test_another_seed_gives_other_weights(root, tmp_path, finished):
     other = train(tiny_run(root, tmp_path / "other", seed=4))
     name = "training_state/weights:model.expert.embed_action.weight"
-    assert not torch.equal(weights(other)[name], weights(finished / "checkpoints" / "last")[name])
+    assert not torch.equal(saved_weights(other)[name], saved_weights(finished / "checkpoints" / "last")[name])
 
 
 def test_a_checkpoint_loads_as_a_lerobot_policy_with_its_processors(root, finished):
@@ -100,11 +80,11 @@ def test_a_checkpoint_loads_as_a_lerobot_policy_with_its_processors(root, finish
 
 def test_a_checkpoint_is_safetensors_and_json_only(finished):
     suffixes = {path.suffix for path in (finished / "checkpoints" / "000004").rglob("*") if path.is_file()}
-    assert suffixes == {".safetensors", ".json"}
+    assert suffixes == {".safetensors", ".json", ".md"}
 
 
 def test_the_checkpoints_policy_holds_the_averaged_weights_and_the_state_the_raw_ones(finished):
-    saved = weights(finished / "checkpoints" / "last")
+    saved = saved_weights(finished / "checkpoints" / "last")
     name = "model.expert.embed_action.weight"
     assert not torch.equal(saved[f"pretrained_model/model:{name}"], saved[f"training_state/weights:{name}"])
 
@@ -126,7 +106,7 @@ def test_frozen_parts_stay_frozen_and_the_rest_learns(root, tmp_path, frozen):
     policy = tiny_policy(backbone=tiny_backbone(freeze_image_encoder=frozen))
     cached = ["semantic", "prior"] if frozen else ["frames", "prior"]
     last = train(tiny_run(root, tmp_path / "run", policy=policy, dataset={"cached": cached}))
-    first, now = weights(last.with_name("000002")), weights(last)
+    first, now = saved_weights(last.with_name("000002")), saved_weights(last)
     changed = [name for name in now if ":model." in name and not torch.equal(first[name], now[name])]
 
     def learned(part):
@@ -164,7 +144,7 @@ def test_a_checkpoint_that_was_cut_off_is_not_taken_for_one(root, tmp_path, fini
     partial = tmp_path / "run" / "checkpoints" / ".000004.partial" / "pretrained_model"
     partial.mkdir(parents=True)
     (partial / "model.safetensors").write_bytes(b"half")
-    last = last_checkpoint(tmp_path / "run")
+    last = newest_sound(tmp_path / "run")
     assert last is not None
     assert last.name == "000002"
     resumed = train(tiny_run(root, tmp_path / "run", resume=True))

@@ -11,14 +11,9 @@ from torch import nn
 
 from tests.synthetic_dataset import REPO_ID, write_dataset
 from vega_policy.training.folders import atomic_folder, point_link, remove_partial
-from vega_policy.training.optimization import WeightAverage, train_mode
+from vega_policy.training.optimization import WeightAverage
 from vega_policy.training.sampler import ShuffledRows
 from vega_policy.training.table import check_finite, read_table
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return write_dataset(tmp_path_factory.mktemp("data") / "synthetic")
 
 
 def test_each_pass_visits_every_row_once_in_another_order():
@@ -95,15 +90,6 @@ def test_the_average_follows_its_closed_form_and_lends_itself_without_a_trace():
     with average.applied():
         assert layer.weight[0, 0].item() == pytest.approx(expected, rel=1e-6)
     assert layer.weight.tolist() == [[3.0, 3.0]]
-
-
-def test_frozen_parts_have_no_dropout_in_training_mode():
-    frozen = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)).requires_grad_(False)
-    learning = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5))
-    module = nn.ModuleList([frozen, learning])
-    train_mode(module)
-    assert not frozen[1].training
-    assert learning[1].training
 
 
 def test_a_folder_whose_writing_failed_does_not_exist(tmp_path):

@@ -4,6 +4,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file
+
 from tests.synthetic_dataset import REPO_ID
 from vega_policy.configuration_vega import VegaConfig
 from vega_policy.parts import BackboneConfig, ExpertConfig, PriorConfig
@@ -45,3 +48,21 @@ def tiny_run(root: Path, output: Path, *, policy: VegaConfig | None = None, **fi
         output_dir=str(output),
         **{**values, **fields},
     )
+
+
+def saved_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Averaged weights, raw weights and optimizer state of a checkpoint, by file and name."""
+    files = ("pretrained_model/model", "training_state/weights", "training_state/optimizer_state")
+    return {
+        f"{file}:{name}": value
+        for file in files
+        for name, value in load_file(checkpoint / f"{file}.safetensors").items()
+    }
+
+
+def assert_bitwise_equal(first: Path, second: Path) -> None:
+    """Fails with the names of what differs between two checkpoints."""
+    expected, found = saved_weights(first), saved_weights(second)
+    assert expected.keys() == found.keys()
+    differing = [name for name in expected if not torch.equal(expected[name], found[name])]
+    assert differing == [], differing[:5]

@@ -78,7 +78,13 @@ class FlowExpert(nn.Module):
         context_width: Width of the context's tokens.
         chunk_size: Actions t in a chunk.
         action_dim: Width a of an action.
+
+    Attributes:
+        share: Which part of a global batch the samples are, as (part, parts): with the same generator
+            everywhere, several processes draw what one process draws for all their samples.
     """
+
+    share: tuple[int, int] = (0, 1)
 
     def __init__(self, config: ExpertConfig, context_width: int, chunk_size: int, action_dim: int) -> None:
         super().__init__()
@@ -112,8 +118,11 @@ class FlowExpert(nn.Module):
 
         Noise and times come from `generator` on the CPU, so that every device draws the same.
         """
-        noise = torch.randn(actions.shape, generator=generator).to(actions)
-        time = flow.sample_time(len(actions), self.config.time_power, generator).to(actions)
+        part, parts = self.share
+        batch, *chunk = actions.shape
+        mine = slice(part * batch, (part + 1) * batch)
+        noise = torch.randn(parts * batch, *chunk, generator=generator)[mine].to(actions)
+        time = flow.sample_time(parts * batch, self.config.time_power, generator)[mine].to(actions)
         x = flow.interpolate(actions, noise, time)
         predicted = self.velocity(self.norm_context(context), mask, x, time)
         return flow.masked_mean_square(predicted - flow.velocity(actions, noise), is_pad)

@@ -68,7 +68,7 @@ class _Gate(_PerToken):
         bias = self.default_bias if config.gate_bias is None else config.gate_bias
         nn.init.constant_(self.logit.bias, bias)
         if config.blend == "residual":
-            self.scale = nn.Parameter(torch.tensor(config.residual_scale))
+            self.scale = nn.Parameter(torch.tensor([config.residual_scale]))  # FSDP shards no scalar
 
     def offset(self, context: Tensor | None) -> Tensor | float:
         """What the instruction adds to every token's logit, context [b d] -> [b 1 1]; nothing by default."""
@@ -106,7 +106,7 @@ class InstructionGate(_Gate):
     def __init__(self, width: int, config: FusionConfig, grid: tuple[int, int]) -> None:
         super().__init__(width, config, grid)
         self.instruction = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 1, bias=False))
-        self.context_scale = nn.Parameter(torch.tensor(config.context_scale))
+        self.context_scale = nn.Parameter(torch.tensor([config.context_scale]))
 
     def offset(self, context: Tensor | None) -> Tensor:
         """Scaled scalar of the pooled instruction, [b d] -> [b 1 1].

@@ -45,6 +45,8 @@ class VegaPolicy(PreTrainedPolicy):
     config_class = VegaConfig  # pyright: ignore[reportAssignmentType]
     name = "vega"  # pyright: ignore[reportAssignmentType]
     config: VegaConfig
+    draws: torch.Generator | None = None
+    """Where training noise comes from, on the CPU; None takes torch's own."""
 
     def __init__(
         self, config: VegaConfig, dataset_stats: Any = None, dataset_meta: Any = None, **kwargs: Any
@@ -109,23 +111,36 @@ class VegaPolicy(PreTrainedPolicy):
 
         Returns:
             The loss, and what is worth logging: `loss`, and for gates the mean `gate` (weight of the semantic
-            stream).
+            stream) over all views and of each, `gate/<camera>`.
         """
         if self.base is not None:
             return self._logged(*self.base(batch, reduction=reduction))
         fresh = torch.default_generator if self.training and self.config.prior.noise == "fresh" else None
         losses = self.model.loss(
-            self.observe(batch), batch[ACTION], batch.get("action_is_pad"), prior_generator=fresh
+            self.observe(batch), batch[ACTION], batch.get("action_is_pad"), self.draws, prior_generator=fresh
         )
         loss = losses.mean()
         return self._logged(loss if reduction == "mean" else losses, {"loss": loss.item()})
 
     def _logged(self, loss: Tensor, log: dict[str, Any]) -> tuple[Tensor, dict[str, float]]:
-        """Numbers worth logging, the mean gate among them."""
+        """Numbers worth logging, the gates among them."""
         numbers = {name: value for name, value in log.items() if isinstance(value, float)}
-        if self.model.gate is not None:
-            numbers["gate"] = self.model.gate.mean().item()
-        return loss, numbers
+        return loss, numbers | self._gates()
+
+    def _gates(self) -> dict[str, float]:
+        """Mean of the last gate, over all views and of each; empty without a gate.
+
+        A base embeds one view after the other, so its gate is that of the last one and stands alone.
+        """
+        if self.model.gate is None:
+            return {}
+        if self.base is not None:
+            return {"gate": self.model.gate.mean().item()}
+        cameras = [key.rpartition(".")[-1] for key in self.config.image_features]
+        means = self.model.gate.float().unflatten(0, (-1, len(cameras))).mean(dim=(0, 2, 3)).tolist()
+        return {"gate": sum(means) / len(means)} | {
+            f"gate/{camera}": mean for camera, mean in zip(cameras, means, strict=True)
+        }
 
     @torch.no_grad()
     def predict_action_chunk(self, batch: dict[str, Any], noise: Tensor | None = None, **rtc: Any) -> Tensor:

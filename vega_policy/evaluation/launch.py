@@ -15,6 +15,7 @@ from vega_policy.evaluation.lerobot_policy import checkpoint_fingerprint, find_c
 from vega_policy.evaluation.pool import EnvironmentFactory, WorkerPool
 from vega_policy.evaluation.settings import EvaluationSettings
 from vega_policy.evaluation.worker import resolve
+from vega_policy.training.retention import require_sound
 
 _SETTINGS = (
     "episodes_per_task",
@@ -49,6 +50,7 @@ def launch(config: Mapping[str, Any]) -> dict[str, Any]:
         config["environments"]["make"], environment["frame_size"], environment["rendering"]
     )
     checkpoint = find_checkpoint(Path(config["checkpoint"]))
+    require_sound(checkpoint)
     device = choose_device(config["device"])
     provenance = {
         "checkpoint": str(config["checkpoint"]),

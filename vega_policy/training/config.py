@@ -12,47 +12,18 @@ from lerobot.configs import PreTrainedConfig
 from omegaconf import DictConfig, OmegaConf
 
 from vega_policy.configuration_vega import VegaConfig
+from vega_policy.training.options import (
+    DatasetConfig,
+    SimulationConfig,
+    WandbConfig,
+    at_least,
+    one_of,
+    share,
+)
 
-STREAMS = ("frames", "semantic", "prior")
 GROUPS = ("prior", "fusion", "backbone", "expert", "base")
-
-
-@dataclass(frozen=True)
-class DatasetConfig:
-    """Which LeRobot dataset is learned from, and how its pictures are read.
-
-    Attributes:
-        repo_id: The dataset's name; on the hub if `root` is None.
-        root: Local folder of the dataset.
-        revision: Hub revision; None takes the newest.
-        episodes: Episode numbers to use; None takes all.
-        held_out: Share of each task's episodes kept for the held-out loss, in [0, 1).
-        video_backend: Decoder that LeRobot uses, `pyav` or `torchcodec`.
-        workers: Processes that decode videos while a step runs; unused with a cache.
-        cache: `none` decodes videos in every step; `disk` maps a cache of frames or features into memory;
-            `ram` holds it there.
-        cached: Which streams the cache holds: `frames` (uint8), `semantic`, `prior`.
-        cache_root: Folder of all caches.
-        collect_command: Command that collects this dataset, told to the user where it is missing.
-    """
-
-    repo_id: str
-    root: str | None = None
-    revision: str | None = None
-    episodes: list[int] | None = None
-    held_out: float = 0.0
-    video_backend: str = "pyav"
-    workers: int = 2
-    cache: str = "none"
-    cached: list[str] = field(default_factory=lambda: ["semantic", "prior"])
-    cache_root: str = "outputs/cache"
-    collect_command: str | None = None
-
-    def __post_init__(self) -> None:
-        _choice("dataset.cache", self.cache, ("none", "disk", "ram"))
-        for stream in self.cached:
-            _choice("dataset.cached", stream, STREAMS)
-        _share("dataset.held_out", self.held_out)
+REFERRED = (*GROUPS, "env")
+"""Groups beside the run's own fields, to which `policy` and `simulation` refer."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +38,8 @@ class TrainConfig:
             with its type; read it as `vega`.
         dataset: The demonstrations.
         output_dir: The run's folder.
-        resume: Go on from the newest checkpoint in `output_dir`, from step 0 if there is none yet; the same
-            command can be repeated until the run is complete.
+        resume: Go on from the newest sound checkpoint in `output_dir`, from step 0 if there is none yet; the
+            same command can be repeated until the run is complete.
         seed: Seed of initial weights, order of samples, and noise.
         steps: Optimizer steps of the whole run.
         stop_after: Stop with a checkpoint once this many steps are made, to be resumed; None runs to the end.
@@ -77,9 +48,19 @@ class TrainConfig:
         average_decay: Decay of the averaged weights, which are what a checkpoint's policy holds; 0 keeps
             the raw ones.
         precision: `no` or `bf16` autocast.
+        sharding: `none`: each process has all weights (DDP); `full`: weights, gradients and optimizer are
+            spread over the processes (FSDP2).
+        max_skipped_steps: A step whose loss or gradient is not finite is skipped; so many in a row end the
+            training.
         log_every: Steps between two log lines.
         save_every: Steps between two checkpoints; the last step always has one.
-        evaluate_every: Steps between two held-out losses (needs `dataset.held_out`).
+        keep_last: Newest checkpoints that are kept; None keeps all.
+        keep_best: Best checkpoints that are kept besides.
+        evaluate_every: Steps between two looks at the held-out episodes (needs `dataset.held_out`); each
+            checkpoint has one too.
+        held_out_frames: Frames of the held-out episodes that are looked at, evenly spaced; None takes all.
+        simulation: Closed-loop evaluation while training.
+        wandb: Weights & Biases.
     """
 
     policy: PreTrainedConfig
@@ -93,16 +74,30 @@ class TrainConfig:
     accumulate: int = 1
     average_decay: float = 0.999
     precision: str = "no"
+    sharding: str = "none"
+    max_skipped_steps: int = 10
     log_every: int = 50
     save_every: int = 2_000
+    keep_last: int | None = 3
+    keep_best: int = 1
     evaluate_every: int = 500
+    held_out_frames: int | None = 2_048
+    simulation: SimulationConfig = field(default_factory=SimulationConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
 
     def __post_init__(self) -> None:
-        _choice("precision", self.precision, ("no", "bf16"))
-        _share("average_decay", self.average_decay)
-        for name in ("steps", "batch_size", "accumulate", "log_every", "save_every", "evaluate_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
+        one_of("precision", self.precision, ("no", "bf16"))
+        one_of("sharding", self.sharding, ("none", "full"))
+        share("average_decay", self.average_decay)
+        counts = ("steps", "batch_size", "accumulate", "log_every", "save_every", "evaluate_every")
+        for name in (*counts, "max_skipped_steps", "keep_last", "held_out_frames"):
+            if getattr(self, name) is not None:
+                at_least(name, getattr(self, name), 1)
+        at_least("keep_best", self.keep_best, 0)
+        if self.policy.push_to_hub and not self.policy.repo_id:
+            raise ValueError(
+                "policy.push_to_hub=true needs policy.repo_id=USER/NAME, the model's repository."
+            )
 
     @property
     def last_step(self) -> int:
@@ -136,7 +131,7 @@ def decode(node: Mapping[str, Any]) -> TrainConfig:
     Raises:
         ValueError: If a key is unknown (near and known ones are listed), or a value does not fit its field.
     """
-    plain = {key: value for key, value in node.items() if key not in GROUPS}
+    plain = {key: value for key, value in node.items() if key not in REFERRED}
     _refuse_unknown(plain, TrainConfig, "")
     try:
         return draccus.decode(TrainConfig, plain)
@@ -202,13 +197,3 @@ def policy_class(node: Mapping[str, Any]) -> type[PreTrainedConfig]:
             f"policy.type: expected one of {', '.join(sorted(known))}; got {node.get('type')!r}."
         )
     return PreTrainedConfig.get_choice_class(node["type"])
-
-
-def _choice(name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ValueError(f"{name}: expected one of {', '.join(known)}; got {value!r}.")
-
-
-def _share(name: str, value: float) -> None:
-    if not 0.0 <= value < 1.0:
-        raise ValueError(f"{name}: expected a share in [0, 1); got {value}.")

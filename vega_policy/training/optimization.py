@@ -1,6 +1,7 @@
 """Optimizer and averaged weights, on whole lists of tensors at once."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from vega_policy.modeling_vega import VegaPolicy
+from vega_policy.training.parallel import whole
 
 
 class WeightAverage:
@@ -38,6 +40,10 @@ class WeightAverage:
         decay = min(self.decay, (1 + updates) / (10 + updates)) if self.decay else 0.0
         torch._foreach_lerp_(self._average, self._weights, 1 - decay)
 
+    def by_weight(self) -> dict[int, Tensor]:
+        """The average of each weight, by the weight's `id`."""
+        return {id(weight): mean for weight, mean in zip(self._weights, self._average, strict=True)}
+
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Lends the average to the module; the raw weights come back bit by bit on leaving."""
@@ -58,13 +64,18 @@ def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: weight for name, weight in module.named_parameters() if weight.requires_grad}
 
 
-def train_mode(module: nn.Module) -> None:
-    """Training mode for what learns; frozen parts stay as in evaluation: no dropout, no new statistics."""
-    module.train()
-    for part in module.modules():
-        weights = list(part.parameters())
-        if weights and not any(weight.requires_grad for weight in weights):
-            part.eval()
+def clip_gradient(weights: Iterable[nn.Parameter], most: float) -> float:
+    """Scales the gradient so that its norm is at most `most`, unless it is not finite.
+
+    Returns:
+        The norm it had, over all shards.
+    """
+    reached = [weight for weight in weights if weight.grad is not None]
+    norm = nn.utils.get_total_norm([weight.grad for weight in reached if weight.grad is not None])
+    found = whole(norm).item()
+    if math.isfinite(found):
+        nn.utils.clip_grads_with_norm_(reached, most, norm)
+    return found
 
 
 def make_optimizer(policy: VegaPolicy, steps: int) -> tuple[torch.optim.Optimizer, LRScheduler]:

@@ -1,11 +1,13 @@
 """A run's folder: who may write there, and what of an earlier start is kept.
 
 outputs/<run>/config.yaml          the resolved config, from which the same run can be started again
+              provenance.json      code revision, package versions and hardware of each start
               metrics.jsonl        one line a log step
+              scores.json          what was measured after each step
               tensorboard/
-              mean_frames.safetensors
               checkpoints/<step>/  pretrained_model/ and training_state/
-              checkpoints/last     -> newest complete one
+              checkpoints/last     -> newest one; checkpoints/best -> best one
+              simulation/<step>/   closed-loop evaluations: report, films
 """
 
 import json
@@ -15,15 +17,25 @@ from typing import Any
 import yaml
 
 from vega_policy.training.config import TrainConfig, encode
-from vega_policy.training.folders import point_link, remove_partial, replace_text
+from vega_policy.training.folders import remove_partial, replace_text
+from vega_policy.training.retention import CHECKPOINTS, checkpoints_of, set_aside_after, tidy
 
-CONFIG, METRICS, CHECKPOINTS, LAST = "config.yaml", "metrics.jsonl", "checkpoints", "last"
+CONFIG, METRICS = "config.yaml", "metrics.jsonl"
 FREE_TO_CHANGE = (
     "output_dir",
     "resume",
     "stop_after",
     "log_every",
     "save_every",
+    "keep_last",
+    "keep_best",
+    "evaluate_every",
+    "max_skipped_steps",
+    "simulation.every",
+    "simulation.processes",
+    "wandb.project",
+    "wandb.entity",
+    "wandb.mode",
     "dataset.workers",
     "dataset.cache_root",
     "dataset.collect_command",
@@ -53,12 +65,13 @@ def check_folder(config: TrainConfig) -> None:
         raise RunFolderError(_occupied(folder))
 
 
-def claim(config: TrainConfig, values: dict[str, Any]) -> None:
+def claim(config: TrainConfig, values: dict[str, Any], step: int) -> None:
     """Takes a folder that `check_folder` let pass: notes the config, clears what is half-written.
 
     Args:
         config: The run.
         values: The config as it was asked for, by `encode`.
+        step: Step that the run goes on from; later checkpoints are damaged ones and are set aside.
     """
     folder = Path(config.output_dir)
     (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
@@ -66,18 +79,8 @@ def claim(config: TrainConfig, values: dict[str, Any]) -> None:
     remove_partial(folder / CHECKPOINTS)
     if not (folder / CONFIG).exists():
         replace_text(folder / CONFIG, yaml.safe_dump(values, sort_keys=False))
-    last = last_checkpoint(folder)
-    if last is not None:
-        point_link(folder / CHECKPOINTS / LAST, last)
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint of a run, None before the first.
-
-    Every folder named by a step is complete; the link may be one behind if a kill came right after a rename.
-    """
-    steps = [path for path in (folder / CHECKPOINTS).glob("[0-9]*") if path.name.isdigit()]
-    return max(steps, key=lambda path: int(path.name), default=None)
+    set_aside_after(folder, step)
+    tidy(folder, keep_last=None, keep_best=config.keep_best)
 
 
 def forget_metrics_after(folder: Path, step: int) -> None:
@@ -97,7 +100,7 @@ def _step_of(line: str) -> float:
 
 
 def _occupied(folder: Path) -> str:
-    last = last_checkpoint(folder)
+    last = next(reversed(checkpoints_of(folder)), None)
     content = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8])
     run = f"a run at step {int(last.name)}" if last is not None else f"no run that can go on ({content})"
     if last is None and (folder / CONFIG).exists():
@@ -109,11 +112,14 @@ def _occupied(folder: Path) -> str:
 
 
 def _check_same_run(config: TrainConfig, saved: dict[str, Any], folder: Path) -> None:
-    expected, asked = _flatten(saved), _flatten(encode(config))
+    expected, asked = flatten(saved), flatten(encode(config))
+    silent = expected.get("simulation.every") == 0  # nothing was played yet that could be compared
     differing = [
         f"{name} (run: {expected.get(name)!r}, asked for: {asked.get(name)!r})"
         for name in sorted(expected.keys() | asked.keys())
-        if expected.get(name) != asked.get(name) and name not in FREE_TO_CHANGE
+        if expected.get(name) != asked.get(name)
+        and name not in FREE_TO_CHANGE
+        and not (silent and name.startswith("simulation."))
     ]
     if differing:
         raise RunFolderError(
@@ -122,11 +128,16 @@ def _check_same_run(config: TrainConfig, saved: dict[str, Any], folder: Path) ->
         )
 
 
-def _flatten(node: Any, path: str = "") -> dict[str, Any]:
-    """Nested values by dotted path; lists and tuples are values."""
+def flatten(node: Any, path: str = "") -> dict[str, Any]:
+    """Nested values by dotted path; lists and tuples are values.
+
+    Args:
+        node: A value or nested values.
+        path: Dotted path of `node`.
+    """
     if not isinstance(node, dict):
         return {path: list(node) if isinstance(node, tuple) else node}
     flat = {}
     for key, value in node.items():
-        flat |= _flatten(value, f"{path}.{key}" if path else str(key))
+        flat |= flatten(value, f"{path}.{key}" if path else str(key))
     return flat

@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 from lerobot.configs import PreTrainedConfig
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from safetensors.torch import load_file
 from torch import Tensor
 
 from vega_policy import features
+from vega_policy.backbones.compact import CompactBackbone
 from vega_policy.modeling_vega import VegaPolicy
 from vega_policy.processor_vega import make_vega_pre_post_processors
 from vega_policy.training import checkpoints
@@ -22,8 +23,13 @@ from vega_policy.training.batches import CachedSource, Source, VideoSource
 from vega_policy.training.checkpoints import MEAN_FRAMES, PRETRAINED, Learner, Origin
 from vega_policy.training.config import TrainConfig, encode
 from vega_policy.training.dataset import episode_frames, match_features, open_dataset, sampled_mean_frames
+from vega_policy.training.guards import Skips, check_space
+from vega_policy.training.hub import push
 from vega_policy.training.optimization import WeightAverage, make_optimizer
-from vega_policy.training.run_folder import check_folder, claim, last_checkpoint
+from vega_policy.training.parallel import make_accelerator, shard
+from vega_policy.training.provenance import note_start
+from vega_policy.training.retention import newest_sound, require_sound
+from vega_policy.training.run_folder import check_folder, claim
 from vega_policy.training.sampler import ShuffledRows
 from vega_policy.training.table import FrameTable, check_finite, read_table
 from vega_policy.training.trainer import Trainer
@@ -42,35 +48,68 @@ def train(config: TrainConfig) -> Path:
 
     Raises:
         ValueError: If the output folder, the dataset or the cache does not fit; each says what to do.
+        TrainingStoppedError: If too many steps were not finite, or disk or memory is full.
     """
     use_cores()
-    accelerator = Accelerator(cpu=config.vega.device == "cpu", mixed_precision=config.precision)
-    if accelerator.is_main_process:
-        check_folder(config)
-    accelerator.wait_for_everyone()
-    checkpoint = last_checkpoint(Path(config.output_dir))
+    accelerator = make_accelerator(cpu=config.vega.device == "cpu", precision=config.precision)
+    checkpoint = choose_checkpoint(config, accelerator)
     if checkpoint is not None and checkpoints.step_of(checkpoint) >= config.last_step:
         logger.info("%s is complete up to step %d; nothing to do.", config.output_dir, config.last_step)
         return checkpoint
+    trainer = make_trainer(config, accelerator, checkpoint)
+    last = trainer.fit()
+    if config.vega.push_to_hub and config.last_step == config.steps and accelerator.is_main_process:
+        push(config, trainer.data)
+    return last
+
+
+def choose_checkpoint(config: TrainConfig, accelerator: Accelerator) -> Path | None:
+    """The checkpoint a run goes on from, after refusing an output folder that does not fit.
+
+    One process looks and tells the others.
+    """
+    found: list[Path | None] = [None]
+    if accelerator.is_main_process:
+        check_folder(config)
+        found = [newest_sound(Path(config.output_dir))]
+    return broadcast_object_list(found)[0]
+
+
+def make_trainer(config: TrainConfig, accelerator: Accelerator, checkpoint: Path | None) -> Trainer:
+    """Builds all parts of a run, as a checkpoint left them if one is given, and takes its folder.
+
+    Args:
+        config: The run. Its policy's features are filled in from the dataset.
+        accelerator: The processes.
+        checkpoint: What to go on from.
+    """
     saved = encode(config)  # before the policy resolves its own config
+    rank, world = accelerator.process_index, accelerator.num_processes
     data = load_data(config)
+    origin: Origin = {"num_processes": world, "batch_size": config.batch_size, "dataset": data.metadata}
+    if checkpoint is not None:
+        checkpoints.check_origin(checkpoint, origin)
     set_seed(config.seed)
     policy = make_policy(config, checkpoint, accelerator.device)
     source, mean_frames = make_source(config, policy, data, checkpoint)
+    if config.sharding == "full":
+        shard(accelerator, policy)
     learner = make_learner(config, policy, mean_frames, data.dataset, checkpoint)
     if accelerator.is_main_process:
-        claim(config, saved)
+        run = Path(config.output_dir)
+        claim(config, saved, learner.step)
+        check_space(run, checkpoints.size_of(learner))
+        note_start(run, learner.step, world)
+        logger.info(_summary(config, policy, data, learner.step))
     accelerator.wait_for_everyone()
-    logger.info(_summary(config, policy, data, learner.step))
-    rank, world = accelerator.process_index, accelerator.num_processes
     sampler = ShuffledRows(data.rows, config.batch_size, seed=config.seed, rank=rank, world=world)
-    origin: Origin = {"num_processes": world, "batch_size": config.batch_size, "dataset": data.metadata}
-    trainer = Trainer(config, accelerator, learner, source, sampler, data.held_out, origin)
+    trainer = Trainer(
+        config, accelerator, learner, source, sampler, data.held_out, origin, data.words(config)
+    )
     set_seed(config.seed + 1 + rank)
     if checkpoint is not None:
-        checkpoints.check_origin(checkpoint, origin)
-        checkpoints.load_rng_state(checkpoint, rank)
-    return trainer.fit()
+        checkpoints.load_rng_state(checkpoint, rank, learner.draws)
+    return trainer
 
 
 @dataclass(frozen=True)
@@ -90,6 +129,11 @@ class Data:
     rows: Tensor
     held_out: Tensor
     metadata: str
+
+    def words(self, config: TrainConfig) -> str:
+        """The dataset in a few words."""
+        held = f", {len(self.held_out)} held out" if len(self.held_out) else ""
+        return f"{config.dataset.repo_id}, {len(self.rows)} frames{held}, metadata {self.metadata}"
 
 
 def load_data(config: TrainConfig) -> Data:
@@ -122,6 +166,8 @@ def make_policy(config: TrainConfig, checkpoint: Path | None, device: torch.devi
         return VegaPolicy.from_pretrained(checkpoint / PRETRAINED, config=saved, strict=True).to(device)
     if config.vega.pretrained_path is not None:
         path = config.vega.pretrained_path
+        if Path(path).is_dir():
+            require_sound(Path(path))
         return VegaPolicy.from_pretrained(path, config=config.vega, strict=True).to(device)
     return VegaPolicy(config.vega).to(device)
 
@@ -154,6 +200,18 @@ def make_source(
     return source, features.open_mean_frames(root, streams[0])
 
 
+def encode_instructions(policy: VegaPolicy, tasks: tuple[str, ...], at_once: int = 64) -> None:
+    """Lets a frozen text encoder meet every instruction, always in the same order.
+
+    It keeps what it encoded, and a sentence's encoding depends, in its last bits, on the sentences beside
+    it: a resumed run would meet them in other company.
+    """
+    backbone = policy.model.backbone
+    if isinstance(backbone, CompactBackbone) and backbone.text_encoder.frozen:
+        for first in range(0, len(tasks), at_once):
+            backbone.text_encoder(list(tasks[first : first + at_once]))
+
+
 def make_learner(
     config: TrainConfig,
     policy: VegaPolicy,
@@ -168,7 +226,9 @@ def make_learner(
     optimizer, scheduler = make_optimizer(policy, config.steps)
     stats: Any = dataset.meta.stats
     processors = make_vega_pre_post_processors(policy.config, stats)
-    learner = Learner(policy, average, optimizer, scheduler, processors, mean_frames)
+    draws = torch.Generator().manual_seed(config.seed + 1)  # alike in all processes; each takes its share
+    skips = Skips(config.max_skipped_steps)
+    learner = Learner(policy, average, optimizer, scheduler, processors, mean_frames, draws, skips)
     if checkpoint is not None:
         checkpoints.load_training_state(checkpoint, learner)
     return learner

@@ -3,19 +3,29 @@
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from vega_policy.training.batches import Batch, Source
-from vega_policy.training.checkpoints import Learner, Origin, checkpoint_of, rng_state, save_checkpoint
+from vega_policy.training.checkpoints import Learner, Origin, rng_state, save_checkpoint, snapshot
 from vega_policy.training.config import TrainConfig
-from vega_policy.training.optimization import train_mode, trainable
+from vega_policy.training.guards import BadStep, disk_guard, finite, memory_guard
+from vega_policy.training.held_out import held_out_scores, spread
+from vega_policy.training.loggers import open_boards
+from vega_policy.training.model_card import model_card
+from vega_policy.training.optimization import clip_gradient, trainable
+from vega_policy.training.parallel import (
+    all_agree,
+    mean_over_processes,
+    replicate,
+    without_gradient,
+)
 from vega_policy.training.progress import Progress
+from vega_policy.training.retention import add_scores, checkpoint_of, read_scores, tidy
 from vega_policy.training.sampler import ShuffledRows
+from vega_policy.training.simulation import play
 
 
 class Trainer:
@@ -30,6 +40,7 @@ class Trainer:
         sampler: ShuffledRows,
         held_out: Tensor,
         origin: Origin,
+        data: str,
     ) -> None:
         """Takes ready parts; `setup.py` makes them.
 
@@ -41,59 +52,94 @@ class Trainer:
             sampler: Order of the training rows.
             held_out: Rows of the held-out episodes [m]; empty for none.
             origin: Sizes and data, noted in each checkpoint.
+            data: The dataset in a few words, for the model card.
         """
         self.config, self.accelerator, self.learner, self.origin = config, accelerator, learner, origin
-        self.run = Path(config.output_dir)
-        self.source, self.sampler, self.held_out = source, sampler, held_out
-        self.model: nn.Module = accelerator.prepare(learner.policy)
-        self.optimizer = accelerator.prepare(learner.optimizer)
-        self.weights = list(trainable(learner.policy).values())
+        self.run, self.data = Path(config.output_dir), data
+        self.source, self.sampler = source, sampler
+        self.held_out = spread(held_out, config.held_out_frames)
+        self.weights = trainable(learner.policy)
         self.clip_norm = learner.policy.config.get_optimizer_preset().grad_clip_norm
+        learner.policy.train()
+        learner.policy.draws = learner.draws
+        learner.policy.model.expert.share = (accelerator.process_index, accelerator.num_processes)
+        self.model = self._wrap()
+
+    def _wrap(self) -> nn.Module:
+        """The policy as several processes call it; shards are in place already."""
+        policy, alone = self.learner.policy, self.accelerator.num_processes == 1
+        if self.config.sharding == "full" and not alone:
+            return policy
+        unused = []
+        if not alone:
+            unused = without_gradient(policy, self.prepare(self.source.batch(self.sampler.batch(0))))
+        return replicate(self.accelerator, policy, unused)
 
     def fit(self) -> Path:
         """Trains from the learner's step to the last one.
 
         Returns:
             Folder of the last checkpoint.
+
+        Raises:
+            TrainingStoppedError: If too many steps were not finite, or disk or memory is full.
         """
         config, learner = self.config, self.learner
-        last = config.last_step
-        batches = self.source.stream(self.sampler, learner.step * config.accumulate)
+        height, width = learner.policy.model.backbone.grid
         main = self.accelerator.is_main_process
-        progress = Progress(self.run, learner.step, config.steps, log_every=config.log_every, shown=main)
-        train_mode(learner.policy)
-        for step in range(learner.step + 1, last + 1):
-            values = self.optimize(batches, progress)
-            learner.step = step
-            progress.step(step, values)
-            if len(self.held_out) and (step % config.evaluate_every == 0 or step == last):
-                progress.write(step, {"held_out_loss": self.held_out_loss()})
-            if step % config.save_every == 0 or step == last:
-                checkpoint = self.save()
-        progress.close()
-        return checkpoint
+        boards = open_boards(config, self.run, learner.step) if main else []
+        progress = Progress(self.run, learner.step, config.steps, boards, shown=main)
+        batches = self.source.stream(self.sampler, learner.step * config.accumulate)
+        try:
+            with disk_guard(self.run), memory_guard(config, height * width):
+                self._make_up(progress)
+                for step in range(learner.step + 1, config.last_step + 1):
+                    values = self.optimize(batches, progress, step)
+                    learner.step = step
+                    progress.step(step, values)
+                    if step % config.log_every == 0 or step == config.steps:
+                        progress.write(step, mean_over_processes(self.accelerator, progress.interval()))
+                    self.look(step, progress)
+        finally:
+            progress.close()
+        return checkpoint_of(self.run, learner.step)
 
-    def optimize(self, batches: Iterator[Batch], progress: Progress) -> dict[str, float]:
-        """One optimizer step over `accumulate` batches; returns what is worth logging."""
-        rounds = self.config.accumulate
+    def optimize(self, batches: Iterator[Batch], progress: Progress, step: int) -> dict[str, float]:
+        """One optimizer step over `accumulate` batches; returns what is worth logging.
+
+        A step whose loss or gradient is not finite, in any process, changes no weight in all of them.
+        """
+        rounds, learner = self.config.accumulate, self.learner
         values: dict[str, float] = {}
         for number in range(rounds):
             with progress.waiting():
                 batch = self.prepare(next(batches))
             last = number == rounds - 1
             with nullcontext() if last else self.accelerator.no_sync(self.model):
-                loss, logged = self.model(batch)
+                with self.accelerator.autocast():
+                    loss, logged = self.model(batch)
                 self.accelerator.backward(loss / rounds)
             for name, value in logged.items():
                 values[name] = values.get(name, 0.0) + value / rounds
-        norm: Any = self.accelerator.clip_grad_norm_(self.weights, self.clip_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        values["gradient_norm"] = norm.item()
-        values["learning_rate"] = self.learner.optimizer.param_groups[0]["lr"]
-        self.learner.scheduler.step()
-        self.learner.average.update(self.learner.step)
-        return values
+        values["gradient_norm"] = clip_gradient(self.weights.values(), self.clip_norm)
+        values["learning_rate"] = learner.optimizer.param_groups[0]["lr"]
+        if all_agree(self.accelerator, finite(values["loss"], values["gradient_norm"])):
+            learner.optimizer.step()
+            learner.average.update(learner.step)
+            learner.skips.good()
+        else:
+            learner.skips.bad(self._bad_step(step, values), self.run, main=self.accelerator.is_main_process)
+        learner.optimizer.zero_grad()
+        learner.scheduler.step()
+        return values | {"skipped_steps": float(learner.skips.total)}
+
+    def _bad_step(self, step: int, values: dict[str, float]) -> BadStep:
+        rounds = self.config.accumulate
+        numbers = range((step - 1) * rounds, step * rounds)
+        rows = [row for number in numbers for row in self.sampler.batch(number).tolist()]
+        weights = [name for name, weight in self.weights.items() if weight.grad is not None]
+        wrong = [name for name in weights if not self.weights[name].grad.isfinite().all()]  # pyright: ignore[reportOptionalMemberAccess]
+        return BadStep(step, values["loss"], values["gradient_norm"], rows, wrong[:8])
 
     def prepare(self, batch: Batch) -> Batch:
         """Pre-processes a batch; cached features only change place and type."""
@@ -102,31 +148,60 @@ class Trainer:
         moved = {name: value.to(device, non_blocking=True).float() for name, value in features.items()}
         return {**self.learner.processors[0](batch), **moved}
 
-    @torch.no_grad()
-    def held_out_loss(self) -> float:
-        """Mean loss of the averaged weights on the held-out rows, always with the same noise.
+    def look(self, step: int, progress: Progress) -> None:
+        """After a step: measures, saves, plays and tidies up, each where it is due."""
+        config = self.config
+        last, every = step == config.last_step, config.simulation.every
+        playing = every > 0 and (last or step % every == 0)
+        saving = last or playing or step % config.save_every == 0
+        measuring = len(self.held_out) > 0 and (saving or step % config.evaluate_every == 0)
+        scores: dict[str, float] = {}
+        if measuring:
+            scores = self.measure()
+            progress.write(step, scores, "held_out")
+        if saving:
+            self.save(scores)
+        if playing:
+            scores |= self.play(step, progress)
+        if self.accelerator.is_main_process and scores:
+            add_scores(self.run, step, scores)
+        if self.accelerator.is_main_process and saving:
+            tidy(self.run, keep_last=config.keep_last, keep_best=config.keep_best)
 
-        Each process takes a share of the rows; the process's own random state is left as it was.
-        """
-        share = self.held_out[self.accelerator.process_index :: self.accelerator.num_processes]
-        total = torch.zeros(2, device=self.accelerator.device)
-        self.learner.policy.eval()
-        with torch.random.fork_rng(), self.learner.average.applied():
-            torch.manual_seed(self.config.seed)
-            for rows in share.split(self.config.batch_size):
-                batch = self.prepare(self.source.batch(rows))
-                with self.accelerator.autocast():
-                    loss, _ = self.learner.policy(batch)
-                total += torch.tensor([loss.item() * len(rows), len(rows)], device=total.device)
-        train_mode(self.learner.policy)
-        reduced: Any = self.accelerator.reduce(total, reduction="sum")
-        summed, rows_seen = reduced.tolist()
-        return summed / rows_seen
+    def _make_up(self, progress: Progress) -> None:
+        """Plays the checkpoint this start goes on from, where a kill came between saving and playing it."""
+        step, every = self.learner.step, self.config.simulation.every
+        if step and every and step % every == 0 and "success" not in read_scores(self.run).get(step, {}):
+            scores = self.play(step, progress)
+            if self.accelerator.is_main_process:
+                add_scores(self.run, step, scores)
 
-    def save(self) -> Path:
-        """Writes a checkpoint; all processes give their random states, the main one writes."""
-        states = gather_object([rng_state()])
+    def measure(self) -> dict[str, float]:
+        """Loss and action error of the averaged weights on the held-out rows."""
+        return held_out_scores(
+            self.accelerator,
+            self.learner,
+            self.source,
+            self.prepare,
+            self.held_out,
+            batch_size=self.config.batch_size,
+            seed=self.config.seed,
+        )
+
+    def play(self, step: int, progress: Progress) -> dict[str, float]:
+        """Closed-loop success of the checkpoint after a step; the main process's films go to the boards."""
+        device = str(self.accelerator.device)
+        played = play(self.accelerator, self.config.simulation, checkpoint_of(self.run, step), device)
+        progress.write(step, played.scores, "simulation")
+        for film in played.films:
+            progress.film(step, f"simulation/{film.stem}", film)
+        return played.scores
+
+    def save(self, scores: dict[str, float]) -> None:
+        """Writes a checkpoint; all processes give their random states and shards, the main one writes."""
+        states = gather_object([rng_state(self.learner.draws)])
+        content = snapshot(self.learner)
         if self.accelerator.is_main_process:
-            save_checkpoint(self.run, self.learner, states, self.origin)
+            card = model_card(self.config, self.learner.step, scores, self.data)
+            save_checkpoint(self.run, self.learner, content, states, self.origin, card)
         self.accelerator.wait_for_everyone()
-        return checkpoint_of(self.run, self.learner.step)
