@@ -104,6 +104,15 @@ def test_a_local_folder_can_be_the_image_encoder(tmp_path):
     assert torch.equal(loaded.conv1.weight, network.conv1.weight)
 
 
+def test_a_frozen_text_encoder_reads_a_sentence_alike_in_any_company(frozen):
+    encoder = frozen.text_encoder
+    encoder._known.clear()
+    company, mask = encoder(["lift the red cube", "put both moka pots on the stove"])
+    encoder._known.clear()
+    alone, _ = encoder(["lift the red cube"])
+    assert torch.equal(company[0, mask[0]], alone[0])
+
+
 def test_an_unknown_image_encoder_names_near_ones():
     with pytest.raises(ValueError, match=r"neither a timm model nor a folder\. Near names: .*resnet"):
         backbone(image_encoder="resnet1x8")

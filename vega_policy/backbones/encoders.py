@@ -173,10 +173,10 @@ class TextEncoder(nn.Module):
         return padded[index], mask[index]
 
     def _cached(self, sentences: list[str]) -> list[Tensor]:
-        new = [sentence for sentence in sentences if sentence not in self._known]
-        if new:
-            with torch.no_grad():
-                self._known.update(zip(new, self._encode(new), strict=True))
+        for sentence in sentences:
+            if sentence not in self._known:  # alone: companions would change its last bits
+                with torch.no_grad():
+                    self._known[sentence] = self._encode([sentence])[0]
         return [self._known[sentence] for sentence in sentences]
 
     def _encode(self, sentences: list[str]) -> list[Tensor]:

@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from vega_policy import features
-from vega_policy.backbones.compact import CompactBackbone
 from vega_policy.modeling_vega import VegaPolicy
 from vega_policy.processor_vega import make_vega_pre_post_processors
 from vega_policy.training import checkpoints
@@ -198,18 +197,6 @@ def make_source(
     }
     source = CachedSource(data.table, values, cameras, policy.config.chunk_size)
     return source, features.open_mean_frames(root, streams[0])
-
-
-def encode_instructions(policy: VegaPolicy, tasks: tuple[str, ...], at_once: int = 64) -> None:
-    """Lets a frozen text encoder meet every instruction, always in the same order.
-
-    It keeps what it encoded, and a sentence's encoding depends, in its last bits, on the sentences beside
-    it: a resumed run would meet them in other company.
-    """
-    backbone = policy.model.backbone
-    if isinstance(backbone, CompactBackbone) and backbone.text_encoder.frozen:
-        for first in range(0, len(tasks), at_once):
-            backbone.text_encoder(list(tasks[first : first + at_once]))
 
 
 def make_learner(
