@@ -7,7 +7,7 @@ import json
 import logging
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -89,6 +89,22 @@ class CollectionSettings:
             video=config["video"],
         )
 
+    @staticmethod
+    def stored(values: Mapping[str, Any]) -> CollectionSettings:
+        """Build settings from what `decisive` returned."""
+        demonstrator = dict(values["demonstrator"])
+        options: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in demonstrator.pop("options").items()
+        }
+        tasks = values["tasks"]
+        plain = {
+            **values,
+            "tasks": None if tasks is None else tuple(tasks),
+            "demonstrator": Demonstrator(options=DemonstrationOptions(**options), **demonstrator),
+        }
+        return CollectionSettings(**plain)
+
     def decisive(self) -> dict[str, Any]:
         """Return the settings as JSON values."""
         return json.loads(json.dumps(asdict(self)))
@@ -113,25 +129,45 @@ def collect(settings: CollectionSettings, root: Path, *, processes: int = 2) -> 
         FileExistsError: If `root` holds something else.
         RuntimeError: If a demonstrator succeeds too rarely, or worker processes keep dying.
     """
+    return assemble(settings, root, processes, lambda work: list(_jobs(settings, work)))
+
+
+def assemble(
+    settings: CollectionSettings,
+    root: Path,
+    processes: int,
+    jobs_in: Callable[[Path], list[Job]],
+    *,
+    counts: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Do the jobs that are missing and merge their shards; see `collect` for what it raises.
+
+    Args:
+        settings: What the dataset is.
+        root: Where the dataset will lie.
+        processes: Worker processes.
+        jobs_in: Gives the jobs, in the dataset's order, for a working folder.
+        counts: Attempts, failures and demonstrations by task, if they are known from elsewhere.
+    """
     finished = _finished(settings, root)
     if finished is not None:
         logger.info("%s is there already, with these settings: nothing to collect", root)
         return finished
     work = root.with_name(root.name + ".partial")
     with _claimed(work, settings):
-        jobs = list(_jobs(settings, work))
+        jobs = jobs_in(work)
         missing = [job for job in jobs if read_shard(job.folder) is None]
         _announce(jobs, missing)
         for job in missing:  # a damaged shard must not be in the way of its successor
             shutil.rmtree(job.folder, ignore_errors=True)
         merged = work / "merged"
         shutil.rmtree(merged, ignore_errors=True)
-        with Workers(processes, total=settings.episodes_per_task * len(_tasks(settings))) as workers:
+        with Workers(processes, total=sum(job.episodes for job in jobs)) as workers:
             workers.run(missing)
             workers.merge([job.folder for job in jobs], merged, settings.repo_id)
         summaries = [read_shard(job.folder) for job in jobs]
         metadata = _metadata(settings, [summary for summary in summaries if summary is not None])
-        write_metadata(merged, metadata)
+        write_metadata(merged, metadata if counts is None else {**metadata, "tasks": counts})
         merged.rename(root)
     shutil.rmtree(work)
     return read_metadata(root) or {}

@@ -125,6 +125,11 @@ class LiberoEnv(PandaEnv):
         self._raw._post_process()  # lights what is turned on
         return bool(self._raw._check_success())
 
+    @property
+    def _state_parts(self) -> int:
+        """With controls and the solver's warm start: a restored episode goes on to the same bits."""
+        return self._mujoco.mjtState.mjSTATE_INTEGRATION
+
     def simulator_state(self) -> np.ndarray:
         """Return the physics, the poses of the fixtures and the gripper's command, float64 [n]."""
         poses = [self._model.body_pos[self._fixtures].ravel(), self._model.body_quat[self._fixtures].ravel()]

@@ -101,9 +101,14 @@ class PandaEnv(ManipulationEnv):
     def _hand_id(self) -> int:
         return self._raw.sim.model.body_name2id(self._raw.robots[0].robot_model.eef_name)
 
+    @property
+    def _state_parts(self) -> int:
+        """Which parts of MuJoCo's state `simulator_state` holds."""
+        return self._mujoco.mjtState.mjSTATE_FULLPHYSICS
+
     def simulator_state(self) -> np.ndarray:
         """Return time, joint positions, joint velocities and activations, float64 [n]."""
-        spec = self._mujoco.mjtState.mjSTATE_FULLPHYSICS
+        spec = self._state_parts
         state = np.empty(self._mujoco.mj_stateSize(self._model, spec))
         self._mujoco.mj_getState(self._model, self._data, state, spec)
         return state
@@ -117,7 +122,7 @@ class PandaEnv(ManipulationEnv):
         Raises:
             ValueError: If the state is of another model.
         """
-        spec = self._mujoco.mjtState.mjSTATE_FULLPHYSICS
+        spec = self._state_parts
         size = self._mujoco.mj_stateSize(self._model, spec)
         if np.shape(state) != (size,):
             raise ValueError(f"a state of {self.task.name} has {size} values, got shape {np.shape(state)}")

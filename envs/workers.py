@@ -21,6 +21,7 @@ import envs
 from envs.base import ManipulationEnv, Task
 from envs.recording import Demonstrator, Recording, record
 from envs.shards import ShardSummary, merge_shards, write_shard
+from envs.stored import read_episodes
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +44,8 @@ class Job:
         demonstrator: How demonstrators play.
         repo_id: LeRobot's name for the dataset.
         video: How frames are stored, a name in `envs.shards.CODECS`.
+        source: Dataset whose episodes are rendered again instead of played; None plays.
+        source_episodes: Which of its episodes.
     """
 
     task: Task
@@ -54,6 +57,8 @@ class Job:
     demonstrator: Demonstrator
     repo_id: str
     video: str
+    source: Path | None = None
+    source_episodes: tuple[int, ...] = ()
 
 
 def collect_shard(job: Job, report: Report) -> ShardSummary:
@@ -67,7 +72,17 @@ def collect_shard(job: Job, report: Report) -> ShardSummary:
         RuntimeError: If the demonstrator succeeds too rarely to fill the shard.
     """
     env = _environment(job.task.suite, job.task.index, job.frame_size, job.rendering)
-    return write_shard(job.folder, env, _successes(job, env, report), job.repo_id, job.video)
+    recordings = _successes(job, env, report) if job.source is None else _stored(job, env, report)
+    return write_shard(job.folder, env, recordings, job.repo_id, job.video)
+
+
+def _stored(job: Job, env: ManipulationEnv, report: Report) -> Iterator[Recording]:
+    if job.source is None:
+        return
+    for episode in read_episodes(job.source, job.source_episodes):
+        env.reset_blindly(seed=episode.recording.seed)  # places what no simulator state holds
+        yield episode.recording
+        report(job.task.name, True)
 
 
 def _successes(job: Job, env: ManipulationEnv, report: Report) -> Iterator[Recording]:
@@ -174,7 +189,10 @@ class Workers:
         self._tried[task] += 1
         self._succeeded[task] += success
         self._bar.update(success)
-        rates = {name: f"{self._succeeded[name]}/{tried}" for name, tried in self._tried.items()}
+        rates = {"all": f"{self._succeeded.total()}/{self._tried.total()}"}
+        for name, tried in self._tried.items():
+            if self._succeeded[name] < tried or len(self._tried) == 1:  # LIBERO's names are sentences
+                rates[name] = f"{self._succeeded[name]}/{tried}"
         self._bar.set_postfix(rates, refresh=False)
 
 

@@ -19,7 +19,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 
@@ -27,13 +27,15 @@ import numpy as np
 class EpisodeOrder(TypedDict):
     """Which episode to play.
 
-    `initial_state` picks an official initial state; None leaves the start to the seed.
+    `initial_state` picks an official initial state; None leaves the start to the seed. `start` float64 [n] is
+    a simulator state to be put in its place.
     """
 
     suite: str
     task_index: int
     seed: int
     initial_state: int | None
+    start: NotRequired[np.ndarray]
 
 
 class SlotOrder(TypedDict):
@@ -99,7 +101,11 @@ class Stage:
         self.build(order["suite"], order["task_index"])
         official = order["initial_state"]
         options = {} if official is None else {"initial_state": official}
-        return self.environment.reset(seed=order["seed"], options=options)[0]
+        observation = self.environment.reset(seed=order["seed"], options=options)[0]
+        if "start" not in order:
+            return observation
+        self.environment.restore(order["start"])
+        return self.environment.observe()
 
     def close(self) -> None:
         """Close the environment, so that no rendering context outlives it."""

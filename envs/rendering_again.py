@@ -1,0 +1,68 @@
+"""A collected dataset rendered once more, from its simulator states, at another size or profile."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import batched, groupby
+from pathlib import Path
+from typing import Any
+
+from envs.collection import CollectionSettings, assemble
+from envs.stored import collected_metadata, read_episodes
+from envs.workers import Job
+
+
+def render_again(
+    source: Path, root: Path, *, frame_size: int, rendering: str, processes: int = 2
+) -> dict[str, Any]:
+    """Write the demonstrations of a dataset with other pictures; states, actions and order stay.
+
+    Started again, it goes on where it stopped.
+
+    Args:
+        source: Folder of a dataset that this package collected.
+        root: Where the new dataset will lie.
+        frame_size: Height and width of a frame in pixels.
+        rendering: Profile "full" or "fast".
+        processes: Worker processes.
+
+    Returns:
+        The new dataset's metadata.
+
+    Raises:
+        FileNotFoundError: If `source` holds no dataset that this package collected.
+        ValueError: If the profile is unknown, or `root` holds other settings.
+        FileExistsError: If `root` holds something else.
+    """
+    stored = collected_metadata(source)
+    settings = replace(
+        CollectionSettings.stored(stored["settings"]), frame_size=frame_size, rendering=rendering
+    )
+    return assemble(
+        settings,
+        root,
+        processes,
+        lambda work: list(_jobs(source, stored, settings, work)),
+        counts=stored["tasks"],
+    )
+
+
+def _jobs(source: Path, stored: dict[str, Any], settings: CollectionSettings, work: Path) -> Iterator[Job]:
+    tasks = {episode.task.name: episode.task for episode in read_episodes(source)}
+    entries = enumerate(stored["episodes"])
+    for name, members in groupby(entries, key=lambda entry: entry[1]["task"]):
+        for group in batched((index for index, _ in members), settings.episodes_per_shard):
+            yield Job(
+                task=tasks[name],
+                folder=work / f"{group[0]:06d}",
+                episodes=len(group),
+                seeds=range(0),
+                frame_size=settings.frame_size,
+                rendering=settings.rendering,
+                demonstrator=settings.demonstrator,
+                repo_id=settings.repo_id,
+                video=settings.video,
+                source=source,
+                source_episodes=group,
+            )
