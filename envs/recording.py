@@ -57,20 +57,23 @@ class Recording:
     attempts: int = 1
 
 
-def record(env: ManipulationEnv, seed: int, demonstrator: Demonstrator) -> Recording | None:
+def record(
+    env: ManipulationEnv, seed: int, demonstrator: Demonstrator, *, initial_state: int | None = None
+) -> Recording | None:
     """Play one episode without rendering.
 
     Args:
         env: Environment, in any condition.
         seed: Decides the whole episode: start, noise, outcome.
         demonstrator: How it is played.
+        initial_state: Official initial state, to measure a demonstrator; never for training data.
 
     Returns:
         The recording, or None unless the simulator's own check calls the last step a success.
     """
     rng = np.random.default_rng((seed, DEMONSTRATOR_STREAM))
     noise = demonstrator.noise if rng.random() < demonstrator.noisy_share else 0.0
-    env.reset_blindly(seed=seed)
+    env.reset_blindly(seed=seed, options=None if initial_state is None else {"initial_state": initial_state})
     states, actions, success = [], [], False
     for executed, clean in demonstrate(env, rng=rng, noise=noise, options=demonstrator.options):
         states.append(env.simulator_state())  # after the first action is asked for: the start may be widened

@@ -134,3 +134,12 @@ def test_a_start_spread_beyond_the_arm_is_refused():
 def test_a_demonstration_is_lazy_and_can_be_left_early(lift_wide):
     lift_wide.reset_blindly(seed=0)
     assert len(list(islice(demonstrate(lift_wide, rng=np.random.default_rng(0)), 3))) == 3
+
+
+def test_a_detour_is_refused_where_no_demonstrator_makes_one():
+    env = envs.make("stack", 0, render=False)
+    env.reset_blindly(seed=0)
+    options = DemonstrationOptions(detour=(0.02, 0.2))
+    with pytest.raises(ValueError, match=r"'stack' makes no detour.*set detour to .0, 0., got"):
+        next(demonstrate(env, rng=np.random.default_rng(0), options=options))
+    env.close()

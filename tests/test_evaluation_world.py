@@ -23,6 +23,7 @@ class Task:
     instruction: str
     horizon: int
     official_states: int = 0
+    group: str = ""
 
 
 def tasks(suite):

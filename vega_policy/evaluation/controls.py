@@ -1,13 +1,14 @@
 """Controls: the same checkpoint with something taken away, to learn what its success rests on.
 
 A control turns a policy into a policy. To add one, write a function `(policy, checkpoint) -> policy` and give
-it a line in `CONTROLS`.
+it a line in `CONTROLS`. Those that reach into the features are in `feature_controls.py`.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -109,8 +110,60 @@ def _blind(policy: ChunkPolicy, checkpoint: Path) -> ChunkPolicy:
     return BlindPolicy(policy, read_mean_frames(checkpoint))
 
 
-CONTROLS: dict[str, Callable[[ChunkPolicy, Path], ChunkPolicy]] = {"none": _unchanged, "blind": _blind}
-"""Name of each control -> how it changes a policy, given the folder of its checkpoint."""
+def _features(name: str, *, needs_prior: bool = True) -> Callable[[ChunkPolicy, Path], ChunkPolicy]:
+    def control(policy: ChunkPolicy, checkpoint: Path) -> ChunkPolicy:
+        from vega_policy.evaluation import feature_controls as features
+
+        changes = {
+            "tokens_shuffled": lambda: features.Change(features.shuffle_tokens),
+            "prior_zero": lambda: features.Change(features.zero_prior),
+            "prior_noise": features.NoisePrior,
+            "prior_batch": lambda: features.NeighboursPrior(first_frames=False),
+            "prior_episode": lambda: features.NeighboursPrior(first_frames=True),
+        }
+        return features.FeatureControl(policy, name, changes[name](), needs_prior=needs_prior)
+
+    return control
+
+
+@dataclass(frozen=True)
+class Control:
+    """What is taken away.
+
+    Attributes:
+        apply: Changes a policy, given the folder of its checkpoint.
+        meaning: In words, for the report.
+        rows_apart: Whether a row of the batch is played without a look at the others. Where it is not, an
+            interrupted evaluation plays the control from its beginning, and shards are refused.
+    """
+
+    apply: Callable[[ChunkPolicy, Path], ChunkPolicy]
+    meaning: str
+    rows_apart: bool = True
+
+
+CONTROLS = {
+    "none": Control(_unchanged, "the policy as it is"),
+    "blind": Control(_blind, "every frame replaced by the dataset's mean frame"),
+    "tokens_shuffled": Control(
+        _features("tokens_shuffled", needs_prior=False), "image tokens in another order, always the same"
+    ),
+    "prior_zero": Control(_features("prior_zero"), "the prior's features set to zero"),
+    "prior_noise": Control(
+        _features("prior_noise"),
+        "the prior's features replaced by noise of their statistics",
+        rows_apart=False,
+    ),
+    "prior_batch": Control(
+        _features("prior_batch"), "the prior's features of another episode at the same time", rows_apart=False
+    ),
+    "prior_episode": Control(
+        _features("prior_episode"),
+        "the prior's features of the first frames of another episode",
+        rows_apart=False,
+    ),
+}
+"""Every control by name."""
 
 
 def check_controls(names: Sequence[str]) -> None:
@@ -141,4 +194,4 @@ def apply_control(name: str, policy: ChunkPolicy, checkpoint: Path) -> ChunkPoli
         FileNotFoundError: If the checkpoint lacks a file that the control needs.
     """
     check_controls([name])
-    return CONTROLS[name](policy, checkpoint)
+    return CONTROLS[name].apply(policy, checkpoint)

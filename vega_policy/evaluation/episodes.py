@@ -39,6 +39,11 @@ class TaskDescription(Protocol):
         """Number of official initial states; 0 where there are none."""
         ...
 
+    @property
+    def group(self) -> str:
+        """Group of the task where the suite has some, else empty."""
+        ...
+
 
 EpisodeKey = tuple[int, int]
 """Index of the task and index of the episode within it: unique in one evaluation of one suite."""

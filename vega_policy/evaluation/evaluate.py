@@ -12,6 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from vega_policy.evaluation import videos
+from vega_policy.evaluation.controls import CONTROLS
 from vega_policy.evaluation.episodes import (
     Episode,
     EpisodeResult,
@@ -23,12 +24,12 @@ from vega_policy.evaluation.policies import ChunkPolicy
 from vega_policy.evaluation.pool import WorkerPool
 from vega_policy.evaluation.report import write_report
 from vega_policy.evaluation.rollout import FinishedEpisode, Rollout, single_call_seconds
-from vega_policy.evaluation.run_folder import RunFolder, Trajectories, write_json
+from vega_policy.evaluation.run_folder import TRAJECTORY_FOLDER, RunFolder, Trajectories, write_json
 from vega_policy.evaluation.settings import EvaluationSettings
+from vega_policy.evaluation.shards import Shard, gather
 from vega_policy.evaluation.summary import summarize
 
 SUMMARY_FILE = "summary.json"
-TRAJECTORY_FOLDER = "trajectories"
 
 
 class Evaluation:
@@ -40,6 +41,7 @@ class Evaluation:
         tasks: Sequence[TaskDescription],
         folder: Path,
         provenance: dict[str, Any],
+        shard: Shard | None = None,
     ) -> None:
         """Open or begin an evaluation.
 
@@ -48,10 +50,13 @@ class Evaluation:
             tasks: All tasks of the suite.
             folder: Output folder; may hold an unfinished evaluation with the same settings.
             provenance: What else decides the results (checkpoint, device, rendering, ...), as JSON values.
+            shard: The part that is played here, in a folder of its own; None plays all.
 
         Raises:
             OtherRunError: If the folder holds something else.
-            ValueError: If a task index does not exist or a number is out of range.
+            FolderInUseError: If another process evaluates into it.
+            ValueError: If a task index does not exist, a number is out of range, or a control cannot be
+                played in shards.
         """
         self.settings = settings
         self.episodes = plan_episodes(
@@ -60,8 +65,15 @@ class Evaluation:
             settings.seed,
             official_states=settings.official_states,
         )
-        self._folder = RunFolder(folder, {**provenance, **settings.decisive()})
-        self._trajectories = Trajectories(folder / TRAJECTORY_FOLDER, settings.videos)
+        self._shard = shard or Shard()
+        if self._shard.count > 1:
+            _require_rows_apart(settings)
+        self._groups = {task.name: task.group for task in tasks}
+        self._folder = RunFolder(self._shard.folder(folder), {**provenance, **settings.decisive()})
+        self._trajectories = Trajectories(self._folder.path / TRAJECTORY_FOLDER, settings.videos)
+        if self._shard.count == 1:
+            gather(self._folder, self._trajectories, settings.controls[0])
+        self._forget_what_cannot_go_on()
         self._started = time.perf_counter()
 
     def prepare(self, pool: WorkerPool) -> None:
@@ -87,6 +99,12 @@ class Evaluation:
         Raises:
             ValueError: If the policies are not those of the settings' controls.
         """
+        try:
+            return self._run(policies, pool)
+        finally:
+            self._folder.close()
+
+    def _run(self, policies: Mapping[str, ChunkPolicy], pool: WorkerPool) -> dict[str, Any]:
         if tuple(policies) != self.settings.controls:
             raise ValueError(f"expected policies for {list(self.settings.controls)}, got {list(policies)}")
         for control, policy in policies.items():
@@ -95,7 +113,9 @@ class Evaluation:
         results = {control: self._folder.results(control) for control in policies}
         films = self._film(results[first], pool)
         self._clock()
-        summary = summarize(results, policy.description, self._folder.progress, self._folder.settings)
+        summary = summarize(
+            results, policy.description, self._folder.progress, self._folder.settings, self._groups
+        )
         write_json(self._folder.path / SUMMARY_FILE, summary)
         write_report(self._folder.path, summary, films)
         return summary
@@ -141,7 +161,14 @@ class Evaluation:
 
     def _queues(self, control: str) -> list[deque[Episode]]:
         finished = {result.key for result in self._folder.results(control)}
-        return slot_queues(self.episodes, self.settings.slots, finished)
+        queues = slot_queues(self.episodes, self.settings.slots, finished)
+        return [queue if self._shard.plays(slot) else deque() for slot, queue in enumerate(queues)]
+
+    def _forget_what_cannot_go_on(self) -> None:
+        for control in self.settings.controls:
+            finished = len(self._folder.results(control))
+            if not CONTROLS[control].rows_apart and finished < len(self.episodes):
+                self._folder.forget(control)
 
     def _clock(self) -> None:
         """Add the time since the last call to the evaluation's record."""
@@ -149,6 +176,15 @@ class Evaluation:
         self._folder.progress.seconds += now - self._started
         self._started = now
         self._folder.progress.save()
+
+
+def _require_rows_apart(settings: EvaluationSettings) -> None:
+    mixed = [name for name in settings.controls if not CONTROLS[name].rows_apart]
+    if mixed:
+        raise ValueError(
+            f"the controls {mixed} exchange features between the rows of a batch and cannot be played in "
+            "shards; evaluate them with shards=1"
+        )
 
 
 def select_tasks(tasks: Sequence[TaskDescription], indices: Sequence[int] | None) -> list[TaskDescription]:

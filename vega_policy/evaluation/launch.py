@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
+from lerobot.utils.constants import PRETRAINED_MODEL_DIR
 
 from vega_policy.evaluation.controls import apply_control
 from vega_policy.evaluation.episodes import TaskDescription
@@ -14,8 +18,11 @@ from vega_policy.evaluation.evaluate import Evaluation
 from vega_policy.evaluation.lerobot_policy import checkpoint_fingerprint, find_checkpoint, load_lerobot_policy
 from vega_policy.evaluation.pool import EnvironmentFactory, WorkerPool
 from vega_policy.evaluation.settings import EvaluationSettings
+from vega_policy.evaluation.shards import Shard
 from vega_policy.evaluation.worker import resolve
 from vega_policy.training.retention import require_sound
+
+logger = logging.getLogger(__name__)
 
 _SETTINGS = (
     "episodes_per_task",
@@ -60,7 +67,9 @@ def launch(config: Mapping[str, Any]) -> dict[str, Any]:
         "frame_size": factory.frame_size,
         "rendering": factory.rendering,
     }
-    evaluation = Evaluation(settings, tasks, Path(config["output_dir"]), provenance)
+    warn_of_other_pictures(checkpoint, factory)
+    shard = Shard(config["shard"], config["shards"])
+    evaluation = Evaluation(settings, tasks, Path(config["output_dir"]), provenance, shard)
     with WorkerPool(factory, min(settings.processes, settings.slots)) as pool:
         evaluation.prepare(pool)
         policy = load_lerobot_policy(checkpoint, device=device, action_steps=config["action_steps"])
@@ -85,6 +94,38 @@ def read_settings(config: Mapping[str, Any], suite_tasks: Sequence[TaskDescripti
         official_states=official,
         **{name: config[name] for name in _SETTINGS},
     )
+
+
+def warn_of_other_pictures(checkpoint: Path, factory: EnvironmentFactory) -> None:
+    """Warn if the policy was trained on pictures of another size or rendering profile than it will be shown.
+
+    What it was trained on is known where the run's folder and its dataset, collected here, are still there.
+
+    Args:
+        checkpoint: Folder of the checkpoint's `config.json`.
+        factory: How environments are built.
+    """
+    run = checkpoint.parents[2] / "config.yaml"
+    if checkpoint.name != PRETRAINED_MODEL_DIR or not run.is_file():
+        return
+    root = yaml.safe_load(run.read_text())["dataset"]["root"]
+    collected = None if root is None else Path(root) / "meta" / "vega.json"
+    if collected is None or not collected.is_file():
+        return
+    trained = json.loads(collected.read_text())["settings"]
+    for name, shown in (("rendering", factory.rendering), ("frame_size", factory.frame_size)):
+        if trained[name] != shown:
+            logger.warning(
+                "the policy was trained on frames with %s=%s, but is evaluated with %s=%s: such results "
+                "say little about it. Set env.%s=%s, or render the demonstrations again "
+                "(scripts/render_demos.py).",
+                name,
+                trained[name],
+                name,
+                shown,
+                name,
+                trained[name],
+            )
 
 
 def choose_device(device: str | None) -> str:

@@ -78,12 +78,26 @@ class LeRobotChunkPolicy:
         self._policy.reset()
         self._constant_features = {}
 
+    @property
+    def policy(self) -> PreTrainedPolicy:
+        """The policy itself."""
+        return self._policy
+
     @torch.no_grad()
     def chunk(self, batch: ObservationBatch, noise: np.ndarray | None) -> np.ndarray:
         """Predict actions in the environment's units; see `ChunkPolicy.chunk`."""
-        inputs = self._preprocessor(_to_lerobot(batch, self._description))
+        inputs = self.inputs(batch)
         if batch.constant_frames and isinstance(self._policy, VegaPolicy) and self._policy.base is None:
             inputs |= self._encode_once(self._policy, inputs)
+        return self.predict(inputs, noise)
+
+    def inputs(self, batch: ObservationBatch) -> dict[str, Any]:
+        """Return a batch as the policy takes it, preprocessed."""
+        return self._preprocessor(_to_lerobot(batch, self._description))
+
+    @torch.no_grad()
+    def predict(self, inputs: dict[str, Any], noise: np.ndarray | None) -> np.ndarray:
+        """Predict actions in the environment's units, float32 [b t a], from preprocessed inputs."""
         if noise is None:
             # A policy that draws its own noise draws the same at every call: by row, not by history.
             with torch.random.fork_rng(devices=_cuda_devices()):

@@ -28,12 +28,18 @@ class ObservationBatch:
         instructions: b strings.
         constant_frames: Whether the policy is shown these same frames at every call, so that it may encode
             them once.
+        idle: Rows in which no episode is running; they mean nothing.
     """
 
     frames: dict[str, np.ndarray]
     state: np.ndarray
     instructions: list[str]
     constant_frames: bool = False
+    idle: frozenset[int] = frozenset()
+
+    def active_rows(self) -> list[int]:
+        """Return the rows in which an episode is running."""
+        return [row for row in range(len(self.instructions)) if row not in self.idle]
 
     def with_constant_frames(self, frames: dict[str, np.ndarray]) -> ObservationBatch:
         """Return the same batch with frames uint8 [b h w 3] by camera key that never change."""
@@ -176,4 +182,5 @@ def stack_observations(rows: Sequence[SlotObservation | None], cameras: Sequence
         state[index] = row["state"]
         for camera, name in names.items():
             frames[camera][index] = row["frames"][name]
-    return ObservationBatch(frames, state, [row["instruction"] if row else "" for row in rows])
+    idle = frozenset(index for index, row in enumerate(rows) if row is None)
+    return ObservationBatch(frames, state, [row["instruction"] if row else "" for row in rows], idle=idle)

@@ -8,6 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from vega_policy.evaluation.controls import CONTROLS
 from vega_policy.evaluation.run_folder import write_atomically
 from vega_policy.evaluation.videos import Film
 
@@ -44,7 +45,7 @@ def write_report(folder: Path, summary: dict[str, Any], films: Sequence[Film]) -
     """
     parts = (
         _headline(summary),
-        _section("Success by control and task", _success_table(summary) + _bars(summary)),
+        _section("Success by control and task", _success(summary)),
         _section("Paired differences", _paired_table(summary)) if summary["paired"] else "",
         _section("First successes", _films(folder, [f for f in films if f.result.success])),
         _section("First failures", _films(folder, [f for f in films if not f.result.success])),
@@ -73,6 +74,15 @@ def _headline(summary: dict[str, Any]) -> str:
     )
 
 
+def _success(summary: dict[str, Any]) -> str:
+    return _meanings(summary) + _success_table(summary) + _bars(summary)
+
+
+def _meanings(summary: dict[str, Any]) -> str:
+    words = [f"{escape(name)}: {escape(CONTROLS[name].meaning)}" for name in summary["controls"]]
+    return f'<p class="quiet">{"; ".join(words)}.</p>' if len(words) > 1 else ""
+
+
 def _success_table(summary: dict[str, Any]) -> str:
     header = ("control", "task", "successes", "episodes", "rate", "95% Wilson interval", "mean length")
     rows = []
@@ -81,7 +91,17 @@ def _success_table(summary: dict[str, Any]) -> str:
         for task, row in {**tasks, **({"all tasks": numbers} if len(tasks) > 1 else {})}.items():
             counts = (control, task, row["successes"], row["episodes"])
             rows.append((*counts, _percent(row["success_rate"]), _interval(row), f"{row['mean_length']:.1f}"))
-    return _table(header, rows)
+    return _table(header, rows) + _means_of_groups(summary)
+
+
+def _means_of_groups(summary: dict[str, Any]) -> str:
+    """Both averages that papers on Meta-World call "average"."""
+    rows = [
+        (control, _percent(numbers["mean_of_tasks"]), _percent(numbers["mean_of_groups"]))
+        for control, numbers in summary["controls"].items()
+        if numbers["mean_of_groups"] is not None
+    ]
+    return _table(("control", "mean of tasks", "mean of difficulty groups"), rows) if rows else ""
 
 
 def _bars(summary: dict[str, Any]) -> str:

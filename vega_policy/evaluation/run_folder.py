@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import io
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -19,8 +21,15 @@ from vega_policy.evaluation.episodes import EpisodeResult
 SETTINGS_FILE = "settings.json"
 EPISODES_FILE = "episodes.parquet"
 PROGRESS_FILE = "progress.json"
+LOCK_FILE = "lock"
+TRAJECTORY_FOLDER = "trajectories"
+SHARD_FOLDER = "shards"
 _ARROW_TYPES = {"str": pyarrow.string(), "int": pyarrow.int64(), "bool": pyarrow.bool_()}
 _SCHEMA = pyarrow.schema([(field.name, _ARROW_TYPES[str(field.type)]) for field in fields(EpisodeResult)])
+
+
+class FolderInUseError(RuntimeError):
+    """Another process evaluates into the same folder."""
 
 
 class OtherRunError(ValueError):
@@ -60,23 +69,43 @@ class RunFolder:
 
         Raises:
             OtherRunError: If the folder holds an evaluation with other settings, or other files.
+            FolderInUseError: If another process evaluates into it.
         """
         self.path = path
         self.settings: dict[str, Any] = json.loads(json.dumps(settings))
+        with contextlib.ExitStack() as claim:
+            claim.enter_context(_claimed(path))
+            self._begin()
+            self._results = read_episodes(path) if (path / EPISODES_FILE).is_file() else []
+            self.progress = Progress(path / PROGRESS_FILE)
+            self._claim = claim.pop_all()
+
+    def _begin(self) -> None:
+        path = self.path
         if (path / SETTINGS_FILE).is_file():
-            _require_equal(path, json.loads((path / SETTINGS_FILE).read_text()), self.settings)
-        elif path.exists() and any(path.iterdir()):
+            require_equal(path, json.loads((path / SETTINGS_FILE).read_text()), self.settings)
+        elif any(entry.name not in (LOCK_FILE, SHARD_FOLDER) for entry in path.iterdir()):
             raise OtherRunError(
                 f"{path} holds files but no {SETTINGS_FILE}, so it is no evaluation; choose another folder"
             )
         else:
             write_json(path / SETTINGS_FILE, self.settings)
-        self._results = read_episodes(path) if (path / EPISODES_FILE).is_file() else []
-        self.progress = Progress(path / PROGRESS_FILE)
+
+    def has(self, result: EpisodeResult) -> bool:
+        """Tell whether an episode is on record under its control."""
+        return any((known.control, known.key) == (result.control, result.key) for known in self._results)
 
     def results(self, control: str) -> list[EpisodeResult]:
         """Return the finished episodes under a control, in order of task and episode."""
         return sorted((r for r in self._results if r.control == control), key=lambda result: result.key)
+
+    def forget(self, control: str) -> None:
+        """Drop the finished episodes under a control, because it can only be played as a whole."""
+        self._results = [result for result in self._results if result.control != control]
+
+    def close(self) -> None:
+        """Let other processes evaluate into the folder; without, the end of the process does."""
+        self._claim.close()
 
     def add(self, results: Iterable[EpisodeResult]) -> None:
         """Record finished episodes; they are on disk when this returns."""
@@ -86,6 +115,21 @@ class RunFolder:
         buffer = io.BytesIO()
         pyarrow.parquet.write_table(table, buffer)
         write_atomically(self.path / EPISODES_FILE, buffer.getvalue())
+
+
+@contextlib.contextmanager
+def _claimed(path: Path) -> Iterator[None]:
+    """Hold a folder for this process."""
+    path.mkdir(parents=True, exist_ok=True)
+    with (path / LOCK_FILE).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FolderInUseError(
+                f"another process is evaluating into {path}; wait for it, stop it, or choose another "
+                "output_dir"
+            ) from None
+        yield
 
 
 class Progress:
@@ -102,6 +146,14 @@ class Progress:
             self.seconds = stored["seconds"]
             self.call_seconds = stored["call_seconds"]
             self.single_call_seconds = stored["single_call_seconds"]
+
+    def absorb(self, other: Progress) -> None:
+        """Add what another part of the evaluation cost."""
+        self.seconds += other.seconds
+        for control, seconds in other.call_seconds.items():
+            self.call_seconds.setdefault(control, []).extend(seconds)
+        self.single_call_seconds = self.single_call_seconds or other.single_call_seconds
+        self.save()
 
     def save(self) -> None:
         """Write it to disk."""
@@ -174,7 +226,12 @@ def _trajectory_name(result: EpisodeResult) -> str:
     return f"{result.index:05d}_{result.task_index:03d}_{_outcome(result.success)}.npy"
 
 
-def _require_equal(path: Path, stored: dict[str, Any], settings: dict[str, Any]) -> None:
+def require_equal(path: Path, stored: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Refuse to go on with other settings.
+
+    Raises:
+        OtherRunError: Naming each setting that differs.
+    """
     names = sorted(stored.keys() | settings.keys())
     missing = "(not set)"
     lines = [

@@ -10,7 +10,13 @@ import numpy as np
 from vega_policy.evaluation.episodes import EpisodeResult
 from vega_policy.evaluation.policies import PolicyDescription
 from vega_policy.evaluation.run_folder import Progress
-from vega_policy.evaluation.statistics import mcnemar_exact, mean_of_tasks, paired_bootstrap, wilson_interval
+from vega_policy.evaluation.statistics import (
+    mcnemar_exact,
+    mean_of_groups,
+    mean_of_tasks,
+    paired_bootstrap,
+    wilson_interval,
+)
 
 BOOTSTRAP_SEED = 0
 
@@ -20,6 +26,7 @@ def summarize(
     description: PolicyDescription,
     progress: Progress,
     settings: dict[str, Any],
+    groups: Mapping[str, str],
 ) -> dict[str, Any]:
     """Return the content of summary.json.
 
@@ -32,8 +39,9 @@ def summarize(
         description: What the policy was trained on.
         progress: What the evaluation cost.
         settings: Everything that decided the results.
+        groups: Group of each task, empty where the suite has none.
     """
-    controls = {name: _summarize_control(episodes) for name, episodes in results.items()}
+    controls = {name: _summarize_control(episodes, groups) for name, episodes in results.items()}
     first = next(iter(controls))
     return {
         "control": first,
@@ -110,6 +118,11 @@ def table(summary: dict[str, Any]) -> str:
             lines.append(
                 f"{control:<10} {task:<28} {count:>12} {rate:>7}   {interval:<16} {row['mean_length']:>7.1f}"
             )
+        if numbers["mean_of_groups"] is not None:
+            lines.append(
+                f"{control:<10} mean of tasks {100 * numbers['mean_of_tasks']:.1f}%, "
+                f"mean of difficulty groups {100 * numbers['mean_of_groups']:.1f}%"
+            )
     timing = summary["latency"]
     lines.append(
         f"policy {summary['policy']}, prior {summary['prior']}, {summary['seconds_total']:.1f} s in all"
@@ -122,13 +135,18 @@ def table(summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _summarize_control(results: Sequence[EpisodeResult]) -> dict[str, Any]:
+def _summarize_control(results: Sequence[EpisodeResult], groups: Mapping[str, str]) -> dict[str, Any]:
     tasks: dict[str, list[EpisodeResult]] = {}
     for result in results:
         tasks.setdefault(result.task, []).append(result)
     by_task = {task: _counts(episodes) for task, episodes in tasks.items()}
     rates = {task: counts["success_rate"] for task, counts in by_task.items()}
-    return {**_counts(results), "mean_of_tasks": mean_of_tasks(rates), "tasks": by_task}
+    return {
+        **_counts(results),
+        "mean_of_tasks": mean_of_tasks(rates),
+        "mean_of_groups": mean_of_groups(rates, groups) if any(groups[task] for task in rates) else None,
+        "tasks": by_task,
+    }
 
 
 def _counts(results: Sequence[EpisodeResult]) -> dict[str, Any]:

@@ -1,0 +1,95 @@
+"""How often demonstrators succeed: played without a picture, on fresh resets or official initial states."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+
+import envs
+from envs.base import DEMONSTRATION_SEEDS, EVALUATION_SEED, Task
+from envs.recording import Demonstrator, record
+from envs.workers import context
+
+FIRST_SEED = DEMONSTRATION_SEEDS.stop - 10_000  # collections begin at the other end
+
+
+@dataclass(frozen=True)
+class TaskSuccess:
+    """What came of the episodes of one task.
+
+    Attributes:
+        task: What was demonstrated.
+        official: Whether from official initial states, else from fresh resets.
+        lengths: Steps of each success, 0 for a failure, in order of episodes.
+    """
+
+    task: Task
+    official: bool
+    lengths: tuple[int, ...]
+
+    @property
+    def successes(self) -> int:
+        """Number of successes."""
+        return sum(length > 0 for length in self.lengths)
+
+
+def measure_task(task: Task, episodes: Sequence[int], official: bool) -> TaskSuccess:
+    """Play episodes of one task in this process.
+
+    Args:
+        task: What is demonstrated.
+        episodes: Indices of the episodes: of the official states, or counting the seeds of fresh resets.
+        official: Whether to start from official initial states.
+    """
+    env = envs.make(task.suite, task.index, render=False)
+    lengths = []
+    for index in episodes:
+        seed = EVALUATION_SEED + index if official else FIRST_SEED + index
+        recording = record(env, seed, Demonstrator(), initial_state=index if official else None)
+        lengths.append(0 if recording is None else len(recording.actions))
+    env.close()
+    return TaskSuccess(task, official, tuple(lengths))
+
+
+def measure(
+    suites: Sequence[str], *, episodes: int, official: bool, processes: int, only: Sequence[int] | None = None
+) -> Iterator[TaskSuccess]:
+    """Play episodes of all tasks of suites in parallel, a task a process.
+
+    Args:
+        suites: Names of suites.
+        episodes: Episodes of each task.
+        official: Whether to start from official initial states.
+        processes: Worker processes.
+        only: Indices of the tasks; None takes all.
+
+    Yields:
+        Each task as it ends.
+
+    Raises:
+        ValueError: If a suite has too few official states.
+    """
+    tasks = [task for suite in suites for task in envs.tasks(suite) if only is None or task.index in only]
+    poor = [task.suite for task in tasks if official and task.official_states < episodes]
+    if poor:
+        raise ValueError(f"{sorted(set(poor))} have fewer than {episodes} official initial states a task")
+    with ProcessPoolExecutor(processes, context()) as pool:
+        running = [pool.submit(measure_task, task, range(episodes), official) for task in tasks]
+        for future in as_completed(running):
+            yield future.result()
+
+
+def success_table(results: Sequence[TaskSuccess]) -> str:
+    """Return results as a table in Markdown: a line a suite, successes by task, mean length of successes."""
+    lines = ["| suite | start | success | by task | mean steps |", "|---|---|---|---|---|"]
+    for suite, official in dict.fromkeys((result.task.suite, result.official) for result in results):
+        chosen = [r for r in results if (r.task.suite, r.official) == (suite, official)]
+        chosen.sort(key=lambda result: result.task.index)
+        won, played = sum(r.successes for r in chosen), sum(len(r.lengths) for r in chosen)
+        lengths = [length for r in chosen for length in r.lengths if length]
+        by_task = " ".join(str(r.successes) for r in chosen)
+        steps = f"{sum(lengths) / len(lengths):.0f}" if lengths else "-"
+        start = "official" if official else "fresh"
+        lines.append(f"| {suite} | {start} | {won}/{played} ({won / played:.1%}) | {by_task} | {steps} |")
+    return "\n".join(lines)
