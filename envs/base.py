@@ -62,6 +62,7 @@ class ManipulationEnv(gymnasium.Env, abc.ABC):
     render_mode: str | None = "rgb_array"
     action_size: ClassVar[int] = 7
     state_size: ClassVar[int] = 8
+    robot_type: ClassVar[str] = "panda"
 
     def __init__(self, task: Task, *, cameras: tuple[str, ...], frame_size: int) -> None:
         """Set up the spaces.

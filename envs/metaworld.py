@@ -63,6 +63,7 @@ class MetaworldEnv(ManipulationEnv):
     metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 80}  # noqa: RUF012 gymnasium's own name
     action_size: ClassVar[int] = 4
     state_size: ClassVar[int] = 4
+    robot_type: ClassVar[str] = "sawyer"
 
     def __init__(self, task: Task, *, frame_size: int, rendering: str, render: bool) -> None:
         """Compile the model.

@@ -132,7 +132,7 @@ def _write_dataset(
             fps=env.metadata["render_fps"],
             features=dataset_features(env),
             root=root,
-            robot_type="panda",
+            robot_type=env.robot_type,
             use_videos=True,
             video_backend="pyav",
             rgb_encoder=RGBEncoderConfig(**CODECS[video]),

@@ -134,3 +134,19 @@ def test_pictures_are_those_of_lerobots_own_environment():
     assert (error > 10).mean() < 0.01
     ours.close()
     theirs.close()
+
+
+@pytest.mark.slow
+def test_collected_demonstrations_are_a_dataset_of_lerobot_in_its_own_names(tmp_path):
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    from envs.collection import CollectionSettings, collect
+
+    settings = CollectionSettings("metaworld_mt10", tasks=(1, 9), episodes_per_task=1, frame_size=32)
+    collect(settings, tmp_path / "mt", processes=1)
+    dataset = LeRobotDataset("vega/mt", root=tmp_path / "mt", video_backend="pyav")
+    assert (dataset.num_episodes, dataset.fps, dataset.meta.robot_type) == (2, 80, "sawyer")
+    item = dataset[0]
+    assert item["observation.image"].shape == (3, 32, 32)
+    assert (len(item["observation.state"]), len(item["action"])) == (4, 4)
+    assert item["task"] == "Push the puck to a goal"

@@ -1,5 +1,7 @@
 """An evaluation in several parts: shards equal the whole, one writer a folder, a kill costs nothing."""
 
+from dataclasses import replace
+
 import pytest
 
 from tests import test_evaluation_world as world
@@ -9,6 +11,7 @@ from vega_policy.evaluation.evaluate import Evaluation
 from vega_policy.evaluation.pool import WorkerPool
 from vega_policy.evaluation.run_folder import FolderInUseError, OtherRunError, read_episodes
 from vega_policy.evaluation.shards import Shard
+from vega_policy.evaluation.summary import table
 
 PROVENANCE = {"checkpoint": "seeker"}
 
@@ -32,6 +35,20 @@ def test_shards_gathered_are_the_evaluation_in_one_piece(tmp_path):
     assert gathered["controls"] == whole["controls"]
     films = {path.name for path in (tmp_path / "whole" / "videos").iterdir()}
     assert {path.name for path in (tmp_path / "parts" / "videos").iterdir()} == films
+
+
+def test_both_averages_of_a_grouped_suite_are_reported(tmp_path):
+    chosen = settings(suite="two_points", episodes_per_task=6)
+    near, far = world.tasks("two_points")
+    tasks = [replace(near, group="easy"), replace(far, group="hard")]
+    evaluation = Evaluation(chosen, tasks, tmp_path / "run", PROVENANCE)
+    with WorkerPool(FACTORY, 1) as pool:
+        summary = evaluation.run({"none": GoalSeeker()}, pool)
+    numbers = summary["controls"]["none"]
+    rates = [row["success_rate"] for row in numbers["tasks"].values()]
+    assert numbers["mean_of_tasks"] == numbers["mean_of_groups"] == sum(rates) / 2
+    assert "mean of difficulty groups" in table(summary)
+    assert "mean of difficulty groups" in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_shards_of_other_settings_are_not_gathered(tmp_path):
