@@ -2,6 +2,7 @@
 PYTHON ?= python3.12
 BIN := .venv/bin
 SOURCES := vega_policy envs scripts tests
+STARTED := $(shell date +%s)
 
 .PHONY: help demo test check format lint types slow clean
 .DEFAULT_GOAL := help
@@ -13,7 +14,7 @@ help:
 	@echo "make slow    the tests that take minutes: LeRobot's command lines, an installed wheel"
 
 .venv/.installed: requirements.lock pyproject.toml
-	@command -v $(PYTHON) >/dev/null 2>&1 && $(PYTHON) -c "import venv, ensurepip" 2>/dev/null || { \
+	@command -v $(PYTHON) >/dev/null 2>&1 && $(PYTHON) -c "import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 12))" 2>/dev/null || { \
 		echo "Python 3.12 with venv is needed, and '$(PYTHON)' is not it. Install it (Debian/Ubuntu:"; \
 		echo "apt install python3.12 python3.12-venv; or: uv python install 3.12; or: pyenv install 3.12),"; \
 		echo "or name another interpreter: make PYTHON=/path/to/python3.12"; exit 1; }
@@ -24,7 +25,7 @@ help:
 	@touch $@
 
 demo: .venv/.installed
-	@$(BIN)/python scripts/demo.py
+	@$(BIN)/python scripts/demo.py --started $(STARTED)
 
 test: .venv/.installed
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal

@@ -18,7 +18,7 @@ from envs.base import DEMONSTRATION_SEEDS, Task
 from envs.demonstrators import DemonstrationOptions
 from envs.metadata import differences, read_metadata, write_metadata
 from envs.recording import Demonstrator
-from envs.rendering import profile
+from envs.rendering import load_mujoco, profile
 from envs.shards import CODECS, ShardSummary, read_shard
 from envs.workers import Job, Workers
 
@@ -127,7 +127,8 @@ def collect(settings: CollectionSettings, root: Path, *, processes: int = 2) -> 
     Raises:
         ValueError: If `root` or its interrupted collection has other settings, or tasks do not exist.
         FileExistsError: If `root` holds something else.
-        RuntimeError: If a demonstrator succeeds too rarely, or worker processes keep dying.
+        RuntimeError: If a demonstrator succeeds too rarely, worker processes keep dying, or the simulators
+            cannot run here.
     """
     return assemble(settings, root, processes, lambda work: list(_jobs(settings, work)))
 
@@ -153,6 +154,7 @@ def assemble(
     if finished is not None:
         logger.info("%s is there already, with these settings: nothing to collect", root)
         return finished
+    load_mujoco()  # a simulator that cannot run is reported here; a worker could only die of it
     work = root.with_name(root.name + ".partial")
     with _claimed(work, settings):
         jobs = jobs_in(work)

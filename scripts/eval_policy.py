@@ -4,6 +4,7 @@ Every field of configs/eval.yaml can be set on the command line, such as `env=li
 control=[none,blind]`. Started again with the same settings, it goes on with the missing episodes.
 """
 
+import sys
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,10 +17,12 @@ from vega_policy.evaluation.summary import table
 
 @hydra.main(version_base=None, config_path="../configs", config_name="eval")
 def main(config: DictConfig) -> None:
-    """Evaluate, then print the table and where the report lies."""
-    summary = launch(
-        cast(dict[str, Any], OmegaConf.to_container(config, resolve=True, throw_on_missing=True))
-    )
+    """Evaluate, then print the table and where the report lies; a user's mistake ends in one message."""
+    values = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True, throw_on_missing=True))
+    try:
+        summary = launch(values)
+    except (ValueError, OSError, RuntimeError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
     print(table(summary))
     print(f"report: {Path(config.output_dir) / 'report.html'}")
 

@@ -15,7 +15,7 @@ from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from safetensors.numpy import load_file
 
 import envs
-from envs import collection, workers
+from envs import collection, rendering, workers
 from envs.base import DEMONSTRATION_SEEDS, EVALUATION_SEED
 from envs.collection import CollectionSettings, collect
 from envs.metadata import read_metadata
@@ -229,6 +229,13 @@ def test_a_demonstrator_that_never_succeeds_is_an_error(tmp_path, monkeypatch):
 def test_settings_out_of_range_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         replace(SETTINGS, **change)
+
+
+def test_another_mujoco_is_one_error_and_not_the_death_of_workers(tmp_path, monkeypatch):
+    monkeypatch.setattr(rendering.importlib.metadata, "version", lambda name: "3.9.9")
+    with pytest.raises(RuntimeError, match=r"mujoco.*3\.9\.9"):
+        collect(SETTINGS, tmp_path / "none", processes=2)
+    assert not (tmp_path / "none").exists()
 
 
 def test_tasks_that_the_suite_lacks_are_refused(tmp_path):

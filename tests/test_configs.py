@@ -241,7 +241,7 @@ def test_the_script_trains_the_demos_ablations(script, tmp_path, ablation):
 def test_the_script_meets_missing_demonstrations_with_one_message(script, tmp_path):
     with pytest.raises(SystemExit) as stopped:
         script("experiment=demo", "policy.device=cpu", "output_dir=run")
-    assert "No demonstrations in outputs/demonstrations/lift_wide" in stopped.value.code
+    assert "No demonstrations in outputs/demo/demonstrations" in stopped.value.code
     assert "scripts/collect_demos.py env=lift_wide" in stopped.value.code
     assert list(tmp_path.iterdir()) == []
 

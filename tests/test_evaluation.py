@@ -2,6 +2,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections import deque
 from dataclasses import replace
 from pathlib import Path
@@ -398,3 +400,17 @@ def test_runs_of_other_episodes_are_not_compared(finished, tmp_path):
         compare_runs(finished[0], tmp_path / "few")
     with pytest.raises(FileNotFoundError, match="no evaluation"):
         compare_runs(finished[0], Path(tmp_path / "nothing"))
+
+
+def test_the_script_ends_a_mistake_in_one_line(tmp_path):
+    script = Path(__file__).resolve().parent.parent / "scripts" / "eval_policy.py"
+    command = [
+        sys.executable,
+        str(script),
+        f"checkpoint={tmp_path / 'none'}",
+        f"output_dir={tmp_path / 'eval'}",
+    ]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert ended.returncode == 1
+    assert "Traceback" not in ended.stderr
+    assert str(tmp_path / "none") in ended.stderr.strip().splitlines()[-1]

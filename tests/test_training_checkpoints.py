@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.training_runs import assert_bitwise_equal, tiny_policy, tiny_run
+from vega_policy.parts import PriorConfig
 from vega_policy.training.integrity import CHECKSUMS, DamagedCheckpointError, damage, write_checksums
 from vega_policy.training.retention import (
     add_scores,
@@ -98,6 +99,15 @@ def test_a_damaged_checkpoint_that_is_named_is_refused_and_the_sound_one_offered
     with pytest.raises(DamagedCheckpointError, match=r"000004 is damaged: .*model.*Use .*000002 instead"):
         train(config)
     require_sound(checkpoint_of(run, 2) / "pretrained_model")
+
+
+def test_starting_from_a_policy_asks_for_the_weights_of_the_prior_that_it_was_trained_with(
+    root, run, tmp_path
+):
+    path = run / "checkpoints" / "last" / "pretrained_model"
+    other = tiny_policy(pretrained_path=path, prior=PriorConfig(name="random", seed=1))
+    with pytest.raises(ValueError, match="fingerprint"):
+        train(tiny_run(root, tmp_path / "new", policy=other))
 
 
 def test_what_the_training_state_suffers_does_not_concern_a_policy_that_is_used(run):

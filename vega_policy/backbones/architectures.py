@@ -136,7 +136,7 @@ def without_weights(
     published = ARCHITECTURES[config.name]
     architecture = AutoConfig.for_model(published.model_type, **published.fields)
     side = published.grid_side(frame_size)
-    prompts = _Placeholders(views, side, architecture.image_token_id)
+    prompts: Any = _Placeholders(views, side, architecture.image_token_id)
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(architecture, dtype=getattr(torch, config.dtype))
         return VisionLanguageBackbone(model.base_model, prompts, config, state_dim)

@@ -4,6 +4,7 @@ Wan's text encoder (UMT5-XXL) weighs 11 GB and is needed for this one sentence o
 """
 
 import hashlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -64,7 +65,9 @@ def empty_prompt(
             return _load(path, width)
     prompt = encode(_with_text_encoder(source, folder, revision))
     cached.parent.mkdir(parents=True, exist_ok=True)
-    save_file({"prompt": prompt}, cached)
+    unfinished = cached.with_suffix(f".{os.getpid()}")
+    save_file({"prompt": prompt}, unfinished)
+    unfinished.rename(cached)  # whole or not there, whenever this is killed
     return prompt
 
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from vega_policy.observation import resize
 from vega_policy.parts import PriorConfig
 from vega_policy.priors import PriorEntry
+from vega_policy.priors.reader import check_no_noise
 from vega_policy.priors.weights import fingerprint_seed
 
 PATCH = 16
@@ -47,8 +48,9 @@ def load(config: PriorConfig, entry: PriorEntry, grid: tuple[int, int]) -> Rando
     """Build the control from its seed.
 
     Raises:
-        ValueError: If a layer other than its only one is asked for.
+        ValueError: If a layer other than its only one is asked for, or noise.
     """
+    check_no_noise(config)
     if config.layer != 0:
         raise ValueError(f"prior.layer: the random prior has the single layer 0; got {config.layer}.")
     return RandomPrior(config.seed, grid)

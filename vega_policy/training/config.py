@@ -68,7 +68,7 @@ class TrainConfig:
     output_dir: str
     resume: bool = False
     seed: int = 0
-    steps: int = 10_000
+    steps: int = 30_000
     stop_after: int | None = None
     batch_size: int = 64
     accumulate: int = 1
@@ -90,7 +90,7 @@ class TrainConfig:
         one_of("sharding", self.sharding, ("none", "full"))
         share("average_decay", self.average_decay)
         counts = ("steps", "batch_size", "accumulate", "log_every", "save_every", "evaluate_every")
-        for name in (*counts, "max_skipped_steps", "keep_last", "held_out_frames"):
+        for name in (*counts, "max_skipped_steps", "keep_last", "held_out_frames", "stop_after"):
             if getattr(self, name) is not None:
                 at_least(name, getattr(self, name), 1)
         at_least("keep_best", self.keep_best, 0)

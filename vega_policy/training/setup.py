@@ -2,7 +2,8 @@
 
 import logging
 import os
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +168,10 @@ def make_policy(config: TrainConfig, checkpoint: Path | None, device: torch.devi
         path = config.vega.pretrained_path
         if Path(path).is_dir():
             require_sound(Path(path))
-        return VegaPolicy.from_pretrained(path, config=config.vega, strict=True).to(device)
+        saved: Any = PreTrainedConfig.from_pretrained(path)
+        vega = copy(config.vega)  # the weights of the prior that it was trained with are required
+        vega.prior = replace(vega.prior, fingerprint=saved.prior.fingerprint)
+        return VegaPolicy.from_pretrained(path, config=vega, strict=True).to(device)
     return VegaPolicy(config.vega).to(device)
 
 
