@@ -193,6 +193,7 @@ class FatalOnce:
         return self.seeds[chosen]
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_costs_no_more_than_its_shard(root, tmp_path, caplog):
     jobs = [
         Job(

@@ -25,6 +25,7 @@ def play(folder, shard=None, **changes):
         return evaluation.run({"none": policy, "blind": BlindPolicy(policy, means)}, pool)
 
 
+@pytest.mark.slow
 def test_shards_gathered_are_the_evaluation_in_one_piece(tmp_path):
     whole = play(tmp_path / "whole", videos=1)
     for index in (0, 1):

@@ -93,6 +93,7 @@ def test_other_precomputed_prior_features_are_other_weights(tmp_path):
         opened(tmp_path / "other", fingerprint=fingerprint)
 
 
+@pytest.mark.slow
 def test_the_export_script_writes_what_a_policy_with_a_precomputed_prior_trains_on(tmp_path):
     write_dataset(tmp_path / "data", lengths=(3, 2), use_videos=False)
     (tmp_path / "stand_in.py").write_text(STAND_IN)

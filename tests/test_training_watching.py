@@ -81,6 +81,7 @@ def test_curves_and_films_are_on_tensorboard(watched):
     assert board.Images(film)[0].encoded_image_string.startswith(b"GIF89a")
 
 
+@pytest.mark.slow
 def test_a_kill_between_saving_and_playing_loses_no_score(points, watched, tmp_path):
     output = tmp_path / "run"
     train(tiny_run(points, output, dataset={"held_out": 0.3}, stop_after=2))
