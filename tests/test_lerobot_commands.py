@@ -133,7 +133,8 @@ def test_the_wheel_in_an_empty_environment_trains_and_evaluates_outside_the_repo
         subprocess.run(command, check=True, cwd=tmp_path, timeout=900)
 
     uv = Path(sys.executable).parent / "uv"
-    call(uv, "build", "--quiet", "--wheel", "--out-dir", tmp_path / "dist", REPOSITORY)
+    pip = (sys.executable, "-m", "pip", "--quiet")
+    call(*pip, "wheel", "--no-deps", "--wheel-dir", tmp_path / "dist", REPOSITORY)
     call(uv, "venv", "--quiet", "--python", sys.executable, tmp_path / "empty")
     python = tmp_path / "empty" / "bin" / "python"
     requirements = REPOSITORY / "requirements.lock"
