@@ -174,6 +174,10 @@ def test_correspondence_refuses_a_single_view_and_foreign_features():
         correspondence(torch.zeros(2, 60, 8), geometry)
 
 
+def r2(found):
+    return estimate(found.squares.sum(axis=1), explained).value
+
+
 def test_a_probe_recovers_planted_depth_and_finds_none_in_noise():
     poses = [looking_down(tilt=0.15 * k, height=1 + 0.1 * k) for k in range(5)]
     geometry = token_geometry(floor_views(poses, lens()), (7, 7))
@@ -186,9 +190,9 @@ def test_a_probe_recovers_planted_depth_and_finds_none_in_noise():
         data["noise"].append(ProbeData(noise, target))
         data["planted"].append(ProbeData(noise * 1e-3 + target.float() @ planted, target))
     found = probe(data["planted"])
-    assert estimate(found.squares, explained).low > 0.999
-    assert estimate(found.errors).value < 0.005
-    assert estimate(probe(data["noise"]).squares, explained).value < 0.1
+    assert estimate(found.squares[:, 0], explained).low > 0.999
+    assert torch.cat(found.errors).abs().mean() < 0.005
+    assert r2(probe(data["noise"])) < 0.1
 
 
 def test_a_probe_with_more_features_than_samples_gives_the_same_as_the_textbook_formula():
@@ -197,13 +201,13 @@ def test_a_probe_with_more_features_than_samples_gives_the_same_as_the_textbook_
     draws = [torch.randn(12, 40, generator=generator).double() for _ in range(6)]
     wide = probe([ProbeData(x, x @ weights) for x in draws])
     narrow = probe([ProbeData(x[:, :5], x[:, :5] @ weights[:5]) for x in draws])
-    assert estimate(narrow.squares, explained).value > 0.999
-    assert 0.3 < estimate(wide.squares, explained).value <= 1.0
+    assert r2(narrow) > 0.999
+    assert 0.3 < r2(wide) <= 1.0, "60 samples do not fix 40 weights on 48 of them"
 
 
 def test_a_probe_is_tested_on_scenes_it_never_saw():
     scenes = [ProbeData(torch.ones(8, 1), torch.full((8, 1), float(index))) for index in range(5)]
-    assert estimate(probe(scenes).squares, explained).value <= 1e-9, "only seen scenes could be told apart"
+    assert r2(probe(scenes)) <= 1e-9, "only seen scenes could be told apart"
     with pytest.raises(ValueError, match="at least 3 scenes; got 2"):
         probe(scenes[:2])
 

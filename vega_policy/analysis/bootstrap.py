@@ -72,10 +72,12 @@ def _interval(statistic: Statistic, seed: int, *sums: np.ndarray) -> Estimate:
     scenes = len(sums[0])
     if scenes == 0:
         raise ValueError("expected at least one scene, got none")
+    whole = [statistic(part.sum(axis=0)) for part in sums]
+    value = float(whole[0] - whole[1] if len(whole) > 1 else whole[0])
+    if scenes == 1:
+        return Estimate(value, float("nan"), float("nan"))  # one scene says nothing about others
     draws = np.random.default_rng(seed).multinomial(scenes, np.full(scenes, 1 / scenes), size=RESAMPLES)
     values = [statistic(draws @ part) for part in sums]
-    whole = [statistic(part.sum(axis=0)) for part in sums]
     spread = values[0] - values[1] if len(values) > 1 else values[0]
-    value = whole[0] - whole[1] if len(whole) > 1 else whole[0]
     low, high = np.nanquantile(spread, [0.025, 0.975]) if np.isfinite(spread).any() else (np.nan, np.nan)
-    return Estimate(float(value), float(low), float(high))
+    return Estimate(value, float(low), float(high))

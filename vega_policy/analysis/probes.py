@@ -34,15 +34,15 @@ class ProbeResult:
     """What a probe did on scenes held out.
 
     Attributes:
-        squares: Summed squared error and summed squared deviation from the fitted scenes' mean, float64
-            [scenes 2]; their ratio is 1 - R2.
-        errors: Summed Euclidean error (in the target's unit) and count, float64 [scenes 2].
+        squares: Of each output, summed squared error and summed squared deviation from the fitted scenes'
+            mean, float64 [scenes k 2]; their ratio is 1 - R2.
         predictions: For each scene, [m k].
+        errors: For each scene, prediction minus target, [m k].
     """
 
     squares: np.ndarray
-    errors: np.ndarray
     predictions: list[Tensor]
+    errors: list[Tensor]
 
 
 def probe(scenes: list[ProbeData], folds: int = FOLDS) -> ProbeResult:
@@ -61,7 +61,8 @@ def probe(scenes: list[ProbeData], folds: int = FOLDS) -> ProbeResult:
         )
     folds = min(folds, len(scenes))
     predictions: dict[int, Tensor] = {}
-    squares, errors = np.zeros((len(scenes), 2)), np.zeros((len(scenes), 2))
+    errors: dict[int, Tensor] = {}
+    squares = np.zeros((len(scenes), scenes[0].targets.shape[1], 2))
     for fold in range(folds):
         held_out = [index for index in range(len(scenes)) if index % folds == fold]
         fitted = [scene for index, scene in enumerate(scenes) if index % folds != fold]
@@ -69,12 +70,11 @@ def probe(scenes: list[ProbeData], folds: int = FOLDS) -> ProbeResult:
         for index in held_out:
             targets = scenes[index].targets.double()
             guess = ridge(scenes[index].features)
-            error = (guess - targets).square().sum(dim=1)
-            deviation = (targets - ridge.mean_target).square().sum(dim=1)
-            squares[index] = error.sum().item(), deviation.sum().item()
-            errors[index] = error.sqrt().sum().item(), len(error)
-            predictions[index] = guess
-    return ProbeResult(squares, errors, [predictions[index] for index in range(len(scenes))])
+            errors[index], predictions[index] = guess - targets, guess
+            squares[index, :, 0] = errors[index].square().sum(dim=0)
+            squares[index, :, 1] = (targets - ridge.mean_target).square().sum(dim=0)
+    ordered = range(len(scenes))
+    return ProbeResult(squares, [predictions[i] for i in ordered], [errors[i] for i in ordered])
 
 
 class _Moments:
@@ -109,7 +109,8 @@ def _fit(scenes: list[ProbeData], strengths: tuple[float, ...]) -> list[_Ridge]:
     x, y = moments.features, moments.targets
     samples, width = x.shape
     primal = width <= samples
-    values, vectors = torch.linalg.eigh(x.T @ x if primal else x @ x.T)
+    gram = (x.float().T @ x.float() if primal else x.float() @ x.float().T).double()
+    values, vectors = torch.linalg.eigh(gram)
     onto = vectors.T @ (x.T @ y if primal else y)
     fitted = []
     for strength in strengths:
