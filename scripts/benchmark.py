@@ -1,7 +1,8 @@
 """What each part costs on this machine: `python scripts/benchmark.py prior --frames 1 2 8 32`.
 
-Parts: prior (the Wan prior plain and fast), policy (a control step, stage by stage), train (a training step,
-stage by stage), simulate (environment steps and rendering). Prints a table; `--output` also writes JSON.
+Parts: prior (the Wan prior plain and fast, any other plain), policy (a control step, stage by stage),
+train (a training step, stage by stage), simulate (environment steps and rendering). Prints a table;
+`--output` also writes JSON.
 """
 
 import argparse

@@ -1,7 +1,8 @@
 """What a policy consists of, without any weights: `python scripts/inspect_model.py experiment=libero_wan`.
 
-Prints parameters (trainable, frozen), memory, tokens and arithmetic of each part. The data's sizes are those
-of LIBERO (two cameras, 8 numbers of state, 7 of action); `+views=1 +state_dim=6 +action_dim=6` gives others.
+Prints parameters (trainable, frozen), memory, tokens and arithmetic of each part, as far as it is kept, and
+the published sizes of the prior's whole networks. The data's sizes are those of LIBERO (two cameras, 8
+numbers of state, 7 of action); `+views=1 +state_dim=6 +action_dim=6` gives others.
 """
 
 import sys
@@ -16,8 +17,9 @@ SIZES = {"views": 2, "state_dim": 8, "action_dim": 7}
 def main(config: DictConfig) -> None:
     """Print the table of one policy; a user's mistake ends in one message."""
     from vega_policy.benchmark.report import table  # heavy imports, not needed for --help
-    from vega_policy.inspection import inspect_model
+    from vega_policy.inspection import inspect_model, refuse_base
     from vega_policy.parts import ModelConfig
+    from vega_policy.priors.architectures import published_sizes
     from vega_policy.training.config import from_hydra
 
     with open_dict(config):
@@ -26,6 +28,7 @@ def main(config: DictConfig) -> None:
             config.dataset.repo_id = "none"
     try:
         policy = from_hydra(config).vega
+        refuse_base(policy.base)
         parts = {name: getattr(policy, name) for name in ("prior", "fusion", "backbone", "expert")}
         model = ModelConfig(**sizes, chunk_size=policy.chunk_size, frame_size=policy.frame_size, **parts)
         rows = [part.row() for part in inspect_model(model)]
@@ -33,6 +36,11 @@ def main(config: DictConfig) -> None:
         sys.exit(f"{type(error).__name__}: {error}")
     print(", ".join(f"{name} {size}" for name, size in (sizes | {"frame_size": policy.frame_size}).items()))
     print(table(rows))
+    sizes_of_prior = ", ".join(
+        f"{part} {size:,}" for part, size in published_sizes(policy.prior.name).items()
+    )
+    if sizes_of_prior:
+        print(f"prior {policy.prior.name}, published: {sizes_of_prior}")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from scripts import benchmark as script
 from vega_policy.benchmark import prior as prior_part
 from vega_policy.benchmark.policy import benchmark_policy
 from vega_policy.benchmark.prior import Subject, benchmark_prior
+from vega_policy.benchmark.reader import benchmark_reader
 from vega_policy.benchmark.report import ratios, table, write
 from vega_policy.benchmark.timing import matmul_ceiling, measure
 from vega_policy.benchmark.train import benchmark_train
@@ -133,6 +134,18 @@ def test_the_script_prints_and_writes_what_it_measured(tiny, monkeypatch, tmp_pa
     assert "prior on CPU" in printed
     assert "times as fast as early_stop" in printed
     assert [row["path"] for row in json.loads(output.read_text())["rows"]] == ["early_stop", "fast"]
+
+
+def test_a_prior_without_a_fast_form_is_measured_as_a_policy_reads_it():
+    rows = list(benchmark_reader("random", CPU, [(32, 48)], [1, 2], seconds=0.01))
+    assert [(row["size"], row["frames"], row["reads"]) for row in rows] == [
+        ("32x48", 1, "32x48"),
+        ("32x48", 2, "32x48"),
+    ]
+    for row in rows:
+        assert row["frames_per_s"] == pytest.approx(1000 * row["frames"] / row["p50_ms"])
+    with pytest.raises(ValueError, match="'precomputed' has no reader without weights"):
+        next(benchmark_reader("precomputed", CPU, [(32, 32)], [1]))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 from vega_policy.backbones.architectures import without_weights
 from vega_policy.inspection import inspect_model
 from vega_policy.parts import BackboneConfig, ExpertConfig, FusionConfig, ModelConfig, PriorConfig
-from vega_policy.priors.architectures import READERS
+from vega_policy.priors.architectures import READERS, published_sizes
 
 REPOSITORY = Path(__file__).parents[1]
 SIZES = {"views": 2, "state_dim": 8, "action_dim": 7}
@@ -94,9 +94,50 @@ def test_a_backbone_of_unknown_sizes_is_refused():
         parts_of(backbone=BackboneConfig(name="gemma3_4b"), fusion=FusionConfig())
 
 
-def test_the_script_prints_a_table_of_the_method(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["inspect_model.py", "experiment=libero_wan", "policy.device=cpu"])
+def run_script(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["inspect_model.py", *arguments, "policy.device=cpu"])
     runpy.run_path(str(REPOSITORY / "scripts" / "inspect_model.py"), run_name="__main__")
+
+
+def test_the_script_prints_a_table_of_the_method(monkeypatch, capsys):
+    run_script(monkeypatch, "experiment=libero_wan")
     shown = capsys.readouterr().out
     for word in ("views 2", "prior wan2.1_t2v_1.3b", "language model", "361,944,000", "expert flow", "GFLOP"):
         assert word in shown
+    assert "prior wan2.1_t2v_1.3b, published: vae 126,892,531, transformer 1,418,996,800" in shown
+
+
+def test_the_script_counts_no_published_network_where_a_prior_comes_from_a_seed(monkeypatch, capsys):
+    run_script(monkeypatch, "experiment=demo", "prior=random", "backbone.pretrained=false")
+    shown = capsys.readouterr().out
+    assert "prior random" in shown
+    assert "published" not in shown
+
+
+def test_the_script_refuses_to_show_a_policy_that_a_base_would_replace(monkeypatch):
+    with pytest.raises(SystemExit, match="base=smolvla: the networks of a pre-trained policy lie in its"):
+        run_script(monkeypatch, "experiment=smolvla_wan")
+
+
+def test_published_sizes_are_those_of_whole_networks():
+    assert published_sizes("wan2.1_t2v_1.3b") == {"vae": 126_892_531, "transformer": 1_418_996_800}
+    millions = {
+        "sd21": {"vae": 83.65, "unet": 865.91},
+        "svd": {"unet": 1_524.62, "vae": 97.74, "image_encoder": 632.08},
+        "sd_vae": {"vae": 83.65, "its encoder": 34.16},
+        "dinov3": {"encoder": 303.13},
+        "vjepa2": {"encoder": 1_012.17},
+        "wan_tiny": {},
+    }
+    for name, sizes in millions.items():
+        assert {part: round(size / 1e6, 2) for part, size in published_sizes(name).items()} == sizes
+
+
+@pytest.mark.parametrize("name", ["sd21", "svd"])
+def test_a_unet_prior_is_read_down_to_its_middle_without_weights(name):
+    early, usual, middle = (
+        parts_of(prior=PriorConfig(name=name, layer=layer))[f"prior {name}"] for layer in (2, None, 4)
+    )
+    assert early.frozen < usual.frozen < middle.frozen < sum(published_sizes(name).values())
+    assert 0 < usual.flops < middle.flops
+    assert middle.trainable == 0

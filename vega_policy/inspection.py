@@ -1,5 +1,6 @@
 """What a policy consists of: parameters, tokens, memory and arithmetic of each part, without any weights."""
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from vega_policy.backbones.architectures import PROMPT_TOKENS, without_weights
 from vega_policy.backbones.compact import CompactBackbone
 from vega_policy.backbones.encoders import MAX_WORDS
 from vega_policy.backbones.tuning import CONNECTORS, ENCODERS, parts_of
+from vega_policy.bases import BaseConfig
 from vega_policy.model import VegaModel
 from vega_policy.parts import ModelConfig
 from vega_policy.priors.architectures import reader_without_weights
@@ -89,6 +91,20 @@ def inspect_model(config: ModelConfig) -> list[Part]:
         _part(f"expert {config.expert.name}", [model.expert], config.chunk_size, _act(model, length))
     )
     return [*parts, _sum(parts)]
+
+
+def refuse_base(base: BaseConfig) -> None:
+    """Refuse a policy built upon a pre-trained one: its networks are known from its checkpoint alone.
+
+    Raises:
+        ValueError: If there is a base.
+    """
+    if base.name != "none":
+        raise ValueError(
+            f"base={base.name}: the networks of a pre-trained policy lie in its checkpoint, and are not "
+            "known without it; backbone and expert of the config mean nothing here. Inspect a policy of this "
+            "package's own parts (base=none backbone=... expert=...)."
+        )
 
 
 def _backbone(config: ModelConfig) -> Any:
@@ -182,7 +198,8 @@ def _act(model: Any, length: int) -> int:
     context = torch.empty(1, length, model.backbone.width, device="meta")
     mask = torch.ones(1, length, dtype=torch.bool, device="meta")
     noise = torch.empty(1, config.chunk_size, config.action_dim, device="meta")
-    return _flops(lambda: model.expert.sample(context, mask, noise, flow.euler))
+    expert = copy.deepcopy(model.expert).requires_grad_(False)  # the counter trips over learned queries
+    return _flops(lambda: expert.sample(context, mask, noise, flow.euler))
 
 
 def _part(

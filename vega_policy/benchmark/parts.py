@@ -41,12 +41,15 @@ def rows_of(part: str, options: argparse.Namespace, device: torch.device) -> Ite
         ValueError: If a size is not HEIGHTxWIDTH in multiples of 16, or a path is unknown.
     """
     if part == "prior":
-        from vega_policy.benchmark.prior import PATHS, benchmark_prior
+        from vega_policy.benchmark.prior import PATHS, SHAPES, benchmark_prior
+        from vega_policy.benchmark.reader import benchmark_reader
 
         paths = options.paths or [path for path in PATHS if path != "released" or device.type == "cuda"]
         if set(paths) - set(PATHS):
             raise ValueError(f"--paths: known are {', '.join(PATHS)}; got {' '.join(paths)}.")
         sizes = [_size(text) for text in options.sizes]
+        if options.prior not in SHAPES:
+            return benchmark_reader(options.prior, device, sizes, options.frames, options.seconds)
         return benchmark_prior(options.prior, device, sizes, options.frames, paths, options.seconds)
     if part == "policy":
         from vega_policy.benchmark.policy import benchmark_policy
