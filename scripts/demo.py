@@ -11,6 +11,8 @@ import sys
 import time
 from pathlib import Path
 
+from vega_policy.evaluation.run_folder import write_json
+
 SCRIPTS = Path(__file__).resolve().parent
 OUTPUT = Path("outputs/demo")
 STAGES = {
@@ -41,10 +43,7 @@ class Clock:
     def add(self, stage: str, seconds: float) -> None:
         """Count some more seconds for a stage."""
         self.seconds[stage] = round(self.seconds.get(stage, 0.0) + seconds, 1)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = self.path.with_suffix(".tmp")
-        unfinished.write_text(json.dumps(self.seconds))
-        unfinished.rename(self.path)
+        write_json(self.path, self.seconds)
 
 
 def run(clock: Clock) -> None:
@@ -62,9 +61,7 @@ def run(clock: Clock) -> None:
     summary = json.loads(path.read_text())
     summary["seconds_by_stage"] = clock.seconds
     summary["seconds_total"] = round(sum(clock.seconds.values()), 1)
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(json.dumps(summary, indent=2) + "\n")
-    unfinished.rename(path)
+    write_json(path, summary)
     print(f"\n{summary['seconds_total']:.0f} s in all: {clock.seconds}")
     print(f"films:  {path.with_name('videos')}\nreport: {path.with_name('report.html')}")
 

@@ -233,7 +233,7 @@ def test_twenty_steps_of_training_lower_the_loss(family, folders):
     config = dataclasses.replace(tiny_config(), backbone=vlm(folders(family), freeze_image_encoder=True))
     config.expert = ExpertConfig(name="l1", width=32, depth=1, heads=2)
     policy = VegaPolicy(config).train()
-    optimizer = torch.optim.AdamW(policy.get_optim_params(), lr=2e-3)
+    optimizer = torch.optim.AdamW(policy.get_optim_params(), lr=4e-3)
     seen, losses = training_batch(), []
     for _ in range(20):
         optimizer.zero_grad()
@@ -241,7 +241,7 @@ def test_twenty_steps_of_training_lower_the_loss(family, folders):
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < 0.85 * losses[0]
+    assert losses[-1] < 0.7 * losses[0]
 
 
 def test_a_policy_comes_back_from_its_checkpoint(folders, tmp_path):
