@@ -81,20 +81,16 @@ def load_mujoco() -> Any:
         check_egl()
     with quiet_import():
         import mujoco
+        import mujoco.gl_context
+    if _uses_egl():  # mujoco settles on its own default if it is imported before EGL was chosen here
+        from mujoco.egl import GLContext
 
+        mujoco.GLContext = mujoco.gl_context.GLContext = GLContext
     return mujoco
 
 
 def _uses_egl() -> bool:
     return os.environ.get("MUJOCO_GL", "").lower() == "egl"
-
-
-def _gl_context(size: int) -> Any:
-    if _uses_egl():  # mujoco.GLContext is another one if mujoco was imported before load_mujoco chose EGL
-        from mujoco.egl import GLContext
-
-        return GLContext(size, size)
-    return load_mujoco().GLContext(size, size)
 
 
 def check_mujoco_version() -> None:
@@ -228,7 +224,7 @@ class _Screen:
         mujoco = load_mujoco()
         self._mujoco, self._model = mujoco, model
         model.vis.global_.offwidth = model.vis.global_.offheight = size  # the buffer has the frame's size
-        self._context = _gl_context(size)
+        self._context = mujoco.GLContext(size, size)
         self._context.make_current()
         self._buffer = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_100)
         self._scene = mujoco.MjvScene(model, maxgeom=10_000)

@@ -228,20 +228,22 @@ def training_batch():
 
 
 @pytest.mark.parametrize("family", WRITERS)
-def test_twenty_steps_of_training_lower_the_loss(family, folders):
+def test_training_reads_the_action_off_the_picture(family, folders):
+    """The best constant action leaves 0.8 of the first loss: only who sees the square falls below half."""
+    backbone = vlm(folders(family), freeze_image_encoder=True)
     torch.manual_seed(0)
-    config = dataclasses.replace(tiny_config(), backbone=vlm(folders(family), freeze_image_encoder=True))
+    config = dataclasses.replace(tiny_config(), backbone=backbone)
     config.expert = ExpertConfig(name="l1", width=32, depth=1, heads=2)
     policy = VegaPolicy(config).train()
-    optimizer = torch.optim.AdamW(policy.get_optim_params(), lr=4e-3)
+    optimizer = torch.optim.AdamW(policy.get_optim_params(), lr=2e-3)
     seen, losses = training_batch(), []
-    for _ in range(20):
+    for _ in range(40):
         optimizer.zero_grad()
         loss, _ = policy(seen)
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < 0.7 * losses[0]
+    assert losses[-1] < 0.5 * losses[0]
 
 
 def test_a_policy_comes_back_from_its_checkpoint(folders, tmp_path):

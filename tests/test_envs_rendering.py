@@ -2,6 +2,7 @@
 
 import ctypes
 import importlib.metadata
+import os
 import subprocess
 import sys
 
@@ -142,6 +143,20 @@ def test_importing_envs_imports_no_simulator_and_a_forgotten_close_is_silent_at_
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (0, "made\n", "")
+
+
+def test_pictures_are_taken_headless_even_if_mujoco_was_imported_first():
+    script = (
+        "import mujoco; from envs.rendering import load_mujoco; load_mujoco();"
+        "model = mujoco.MjModel.from_xml_string('<mujoco/>');"
+        "renderer = mujoco.Renderer(model, 16, 16); renderer.update_scene(mujoco.MjData(model));"
+        "print(renderer.render().shape)"
+    )
+    environment = {key: value for key, value in os.environ.items() if key not in ("MUJOCO_GL", "DISPLAY")}
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, env=environment
+    )
+    assert (done.returncode, done.stdout) == (0, "(16, 16, 3)\n"), done.stderr
 
 
 def test_another_mujoco_is_refused_with_the_reason(monkeypatch):
