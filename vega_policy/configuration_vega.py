@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+import torch
 from lerobot.configs.policies import PreTrainedConfig
 from lerobot.configs.types import NormalizationMode
 from lerobot.optim.optimizers import AdamWConfig
@@ -62,6 +63,8 @@ class VegaConfig(PreTrainedConfig):
         Raises:
             ValueError: If more actions are executed than predicted.
         """
+        if self.device is None:  # LeRobot would take the same one, with two warnings
+            self.device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
         super().__post_init__()
         if not 1 <= self.n_action_steps <= self.chunk_size:
             raise ValueError(
