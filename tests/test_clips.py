@@ -11,7 +11,7 @@ from tests.policies import CAMERAS, batch, tiny_config
 from tests.prior_checkpoints import write_checkpoint
 from tests.synthetic_dataset import REPO_ID, write_dataset
 from vega_policy.evaluation.controls import BlindPolicy
-from vega_policy.evaluation.lerobot_policy import LeRobotChunkPolicy, _to_lerobot
+from vega_policy.evaluation.lerobot_policy import LeRobotChunkPolicy, to_lerobot
 from vega_policy.evaluation.policies import ObservationBatch, stack_observations
 from vega_policy.evaluation.worker import Slot, Stage
 from vega_policy.modeling_vega import VegaPolicy
@@ -91,7 +91,7 @@ def test_the_evaluation_builds_the_clips_that_lerobots_dataset_gives_in_training
         slot.stage.environment.reset()
         for row in range(0, 7, executed):
             batch = stack_observations([report["observation"]], [CAMERAS[0]])
-            seen = _to_lerobot(batch, chunked.description)[CAMERAS[0]]
+            seen = to_lerobot(batch, chunked.description)[CAMERAS[0]]
             torch.testing.assert_close(seen[0], clips[row][CAMERAS[0]], rtol=0, atol=1e-6)
             if row + executed < 7:
                 report = slot.advance({"actions": np.zeros((executed, 7)), "episode": None})

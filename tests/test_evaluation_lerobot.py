@@ -132,8 +132,8 @@ def test_a_chunk_holds_the_actions_that_lerobots_own_queue_would_give(vega):
 def test_actions_come_in_the_units_of_the_checkpoints_own_statistics(vega):
     policy = load_lerobot_policy(find_checkpoint(vega), device="cpu")
     batch, noise = observe(2), noise_for(policy, 2)
-    normalised = policy._policy.predict_action_chunk(
-        policy._preprocessor(
+    normalised = policy.policy.predict_action_chunk(
+        policy.preprocessor(
             {
                 **{k: torch.from_numpy(v).permute(0, 3, 1, 2) / 255 for k, v in batch.frames.items()},
                 "observation.state": torch.from_numpy(batch.state),
@@ -175,7 +175,7 @@ def test_frames_that_never_change_are_encoded_once_and_give_the_same_actions(veg
     first, second = observe(3, seed=0), observe(3, seed=1)
     blind = [replace(batch, frames=first.frames) for batch in (first, second)]
     expected = [policy.chunk(batch, noise) for batch in blind]
-    encoded = _count_calls(policy._policy.model.backbone, "encode")
+    encoded = _count_calls(policy.policy.model.backbone, "encode")
     constant = [policy.chunk(batch.with_constant_frames(first.frames), noise) for batch in blind]
     np.testing.assert_array_equal(constant, expected)
     assert len(encoded) == 1

@@ -1,6 +1,7 @@
 """VegaConfig: LeRobot's view of the policy's configuration. Its defaults are the method of VEGA-3D."""
 
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from lerobot.configs.policies import PreTrainedConfig
@@ -33,7 +34,13 @@ class VegaConfig(PreTrainedConfig):
         scheduler_warmup_steps: Steps of linear warm-up.
         scheduler_decay_steps: Steps until the cosine reaches its end.
         scheduler_decay_lr: Learning rate at the end of the cosine.
+        action_feature_names: What each entry of an action is, as the dataset says; LeRobot fills it in.
+        state_feature_names: The same of the state.
     """
+
+    rtc_config: ClassVar[Any] = (
+        None  # LeRobot's rollout sets it on the instance; it is no part of a checkpoint
+    )
 
     chunk_size: int = 16
     n_action_steps: int = 8
@@ -56,6 +63,8 @@ class VegaConfig(PreTrainedConfig):
     scheduler_warmup_steps: int = 500
     scheduler_decay_steps: int = 30_000
     scheduler_decay_lr: float = 1e-6
+    action_feature_names: list[str] | None = None
+    state_feature_names: list[str] | None = None
 
     def __post_init__(self) -> None:
         """Check what can be checked without data.
@@ -109,6 +118,16 @@ class VegaConfig(PreTrainedConfig):
         if missing:
             there = [*(self.input_features or {}), *(self.output_features or {})]
             raise ValueError(f"The policy needs {', '.join(missing)}; the features are {there or 'none'}.")
+
+    def set_dataset_feature_metadata(self, features: dict[str, Any]) -> None:
+        """Take the names of state and action from a dataset's features; a robot is checked against them."""
+        for key, field_name in (
+            ("action", "action_feature_names"),
+            ("observation.state", "state_feature_names"),
+        ):
+            names = features.get(key, {}).get("names")
+            if isinstance(names, list):
+                setattr(self, field_name, list(names))
 
     @property
     def observation_delta_indices(self) -> list[int] | None:

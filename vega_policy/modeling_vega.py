@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
-from lerobot.policies.common.flow_matching import euler_integrate
 from lerobot.policies.pretrained import PreTrainedPolicy
+from lerobot.policies.rtc.configuration_rtc import RTCConfig
+from lerobot.policies.rtc.modeling_rtc import RTCProcessor
 from lerobot.utils.constants import ACTION, OBS_STATE
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from vega_policy.configuration_vega import VegaConfig
 from vega_policy.model import VegaModel
 from vega_policy.observation import Observation, stack_views
 from vega_policy.priors import resolve
+from vega_policy.real_time_chunking import blend, integrate, left_over
 
 if TYPE_CHECKING:
     from vega_policy.bases.based import BasedModel
@@ -58,6 +60,7 @@ class VegaPolicy(PreTrainedPolicy):
             config.prior = dataclasses.replace(resolve(config.prior), fingerprint=prior.fingerprint)
         self._queue: deque[Tensor] = deque()
         self._past: dict[str, deque[Tensor]] = {}
+        self.rtc_processor: RTCProcessor | None = None
 
     @staticmethod
     def _based(config: VegaConfig) -> "BasedModel":
@@ -75,14 +78,35 @@ class VegaPolicy(PreTrainedPolicy):
         return None if self.config.base.name == "none" else self.model.base
 
     def supports_rtc(self) -> bool:
-        """Whether LeRobot's real-time chunking applies: as it does for the base."""
-        return self.base is not None and self.base.supports_rtc()
+        """Whether LeRobot's real-time chunking works: as for the base; else for all that see single instants.
+
+        A rollout asks for chunks whenever it likes, not once a step, so a history would have gaps.
+        """
+        return self.config.prior.clip != "history" if self.base is None else self.base.supports_rtc()
+
+    def use_rtc(self, config: RTCConfig | None) -> None:
+        """Let chunks go on from what is left of the last one, as `config` says; None stops that.
+
+        A flow is guided, step by step (Black et al., arXiv 2506.07339); an L1 expert's chunk is blended with
+        what is left. A base does it in its own way.
+
+        Raises:
+            ValueError: If this policy cannot (see `supports_rtc`).
+        """
+        if config is not None and config.enabled and not self.supports_rtc():
+            raise ValueError(
+                f"real-time chunking asks for single instants and a policy that can; this one has prior.clip="
+                f"{self.config.prior.clip} and base={self.config.base.name}. Use sync inference."
+            )
+        if self.base is not None:
+            self.base.config.rtc_config = config
+            self.base.init_rtc_processor()
+        else:
+            self.rtc_processor = RTCProcessor(config) if config is not None and config.enabled else None
 
     def init_rtc_processor(self) -> None:
-        """Hand the real-time chunking that LeRobot put into the config on to the base."""
-        if self.base is not None:
-            self.base.config.rtc_config = vars(self.config)["rtc_config"]
-            self.base.init_rtc_processor()
+        """LeRobot's rollout calls this after it has set `config.rtc_config`."""
+        self.use_rtc(self.config.rtc_config)
 
     @classmethod
     def from_pretrained(
@@ -149,7 +173,8 @@ class VegaPolicy(PreTrainedPolicy):
         Args:
             batch: Normalised batch without actions.
             noise: Where the flow starts, [b t a]; the same noise gives the same chunk. None draws it.
-            **rtc: Arguments of LeRobot's real-time chunking, handed to its integrator.
+            **rtc: Arguments of LeRobot's real-time chunking (`inference_delay`, `prev_chunk_left_over`,
+                `execution_horizon`); without effect unless `use_rtc` was called.
         """
         if self.base is not None:
             return self.base.predict_action_chunk(batch, noise=noise, **rtc)
@@ -157,9 +182,14 @@ class VegaPolicy(PreTrainedPolicy):
         model = self.model.config
         shape = (len(observation.state), model.chunk_size, model.action_dim)
         noise = torch.randn(shape) if noise is None else noise
-        return self.model.act(
-            observation, noise.to(observation.state), partial(_integrate, rtc=rtc) if rtc else _integrate
-        )
+        noise, processor = noise.to(observation.state), self.rtc_processor
+        left = left_over(rtc.pop("prev_chunk_left_over", None), self.config.chunk_size)
+        if processor is None or left is None:
+            return self.model.act(observation, noise, integrate)
+        if self.config.expert.name != "flow":
+            return blend(processor, self.model.act(observation, noise, integrate), left, **rtc)
+        rtc |= {"prev_chunk_left_over": left, "rtc_processor": processor, "rtc_enabled": True}
+        return self.model.act(observation, noise, partial(integrate, **rtc))
 
     @property
     def noise_shape(self) -> tuple[int, int]:
@@ -260,8 +290,3 @@ def _sentences(task: str | list[str] | None, batch: int) -> list[str]:
     if task is None:
         return [""] * batch
     return [task] * batch if isinstance(task, str) else list(task)
-
-
-def _integrate(denoise: Any, noise: Tensor, steps: int, rtc: dict[str, Any] | None = None) -> Tensor:
-    """LeRobot's Euler integrator, so that its real-time chunking applies."""
-    return euler_integrate(denoise, noise, steps, **(rtc or {}))

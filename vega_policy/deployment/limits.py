@@ -159,3 +159,19 @@ def limits_from_episodes(
         )
         for joint, name in enumerate(names)
     )
+
+
+def braking_speed(room: np.ndarray, acceleration: np.ndarray, dt: float) -> np.ndarray:
+    """Largest speed [a] from which a joint comes to rest within some room.
+
+    Braking from v at rate a needs v^2 / 2a. A step at v leaves d - v dt of the room d, so v is at most the
+    root of v^2 / 2a + v dt = d; without a limit of a, it is d / dt.
+
+    Args:
+        room: Distance d [a] to where it must rest, at least 0.
+        acceleration: Largest rate of braking [a], which may be infinite.
+        dt: Seconds of the step.
+    """
+    with np.errstate(invalid="ignore"):
+        braked = 2 * room / (np.sqrt(dt**2 + 2 * room / acceleration) + dt)
+    return np.where(np.isinf(acceleration), room / dt, braked)

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from vega_policy.deployment.limits import JointLimits, Workspace
+from vega_policy.deployment.limits import JointLimits, Workspace, braking_speed
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +95,12 @@ class SafetyFilter:
     def stopped(self) -> str | None:
         """Why the robot was stopped for good, or None."""
         return self._stopped
+
+    @property
+    def last_command(self) -> dict[str, float]:
+        """What the robot was told last; empty before the first command."""
+        with self._lock:
+            return {} if self._command is None else self._named(self._command)
 
     def stop(self, reason: str) -> None:
         """Stop for good: from now on every command is a rest. Takes no lock, so that nothing can delay it."""
@@ -226,7 +232,7 @@ class SafetyFilter:
         self._commanded_at = now
         along = np.zeros_like(target) if shift is None else shift
         lag = target - along - self._command
-        wanted = along / dt + np.sign(lag) * self._braked(np.abs(lag), dt)
+        wanted = along / dt + np.sign(lag) * braking_speed(np.abs(lag), self._acceleration, dt)
         slowest, fastest = self._velocity_bounds(dt)
         velocity = np.clip(wanted, slowest, fastest)
         command = np.clip(self._command + velocity * dt, self._low, self._high)
@@ -251,16 +257,6 @@ class SafetyFilter:
         fastest = np.minimum(np.minimum(self._velocity + change, self._speed), up)
         slowest = np.maximum(np.maximum(self._velocity - change, -self._speed), -down)
         return np.minimum(slowest, fastest), fastest  # rounding alone can cross them
-
-    def _braked(self, room: np.ndarray, dt: float) -> np.ndarray:
-        """Largest speed [a] from which it comes to rest within some room [a] >= 0.
-
-        Braking from v at rate a needs v^2 / 2a. A step at v leaves d - v dt of the room d, so v is at most
-        the root of v^2 / 2a + v dt = d; without a limit of a, it is d / dt.
-        """
-        with np.errstate(invalid="ignore"):
-            braked = 2 * room / (np.sqrt(dt**2 + 2 * room / self._acceleration) + dt)
-        return np.where(np.isinf(self._acceleration), room / dt, braked)
 
     def _keep_inside(self, command: np.ndarray, observation: Mapping[str, Any], now: float) -> np.ndarray:
         """Cut what would move the hand out of its box; this wins over smoothness."""

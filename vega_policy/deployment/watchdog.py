@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import signal
 import socket
+import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Self
 
@@ -95,13 +96,21 @@ class EmergencyStop:
         stop: Called with the reason.
         key: Name of the key (LeRobot's names: `space`, `esc`, or a letter); read from the terminal, if there
             is one.
+        others: What other keys do; the terminal has one reader only.
     """
 
     SIGNAL = signal.SIGUSR1
 
-    def __init__(self, stop: Callable[[str], None], *, key: str = "space") -> None:
+    def __init__(
+        self,
+        stop: Callable[[str], None],
+        *,
+        key: str = "space",
+        others: Mapping[str, Callable[[], None]] | None = None,
+    ) -> None:
         self._stop = stop
         self._key = key
+        self._others = dict(others or {})
         self._listener: Any = None
 
     def __enter__(self) -> Self:
@@ -133,8 +142,6 @@ class EmergencyStop:
                 self._stop(f"emergency stop by signal {self.SIGNAL.name}")
 
     def _listen_to_keys(self) -> Any:
-        import sys
-
         from lerobot.utils.keyboard_input import TerminalKeyListener
 
         if not sys.stdin.isatty():
@@ -148,3 +155,5 @@ class EmergencyStop:
         """Take a key from the terminal."""
         if key.lower() == self._key:
             self._stop(f"emergency stop by key {self._key!r}")
+        elif key.lower() in self._others:
+            self._others[key.lower()]()

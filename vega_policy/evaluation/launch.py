@@ -16,6 +16,7 @@ from vega_policy.evaluation.controls import apply_control
 from vega_policy.evaluation.episodes import TaskDescription
 from vega_policy.evaluation.evaluate import Evaluation
 from vega_policy.evaluation.lerobot_policy import checkpoint_fingerprint, find_checkpoint, load_lerobot_policy
+from vega_policy.evaluation.policies import ChunkPolicy
 from vega_policy.evaluation.pool import EnvironmentFactory, WorkerPool
 from vega_policy.evaluation.settings import EvaluationSettings
 from vega_policy.evaluation.shards import Shard
@@ -46,8 +47,9 @@ def launch(config: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: If the checkpoint, or a file that a control needs, does not exist.
-        ValueError: If a setting is wrong, the output folder holds something else, or the policy does not fit
-            the environment.
+        ValueError: If a setting is wrong, the output folder holds something else, the policy does not fit
+            the environment, or the server offers another checkpoint.
+        PolicyUnavailableError: If there is no policy server at the address given.
         WorkerError: If a simulator failed.
     """
     environment = config["env"]
@@ -72,9 +74,28 @@ def launch(config: Mapping[str, Any]) -> dict[str, Any]:
     evaluation = Evaluation(settings, tasks, Path(config["output_dir"]), provenance, shard)
     with WorkerPool(factory, min(settings.processes, settings.slots)) as pool:
         evaluation.prepare(pool)
-        policy = load_lerobot_policy(checkpoint, device=device, action_steps=config["action_steps"])
+        policy = _policy(config, checkpoint, device)
         policies = {control: apply_control(control, policy, checkpoint) for control in settings.controls}
         return evaluation.run(policies, pool)
+
+
+def _policy(config: Mapping[str, Any], checkpoint: Path, device: str) -> ChunkPolicy:
+    """Return the checkpoint's policy, in this process or on the server that the config names."""
+    server, steps = config["server"], config["action_steps"]
+    if server["url"] is None:
+        return load_lerobot_policy(checkpoint, device=device, action_steps=steps)
+    from vega_policy.deployment.client import RemotePolicy, ServerAddress
+
+    token_file, ca_file = (
+        None if server[name] is None else Path(server[name]) for name in ("token_file", "ca_file")
+    )
+    policy = RemotePolicy(ServerAddress(server["url"], token_file, ca_file), action_steps=steps)
+    if policy.served.fingerprint != checkpoint_fingerprint(checkpoint):
+        raise ValueError(
+            f"{server['url']} serves the checkpoint {policy.served.fingerprint}, but {checkpoint} is "
+            f"{checkpoint_fingerprint(checkpoint)}; serve the one that is to be evaluated"
+        )
+    return policy
 
 
 def read_settings(config: Mapping[str, Any], suite_tasks: Sequence[TaskDescription]) -> EvaluationSettings:

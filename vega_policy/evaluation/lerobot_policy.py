@@ -55,9 +55,9 @@ class LeRobotChunkPolicy:
         Raises:
             ValueError: If the policy remembers past observations, or no `action_steps` are known or possible.
         """
-        self._policy = policy
-        self._preprocessor = preprocessor
-        self._postprocessor = postprocessor
+        self.policy = policy
+        self.preprocessor = preprocessor
+        self.postprocessor = postprocessor
         self._description = describe(policy, action_steps)
         self._noise_shape = _noise_shape(policy)
         self.reads_frames = bool(self._description.cameras)
@@ -75,25 +75,20 @@ class LeRobotChunkPolicy:
 
     def reset(self) -> None:
         """Forget everything."""
-        self._policy.reset()
+        self.policy.reset()
         self._constant_features = {}
-
-    @property
-    def policy(self) -> PreTrainedPolicy:
-        """The policy itself."""
-        return self._policy
 
     @torch.no_grad()
     def chunk(self, batch: ObservationBatch, noise: np.ndarray | None) -> np.ndarray:
         """Predict actions in the environment's units; see `ChunkPolicy.chunk`."""
         inputs = self.inputs(batch)
-        if batch.constant_frames and isinstance(self._policy, VegaPolicy) and self._policy.base is None:
-            inputs |= self._encode_once(self._policy, inputs)
+        if batch.constant_frames and isinstance(self.policy, VegaPolicy) and self.policy.base is None:
+            inputs |= self._encode_once(self.policy, inputs)
         return self.predict(inputs, noise)
 
     def inputs(self, batch: ObservationBatch) -> dict[str, Any]:
         """Return a batch as the policy takes it, preprocessed."""
-        return self._preprocessor(_to_lerobot(batch, self._description))
+        return self.preprocessor(to_lerobot(batch, self._description))
 
     @torch.no_grad()
     def predict(self, inputs: dict[str, Any], noise: np.ndarray | None) -> np.ndarray:
@@ -102,11 +97,11 @@ class LeRobotChunkPolicy:
             # A policy that draws its own noise draws the same at every call: by row, not by history.
             with torch.random.fork_rng(devices=_cuda_devices()):
                 torch.manual_seed(0)
-                actions = self._policy.predict_action_chunk(inputs)
+                actions = self.policy.predict_action_chunk(inputs)
         else:
-            start = torch.from_numpy(noise).to(self._policy.config.device)
-            actions = self._policy.predict_action_chunk(inputs, noise=start)  # pyright: ignore[reportCallIssue]
-        return self._postprocessor(actions).float().cpu().numpy()
+            start = torch.from_numpy(noise).to(self.policy.config.device)
+            actions = self.policy.predict_action_chunk(inputs, noise=start)  # pyright: ignore[reportCallIssue]
+        return self.postprocessor(actions).float().cpu().numpy()
 
     def _encode_once(self, policy: VegaPolicy, inputs: dict[str, Any]) -> dict[str, Tensor]:
         """Return the features of frames that never change, for as many rows as there are."""
@@ -235,8 +230,13 @@ def _cuda_devices() -> list[int]:
     return list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
 
 
-def _to_lerobot(batch: ObservationBatch, description: PolicyDescription) -> dict[str, Any]:
-    """Return a batch as LeRobot's preprocessors expect it: frames float32 [b (t) 3 h w] in [0, 1]."""
+def to_lerobot(batch: ObservationBatch, description: PolicyDescription) -> dict[str, Any]:
+    """Return a batch as LeRobot's preprocessors expect it: frames float32 [b (t) 3 h w] in [0, 1].
+
+    Args:
+        batch: Frames uint8 [b (t) h w 3], state and instructions.
+        description: What the policy reads.
+    """
     inputs: dict[str, Any] = {
         camera: rearrange(torch.from_numpy(np.ascontiguousarray(pixels)), "... h w c -> ... c h w").float()
         / 255

@@ -1,5 +1,6 @@
-"""LeRobot imports this module by the distribution's name; it registers policy and environments."""
+"""LeRobot imports this module by the distribution's name; it registers policy, environments and robot."""
 
+import envs.config_vega_sim
 import envs.lerobot_configs
 import vega_policy
 

@@ -1,0 +1,125 @@
+"""A policy server in a thread or a process of its own, with a policy made of arithmetic.
+
+`python -m tests.policy_servers PORT SECONDS` serves until it is killed; SECONDS is what a prediction takes.
+"""
+
+import asyncio
+import contextlib
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+
+from vega_policy.deployment.client import ServerAddress
+from vega_policy.deployment.protocol import MessageLimits
+from vega_policy.deployment.server import PolicyServer
+from vega_policy.deployment.server_settings import ServerSettings
+from vega_policy.evaluation.policies import ObservationBatch, PolicyDescription
+
+CAMERAS = ("observation.images.image", "observation.images.image2")
+TOKEN = "a-token-for-tests-that-is-long-enough"
+
+
+class ArithmeticPolicy:
+    """Actions from sums of pixels, state and noise; takes as long as it is told."""
+
+    reads_frames = True
+    noise_shape = (4, 7)
+    fingerprint = "arithmetic"
+    continues = True
+    description = PolicyDescription("arithmetic", "none", CAMERAS, 8, 7, 2)
+
+    def __init__(self, seconds=0.0):
+        self.seconds = seconds
+        self.rows = []
+
+    def reset(self):
+        pass
+
+    def chunk(self, batch, noise):
+        self.rows.append(len(batch.instructions))
+        time.sleep(self.seconds)
+        if "fail" in batch.instructions:
+            raise RuntimeError("asked to fail")
+        seen = sum(frames.mean(axis=(1, 2, 3), dtype=np.float64) for frames in batch.frames.values())
+        base = np.zeros((len(batch.instructions), 4, 7)) if noise is None else noise
+        return (base + (seen + batch.state.sum(axis=1))[:, None, None]).astype(np.float32)
+
+    def continue_chunk(self, batch, noise, continuation):
+        chunk = self.chunk(batch, noise)
+        chunk[0, : len(continuation.actions)] = continuation.actions[:4]
+        return chunk
+
+
+def observations(rows=1, seed=0, side=32, instruction="lift the red cube"):
+    rng = np.random.default_rng(seed)
+    frames = {camera: rng.integers(0, 256, (rows, side, side, 3), dtype=np.uint8) for camera in CAMERAS}
+    return ObservationBatch(frames, rng.normal(size=(rows, 8)).astype(np.float32), [instruction] * rows)
+
+
+def noises(rows=1, seed=0):
+    return np.random.default_rng(seed).normal(size=(rows, 4, 7)).astype(np.float32)
+
+
+@contextlib.contextmanager
+def running(policy=None, **settings):
+    """Yield a server and its port; it is shut down afterwards, and that must succeed."""
+    settings = {"port": 0, "limits": MessageLimits(requests_per_second=1e6), "grace_seconds": 5.0} | settings
+    server = PolicyServer(policy or ArithmeticPolicy(), ServerSettings(**settings))
+    loop, stop, ready, ports = asyncio.new_event_loop(), asyncio.Event(), threading.Event(), []
+
+    def started(port):
+        ports.append(port)
+        ready.set()
+
+    def work():
+        loop.run_until_complete(server.run(stop, started))
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    assert ready.wait(20)
+    server.stop = lambda: loop.call_soon_threadsafe(stop.set)
+    try:
+        yield server, ports[0]
+    finally:
+        server.stop()
+        thread.join(20)
+        assert not thread.is_alive(), "the server did not shut down"
+        loop.close()
+
+
+def address(port, tmp_path=None, token=None, **options):
+    file = None
+    if token is not None:
+        file = tmp_path / f"token-{token[:8]}"
+        file.write_text(token)
+        file.chmod(0o600)
+    return ServerAddress(f"ws://127.0.0.1:{port}", token_file=file, **{"timeout_seconds": 10.0} | options)
+
+
+@contextlib.contextmanager
+def server_process(port=0, seconds=0.0):
+    """Yield a server's process and port; the process is killed afterwards."""
+    command = [sys.executable, "-m", "tests.policy_servers", str(port), str(seconds)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        yield process, int(process.stdout.readline())
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+if __name__ == "__main__":
+    limits = MessageLimits(requests_per_second=1e6)
+    server = PolicyServer(
+        ArithmeticPolicy(float(sys.argv[2])), ServerSettings(port=int(sys.argv[1]), limits=limits)
+    )
+
+    def started(port):
+        sys.stdout.write(f"{port}\n")
+        sys.stdout.flush()
+
+    asyncio.run(server.run(asyncio.Event(), started))

@@ -1,0 +1,240 @@
+"""From a composed configuration to a moving robot: what scripts/deploy_policy.py calls."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import draccus
+import numpy as np
+from lerobot.configs.policies import PreTrainedConfig
+from lerobot.robots.config import RobotConfig
+from lerobot.rollout import RolloutConfig, build_rollout_context
+from lerobot.rollout.configs import BaseStrategyConfig
+from lerobot.rollout.context import RolloutContext
+from lerobot.rollout.inference.factory import InferenceEngineConfig
+from lerobot.teleoperators.config import TeleoperatorConfig
+from lerobot.utils.import_utils import register_third_party_plugins
+
+from vega_policy.deployment.configuration_remote import VegaRemoteConfig
+from vega_policy.deployment.control_loop import SafeRollout, delayed
+from vega_policy.deployment.dry_run import dry_run
+from vega_policy.deployment.facts import look_before_moving
+from vega_policy.deployment.limits import JointLimits, Workspace, limits_from_episodes, read_limits
+from vega_policy.deployment.preflight import FAILED, report
+from vega_policy.deployment.recording import EpisodeRecorder, RecordingFormat, merge_episodes
+from vega_policy.deployment.safety import SafetyFilter
+from vega_policy.deployment.safety_step import safe_action_pipeline
+from vega_policy.deployment.watchdog import EmergencyStop, Watchdog
+from vega_policy.evaluation.launch import choose_device
+from vega_policy.evaluation.lerobot_policy import find_checkpoint
+
+logger = logging.getLogger(__name__)
+
+
+class PreflightError(ValueError):
+    """The robot is not the one that the policy was trained on, as far as can be seen; nothing moved."""
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """How a deployment ended.
+
+    Attributes:
+        steps: Control steps.
+        interventions: Count of each kind of intervention of the safety layer.
+        stopped: Why the robot was stopped for good, or None.
+        episodes: Folders of recorded episodes.
+    """
+
+    steps: int
+    interventions: dict[str, int]
+    stopped: str | None
+    episodes: list[Path]
+
+
+def deploy(config: Mapping[str, Any]) -> Deployment:
+    """Check a robot, then let a policy drive it as configs/deploy.yaml describes it.
+
+    Args:
+        config: The composed configuration as plain values; configs/deploy.yaml explains each field.
+
+    Raises:
+        PreflightError: If a check failed; nothing moved.
+        ValueError: If a setting is wrong.
+        FileNotFoundError: If the checkpoint does not exist.
+        ConnectionError: If the robot or the policy server cannot be reached.
+    """
+    register_third_party_plugins()
+    rollout = read_rollout(config)
+    safety = read_safety(config)
+    shutdown = threading.Event()
+    context = build_rollout_context(rollout, shutdown, robot_action_processor=safe_action_pipeline(safety))
+    try:
+        if config["extra_latency_seconds"]:
+            policy: Any = context.policy.policy
+            policy.predict_action_chunk = delayed(
+                policy.predict_action_chunk, config["extra_latency_seconds"]
+            )
+        _check(config, context, safety)
+        if config["dry_run"]:
+            steps = dry_run(context, safety, config["dry_run_seconds"], Path(config["output_dir"]))
+            return Deployment(steps, dict(safety.counts), safety.stopped, [])
+        return _drive(config, context, safety)
+    finally:
+        if context.hardware.robot_wrapper.is_connected:
+            context.hardware.robot_wrapper.inner.disconnect()
+
+
+def read_rollout(config: Mapping[str, Any]) -> RolloutConfig:
+    """Return LeRobot's configuration of a rollout.
+
+    Raises:
+        ValueError: If neither or both of checkpoint and server are given.
+        FileNotFoundError: If the checkpoint does not exist.
+    """
+    checkpoint, server = config["checkpoint"], config["server"]
+    if (checkpoint is None) == (server["url"] is None):
+        raise ValueError(
+            f"expected either a checkpoint or server.url, got checkpoint={checkpoint} and "
+            f"server.url={server['url']}"
+        )
+    device = choose_device(config["device"])
+    if checkpoint is None:
+        policy: PreTrainedConfig = draccus.decode(
+            PreTrainedConfig,
+            {"type": VegaRemoteConfig.get_choice_name(VegaRemoteConfig), **server, "device": "cpu"},
+        )
+    else:
+        folder = find_checkpoint(Path(checkpoint))
+        policy = PreTrainedConfig.from_pretrained(folder)
+        policy.pretrained_path, policy.device = folder, device
+    robot, teleop = dict(config["robot"]["device"]), config["teleop"]
+    return RolloutConfig(
+        robot=draccus.decode(RobotConfig, robot),
+        teleop=None if teleop is None else draccus.decode(TeleoperatorConfig, dict(teleop)),
+        policy=policy,
+        strategy=BaseStrategyConfig(),
+        inference=draccus.decode(InferenceEngineConfig, dict(config["inference"])),
+        fps=config["robot"]["fps"],
+        task=config["task"],
+        device=policy.device,
+        rename_map=dict(config["rename_map"]),
+        return_to_initial_position=False,
+        play_sounds=False,
+    )
+
+
+def read_safety(config: Mapping[str, Any]) -> SafetyFilter:
+    """Return the safety layer that the robot's config describes.
+
+    Raises:
+        ValueError: If there are neither limits nor a dataset to measure them on, or limits are impossible.
+    """
+    settings, fps = config["robot"]["safety"], config["robot"]["fps"]
+    box = settings["workspace"]
+    return SafetyFilter(
+        _limits(settings, fps),
+        period=1 / fps,
+        workspace=None
+        if box is None
+        else Workspace(
+            **{key: tuple(value) if isinstance(value, list) else value for key, value in box.items()}
+        ),
+        max_observation_age=settings["max_observation_age"],
+        refusals_to_stop=settings["refusals_to_stop"],
+    )
+
+
+def _limits(settings: Mapping[str, Any], fps: float) -> tuple[JointLimits, ...]:
+    joints, measured = settings["joints"], settings["dataset"]
+    if (joints is None) == (measured["root"] is None):
+        raise ValueError(
+            "the safety layer needs limits: give either robot.safety.joints, or robot.safety.dataset.root to "
+            "measure them on"
+        )
+    if joints is not None:
+        return read_limits(joints)
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    dataset = LeRobotDataset(measured["repo_id"], root=measured["root"], video_backend="pyav")
+    table = dataset.hf_dataset.select_columns(["action", "episode_index"]).with_format("numpy")
+    actions, episodes = np.stack(table["action"]), np.asarray(table["episode_index"]).ravel()
+    names = dataset.features["action"]["names"]
+    if names is None:
+        raise ValueError(f"{measured['root']} names no joints; give robot.safety.joints instead")
+    return limits_from_episodes(
+        names,
+        [actions[episodes == episode] for episode in np.unique(episodes)],
+        fps=fps,
+        margin=measured["margin"],
+    )
+
+
+def _check(config: Mapping[str, Any], context: RolloutContext, safety: SafetyFilter) -> None:
+    checks = look_before_moving(context, safety.limits, calls=config["preflight"]["calls"])
+    logger.info("preflight\n%s", report(checks))
+    failed = [check for check in checks if check.status == FAILED]
+    if failed and not config["preflight"]["ignore_failures"]:
+        raise PreflightError("the preflight failed, nothing moved:\n" + report(failed))
+
+
+def _drive(config: Mapping[str, Any], context: RolloutContext, safety: SafetyFilter) -> Deployment:
+    settings, recording = config["robot"]["safety"], config["recording"]
+    shutdown = context.runtime.shutdown_event
+
+    def stopped(reason: str) -> None:
+        logger.error("stopped: %s", reason)
+        shutdown.set()
+
+    with ExitStack() as stack:
+        recorder = None
+        if recording["enabled"]:
+            recorder = stack.enter_context(EpisodeRecorder(Path(recording["folder"]), _form(config, context)))
+        strategy = SafeRollout(
+            safety,
+            episodes=config["episodes"],
+            episode_seconds=config["episode_seconds"],
+            recorder=recorder,
+        )
+        others = {}
+        if context.hardware.teleop is not None:
+            others[config["takeover_key"]] = strategy.toggle_human
+        stack.enter_context(EmergencyStop(safety.stop, key=config["emergency_key"], others=others))
+        send = context.hardware.robot_wrapper.send_action
+        stack.enter_context(
+            Watchdog(
+                safety,
+                send,
+                hold_after=settings["hold_after"],
+                stop_after=settings["stop_after"],
+                on_stop=stopped,
+            )
+        )
+        strategy.setup(context)
+        try:
+            strategy.run(context)
+        except KeyboardInterrupt:
+            safety.stop("interrupted from the keyboard")
+        finally:
+            strategy.teardown(context)
+    logger.info("%d steps; interventions: %s", strategy.steps, dict(safety.counts) or "none")
+    saved = [] if recorder is None else recorder.saved
+    if saved and recording["merge_into"] is not None:
+        merge_episodes(Path(recording["folder"]), Path(recording["merge_into"]), recording["repo_id"])
+    return Deployment(strategy.steps, dict(safety.counts), safety.stopped, saved)
+
+
+def _form(config: Mapping[str, Any], context: RolloutContext) -> RecordingFormat:
+    return RecordingFormat(
+        config["recording"]["repo_id"],
+        round(config["robot"]["fps"]),
+        context.data.dataset_features,
+        context.hardware.robot_wrapper.name,
+        longest_episode=int(2 * config["episode_seconds"] * config["robot"]["fps"]),
+    )

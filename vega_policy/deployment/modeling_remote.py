@@ -1,0 +1,129 @@
+"""VegaRemotePolicy: a served policy in LeRobot's rollout, `sync` or `rtc`."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from einops import rearrange
+from lerobot.policies.pretrained import PreTrainedPolicy
+from lerobot.utils.constants import OBS_STATE
+from torch import Tensor, nn
+
+from vega_policy.deployment.client import RemotePolicy
+from vega_policy.deployment.configuration_remote import VegaRemoteConfig
+from vega_policy.deployment.servable import Continuation
+from vega_policy.evaluation.policies import ObservationBatch
+
+
+class VegaRemotePolicy(PreTrainedPolicy):
+    """Asks a policy server for chunks; observations go there raw, actions come back in the robot's units.
+
+    With `rtc` inference LeRobot asks for the next chunk in a thread of its own, while the robot executes the
+    last one, and counts the time on the wire into the delay that is compensated.
+
+    Args:
+        config: Where the server is; its features are filled in from what the server says.
+        **kwargs: Taken for LeRobot's sake.
+
+    Raises:
+        PolicyUnavailableError: If the server cannot be reached.
+    """
+
+    config_class = VegaRemoteConfig  # pyright: ignore[reportAssignmentType]
+    name = "vega_remote"  # pyright: ignore[reportAssignmentType]
+    config: VegaRemoteConfig
+
+    def __init__(self, config: VegaRemoteConfig, **kwargs: Any) -> None:
+        super().__init__(config)
+        self.remote = RemotePolicy(config.address, patience_seconds=config.patience_seconds)
+        config.take_features(self.remote.served)
+        self._queue: deque[Tensor] = deque()
+        self._rng = np.random.default_rng(config.seed)
+        self._rtc = None
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_name_or_path: str | Path | None, *, config: Any, **kwargs: Any
+    ) -> Self:
+        """Connect as the config says; there are no weights here."""
+        return cls(config)
+
+    def get_optim_params(self) -> Iterator[nn.Parameter]:
+        """Nothing learns here."""
+        return iter(())
+
+    def forward(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, float]]:
+        """Not trained here.
+
+        Raises:
+            NotImplementedError: Always.
+        """
+        raise NotImplementedError("a policy on a server is not trained from here; train its checkpoint")
+
+    def reset(self) -> None:
+        """Forget the rest of the last chunk."""
+        self._queue.clear()
+
+    def supports_rtc(self) -> bool:
+        """Whether the served policy can continue a chunk."""
+        return self.remote.served.continues
+
+    def init_rtc_processor(self) -> None:
+        """LeRobot's rollout calls this after it has set `config.rtc_config`."""
+        self._rtc = self.config.rtc_config
+
+    def select_action(self, batch: dict[str, Any], **kwargs: Any) -> Tensor:
+        """The next action [1 a]; a new chunk when those to be executed of the last are spent."""
+        if not self._queue:
+            chunk = self.predict_action_chunk(batch)
+            self._queue.extend(chunk[:, : self.remote.description.action_steps].unbind(dim=1))
+        return self._queue.popleft()
+
+    @torch.no_grad()
+    def predict_action_chunk(
+        self,
+        batch: dict[str, Any],
+        inference_delay: int = 0,
+        prev_chunk_left_over: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """A chunk of actions [1 t a] in the robot's units.
+
+        Args:
+            batch: One observation: frames [1 3 h w] in [0, 1], state [1 s], task.
+            inference_delay: How many actions will have been executed when the chunk is there.
+            prev_chunk_left_over: What is left of the last chunk [t a]; None for the first.
+            **kwargs: Taken for LeRobot's sake.
+        """
+        noise = None
+        if self.remote.noise_shape is not None:
+            noise = self._rng.standard_normal((1, *self.remote.noise_shape), dtype=np.float32)
+        continuation = None
+        if self._rtc is not None and self._rtc.enabled and prev_chunk_left_over is not None:
+            continuation = self._continuation(prev_chunk_left_over, inference_delay)
+        return torch.from_numpy(self.remote.ask(self._observation(batch), noise, continuation))
+
+    def _continuation(self, left: Tensor, delay: int) -> Continuation | None:
+        told = left.ne(0).any(dim=-1).nonzero()  # LeRobot pads what is left with zeros
+        if not len(told):
+            return None
+        assert self._rtc is not None
+        actions = left[: int(told[-1]) + 1].cpu().numpy().astype(np.float32)
+        guidance = float(self._rtc.max_guidance_weight)
+        return Continuation(actions, delay, self._rtc.execution_horizon, guidance)
+
+    def _observation(self, batch: dict[str, Any]) -> ObservationBatch:
+        frames = {}
+        for camera in self.remote.description.cameras:
+            if camera not in batch:
+                raise ValueError(f"the served policy reads {camera}; the robot offers {sorted(batch)}")
+            pixels = (batch[camera] * 255).round().to(torch.uint8)
+            frames[camera] = rearrange(pixels, "b c h w -> b h w c").cpu().numpy()
+        state = batch[OBS_STATE].float().cpu().numpy() if OBS_STATE in batch else np.zeros((1, 0), np.float32)
+        task = batch.get("task", "")
+        return ObservationBatch(frames, state, [task] if isinstance(task, str) else list(task))

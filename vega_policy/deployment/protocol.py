@@ -1,0 +1,275 @@
+"""The wire between robot and policy server, version 1: msgpack over WebSocket, checked field by field.
+
+A client opens `ws(s)://host:port/v1` with the subprotocol `vega-policy.v1` and, where the server has a token,
+the header `Authorization: Bearer <token>`. Every message is one binary WebSocket message that holds one
+msgpack map with exactly the keys below; there are no extension types. An array is a map {shape: [uint, ...],
+data: bin} in row-major order, little-endian: *u8* or *f32* says of what. b rows, one observation each, share
+a message; a robot sends b = 1.
+
+    server -> client, first   {type: "hello", version: 1, session: bin 16, policy: {...}, limits: {...}}
+        policy  {name, prior, fingerprint: str, cameras: [str], state_size: uint | nil, action_size: uint,
+                 action_steps: uint, noise_shape: [t, a] | nil, continues: bool}
+        limits  {message_bytes: uint, rows: uint, frame_side: uint, requests_per_second: float}
+
+    client -> server          {type: "predict", session, sequence: uint, frames: {camera: u8 [b h w 3]},
+                               state: f32 [b s], instructions: [str, b of them],
+                               noise: f32 [b t a] | nil, continuation: nil | {
+                                   actions: f32 [t a], delay: uint, horizon: uint, guidance: float}}
+    server -> client          {type: "actions", sequence, actions: f32 [b t a],
+                               model_seconds: float, server_seconds: float}
+                              {type: "error", sequence: uint | nil, code: str, message: str}
+
+`frames` are RGB, upright, with exactly the policy's cameras; `state` and `actions` are in the robot's units.
+`session` repeats what hello said and `sequence` grows with each request, so that recorded messages mean
+nothing in another session, or twice in one. `noise` None leaves it to the server (the same at every call).
+`continuation` asks for real-time chunking: `actions` are those of the last chunk that are still to be
+executed, `delay` how many of them will have been by the time the answer comes.
+
+Error codes: malformed, session, sequence, rate, policy, shutting_down. After too many malformed messages, or
+one that is too large, the server closes the connection (1008, 1009).
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from vega_policy.deployment.servable import Continuation
+from vega_policy.deployment.wire import (
+    ProtocolError,
+    check_array,
+    check_integer,
+    check_keys,
+    check_map,
+    pack,
+    pack_array,
+    unpack,
+)
+from vega_policy.evaluation.policies import ObservationBatch, PolicyDescription
+
+VERSION = 1
+SUBPROTOCOL = "vega-policy.v1"
+PATH = "/v1"
+SESSION_BYTES = 16
+MAX_INSTRUCTION = 512
+MAX_SEQUENCE = 2**63
+
+
+@dataclass(frozen=True)
+class MessageLimits:
+    """How large a request may be.
+
+    Attributes:
+        message_bytes: Bytes of a message.
+        rows: Observations of a request.
+        frame_side: Height or width of a frame in pixels.
+        requests_per_second: Requests a second of one session.
+    """
+
+    message_bytes: int = 8 * 2**20
+    rows: int = 16
+    frame_side: int = 1280
+    requests_per_second: float = 50.0
+
+
+@dataclass(frozen=True)
+class ServedDescription:
+    """What a server says of its policy.
+
+    Attributes:
+        policy: What the policy was trained on.
+        fingerprint: Hash over the checkpoint's files.
+        noise_shape: Shape [t a] of its noise; None if it takes none.
+        continues: Whether it can continue a chunk (real-time chunking).
+    """
+
+    policy: PolicyDescription
+    fingerprint: str
+    noise_shape: tuple[int, int] | None
+    continues: bool
+
+
+@dataclass(frozen=True)
+class Request:
+    """A checked request: what the policy is to predict from."""
+
+    sequence: int
+    batch: ObservationBatch
+    noise: np.ndarray | None
+    continuation: Continuation | None
+
+
+@dataclass(frozen=True)
+class Hello:
+    """The server's first message."""
+
+    session: bytes
+    description: ServedDescription
+    limits: MessageLimits
+
+
+@dataclass(frozen=True)
+class Reply:
+    """Predicted actions, float32 [b t a], and the seconds spent in the model and on the server in all."""
+
+    sequence: int
+    actions: np.ndarray
+    model_seconds: float
+    server_seconds: float
+
+
+def encode_hello(hello: Hello) -> bytes:
+    """Encode the server's first message."""
+    served = hello.description
+    policy = asdict(served.policy) | {
+        "fingerprint": served.fingerprint,
+        "noise_shape": served.noise_shape,
+        "continues": served.continues,
+    }
+    message = {"type": "hello", "version": VERSION, "session": hello.session}
+    return pack(message | {"policy": policy, "limits": asdict(hello.limits)})
+
+
+def decode_hello(data: bytes | str) -> Hello:
+    """Decode the server's first message.
+
+    Raises:
+        ProtocolError: If it is not the documented one, or of another version.
+    """
+    value = unpack(data, 4096)
+    if value.get("type") != "hello" or value.get("version") != VERSION:
+        raise ProtocolError(
+            "malformed", f"expected a hello of version {VERSION}, got {value.get('type')!r} of version "
+            f"{value.get('version')!r}"
+        )  # fmt: skip
+    policy, limits = check_map(value, "policy"), check_map(value, "limits")
+    shape = policy["noise_shape"]
+    description = PolicyDescription(
+        name=policy["name"],
+        prior=policy["prior"],
+        cameras=tuple(policy["cameras"]),
+        state_size=policy["state_size"],
+        action_size=policy["action_size"],
+        action_steps=policy["action_steps"],
+    )
+    served = ServedDescription(
+        description,
+        policy["fingerprint"],
+        None if shape is None else (shape[0], shape[1]),
+        policy["continues"],
+    )
+    return Hello(value["session"], served, MessageLimits(**limits))
+
+
+def encode_request(session: bytes, request: Request) -> bytes:
+    """Encode a request."""
+    batch, going_on = request.batch, request.continuation
+    continuation = None
+    if going_on is not None:
+        continuation = vars(going_on) | {"actions": pack_array(going_on.actions, "<f4")}
+    return pack(
+        {
+            "type": "predict",
+            "session": session,
+            "sequence": request.sequence,
+            "frames": {camera: pack_array(frames, "u1") for camera, frames in batch.frames.items()},
+            "state": pack_array(batch.state, "<f4"),
+            "instructions": list(batch.instructions),
+            "noise": None if request.noise is None else pack_array(request.noise, "<f4"),
+            "continuation": continuation,
+        }
+    )
+
+
+def decode_request(
+    value: dict[str, Any], session: bytes, last: int, served: ServedDescription, limits: MessageLimits
+) -> Request:
+    """Check an unpacked request against the session, the policy and the limits.
+
+    Args:
+        value: As `unpack` returned it.
+        session: What hello said.
+        last: Sequence number of the session's last request; -1 before the first.
+        served: The policy.
+        limits: What is allowed.
+
+    Raises:
+        ProtocolError: With the first thing that is wrong.
+    """
+    fields = {"type", "session", "sequence", "frames", "state", "instructions", "noise", "continuation"}
+    check_keys(value, fields, "request")
+    if value["type"] != "predict":
+        raise ProtocolError("malformed", "expected a message of type 'predict'")
+    if value["session"] != session:
+        raise ProtocolError("session", "the message belongs to another session")
+    sequence = check_integer(value["sequence"], "sequence", 0, MAX_SEQUENCE)
+    if sequence <= last:
+        raise ProtocolError("sequence", f"sequence must grow: {sequence} came after {last}")
+    instructions = value["instructions"]
+    if not isinstance(instructions, list) or not 1 <= len(instructions) <= limits.rows:
+        raise ProtocolError("malformed", f"instructions: expected a list of 1 to {limits.rows} strings")
+    if not all(isinstance(text, str) and len(text) <= MAX_INSTRUCTION for text in instructions):
+        raise ProtocolError("malformed", f"instructions: expected strings of at most {MAX_INSTRUCTION}")
+    rows, policy = len(instructions), served.policy
+    frames = check_map(value, "frames")
+    check_keys(frames, set(policy.cameras), "frames")
+    side = (16, limits.frame_side)
+    batch = ObservationBatch(
+        {name: check_array(frames[name], "u1", (rows, side, side, 3), name) for name in policy.cameras},
+        check_array(value["state"], "<f4", (rows, policy.state_size or (0, 256)), "state"),
+        instructions,
+    )
+    noise = None
+    if value["noise"] is not None:
+        if served.noise_shape is None:
+            raise ProtocolError("malformed", "noise: this policy takes none")
+        noise = check_array(value["noise"], "<f4", (rows, *served.noise_shape), "noise")
+    return Request(sequence, batch, noise, _continuation(value["continuation"], rows, served))
+
+
+def _continuation(value: Any, rows: int, served: ServedDescription) -> Continuation | None:
+    if value is None:
+        return None
+    if not served.continues or rows != 1:
+        raise ProtocolError("malformed", "continuation: for one row, of a policy that can continue chunks")
+    if not isinstance(value, dict):
+        raise ProtocolError("malformed", "continuation: expected a map")
+    check_keys(value, {"actions", "delay", "horizon", "guidance"}, "continuation")
+    guidance = value["guidance"]
+    if not isinstance(guidance, float) or not 0.0 < guidance <= 1000.0:
+        raise ProtocolError("malformed", "guidance: expected a float in (0, 1000]")
+    return Continuation(
+        check_array(value["actions"], "<f4", ((1, 1024), served.policy.action_size), "actions"),
+        check_integer(value["delay"], "delay", 0, 1024),
+        check_integer(value["horizon"], "horizon", 1, 1024),
+        guidance,
+    )
+
+
+def encode_reply(reply: Reply) -> bytes:
+    """Encode predicted actions."""
+    return pack({"type": "actions"} | vars(reply) | {"actions": pack_array(reply.actions, "<f4")})
+
+
+def encode_error(sequence: int | None, code: str, message: str) -> bytes:
+    """Encode an error."""
+    return pack({"type": "error", "sequence": sequence, "code": code, "message": message[:1000]})
+
+
+def decode_answer(data: bytes | str, sequence: int, limit: int) -> Reply:
+    """Decode the answer to a request.
+
+    Raises:
+        ProtocolError: If the server reported an error (with its code), or answered something else.
+    """
+    value = unpack(data, limit)
+    if value.get("type") == "error":
+        raise ProtocolError(str(value.get("code")), f"the server refused: {value.get('message')}")
+    if value.get("type") != "actions" or value.get("sequence") != sequence:
+        raise ProtocolError(
+            "malformed", f"expected the actions of request {sequence}, got {value.get('type')!r}"
+        )
+    actions = check_array(value["actions"], "<f4", ((1, 1024), (1, 1024), (1, 1024)), "actions")
+    return Reply(sequence, actions, value["model_seconds"], value["server_seconds"])
