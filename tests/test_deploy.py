@@ -12,7 +12,7 @@ from hydra import compose, initialize_config_dir
 from lerobot.processor.factory import make_default_processors
 from lerobot.rollout.robot_wrapper import ThreadSafeRobot
 from lerobot.utils.feature_utils import hw_to_dataset_features
-from omegaconf import OmegaConf
+from omegaconf import MissingMandatoryValue, OmegaConf
 
 from vega_policy.deployment.control_loop import SafeRollout, delayed
 from vega_policy.deployment.deploy import read_rollout, read_safety
@@ -28,7 +28,7 @@ LIMITS = [JointLimits(name, -1.0, 1.0, jump=0.5) for name in JOINTS]
 def composed(*overrides):
     with initialize_config_dir(str(resource("configs")), version_base=None):
         config = compose("deploy", ["task=lift it", *overrides])
-    return OmegaConf.to_container(config, resolve=True)
+    return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
 
 
 def test_the_safety_layer_is_a_step_of_lerobots_action_pipeline():
@@ -51,7 +51,7 @@ def test_the_shipped_robots_have_limits_or_ask_for_a_dataset(tmp_path):
     for config in (both, neither):
         with pytest.raises(ValueError, match=r"give either robot\.safety\.joints"):
             read_safety(config)
-    with pytest.raises(Exception, match="port"):
+    with pytest.raises(MissingMandatoryValue, match="port"):
         composed("robot=so101")
 
 
@@ -61,7 +61,7 @@ def test_a_deployment_needs_one_policy():
     with pytest.raises(FileNotFoundError, match="no checkpoint"):
         read_rollout(composed("checkpoint=nowhere"))
     remote = read_rollout(
-        composed("server.url=ws://127.0.0.1:1", "inference={type: rtc, queue_threshold: 8}")
+        composed("server.url=ws://127.0.0.1:1", "inference=rtc", "inference.queue_threshold=8")
     )
     assert (remote.policy.type, remote.policy.url) == ("vega_remote", "ws://127.0.0.1:1")
     assert (remote.inference.type, remote.inference.queue_threshold) == ("rtc", 8)

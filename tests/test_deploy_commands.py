@@ -157,7 +157,10 @@ def test_a_deployment_records_every_step_and_stays_within_limits(checkpoint, tmp
     assert log_of(tmp_path / "vega_sim.jsonl")
 
 
-@pytest.mark.parametrize("inference", ["inference={type: sync}", "inference={type: rtc, queue_threshold: 2}"])
+RTC = ("inference=rtc", "inference.queue_threshold=2", "inference.rtc.execution_horizon=3")
+
+
+@pytest.mark.parametrize("inference", [("inference=sync",), RTC])
 def test_a_deployment_through_a_server(checkpoint, tmp_path, inference):
     with running(load_served_policy(checkpoint, device="cpu")) as (server, port):
         deploy(
@@ -165,7 +168,7 @@ def test_a_deployment_through_a_server(checkpoint, tmp_path, inference):
             f"server.url=ws://127.0.0.1:{port}",
             "preflight.ignore_failures=true",
             "episode_seconds=3",
-            inference,
+            *inference,
         )
         assert 'vega_requests_total{outcome="ok"}' in server.metrics.text()
         assert 'outcome="malformed"' not in server.metrics.text()

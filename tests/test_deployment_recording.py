@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
+from envs.shards import CODECS
 from vega_policy.deployment.recording import (
     EpisodeRecorder,
     RecordingFormat,
@@ -26,7 +27,7 @@ FEATURES = {
     "observation.state": {"dtype": "float32", "shape": (2,), "names": ["a.pos", "b.pos"]},
     "action": {"dtype": "float32", "shape": (2,), "names": ["a.pos", "b.pos"]},
 }
-FORM = RecordingFormat("vega/rollouts", 20, FEATURES, "test")
+FORM = RecordingFormat("vega/rollouts", 20, FEATURES, "test", CODECS["lossless"])
 
 
 def frame(step, intervention=False):

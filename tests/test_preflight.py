@@ -94,7 +94,7 @@ def test_latency_is_measured_against_the_rate():
     slow = Pace(30.0, [0.3] * 5, False, 0)
     assert check(pace=slow)[name].status == WARNING
     assert (
-        "10 steps" in failed(pace=dataclasses.replace(slow, real_time_chunking=True, queue_threshold=8))[name]
+        "9 steps" in failed(pace=dataclasses.replace(slow, real_time_chunking=True, queue_threshold=8))[name]
     )
     enough = dataclasses.replace(slow, real_time_chunking=True, queue_threshold=12)
     assert check(pace=enough)[name].status == OK

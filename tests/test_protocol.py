@@ -1,5 +1,7 @@
 """What the wire takes: exactly what is documented, and nothing else."""
 
+import dataclasses
+
 import msgpack
 import numpy as np
 import pytest
@@ -49,6 +51,23 @@ def test_hello_and_replies_arrive_as_they_were_sent():
     with pytest.raises(ProtocolError, match="too fast") as error:
         protocol.decode_answer(protocol.encode_error(3, "rate", "too fast"), 3, 2**20)
     assert error.value.code == "rate"
+
+
+def test_a_policy_of_histories_is_sent_histories_and_nothing_else():
+    policy = dataclasses.replace(ArithmeticPolicy.description, history=3)
+    served = dataclasses.replace(SERVED, policy=policy)
+    hello = Hello(SESSION, served, LIMITS)
+    assert protocol.decode_hello(protocol.encode_hello(hello)) == hello
+    single = observations(rows=2)
+    clips = {camera: np.stack([frames] * 3, axis=1) for camera, frames in single.frames.items()}
+    sent = protocol.encode_request(
+        SESSION, Request(5, dataclasses.replace(single, frames=clips), noises(2), None)
+    )
+    got = protocol.decode_request(unpack(sent, LIMITS.message_bytes), SESSION, -1, served, LIMITS)
+    for camera, frames in clips.items():
+        np.testing.assert_array_equal(got.batch.frames[camera], frames)
+    with pytest.raises(ProtocolError, match="expected 4 axes"):
+        decode(sent)
 
 
 ARRAY = {"shape": [1, 8], "data": b"\0" * 32}

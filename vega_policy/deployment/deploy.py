@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import draccus
+import lerobot.scripts.lerobot_rollout  # noqa: F401 registers the robots and teleoperators that LeRobot brings
 import numpy as np
 from lerobot.configs.policies import PreTrainedConfig
 from lerobot.robots.config import RobotConfig
@@ -33,6 +34,7 @@ from vega_policy.deployment.safety_step import safe_action_pipeline
 from vega_policy.deployment.watchdog import EmergencyStop, Watchdog
 from vega_policy.evaluation.launch import choose_device
 from vega_policy.evaluation.lerobot_policy import find_checkpoint
+from vega_policy.evaluation.worker import resolve
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +72,6 @@ def deploy(config: Mapping[str, Any]) -> Deployment:
         FileNotFoundError: If the checkpoint does not exist.
         ConnectionError: If the robot or the policy server cannot be reached.
     """
-    register_third_party_plugins()
     rollout = read_rollout(config)
     safety = read_safety(config)
     shutdown = threading.Event()
@@ -104,6 +105,7 @@ def read_rollout(config: Mapping[str, Any]) -> RolloutConfig:
             f"expected either a checkpoint or server.url, got checkpoint={checkpoint} and "
             f"server.url={server['url']}"
         )
+    register_third_party_plugins()  # robots of other distributions, and `vega_sim` of this one
     device = choose_device(config["device"])
     if checkpoint is None:
         policy: PreTrainedConfig = draccus.decode(
@@ -124,7 +126,7 @@ def read_rollout(config: Mapping[str, Any]) -> RolloutConfig:
         fps=config["robot"]["fps"],
         task=config["task"],
         device=policy.device,
-        rename_map=dict(config["rename_map"]),
+        rename_map=dict(config["rename_map"] or {}),
         return_to_initial_position=False,
         play_sounds=False,
     )
@@ -141,14 +143,17 @@ def read_safety(config: Mapping[str, Any]) -> SafetyFilter:
     return SafetyFilter(
         _limits(settings, fps),
         period=1 / fps,
-        workspace=None
-        if box is None
-        else Workspace(
-            **{key: tuple(value) if isinstance(value, list) else value for key, value in box.items()}
-        ),
+        workspace=None if box is None else _workspace(box),
         max_observation_age=settings["max_observation_age"],
         refusals_to_stop=settings["refusals_to_stop"],
     )
+
+
+def _workspace(box: Mapping[str, Any]) -> Workspace:
+    fields: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in box.items()
+    }
+    return Workspace(**fields)
 
 
 def _limits(settings: Mapping[str, Any], fps: float) -> tuple[JointLimits, ...]:
@@ -230,11 +235,19 @@ def _drive(config: Mapping[str, Any], context: RolloutContext, safety: SafetyFil
     return Deployment(strategy.steps, dict(safety.counts), safety.stopped, saved)
 
 
+def _codec(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    codecs: Any = resolve(settings["codecs"])
+    if settings["video"] not in codecs:
+        raise ValueError(f"unknown recording.video {settings['video']!r}; known: {', '.join(codecs)}")
+    return codecs[settings["video"]]
+
+
 def _form(config: Mapping[str, Any], context: RolloutContext) -> RecordingFormat:
     return RecordingFormat(
         config["recording"]["repo_id"],
         round(config["robot"]["fps"]),
         context.data.dataset_features,
         context.hardware.robot_wrapper.name,
+        _codec(config["recording"]),
         longest_episode=int(2 * config["episode_seconds"] * config["robot"]["fps"]),
     )

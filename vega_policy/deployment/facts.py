@@ -95,12 +95,13 @@ def _present(context: RolloutContext, observation: dict[str, Any]) -> Present:
             cameras[rename.get(key, key)] = tuple(np.shape(pixels)[:2])
     names = features[OBS_STATE]["names"] if OBS_STATE in features else []
     state = {name: float(observation[name]) for name in names}
-    return Present(cameras, state, context.data.ordered_action_keys)
+    # The robot's own order: LeRobot would quietly permute names for `rtc` but not for `sync`.
+    return Present(cameras, state, features[ACTION]["names"])
 
 
 def _statistics(context: RolloutContext) -> dict[str, Any]:
     """The training data's statistics, from the checkpoint's own normaliser; none for a policy on a server."""
-    steps = context.policy.preprocessor.steps
+    steps: list[Any] = list(context.policy.preprocessor.steps)  # the registry hides the classes' types
     found = [step.stats for step in steps if isinstance(step, NormalizerProcessorStep) and step.stats]
     return found[0] if found else {}
 

@@ -95,7 +95,8 @@ def random_batch(client: PolicyClient, side: int, seed: int) -> ObservationBatch
     """Return one observation of random frames, as the server's policy reads it."""
     policy = client.connect().description.policy
     rng = np.random.default_rng(seed)
-    frames = {camera: rng.integers(0, 256, (1, side, side, 3), dtype=np.uint8) for camera in policy.cameras}
+    shape = (*policy.frame_axes(1), side, side, 3)
+    frames = {camera: rng.integers(0, 256, shape, dtype=np.uint8) for camera in policy.cameras}
     return ObservationBatch(frames, np.zeros((1, policy.state_size or 0), np.float32), ["load test"])
 
 

@@ -32,6 +32,7 @@ class VegaRemotePolicy(PreTrainedPolicy):
 
     Raises:
         PolicyUnavailableError: If the server cannot be reached.
+        ValueError: If the served policy reads histories of frames.
     """
 
     config_class = VegaRemoteConfig  # pyright: ignore[reportAssignmentType]
@@ -41,6 +42,11 @@ class VegaRemotePolicy(PreTrainedPolicy):
     def __init__(self, config: VegaRemoteConfig, **kwargs: Any) -> None:
         super().__init__(config)
         self.remote = RemotePolicy(config.address, patience_seconds=config.patience_seconds)
+        if self.remote.description.history != 1:
+            raise ValueError(
+                f"the policy at {config.url} reads the last {self.remote.description.history} frames of each "
+                "camera; a rollout sends single ones to a server: deploy the checkpoint itself"
+            )
         config.take_features(self.remote.served)
         self._queue: deque[Tensor] = deque()
         self._rng = np.random.default_rng(config.seed)

@@ -8,7 +8,7 @@ a message; a robot sends b = 1.
 
     server -> client, first   {type: "hello", version: 1, session: bin 16, policy: {...}, limits: {...}}
         policy  {name, prior, fingerprint: str, cameras: [str], state_size: uint | nil, action_size: uint,
-                 action_steps: uint, noise_shape: [t, a] | nil, continues: bool}
+                 action_steps: uint, history: uint, noise_shape: [t, a] | nil, continues: bool}
         limits  {message_bytes: uint, rows: uint, frame_side: uint, requests_per_second: float}
 
     client -> server          {type: "predict", session, sequence: uint, frames: {camera: u8 [b h w 3]},
@@ -19,7 +19,8 @@ a message; a robot sends b = 1.
                                model_seconds: float, server_seconds: float}
                               {type: "error", sequence: uint | nil, code: str, message: str}
 
-`frames` are RGB, upright, with exactly the policy's cameras; `state` and `actions` are in the robot's units.
+`frames` are RGB, upright, with exactly the policy's cameras. Where `history` is not 1, the policy
+reads the last so many frames of the episode: u8 [b t h w 3]. `state` and `actions` are in the robot's units.
 `session` repeats what hello said and `sequence` grows with each request, so that recorded messages mean
 nothing in another session, or twice in one. `noise` None leaves it to the server (the same at every call).
 `continuation` asks for real-time chunking: `actions` are those of the last chunk that are still to be
@@ -153,6 +154,7 @@ def decode_hello(data: bytes | str) -> Hello:
         state_size=policy["state_size"],
         action_size=policy["action_size"],
         action_steps=policy["action_steps"],
+        history=policy["history"],
     )
     served = ServedDescription(
         description,
@@ -216,8 +218,9 @@ def decode_request(
     frames = check_map(value, "frames")
     check_keys(frames, set(policy.cameras), "frames")
     side = (16, limits.frame_side)
+    frame = (*policy.frame_axes(rows), side, side, 3)
     batch = ObservationBatch(
-        {name: check_array(frames[name], "u1", (rows, side, side, 3), name) for name in policy.cameras},
+        {name: check_array(frames[name], "u1", frame, name) for name in policy.cameras},
         check_array(value["state"], "<f4", (rows, policy.state_size or (0, 256)), "state"),
         instructions,
     )

@@ -22,7 +22,6 @@ INTERVENTION, POLICY_ACTION = "intervention", "policy_action"
 """Columns beside LeRobot's own: whether somebody else than the policy decided, and what the policy wanted."""
 
 _UNFINISHED = ".unfinished"
-_CODEC = {"vcodec": "h264", "preset": "veryfast", "crf": 18, "g": 2}
 
 
 @dataclass(frozen=True)
@@ -34,6 +33,7 @@ class RecordingFormat:
         fps: Control steps a second.
         features: LeRobot's features of observation and action.
         robot_type: Name of the robot.
+        codec: LeRobot's settings of the video encoder.
         longest_episode: Most steps of an episode; the encoder's queue holds them, so that none is dropped.
     """
 
@@ -41,6 +41,7 @@ class RecordingFormat:
     fps: int
     features: Mapping[str, Any]
     robot_type: str
+    codec: Mapping[str, Any]
     longest_episode: int = 2000
     extra: Mapping[str, Any] = field(
         default_factory=lambda: {INTERVENTION: {"dtype": "bool", "shape": (1,), "names": None}}
@@ -146,7 +147,7 @@ class EpisodeRecorder:
             robot_type=self._form.robot_type,
             use_videos=True,
             video_backend="pyav",
-            rgb_encoder=RGBEncoderConfig(**_CODEC),
+            rgb_encoder=RGBEncoderConfig(**self._form.codec),
             streaming_encoding=True,
             encoder_threads=1,
             encoder_queue_maxsize=self._form.longest_episode,

@@ -251,7 +251,8 @@ class SafetyFilter:
         """
         assert self._command is not None
         up, down = (
-            self._braked(room, dt) for room in (self._high - self._command, self._command - self._low)
+            braking_speed(room, self._acceleration, dt)
+            for room in (self._high - self._command, self._command - self._low)
         )
         change = self._acceleration * dt
         fastest = np.minimum(np.minimum(self._velocity + change, self._speed), up)

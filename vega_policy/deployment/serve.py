@@ -64,7 +64,8 @@ async def _serve(server: PolicyServer) -> None:
 def warm_up(policy: ServablePolicy, side: int) -> None:
     """Ask a policy once with black frames of a size, so that the first client does not wait for start-up."""
     description = policy.description
-    frames = {camera: np.zeros((1, side, side, 3), np.uint8) for camera in description.cameras}
+    shape = (*description.frame_axes(1), side, side, 3)
+    frames = {camera: np.zeros(shape, np.uint8) for camera in description.cameras}
     state = np.zeros((1, description.state_size or 0), np.float32)
     noise = None if policy.noise_shape is None else np.zeros((1, *policy.noise_shape), np.float32)
     policy.chunk(ObservationBatch(frames, state, ["warm up"]), noise)

@@ -66,7 +66,7 @@ class ServedPolicy:
         inputs = self._chunks.preprocessor(to_lerobot(batch, self.description) | {ACTION: left})
         actions = policy.predict_action_chunk(
             inputs,
-            noise=None if noise is None else torch.from_numpy(noise),
+            noise=None if noise is None else torch.from_numpy(noise).to(policy.config.device),
             inference_delay=continuation.delay,
             prev_chunk_left_over=inputs[ACTION],
         )

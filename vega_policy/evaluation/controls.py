@@ -61,8 +61,7 @@ class BlindPolicy:
     def chunk(self, batch: ObservationBatch, noise: np.ndarray | None) -> np.ndarray:
         """Predict from state, instruction and mean frames; see `ChunkPolicy.chunk`."""
         rows = len(batch.instructions)
-        length = self.description.history
-        axes = (rows,) if length == 1 else (rows, length)
+        axes = self.description.frame_axes(rows)
         frames = {
             camera: np.broadcast_to(mean, (*axes, *mean.shape)) for camera, mean in self._mean_frames.items()
         }

@@ -74,6 +74,10 @@ class PolicyDescription:
     action_steps: int
     history: int = 1
 
+    def frame_axes(self, rows: int) -> tuple[int, ...]:
+        """Leading axes of a camera's frames for so many rows: [b], or [b t] where histories are read."""
+        return (rows,) if self.history == 1 else (rows, self.history)
+
 
 class ChunkPolicy(Protocol):
     """A policy without memory: a chunk depends on the observation, the noise and the row alone."""
