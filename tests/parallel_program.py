@@ -8,7 +8,7 @@ from tests.training_runs import tiny_policy, tiny_run
 from vega_policy.parts import FusionConfig
 from vega_policy.training.setup import train
 
-GLOBAL_BATCH = 6
+GLOBAL_BATCH = 8  # divided by processes and by accumulated batches
 CASES = {
     "plain": {},
     "accumulated": {"accumulate": 2, "batch_size": GLOBAL_BATCH // 2},

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from vega_policy.modeling_vega import VegaPolicy
-from vega_policy.training.parallel import whole
+from vega_policy.training.parallel import own_part, whole
 
 
 class WeightAverage:
@@ -56,7 +56,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def _write(self, values: list[Tensor]) -> None:
-        torch._foreach_copy_(self._weights, values)
+        torch._foreach_copy_([own_part(weight) for weight in self._weights], [own_part(v) for v in values])
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -103,11 +103,18 @@ def all_agree(accelerator: Accelerator, mine: bool) -> bool:
     return votes.item() == accelerator.num_processes
 
 
+def own_part(value: Tensor) -> Tensor:
+    """What this process holds of a tensor, to be written to in place; all of it if it is not sharded."""
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
 def whole(value: Any) -> Any:
     """A tensor, detached and gathered if it is sharded; anything else as it is."""
-    if not isinstance(value, Tensor):
-        return value
-    return (value.full_tensor() if isinstance(value, DTensor) else value).detach()
+    if not isinstance(value, DTensor):
+        return value.detach() if isinstance(value, Tensor) else value
+    gathered = value.full_tensor().detach()
+    # Where processes do not divide a tensor evenly it is a view into padded memory, which no file may hold.
+    return gathered if gathered.untyped_storage().nbytes() == gathered.nbytes else gathered.clone()
 
 
 def shard_like(value: Tensor, model: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
@@ -67,11 +68,11 @@ class Trainer:
 
     def _wrap(self) -> nn.Module:
         """The policy as several processes call it; shards are in place already."""
-        policy, alone = self.learner.policy, self.accelerator.num_processes == 1
-        if self.config.sharding == "full" and not alone:
+        policy, launched = self.learner.policy, torch.distributed.is_initialized()  # also as one process
+        if self.config.sharding == "full" and launched:
             return policy
         unused = []
-        if not alone:
+        if launched:
             unused = without_gradient(policy, self.prepare(self.source.batch(self.sampler.batch(0))))
         return replicate(self.accelerator, policy, unused)
 
