@@ -131,11 +131,10 @@ def test_a_dry_run_moves_nothing_and_shows_what_it_would_do(checkpoint, tmp_path
 
 
 def test_a_failed_preflight_ends_in_one_message_before_anything_moves(checkpoint, tmp_path):
-    printed = deploy(
-        tmp_path, f"checkpoint={checkpoint}", code=1
-    )  # the tiny checkpoint's statistics are invented
+    elsewhere = "rename_map={observation.images.image:observation.images.front}"
+    printed = deploy(tmp_path, f"checkpoint={checkpoint}", elsewhere, code=1)
     assert "nothing moved" in printed
-    assert "name them alike" in printed
+    assert "the policy reads ['observation.images.image']" in printed
     assert not (tmp_path / "vega_sim.jsonl").exists()
 
 
