@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from tqdm import tqdm
 
 from vega_policy.analysis.questions import Question
 from vega_policy.attention import Attention
@@ -205,9 +206,14 @@ class AnswerTraining:
 
 
 def train(
-    config: ModelConfig, codec: Codec, questions: Batch, features: Features, how: AnswerTraining
+    config: ModelConfig,
+    codec: Codec,
+    questions: Batch,
+    features: Features,
+    how: AnswerTraining,
+    label: str = "answers",
 ) -> tuple[AnswerModel, float]:
-    """Train one model.
+    """Train one model, its progress shown under a label.
 
     Returns:
         The model in evaluation mode, and the mean loss of its last tenth of steps.
@@ -219,7 +225,7 @@ def train(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, how.rate, how.steps, pct_start=0.1)
     generator = torch.Generator().manual_seed(how.seed)
     last = []
-    for step in range(how.steps):
+    for step in tqdm(range(how.steps), f"Training {label}", unit="step"):
         rows = torch.randint(len(questions), (how.batch,), generator=generator)
         loss = model.loss(features, questions[rows])
         optimizer.zero_grad()

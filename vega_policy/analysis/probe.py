@@ -45,7 +45,8 @@ class Clock:
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
-        """Time a stage and say when it is done."""
+        """Time a stage; says when it begins and when it is done."""
+        logger.info("%s ...", stage)
         start = time.perf_counter()
         yield
         self.seconds[stage] = round(time.perf_counter() - start, 1)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from vega_policy.analysis.answers import (
     STATE,
@@ -106,7 +107,7 @@ def features_of(scenes: Sequence[Scene], config: ModelConfig, batch: int = 8) ->
         raise ValueError("questions are answered on cached features; set backbone.freeze_image_encoder=true")
     eyes = AnswerModel(config, 1).eyes.eval()
     semantic, prior = [], []
-    for start in range(0, len(scenes), batch):
+    for start in tqdm(range(0, len(scenes), batch), f"Looking, prior {config.prior.name}", unit="batch"):
         frames = torch.stack([_frames(scene, config.frame_size) for scene in scenes[start : start + batch]])
         semantic.append(eyes.backbone.encode(frames))
         if eyes.prior is not None:
@@ -200,13 +201,13 @@ def compare(
     seen: dict[str, Features] = {}
     for name, config in configs.items():
         seen[name] = features_of(scenes, config)
-        model, answers.losses[name] = train(config, codec, batches[0], seen[name], how)
+        model, answers.losses[name] = train(config, codec, batches[0], seen[name], how, name)
         answers.scores[name] = _scores(model, codec, batches[1], seen[name], asked.test)
     fused = model
     for name, control in prior_controls(seen["fused"]).items():
         answers.scores[f"fused, prior {name}"] = _scores(fused, codec, batches[1], control, asked.test)
     unseen = seen["fused"].mean()
-    blind, answers.losses["fused, blind"] = train(configs["fused"], codec, batches[0], unseen, how)
+    blind, answers.losses["fused, blind"] = train(configs["fused"], codec, batches[0], unseen, how, "blind")
     answers.scores["fused, blind"] = _scores(blind, codec, batches[1], unseen, asked.test)
     return Reasoning(answers, fused, asked)
 

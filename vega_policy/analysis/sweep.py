@@ -1,12 +1,12 @@
 """The sweep: every readout measured on the same scenes, each number computed once and kept."""
 
-import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from vega_policy.analysis.bootstrap import Estimate
 from vega_policy.analysis.measures import (
@@ -24,8 +24,6 @@ from vega_policy.analysis.measures import (
 from vega_policy.analysis.readouts import UNTRAINED, Reader, Readout
 from vega_policy.analysis.scenes import Scene
 from vega_policy.analysis.tokens import token_geometry
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -108,8 +106,8 @@ def sweep(scenes: SceneSet, readers: Sequence[Reader], default: Readout, setup: 
         kept = {readout: load_sums(path) for readout, path in files.items()}
         missing = [readout for readout, found in kept.items() if found is None]
         if missing:
-            logger.info("measuring %s: %d readouts", reader.label, len(missing))
-            for readout, tokens in reader.read(pictures, missing):
+            read = reader.read(pictures, missing)
+            for readout, tokens in tqdm(read, f"Measuring {reader.label}", len(missing), unit="readout"):
                 kept[readout] = measure(tokens, scenes.scenes, geometry, setup)
                 save_sums(files[readout], kept[readout] or {})
         sums |= {readout: found for readout, found in kept.items() if found is not None}
