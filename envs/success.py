@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import envs
 from envs.base import DEMONSTRATION_SEEDS, EVALUATION_SEED, Task
@@ -53,7 +55,13 @@ def measure_task(task: Task, episodes: Sequence[int], official: bool) -> TaskSuc
 
 
 def measure(
-    suites: Sequence[str], *, episodes: int, official: bool, processes: int, only: Sequence[int] | None = None
+    suites: Sequence[str],
+    *,
+    episodes: int,
+    official: bool,
+    processes: int,
+    only: Sequence[int] | None = None,
+    known: Sequence[TaskSuccess] = (),
 ) -> Iterator[TaskSuccess]:
     """Play episodes of all tasks of suites in parallel, a task a process.
 
@@ -63,9 +71,10 @@ def measure(
         official: Whether to start from official initial states.
         processes: Worker processes.
         only: Indices of the tasks; None takes all.
+        known: Results so far, whose episodes are not played again.
 
     Yields:
-        Each task as it ends.
+        Each task as it ends, its known episodes among the others.
 
     Raises:
         ValueError: If a suite has too few official states.
@@ -74,10 +83,49 @@ def measure(
     poor = [task.suite for task in tasks if official and task.official_states < episodes]
     if poor:
         raise ValueError(f"{sorted(set(poor))} have fewer than {episodes} official initial states a task")
+    lengths = {(r.task.suite, r.task.index): r.lengths for r in known if r.official == official}
     with ProcessPoolExecutor(processes, context()) as pool:
-        running = [pool.submit(measure_task, task, range(episodes), official) for task in tasks]
+        running = {}
+        for task in tasks:
+            played = lengths.get((task.suite, task.index), ())
+            missing = range(len(played), episodes)
+            if missing:
+                running[pool.submit(measure_task, task, missing, official)] = played
+            else:
+                yield TaskSuccess(task, official, played[:episodes])
         for future in as_completed(running):
-            yield future.result()
+            result = future.result()
+            yield replace(result, lengths=running[future] + result.lengths)
+
+
+def save_results(path: Path, results: Sequence[TaskSuccess]) -> None:
+    """Write results as JSON, in one piece even if the process is killed meanwhile."""
+    aside = path.with_name(f"{path.name}.new")
+    aside.write_text(json.dumps([asdict(result) for result in results], indent=1) + "\n")
+    aside.replace(path)
+
+
+def load_results(path: Path) -> list[TaskSuccess]:
+    """Read what `save_results` wrote; nothing if there is no such file.
+
+    Raises:
+        ValueError: If the file holds something else.
+    """
+    if not path.exists():
+        return []
+    try:
+        return [
+            TaskSuccess(Task(**stored["task"]), stored["official"], tuple(stored["lengths"]))
+            for stored in json.loads(path.read_text())
+        ]
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} holds no results of this script ({error!r}); name another file") from None
+
+
+def merged(known: Sequence[TaskSuccess], result: TaskSuccess) -> list[TaskSuccess]:
+    """Return `known` with `result` in place of what was known of its task from the same kind of start."""
+    same = (result.task.suite, result.task.index, result.official)
+    return [r for r in known if (r.task.suite, r.task.index, r.official) != same] + [result]
 
 
 def success_table(results: Sequence[TaskSuccess]) -> str:

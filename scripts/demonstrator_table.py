@@ -1,17 +1,16 @@
 """How often the demonstrators succeed, task by task: `scripts/demonstrator_table.py --processes 16`.
 
 Without names of suites: 20 episodes a task of LIBERO's spatial, object, goal and 10 on fresh resets, 20
-official states a task of LIBERO-PRO's swap suites, and 3 episodes a task of Meta-World MT50.
+official states a task of LIBERO-PRO's swap suites, and 3 episodes a task of Meta-World MT50. With --output,
+the results so far lie in that file, and the same command, or one that asks for more episodes, goes on.
 """
 
 import argparse
-import json
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 
-from envs.success import TaskSuccess, measure, success_table
+from envs.success import TaskSuccess, load_results, measure, merged, save_results, success_table
 
 BASES = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
 
@@ -26,25 +25,32 @@ def main() -> None:
     parser.add_argument("--official", action="store_true", help="named suites start from official states")
     parser.add_argument("--tasks", type=int, nargs="*", help="indices of tasks; all if not given")
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--output", type=Path, help="JSON file for all lengths")
+    parser.add_argument("--output", type=Path, help="JSON file of all lengths; grows as tasks end")
+    parser.add_argument("--swap-episodes", type=int, default=20, help="official states a task, without names")
     options = parser.parse_args()
     plan = [(options.suites, options.official, options.episodes)]
     if not options.suites:
         swapped = [f"{suite}_swap" for suite in BASES]
-        plan = [(BASES, False, options.episodes), (swapped, True, options.episodes)]
+        plan = [(BASES, False, options.episodes), (swapped, True, options.swap_episodes)]
         plan.append((["metaworld_mt50"], False, min(3, options.episodes)))
     started, results = time.perf_counter(), list[TaskSuccess]()
     try:
+        known = [] if options.output is None else load_results(options.output)
         for suites, official, episodes in plan:
-            arguments = {"processes": options.processes, "only": options.tasks}
+            arguments = {"processes": options.processes, "only": options.tasks, "known": known}
             for result in measure(suites, episodes=episodes, official=official, **arguments):
                 results.append(result)
+                known = merged(known, result)
+                if options.output is not None:
+                    save_results(options.output, known)
                 counts = f"{result.successes}/{len(result.lengths)}"
-                print(f"{result.task.suite} {result.task.index} {result.task.name}: {counts}", flush=True)
+                elapsed = f"{time.perf_counter() - started:.0f} s"
+                print(
+                    f"{elapsed}: {result.task.suite} {result.task.index} {result.task.name}: {counts}",
+                    flush=True,
+                )
     except ValueError as error:
         sys.exit(str(error))
-    if options.output is not None:
-        options.output.write_text(json.dumps([asdict(result) for result in results], indent=1) + "\n")
     print(f"\n{success_table(results)}\n\n{time.perf_counter() - started:.0f} s")
 
 

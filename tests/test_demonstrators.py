@@ -9,7 +9,8 @@ import pytest
 import envs
 from envs.demonstrators import DemonstrationOptions, demonstrate
 from envs.demonstrators.arm import OPEN, Arm, Reach, down
-from envs.demonstrators.skills import Workcell
+from envs.demonstrators.grasping import plan_grasp
+from envs.demonstrators.skills import NEAREST, Workcell, away_from_base
 from envs.demonstrators.start_pose import widen_start
 
 
@@ -113,6 +114,34 @@ def test_the_arm_servo_reaches_a_pose_and_its_yaw(lift_wide):
         cell.scene.refresh()
     np.testing.assert_allclose(cell.arm.position, goal, atol=4e-3)
     assert cell.arm.yaw == pytest.approx(0.4, abs=0.03)
+
+
+def test_the_arm_touches_nothing_where_it_is_and_the_table_where_its_palm_would_be_in_it(lift_wide):
+    lift_wide.reset_blindly(seed=0)
+    cell = Workcell.of(lift_wide.raw)
+    before = lift_wide.simulator_state()
+    assert cell.clearance.touched(cell.arm.position, cell.arm.rotation) == set()
+    sunken = cell.arm.position
+    sunken[2] = cell.scene.top("table") - 0.06
+    assert "table" in cell.clearance.touched(sunken, down(0.0))
+    np.testing.assert_array_equal(lift_wide.simulator_state(), before)
+
+
+def test_a_hindered_grasp_gives_way_to_the_next_best_and_all_hindered_to_the_cheapest(lift_wide):
+    lift_wide.reset_blindly(seed=0)
+    scene = Workcell.of(lift_wide.raw).scene
+    cheapest = plan_grasp(scene, "cube_main")
+    other = plan_grasp(scene, "cube_main", hindered=lambda planned: abs(planned.yaw - cheapest.yaw) < 0.1)
+    assert abs(other.yaw - cheapest.yaw) >= 0.1
+    assert plan_grasp(scene, "cube_main", hindered=lambda planned: True).yaw == cheapest.yaw
+
+
+def test_a_hand_near_the_base_rises_farther_out_and_any_other_where_it_is(lift_wide):
+    cell = Workcell.of(lift_wide.raw)
+    base = cell.scene.position("robot0_base")
+    near, far = base + np.array([0.18, 0.24, 0.1]), base + np.array([0.5, 0.2, 0.1])
+    np.testing.assert_allclose(away_from_base(cell, near) - base, [0.6 * NEAREST, 0.8 * NEAREST, 0.1])
+    assert away_from_base(cell, far) is far
 
 
 def test_an_unknown_task_is_refused_with_the_known_ones(lift_wide):

@@ -64,29 +64,3 @@ def shared_spot(footprint: Array, obstacles: Array, centre: Array, half_extents:
         return -free - 0.1 * float(np.linalg.norm(spot - centre))
 
     return min(spots, key=cost)
-
-
-def bypass(start: Array, goal: Array, radius: float, obstacles: Array) -> Array:
-    """A point [2] by which a disc gets to its goal without touching; the goal itself if the way is free.
-
-    Args:
-        start: centre of the disc [2] (m).
-        goal: where it has to go [2] (m).
-        radius: of the disc (m).
-        obstacles: points [n 2] that stand in its plane (m).
-    """
-    corners = [np.array([start[0], goal[1]]), np.array([goal[0], start[1]])]
-    ring = [goal + r * np.array([np.cos(a), np.sin(a)]) for r in (0.08, 0.14, 0.20) for a in TURNS[::6]]
-
-    def cost(via: Array) -> float:
-        touched = _swept(start, via, radius, obstacles) + _swept(via, goal, radius, obstacles)
-        return 0.05 * touched + float(np.linalg.norm(via - start) + np.linalg.norm(goal - via))
-
-    return min([goal, *corners, *ring], key=cost)
-
-
-def _swept(start: Array, end: Array, radius: float, points: Array) -> int:
-    """Number of points [n 2] within `radius` of the segment from start to end."""
-    way = end - start
-    share = np.clip((points - start) @ way / (way @ way + 1e-9), 0.0, 1.0)
-    return int(np.count_nonzero(np.linalg.norm(points - start - share[:, None] * way, axis=1) < radius))

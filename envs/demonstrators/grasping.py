@@ -1,6 +1,6 @@
 """Where to grasp: two-finger grasps from above, planned on point clouds of collision geometry."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,6 +14,7 @@ FINGER_REACH = 0.03  # m below the top of an object that the fingers go, where i
 RIM_REACH = 0.016
 FLOOR_GAP = 0.011  # m that the grip point stays above the lowest point of the object
 COMFORTABLE_REACH = 0.70  # m from the base of the robot; farther away the elbow nears its limit
+MOST_ASKED = 40  # grasps for which the arm's posture is predicted, each in some milliseconds
 NEIGHBOURHOOD = 0.25  # m around an object that the hand can touch while grasping it
 YAWS = np.deg2rad(np.arange(-90.0, 91.0, 2.5))
 RIM_ANGLES = np.deg2rad(np.arange(0.0, 360.0, 10.0))
@@ -164,8 +165,20 @@ def rim_grasps(
             yield cost, Grasp(position, yaw, "rim", blocked, offset)
 
 
-def plan_grasp(scene: Scene, body: str, wish: GraspWish | None = None) -> Grasp:
+def plan_grasp(
+    scene: Scene,
+    body: str,
+    wish: GraspWish | None = None,
+    hindered: Callable[[Grasp], bool] = lambda planned: False,
+) -> Grasp:
     """The cheapest grasp of `body` in its present pose and surroundings.
+
+    Args:
+        scene: what stands where.
+        body: what is grasped.
+        wish: what a task asks of the grasp.
+        hindered: whether the arm cannot be where a grasp needs it; asked from the cheapest grasp onwards,
+            until one is free. If none is, the cheapest is taken.
 
     Raises:
         ValueError: no grasp satisfies the wish.
@@ -184,7 +197,8 @@ def plan_grasp(scene: Scene, body: str, wish: GraspWish | None = None) -> Grasp:
         raise ValueError(
             f"no {wish.kind or ''} grasp of {body!r} within {wish.yaw_limit:.2f} rad of yaw {wish.yaw:.2f}"
         )
-    return min(grasps, key=lambda pair: pair[0])[1]
+    ranked = [planned for _, planned in sorted(grasps, key=lambda pair: pair[0])]
+    return next((planned for planned in ranked[:MOST_ASKED] if not hindered(planned)), ranked[0])
 
 
 def near(points: Array, cloud: Array) -> Array:

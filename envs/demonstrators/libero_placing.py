@@ -1,18 +1,22 @@
 """Putting a thing where a LIBERO goal wants it: on a body, on or in a region."""
 
+from dataclasses import replace
+
 import numpy as np
 
 from envs.demonstrators.arm import CLOSED, OPEN, Reach, Skill, above, down
-from envs.demonstrators.fitting import bypass, fitting_turn, open_fingers, shared_spot
+from envs.demonstrators.fitting import COMFORTABLE_YAW, fitting_turn, open_fingers, shared_spot
 from envs.demonstrators.grasping import near
 from envs.demonstrators.libero_chambers import insert
+from envs.demonstrators.libero_fixtures import Drawer
 from envs.demonstrators.libero_scene import body_of, goals, is_object, joint_of, region
-from envs.demonstrators.rotations import Array, wrap
+from envs.demonstrators.rotations import Array, about_z, wrap
 from envs.demonstrators.skills import (
     ABOVE_GRASP,
     CLOSING_STEPS,
     Placement,
     Workcell,
+    corridor_top,
     descend,
     grasp,
     place,
@@ -24,8 +28,14 @@ CONTAINER = "_contain_region"
 AT_GOAL = 0.025  # m; LIBERO asks for 0.04
 LOST = 0.04  # m between a plate's edge and the hand that should hold it
 RIM_GRIP, FLAT_LIFT = 0.010, 0.035  # m above the lowest point of a plate; m that its rim is lifted
+BESIDE_PLATE = 0.015  # m that must be free beside a plate that is drawn
 CARRYING = Reach(0.006, 0.1, speed=0.6, noise_share=0.3)
+IN_BELOW = 0.01  # m by which LIBERO's own check reaches below a region
 STANDING = 0.04  # m above a region that tells things on it from its own surface
+SHIFTING = 20.0  # rad of turning that a shift by one metre is as bad as
+DIRECTIONS = np.array([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
+WALL_GAP = 0.01  # m that stay free between a thing and the front of its drawer
+SIDEWAYS = np.deg2rad([20, -20, 40, -40, 60, -60, 90, -90, 120, -120, 150, -150, 180])
 ANGLES = np.deg2rad(np.arange(0.0, 360.0, 15.0))
 
 
@@ -40,8 +50,8 @@ def put(cell: Workcell, thing: str, target: str) -> Skill:
     if held is None:
         return False
     yield from slide_out(cell, body, down(held.yaw))
-    yaw = held.yaw + _turn(cell, body, target, held.yaw)
-    return (yield from place(cell, body, down(yaw), _placement(cell, body, target, yaw)))
+    turn, placement = _free_placement(cell, body, target, held.yaw)
+    return (yield from place(cell, body, down(held.yaw + turn), placement))
 
 
 def _is_flat(cloud: Array) -> bool:
@@ -61,6 +71,50 @@ def _turn(cell: Workcell, body: str, target: str, yaw: float) -> float:
     if not target.endswith(CONTAINER):
         return 0.0
     return fitting_turn(cell.scene.cloud(body)[:, :2], 2 * region(cell, target).half_extents[:2], yaw)
+
+
+def _free_placement(cell: Workcell, body: str, target: str, yaw: float) -> tuple[float, Placement]:
+    """By how much (rad) to turn the held `body` and where to set it down so that the arm touches nothing.
+
+    The first way that is free, the plainest first; the plainest if none is.
+    """
+    fitting = _turn(cell, body, target, yaw)
+    turns = [fitting]
+    if not target.endswith(CONTAINER):
+        turns += [turn for turn in SIDEWAYS if abs(yaw + turn) < COMFORTABLE_YAW]
+    ways = [(turn, shift) for turn in turns for shift in _shifts(cell, body, target)]
+    ways.sort(key=lambda way: abs(way[0] - fitting) + SHIFTING * float(np.linalg.norm(way[1])))
+    plain: dict[float, Placement] = {}
+    for turn, shift in ways:
+        if turn not in plain:
+            plain[turn] = _placement(cell, body, target, yaw + turn)
+        shifted = replace(plain[turn], xy=plain[turn].xy + shift)
+        if _is_free(cell, body, yaw, turn, shifted):
+            return turn, shifted
+    return fitting, plain[fitting]
+
+
+def _shifts(cell: Workcell, body: str, target: str) -> list[Array]:
+    """Shifts [2] from the middle of `target` to try, none of which takes the thing out of it."""
+    middle = np.zeros(2)
+    if is_object(cell, target) or target.endswith(CONTAINER):
+        return [middle]
+    half = region(cell, target).half_extents[:2]
+    if joint_of(cell, target) is None:
+        return [middle, *(0.5 * half * direction for direction in DIRECTIONS)]
+    outwards = Drawer(cell, target).outwards[:2]  # the front of a drawer lies farther from its cabinet
+    size = float(np.ptp(cell.scene.cloud(body)[:, :2] @ outwards))
+    room = max(0.0, float(half @ np.abs(outwards)) - size / 2 - WALL_GAP)
+    return [middle, 0.5 * room * outwards, room * outwards]
+
+
+def _is_free(cell: Workcell, body: str, yaw: float, turn: float, placement: Placement) -> bool:
+    """Whether the arm would touch nothing but the held `body` where it lets it go."""
+    offset = about_z(turn) @ (cell.arm.position - cell.scene.position(body))
+    hanging = cell.arm.position[2] - cell.scene.bottom(body)
+    height = placement.support + placement.drop + hanging
+    hand = np.array([*(placement.xy + offset[:2]), height])
+    return not cell.clearance.touched(hand, down(yaw + turn)) - {body}
 
 
 def _spot(cell: Workcell, body: str, target: str, yaw: float) -> Array:
@@ -89,11 +143,25 @@ def _placement(cell: Workcell, body: str, target: str, yaw: float) -> Placement:
     if target.endswith(CONTAINER):
         rim = scene.top(body_of(cell, cell.env.object_sites_dict[target].parent_name))
         # As deep as the hand can go without touching the rim.
-        return Placement(goal.centre[:2], max(rim - 0.06, rim + 0.012 - hanging), drop=0.0)
+        depth = max(rim - 0.06, rim + 0.012 - hanging)
+        return Placement(goal.centre[:2], depth, drop=0.0, let_go=not _too_deep(cell, body, target))
     if joint_of(cell, target) is not None:
         floor, top = goal.centre[2] - goal.half_extents[2], goal.centre[2] + goal.half_extents[2]
         return Placement(goal.centre[:2], max(floor, top - 0.008 - hanging), drop=0.004)
     return Placement(_spot(cell, body, target, yaw), float(goal.centre[2]))
+
+
+def _too_deep(cell: Workcell, body: str, target: str) -> bool:
+    """Whether LIBERO no longer sees `body` in the compartment `target` once it stands on its floor.
+
+    So it is in the desk caddy, whose regions end above the floor: there a thing counts only while it is held.
+    """
+    goal, scene = region(cell, target), cell.scene
+    walls = scene.cloud(body_of(cell, cell.env.object_sites_dict[target].parent_name))
+    inside = np.abs(walls - goal.centre)[:, :2] < 0.8 * goal.half_extents[:2]
+    floor = walls[inside.all(1) & (walls[:, 2] < goal.centre[2]), 2]
+    origin = float(scene.position(body)[2]) - scene.bottom(body)
+    return bool(len(floor) and floor.max() + origin < goal.centre[2] - goal.half_extents[2] - IN_BELOW)
 
 
 def slide_out(cell: Workcell, body: str, rotation: Array) -> Skill:
@@ -119,10 +187,10 @@ def slide_out(cell: Workcell, body: str, rotation: Array) -> Skill:
 
 
 def carry_flat(cell: Workcell, body: str, xy: Array) -> Skill:
-    """Pinches a plate's rim on the side that faces its goal, lifts that side and draws the plate there.
+    """Pinches a plate's rim on the side that faces its goal, lifts that side and takes the plate there.
 
-    The plate hangs in the fingers and swings about their axis; its far edge may touch the table. Up to three
-    times, until its origin is at `xy` [2].
+    Where the way is free, the far edge stays on the table and the plate is drawn; else it is lifted over
+    everything in between, hanging aslant. Up to three times, until its origin is at `xy` [2].
     """
     radius = float(np.ptp(cell.scene.cloud(body)[:, 0])) / 2
     for _ in range(3):
@@ -134,17 +202,24 @@ def carry_flat(cell: Workcell, body: str, xy: Array) -> Skill:
         rotation = down(wrap(float(np.arctan2(way[1], way[0])) - np.pi / 2, np.pi))
         rim = centre + heading * radius
         rim[2] = cell.scene.bottom(body) + RIM_GRIP
+        lift = _flat_lift(cell, body, xy, rim[2])
         yield from transit(cell, above(rim, ABOVE_GRASP), rotation, OPEN, clearance=0.03)
         yield from descend(cell, rim, rotation)
         yield from cell.arm.hold(rim, rotation, CLOSED, CLOSING_STEPS)
-        yield from cell.arm.move(above(rim, FLAT_LIFT), rotation, CLOSED, Reach(0.01, 9.0, speed=0.5))
-        obstacles = cell.scene.obstacles((body,))
-        tall = obstacles[obstacles[:, 2] > rim[2] + FLAT_LIFT, :2]
-        via = bypass(centre[:2], xy, radius + 0.015, tall)
-        for stop, height in ((via, FLAT_LIFT), (xy, FLAT_LIFT), (xy, FLAT_LIFT), (xy, 0.0)):
-            rest = stop - cell.scene.position(body)[:2]
+        yield from cell.arm.move(above(rim, lift), rotation, CLOSED, Reach(0.01, 9.0, speed=0.5))
+        for height in (lift, lift, 0.0):
+            rest = xy - cell.scene.position(body)[:2]
             goal = np.array([*(cell.arm.position[:2] + rest), rim[2] + height])
             if np.linalg.norm(cell.arm.position[:2] - cell.scene.position(body)[:2]) < radius + LOST:
                 yield from cell.arm.move(goal, rotation, CLOSED, CARRYING)
         yield from release(cell, rotation, ABOVE_GRASP)
     return bool(np.linalg.norm(xy - cell.scene.position(body)[:2]) < AT_GOAL)
+
+
+def _flat_lift(cell: Workcell, body: str, xy: Array, rim: float) -> float:
+    """How far (m) to lift the edge, at height `rim`, of a plate that has to go to `xy` [2]."""
+    cloud = cell.scene.cloud(body)
+    diameter = float(np.ptp(cloud[:, 0]))
+    obstacles = cell.scene.obstacles((body,))
+    top = corridor_top(obstacles, cell.scene.position(body), xy, diameter / 2 + BESIDE_PLATE)
+    return FLAT_LIFT if top < rim + FLAT_LIFT else top + diameter - rim

@@ -22,6 +22,7 @@ from envs.demonstrators.arm import (
     above,
     down,
 )
+from envs.demonstrators.arm_clearance import ArmClearance
 from envs.demonstrators.grasping import Grasp, GraspWish, plan_grasp
 from envs.demonstrators.rotations import Array
 from envs.demonstrators.scene import Scene
@@ -30,6 +31,7 @@ CLOSING_STEPS = 11  # until the fingers press with full force
 OPENING_STEPS = 8
 CORRIDOR = 0.10  # m to each side of the hand's path that must be free
 ABOVE_GRASP = 0.06  # m
+NEAREST = 0.36  # m from the axis of the robot's base; a hand that rises nearer folds the elbow to its limit
 
 
 @dataclass(frozen=True)
@@ -38,13 +40,15 @@ class Workcell:
 
     scene: Scene
     arm: Arm
+    clearance: ArmClearance
     env: Any  # the raw robosuite environment, for what only a task knows (pegs, bins, goals)
     detour: Array = field(default_factory=lambda: np.zeros(3))  # x, y (m), yaw (rad) of the first approach
 
     @classmethod
     def of(cls, raw: Any, detour: Array | None = None) -> "Workcell":
         """The workcell of a raw robosuite 1.4 (or LIBERO) environment that has just been reset."""
-        return cls(Scene(raw.sim), Arm(raw.sim), raw, np.zeros(3) if detour is None else detour)
+        clearance = ArmClearance(raw.sim, raw.robots[0])
+        return cls(Scene(raw.sim), Arm(raw.sim), clearance, raw, np.zeros(3) if detour is None else detour)
 
 
 def corridor_top(points: Array, start: ArrayLike, end: ArrayLike, radius: float = CORRIDOR) -> float:
@@ -58,6 +62,14 @@ def corridor_top(points: Array, start: ArrayLike, end: ArrayLike, radius: float 
     share = np.clip((points[:, :2] - first) @ way / (way @ way + 1e-9), 0.0, 1.0)
     aside = np.linalg.norm(points[:, :2] - (first + share[:, None] * way), axis=1)
     return float(points[aside < radius, 2].max(initial=-np.inf))
+
+
+def away_from_base(cell: Workcell, position: Array) -> Array:
+    """The point [3] itself, or the nearest one at its height that is not too near to the robot's base."""
+    base = cell.scene.position("robot0_base")[:2]
+    out = position[:2] - base
+    short = NEAREST / float(np.linalg.norm(out))
+    return position if short < 1.0 else np.array([*(base + short * out), position[2]])
 
 
 def transit(
@@ -84,7 +96,8 @@ def transit(
     height = max(goal[2], corridor_top(obstacles, here, goal) + hanging + clearance)
     if here[2] < height - 0.02:
         upright = rotation if carried else cell.arm.rotation
-        yield from cell.arm.move([here[0], here[1], height], upright, gripper, CLEARING)
+        risen = away_from_base(cell, np.array([here[0], here[1], height]))
+        yield from cell.arm.move(risen, upright, gripper, CLEARING)
     return (yield from cell.arm.move([goal[0], goal[1], height], rotation, gripper, PASSING))
 
 
@@ -103,18 +116,25 @@ def grasp(
         The grasp that holds, or None after `tries` failures.
     """
     wish = wish or GraspWish()
+
+    def hindered(planned: Grasp) -> bool:
+        return bool(cell.clearance.touched(planned.position, down(planned.yaw)) - {body})
+
     for _ in range(tries):
-        planned = plan_grasp(cell.scene, body, wish)
+        planned = plan_grasp(cell.scene, body, wish, hindered)
         ready = above(planned.position, ABOVE_GRASP + 0.01)
         yield from transit(cell, ready, down(planned.yaw), OPEN, clearance=0.03)
         planned = plan_grasp(
-            cell.scene, body, replace(wish, yaw=planned.yaw, yaw_limit=0.6, kind=planned.kind)
+            cell.scene, body, replace(wish, yaw=planned.yaw, yaw_limit=0.6, kind=planned.kind), hindered
         )
         rotation = down(planned.yaw)
         yield from descend(cell, planned.position, rotation)
         yield from cell.arm.hold(planned.position, rotation, CLOSED, CLOSING_STEPS)
         before = cell.scene.bottom(body)
-        lifted = above(planned.position, ABOVE_GRASP)
+        outside = away_from_base(cell, planned.position)
+        if outside is not planned.position:
+            yield from cell.arm.move(outside, rotation, CLOSED, Reach(0.015, 9.0, speed=0.5))
+        lifted = above(outside, ABOVE_GRASP)
         yield from cell.arm.move(lifted, rotation, CLOSED, replace(CLEARING, within=0.015))
         if cell.scene.bottom(body) > before + 0.025:
             return planned
@@ -141,6 +161,7 @@ class Placement:
     drop: float = 0.008  # m above the surface at which the hand opens
     clearance: float = 0.04  # m above obstacles on the way
     retreat: float = 0.08  # m upwards after letting go
+    let_go: bool = True
 
 
 def place(cell: Workcell, body: str, rotation: Array, placement: Placement) -> Skill:
@@ -157,7 +178,8 @@ def place(cell: Workcell, body: str, rotation: Array, placement: Placement) -> S
     yield from cell.arm.move(aligned, rotation, CLOSED, Reach(0.008, 0.1, steps=40, noise_share=0.6))
     goal[:2] = hand_goal(cell, body, placement.xy, underside)[:2]
     reached = yield from cell.arm.move(goal, rotation, CLOSED, LOWERING)
-    yield from release(cell, rotation, placement.retreat, goal)
+    if placement.let_go:
+        yield from release(cell, rotation, placement.retreat, goal)
     return reached
 
 
