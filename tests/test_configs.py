@@ -82,7 +82,7 @@ def test_every_prior_fusion_and_backbone_of_the_tables_is_an_option():
     assert options("prior") == sorted(["none", *PRIORS])
     assert options("fusion") == sorted(FUSIONS)
     assert options("base") == sorted(["none", *BASES])
-    assert options("backbone") == sorted([*BACKBONES, "compact_small"])
+    assert options("backbone") == sorted([*BACKBONES, "compact_small", "compact_blind"])
 
 
 @cache
@@ -122,6 +122,11 @@ def test_an_experiment_sets_no_field_that_belongs_to_a_group(experiment):
 )
 def test_an_ablation_is_one_field(override, field):
     assert difference(run("experiment=demo"), run("experiment=demo", override)) == {field}
+
+
+def test_the_blind_experiment_is_the_demo_without_sight_and_without_a_prior():
+    changed = difference(run("experiment=demo"), run("experiment=blind"))
+    assert changed == {"policy.prior.name", "policy.backbone.sight"}
 
 
 TABLES = [

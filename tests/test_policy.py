@@ -9,6 +9,7 @@ from lerobot.policies.factory import make_policy_config, make_pre_post_processor
 from safetensors import safe_open
 
 from tests.policies import CAMERAS, batch, tiny_config
+from vega_policy.bases import BaseConfig
 from vega_policy.configuration_vega import VegaConfig
 from vega_policy.modeling_vega import VegaPolicy
 from vega_policy.parts import FusionConfig, PriorConfig
@@ -145,6 +146,29 @@ def test_without_a_prior_there_is_no_fusion_and_no_gate():
     assert not hasattr(plain.model, "fusion")
     _, log = plain(batch())
     assert "gate" not in log
+
+
+def test_without_sight_frames_and_cached_features_change_nothing_and_the_state_does():
+    torch.manual_seed(0)
+    blind = VegaPolicy(tiny_config(PriorConfig(name="none"), sight=False)).eval()
+
+    def context(**changed):
+        with torch.no_grad():
+            return blind.model.read(blind.observe({**batch(), **changed}))[0]
+
+    assert torch.equal(context(), context(**{key: 1.0 - batch()[key] for key in CAMERAS}))
+    features = blind.model.backbone.encode(torch.rand(2, 2, 3, 64, 64))
+    assert features.any()
+    assert torch.equal(context(), context(**{"vega.semantic": features}))
+    assert not torch.equal(context(), context(**{"observation.state": torch.ones(2, 8)}))
+    assert not torch.equal(context(), context(task=["close the drawer"] * 2))
+
+
+@pytest.mark.parametrize("changed", [{"prior": PriorConfig(name="random")}, {"base": BaseConfig("smolvla")}])
+def test_a_policy_without_sight_refuses_parts_that_see(changed):
+    config = tiny_config(PriorConfig(name="none"), sight=False)
+    with pytest.raises(ValueError, match=r"backbone\.sight=false"):
+        VegaPolicy(dataclasses.replace(config, **changed))
 
 
 def test_training_logs_the_mean_gate(policy):

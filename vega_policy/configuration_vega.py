@@ -70,7 +70,7 @@ class VegaConfig(PreTrainedConfig):
         """Check what can be checked without data.
 
         Raises:
-            ValueError: If more actions are executed than predicted.
+            ValueError: If more actions are executed than predicted, or a base is to be without sight.
         """
         if self.device is None:  # LeRobot would take the same one, with two warnings
             self.device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
@@ -79,6 +79,11 @@ class VegaConfig(PreTrainedConfig):
             raise ValueError(
                 f"n_action_steps must lie between 1 and chunk_size ({self.chunk_size}); got "
                 f"{self.n_action_steps}."
+            )
+        if self.base.name != "none" and not self.backbone.sight:
+            raise ValueError(
+                f"backbone.sight=false blinds this package's own backbones; base={self.base.name} stands in "
+                "their place and sees. Take base=none."
             )
 
     @property

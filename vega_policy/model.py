@@ -98,10 +98,14 @@ class VegaModel(nn.Module):
         return self.expert.sample(context, mask, noise, integrate)
 
     def semantic_features(self, observation: Observation) -> Tensor:
-        """Output of the backbone's image encoder, [b v c gh gw], from the cache or from the last frames."""
-        if observation.semantic is not None:
-            return observation.semantic
-        return self.backbone.encode(_frames(observation, "semantic")[:, :, -1])
+        """Output of the backbone's image encoder, [b v c gh gw], from the cache or from the last frames.
+
+        Zeros of that shape in a policy without sight.
+        """
+        features = observation.semantic
+        if features is None:
+            features = self.backbone.encode(_frames(observation, "semantic")[:, :, -1])
+        return features if self.config.backbone.sight else torch.zeros_like(features)
 
     def prior_features(self, observation: Observation, generator: torch.Generator | None = None) -> Tensor:
         """Output of the prior, [b v d gh gw], from the cache or from the frames.

@@ -122,6 +122,8 @@ class BackboneConfig:
     Attributes:
         name: Entry of the table in `vega_policy.backbones`.
         pretrained: Whether the encoders (or the whole Hugging Face model) start from pre-trained weights.
+        sight: Whether the policy sees; without, its image features are zeros and it learns from state and
+            instruction alone, which needs `prior=none`.
         freeze_image_encoder: Keep the image encoder fixed.
         image_encoder: timm model name, or a local folder that timm can load, read at stride 16.
         text_encoder: Folder or hub id of a sentence encoder; None takes the packaged MiniLM.
@@ -148,6 +150,7 @@ class BackboneConfig:
 
     name: str = "compact"
     pretrained: bool = True
+    sight: bool = True
     freeze_image_encoder: bool = False
 
     image_encoder: str = "tf_efficientnet_lite0"
@@ -264,3 +267,10 @@ class ModelConfig:
     fusion: FusionConfig = field(default_factory=FusionConfig)
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     expert: ExpertConfig = field(default_factory=ExpertConfig)
+
+    def __post_init__(self) -> None:
+        if not self.backbone.sight and self.prior.name != "none":
+            raise ValueError(
+                "backbone.sight=false is for a policy that sees nothing, but "
+                f"prior={self.prior.name} reads the frames; take prior=none, or experiment=blind."
+            )
