@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vega_policy.features import MeanFrames
 from vega_policy.training.config import DatasetConfig
+from vega_policy.training.dataset_files import damaged_files
 
 SAMPLED_EPISODES = 32
 """Episodes that are decoded for the mean frames where no cache is built."""
@@ -35,13 +36,19 @@ def open_dataset(config: DatasetConfig, policy: PreTrainedConfig) -> LeRobotData
         The dataset; frames of videos are uint8.
 
     Raises:
-        DatasetError: If a local root holds no finalized dataset; says which command collects one.
+        DatasetError: If a local root holds no finalized dataset, or a damaged one; names the files and the
+            command that collects it.
     """
     if config.root is not None and not (Path(config.root) / "meta" / "info.json").is_file():
         command = config.collect_command or "the command that collects or downloads it"
         raise DatasetError(
             f"No demonstrations in {config.root}: expected a finalized LeRobotDataset (meta/info.json), "
             f"found {_listing(Path(config.root))}. Collect them first: {command}"
+        )
+    if config.root is not None and (damaged := damaged_files(Path(config.root))):
+        raise DatasetError(
+            f"{config.root} is damaged or only partly written: {'; '.join(damaged[:5])}. Delete it, then "
+            f"collect or download it again{f': {config.collect_command}' if config.collect_command else '.'}"
         )
     meta = LeRobotDatasetMetadata(config.repo_id, root=config.root, revision=config.revision)
     return LeRobotDataset(
