@@ -136,6 +136,22 @@ class PosedCamera:
         frames, depth, intrinsics, segments, poses = (np.stack(part) for part in zip(*shots, strict=True))
         return Views(frames, depth, intrinsics, poses, segments)
 
+    def picture(self, viewpoint: Viewpoint, middle: np.ndarray) -> np.ndarray:
+        """A colour picture alone, which takes a third of the time.
+
+        Args:
+            viewpoint: From where.
+            middle: Point [3] of the simulator's world that the viewpoint is relative to.
+
+        Returns:
+            uint8 [h w 3].
+        """
+        refresh(self._env)
+        with self._placed(moved_pose(self.pose, middle, viewpoint), viewpoint.field):
+            self._renderer.update_scene(self.data, camera=self._camera, scene_option=self._options)
+            frame = self._renderer.render()
+        return np.ascontiguousarray(np.flip(frame, self._env.flipped))
+
     def _shoot(
         self, pose: np.ndarray, field: float | None, thing_of_geom: np.ndarray
     ) -> tuple[np.ndarray, ...]:

@@ -1,6 +1,7 @@
 """Folders and links that are complete or absent, whatever kills the process in between."""
 
 import fcntl
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -57,6 +58,21 @@ def replace_text(path: Path, text: str) -> None:
     _sync(temporary)
     temporary.replace(path)
     _sync(path.parent)
+
+
+def drop_lines_after(path: Path, step: int) -> None:
+    """Drops the lines of a JSON log, if there is one, whose `step` is a later one; they are made again."""
+    if path.exists():
+        kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
+        replace_text(path, "".join(f"{line}\n" for line in kept))
+
+
+def _step_of(line: str) -> float:
+    """Step of a log line; a line cut short by a kill counts as later than all."""
+    try:
+        return json.loads(line)["step"]
+    except json.JSONDecodeError:
+        return float("inf")
 
 
 def remove_partial(folder: Path) -> None:

@@ -10,14 +10,13 @@ outputs/<run>/config.yaml          the resolved config, from which the same run 
               simulation/<step>/   closed-loop evaluations: report, films
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from vega_policy.training.config import TrainConfig, encode
-from vega_policy.training.folders import remove_partial, replace_text
+from vega_policy.training.folders import drop_lines_after, remove_partial, replace_text
 from vega_policy.training.retention import CHECKPOINTS, checkpoints_of, set_aside_after, tidy
 
 CONFIG, METRICS = "config.yaml", "metrics.jsonl"
@@ -85,18 +84,7 @@ def claim(config: TrainConfig, values: dict[str, Any], step: int) -> None:
 
 def forget_metrics_after(folder: Path, step: int) -> None:
     """Drops log lines of steps that a killed start made after its last checkpoint; they are made again."""
-    path = folder / METRICS
-    if path.exists():
-        kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
-        replace_text(path, "".join(f"{line}\n" for line in kept))
-
-
-def _step_of(line: str) -> float:
-    """Step of a log line; a line cut short by a kill counts as later than all."""
-    try:
-        return json.loads(line)["step"]
-    except json.JSONDecodeError:
-        return float("inf")
+    drop_lines_after(folder / METRICS, step)
 
 
 def _occupied(folder: Path) -> str:

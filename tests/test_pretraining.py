@@ -1,0 +1,334 @@
+"""A small Wan is trained, stopped at any moment, written as the hub has it, and read as a prior."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from safetensors.torch import save_file
+
+from vega_policy.parts import PriorConfig
+from vega_policy.priors import PRIORS, make_prior
+from vega_policy.priors.weights import fingerprint_files
+from vega_policy.training.pretraining import autoencoder, learner, matching, prompts, report, transformer
+from vega_policy.training.pretraining.clips import Clips, DamagedClipsError
+from vega_policy.training.pretraining.latents import normalised, posterior_means, restored
+from vega_policy.training.pretraining.settings import decode
+from vega_policy.training.pretraining.stages import pretrain
+
+CPU = torch.device("cpu")
+WIDTH = 12
+TINY = {
+    "vae": {"base_dim": 8, "z_dim": 4, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1},
+    "transformer": {
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_attention_heads": 2,
+        "attention_head_dim": 12,
+        "num_layers": 2,
+        "ffn_dim": 32,
+        "text_dim": WIDTH,
+        "freq_dim": 16,
+    },
+}
+"""wan_tiny's classes, smaller still."""
+
+
+@pytest.fixture(autouse=True)
+def smaller_still(monkeypatch):
+    entry = replace(PRIORS["wan_tiny"], architecture=TINY, layer=1)
+    monkeypatch.setitem(PRIORS, "wan_tiny", entry)
+
+
+def moving_square(count, seed):
+    """Clips in which a square moves over a plane of another colour, uint8 [n 5 16 16 3]."""
+    rng = np.random.default_rng(seed)
+    frames = np.empty((count, 5, 16, 16, 3), np.uint8)
+    for clip in frames:
+        clip[:] = rng.integers(0, 100, 3)
+        colour, top, left = rng.integers(155, 256, 3), *rng.integers(0, 6, 2)
+        for moment, frame in enumerate(clip):
+            frame[top + moment : top + moment + 6, left : left + 6] = colour
+    return frames
+
+
+def write_shards(folder, shards=3, count=4):
+    folder.mkdir(parents=True)
+    for place in range(shards):
+        path = folder / f"square-{place}.npy"
+        np.save(path, moving_square(count, place))
+        shown = [{"shot": "fixed", "instruction": "move it" if clip % 2 else ""} for clip in range(count)]
+        note = {"bytes": path.stat().st_size, "clips": shown}
+        path.with_suffix(".json").write_text(json.dumps(note))
+
+
+def write_prompts(path):
+    generator = torch.Generator().manual_seed(1)
+    tensors = {str(place): torch.randn(2 + place, WIDTH, generator=generator) for place in range(2)}
+    save_file(tensors, path, metadata={"sentences": json.dumps(["", "move it"])})
+
+
+def settings(folder, **changes):
+    if not (folder / "clips").exists():
+        write_shards(folder / "clips")
+        write_prompts(folder / "prompts.safetensors")
+    learning = {"steps": 3, "batch_size": 2, "learning_rate": 3e-3, "warmup": 2}
+    values = {
+        "output_dir": str(folder),
+        "clips": {"folder": str(folder / "clips"), "order": {"suites": ["square"]}},
+        "vae": {"learning": learning, "lengths": [1, 5]},
+        "transformer": {"learning": learning},
+        "report": {"clips": 2, "sample_steps": 2},
+        "stages": ["vae", "transformer"],
+        "device": "cpu",
+        "tensorboard": False,
+        "log_every": 1,
+        "save_every": 2,
+        "validate_every": 3,
+    }
+    return decode(values | changes)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A finished run with its report."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PRIORS, "wan_tiny", replace(PRIORS["wan_tiny"], architecture=TINY, layer=1))
+        return pretrain(settings(folder, stages=["vae", "transformer", "report"]))
+
+
+def test_a_few_steps_lower_both_losses_on_a_moving_square(tmp_path):
+    write_shards(tmp_path / "clips")
+    clips, _ = Clips.open(tmp_path / "clips", 0.3)
+    run = settings(tmp_path / "run")
+    torch.manual_seed(0)
+    vae = AutoencoderKLWan(**TINY["vae"])
+    small = replace(run.vae.learning, steps=12, batch_size=4)
+    losses = fit(
+        vae, autoencoder.autoencoder_loss(vae, clips, replace(run.vae, learning=small, lengths=[1]), CPU),
+        small, tmp_path / "vae",
+    )  # fmt: skip
+    assert losses[-1] < 0.8 * losses[0]
+    network = WanTransformer3DModel(**TINY["transformer"])
+    latents = torch.randn(1, 4, 2, 4, 4, generator=torch.Generator().manual_seed(0)).expand(8, -1, -1, -1, -1)
+    table = prompts.PromptTable({"": torch.ones(2, WIDTH)}, CPU)
+    measure = transformer.watch(network, latents.numpy(), [""] * 8, table, CPU)
+    before = measure()
+    small = replace(small, steps=30, learning_rate=1e-2)
+    learned = replace(run.transformer, learning=small)
+    fit(
+        network, transformer.matching_loss(network, latents.numpy(), [""] * 8, table, learned, CPU), small,
+        tmp_path / "transformer",
+    )  # fmt: skip
+    after = measure()
+    assert all(after[name] < 0.8 * before[name] for name in before)
+
+
+def fit(network, loss, learning, folder):
+    """Loss before each step."""
+    learns, losses = learner.Learner(network, learning, folder), []
+    for step in range(learning.steps):
+        value, _ = loss(learner.Draws.of(0, step, CPU))
+        learns.update(value)
+        losses.append(value.item())
+    return losses
+
+
+def test_a_run_killed_between_two_checkpoints_ends_in_the_same_weights(trained, tmp_path, monkeypatch):
+    update, made = learner.Learner.update, []
+
+    def dying(self, loss):
+        made.append(self.step)
+        if len(made) in (3, 7):  # once in each training, after the checkpoint of step 2
+            raise KeyboardInterrupt
+        return update(self, loss)
+
+    monkeypatch.setattr(learner.Learner, "update", dying)
+    run = settings(tmp_path)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(run)
+    folder = pretrain(run)
+    assert made == [0, 1, 2, 2, 0, 1, 2, 2]
+    parts = ["vae", "transformer"]
+    assert fingerprint_files(folder, parts) == fingerprint_files(trained, parts)
+    for part in parts:
+        rows = [json.loads(line) for line in (tmp_path / part / "metrics.jsonl").read_text().splitlines()]
+        assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3]
+
+
+def test_a_run_whose_time_is_up_says_so_and_leaves_a_checkpoint(tmp_path):
+    assert pretrain(settings(tmp_path, max_seconds=0)) is None
+    assert not (tmp_path / "wan_tiny" / "vae").exists()
+    assert (tmp_path / "vae" / "checkpoints" / "last" / "weights.safetensors").is_file()
+
+
+def test_the_folder_is_a_prior_whose_weights_are_not_the_untrained_ones(trained):
+    grid = (2, 2)
+    prior = make_prior(PriorConfig(name="wan_tiny", path=str(trained)), grid)
+    untrained = make_prior(PriorConfig(name="wan_tiny"), grid)
+    assert not prior.untrained
+    assert prior.fingerprint != untrained.fingerprint
+    features = prior(torch.rand(1, 1, 1, 3, 32, 32))
+    assert features.shape == (1, 1, 24, 2, 2)
+    assert features.isfinite().all()
+    empty = prompts.read_prompts(trained.parent / "prompts.safetensors")[""]
+    assert torch.equal(prior.prompt[0, :2], empty)
+    assert not prior.prompt[0, 2:].any()
+
+
+def test_the_reader_noises_and_tells_time_as_the_training_does(trained):
+    prior = make_prior(
+        PriorConfig(name="wan_tiny", path=str(trained), noise_level=0.3, engine="plain"), (2, 2)
+    )
+    seen = {}
+    network = prior.transformer
+    network.patch_embedding.register_forward_hook(lambda _m, given, _o: seen.update(latent=given[0]))
+    network.condition_embedder.register_forward_hook(lambda _m, given, _o: seen.update(time=given[0]))
+    picture = torch.rand(1, 1, 1, 3, 32, 32)
+    prior(picture)
+    frames = (picture[0, 0].permute(0, 2, 3, 1)[None] * 255).round().to(torch.uint8).numpy()
+    latent = normalised(prior.vae, posterior_means(prior.vae, frames, CPU))
+    noise = prior.noise(latent, None).expand_as(latent)
+    torch.testing.assert_close(seen["latent"], 0.7 * latent + 0.3 * noise, atol=0.05, rtol=0)
+    time = torch.tensor([0.3])
+    torch.testing.assert_close(matching.noised(latent, noise, time), 0.7 * latent + 0.3 * noise)
+    told = {}
+
+    def network_like_wans(_latent, moment, _prompt, return_dict):
+        told.update(time=moment)
+        return (torch.zeros_like(latent),)
+
+    transformer.predict(network_like_wans, latent, time, prior.prompt)
+    torch.testing.assert_close(told["time"], torch.tensor([300.0]))
+    torch.testing.assert_close(seen["time"], torch.tensor([300.0]))
+
+
+def test_the_velocity_leads_from_any_point_of_the_path_back_to_the_data():
+    data, noise, time = torch.randn(5, 4, 2, 3, 3), torch.randn(5, 4, 2, 3, 3), torch.linspace(0, 1, 5)
+    at = matching.noised(data, noise, time)
+    target = matching.velocity(data, noise)
+    torch.testing.assert_close(at - time[:, None, None, None, None] * target, data)
+    step = 1e-3
+    there = matching.noised(data.double(), noise.double(), time.double() + step)
+    torch.testing.assert_close((there - at.double()) / step, target.double(), atol=1e-3, rtol=1e-3)
+
+
+def test_times_are_logit_normal_and_a_shift_moves_them_towards_noise():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.logit(matching.sample_time(20_000, 0.5, 0.8, 1.0, generator))
+    assert abs(logits.mean() - 0.5) < 0.03
+    assert abs(logits.std() - 0.8) < 0.03
+    torch.testing.assert_close(
+        matching.shifted(torch.tensor([0.0, 0.5, 1.0]), 3.0), torch.tensor([0, 0.75, 1.0])
+    )
+
+
+def test_normalised_latents_have_mean_zero_and_deviation_one_and_come_back(trained):
+    from vega_policy.training.pretraining.export import load_vae
+
+    clips, _ = Clips.open(trained.parent / "clips", 0.05)
+    vae = load_vae(trained, CPU)
+    latent = posterior_means(vae, clips.take(np.arange(len(clips))), CPU)
+    scaled = normalised(vae, latent)
+    torch.testing.assert_close(scaled.mean(dim=(0, 2, 3, 4)), torch.zeros(4), atol=0.05, rtol=0)
+    torch.testing.assert_close(scaled.std(dim=(0, 2, 3, 4)), torch.ones(4), atol=0.05, rtol=0)
+    torch.testing.assert_close(restored(vae, scaled), latent)
+
+
+def test_a_shard_that_was_cut_off_is_refused_by_name(tmp_path):
+    write_shards(tmp_path / "clips")
+    whole = (tmp_path / "clips" / "square-1.npy").read_bytes()
+    (tmp_path / "clips" / "square-1.npy").write_bytes(whole[:-7])
+    with pytest.raises(DamagedClipsError, match=r"square-1\.npy has \d+ bytes, \d+ were written"):
+        Clips.open(tmp_path / "clips", 0.1)
+
+
+def test_nothing_is_learned_from_a_held_out_shard(tmp_path):
+    write_shards(tmp_path / "clips")
+    clips, held_out = Clips.open(tmp_path / "clips", 0.1)
+    assert (len(clips), len(held_out)) == (8, 4)
+    assert np.array_equal(held_out.take(np.arange(4)), moving_square(4, 1))
+    assert np.array_equal(clips.take(np.array([7, 0]))[0], moving_square(4, 2)[3])
+    assert clips.instructions == ["", "move it"] * 4
+
+
+def test_the_report_has_intervals_pictures_a_film_and_a_card(trained):
+    told = json.loads((trained.parent / "report" / "report.json").read_text())
+    for level in ("0.1", "0.3", "0.9"):
+        assert (
+            told["figures"]["loss"][level]["clips"]["low"] < told["figures"]["loss"][level]["clips"]["high"]
+        )
+    assert (trained.parent / "report" / "reconstructions.png").stat().st_size
+    assert (trained.parent / "report" / "sample.mp4").stat().st_size
+    text = (trained / "README.md").read_text()
+    assert "autoencoder 3, transformer 3" in text
+    assert f"{told['figures']['psnr_clips']['mean']:.3f} [" in text
+
+
+def test_signal_to_noise_has_its_closed_form():
+    frames = np.full((1, 1, 16, 16, 3), 100, np.uint8)
+
+    class OffByTen:
+        def encode(self, video):
+            return SimpleNamespace(latent_dist=SimpleNamespace(mode=lambda: video))
+
+        def decode(self, latent):
+            return SimpleNamespace(sample=latent + 10 / 127.5)
+
+    vae = OffByTen()
+    measured = autoencoder.peak_signal_to_noise(vae, frames, CPU)
+    torch.testing.assert_close(measured, torch.tensor([20 * np.log10(25.5)], dtype=torch.float32))
+
+
+def test_a_mistyped_field_names_the_near_one():
+    with pytest.raises(ValueError, match=r"field vae\.learning\.step\. Did you mean vae\.learning\.steps"):
+        decode({"vae": {"learning": {"step": 1}}})
+
+
+def test_an_instruction_without_embedding_is_named():
+    table = prompts.PromptTable({"": torch.ones(2, WIDTH)}, CPU)
+    with pytest.raises(ValueError, match="'fly'"):
+        table(["", "fly"])
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_its_last_checkpoint(tmp_path):
+    run = settings(tmp_path, save_every=1)
+    learns = learner.Learner(torch.nn.Linear(2, 1), run.vae.learning, tmp_path / "run")
+
+    def broken(draws):
+        value = learns.network(torch.ones(1, 2)).sum() * (torch.nan if learns.step == 2 else 1.0)
+        return value, {}
+
+    with pytest.raises(FloatingPointError, match="step 3"):
+        learner.learn(learns, broken, dict, run, None)
+    again = learner.Learner(torch.nn.Linear(2, 1), run.vae.learning, tmp_path / "run")
+    assert again.step == 2
+    assert all(weight.isfinite().all() for weight in again.weights)
+
+
+def test_frames_survive_the_way_to_the_network_and_back():
+    frames = moving_square(2, 0)
+    assert np.array_equal(report.as_frames(autoencoder.as_video(frames, CPU)), frames)
+
+
+@pytest.mark.slow
+def test_pretraining_needs_neither_lerobot_nor_hydra():
+    program = """
+import sys
+for name in ("lerobot", "hydra", "omegaconf", "draccus", "timm", "imageio", "tensorboard", "accelerate"):
+    sys.modules[name] = None
+from importlib.util import find_spec
+import importlib.util
+real = find_spec
+absent = ("lerobot", "accelerate")
+importlib.util.find_spec = lambda name, *rest: None if name in absent else real(name, *rest)
+import vega_policy.training.pretraining.__main__, envs.clips
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=300)

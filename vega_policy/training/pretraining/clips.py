@@ -1,0 +1,106 @@
+"""Clips on disk, mapped into memory; the layout is that of `envs.clips`."""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+
+
+class DamagedClipsError(ValueError):
+    """A shard is not what was written; the message names it."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of clips.
+
+    Attributes:
+        frames: uint8 [n t h w 3], mapped into memory.
+        instructions: What the robot was told, clip by clip; empty where it is not said.
+        shots: How each was filmed.
+    """
+
+    frames: np.ndarray
+    instructions: list[str]
+    shots: list[str]
+
+
+class Clips:
+    """Clips of several shards under one index.
+
+    Args:
+        shards: The shards; their frames have one shape.
+    """
+
+    def __init__(self, shards: list[Shard]) -> None:
+        self._shards = shards
+        self._starts = np.cumsum([0, *(len(shard.frames) for shard in shards)])
+        self.instructions = [text for shard in shards for text in shard.instructions]
+        self.shots = [shot for shard in shards for shot in shard.shots]
+        self.shape: tuple[int, ...] = shards[0].frames.shape[1:]
+
+    @classmethod
+    def open(cls, folder: Path, held_out: float) -> tuple[Self, Self]:
+        """Clips to learn from, and held-out ones: whole shards, evenly spaced.
+
+        Args:
+            folder: Where they lie.
+            held_out: Share of the shards that is held out; at least one.
+
+        Raises:
+            FileNotFoundError: If there are fewer than two whole shards.
+            DamagedClipsError: If a shard was cut off or holds other clips than its description says.
+        """
+        paths = sorted(path for path in folder.glob("*.json") if path.with_suffix(".npy").is_file())
+        if len(paths) < 2:
+            raise FileNotFoundError(
+                f"{folder} holds {len(paths)} shards of clips; two are needed, one of which is held out. "
+                "Film some: stages=[clips]."
+            )
+        shards = [open_shard(path) for path in paths]
+        shapes = {shard.frames.shape[1:] for shard in shards}
+        if len(shapes) > 1:
+            raise DamagedClipsError(f"{folder}: clips of several shapes {sorted(shapes)}; expected one")
+        count = min(max(1, round(held_out * len(shards))), len(shards) - 1)
+        aside = {math.floor((place + 0.5) * len(shards) / count) for place in range(count)}
+        return (
+            cls([shard for index, shard in enumerate(shards) if index not in aside]),
+            cls([shards[index] for index in sorted(aside)]),
+        )
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def take(self, indices: np.ndarray) -> np.ndarray:
+        """Clips by index, uint8 [n t h w 3]."""
+        places = np.searchsorted(self._starts, indices, side="right") - 1
+        return np.stack(
+            [
+                self._shards[shard].frames[index - self._starts[shard]]
+                for shard, index in zip(places, indices, strict=True)
+            ]
+        )
+
+
+def open_shard(description: Path) -> Shard:
+    """Open a shard by its description.
+
+    Raises:
+        DamagedClipsError: If its frames are not those that were written.
+    """
+    note, path = json.loads(description.read_text()), description.with_suffix(".npy")
+    size = path.stat().st_size
+    if size != note["bytes"]:
+        raise DamagedClipsError(
+            f"{path} has {size} bytes, {note['bytes']} were written; delete {description.name} and it, and "
+            "film again: stages=[clips]"
+        )
+    frames, clips = np.load(path, mmap_mode="r"), note["clips"]
+    if frames.dtype != np.uint8 or frames.ndim != 5 or len(frames) != len(clips):
+        raise DamagedClipsError(
+            f"{path}: expected uint8 [{len(clips)} t h w 3]; got {frames.dtype} {list(frames.shape)}"
+        )
+    return Shard(frames, [clip["instruction"] for clip in clips], [clip["shot"] for clip in clips])

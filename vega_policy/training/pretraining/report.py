@@ -1,0 +1,186 @@
+"""What the written weights can do: figures with intervals, reconstructions, a sample video, and the card."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import imageio.v3 as imageio
+import numpy as np
+import torch
+from torch import Tensor
+
+from vega_policy.training.folders import replace_text
+from vega_policy.training.pretraining.autoencoder import peak_signal_to_noise
+from vega_policy.training.pretraining.clips import Clips
+from vega_policy.training.pretraining.export import check_size, make_scheduler
+from vega_policy.training.pretraining.latents import normalised, posterior_means, restored
+from vega_policy.training.pretraining.prompts import EMPTY, PromptTable
+from vega_policy.training.pretraining.settings import PretrainSettings
+from vega_policy.training.pretraining.transformer import BATCH, loss_by_level, predict
+from vega_policy.training.provenance import hardware
+
+SHOWN, SAMPLES, FRAMES_PER_SECOND = 6, 4, 5
+Figures = dict[str, Any]
+
+
+def interval(values: Tensor) -> dict[str, float]:
+    """Mean of independent values [n] with a normal 95% interval."""
+    half = 1.96 * values.std().item() / len(values) ** 0.5 if len(values) > 1 else float("nan")
+    mean = values.mean().item()
+    return {"mean": mean, "low": mean - half, "high": mean + half, "n": len(values)}
+
+
+def measure(
+    vae: Any, transformer: Any, clips: Clips, prompts: PromptTable, settings: PretrainSettings
+) -> Figures:
+    """Reconstruction and validation loss on held-out clips.
+
+    Args:
+        vae: The autoencoder that was written.
+        transformer: The transformer that was written.
+        clips: Held-out clips.
+        prompts: Embeddings of their instructions.
+        settings: The run.
+    """
+    device = next(vae.parameters()).device
+    chosen = np.linspace(0, len(clips) - 1, min(settings.report.clips, len(clips))).astype(int)
+    frames, told = clips.take(chosen), [clips.instructions[index] for index in chosen]
+    parts = [frames[start : start + BATCH] for start in range(0, len(frames), BATCH)]
+    latents = torch.cat([normalised(vae, posterior_means(vae, part, device)).cpu() for part in parts]).numpy()
+    levels = settings.report.noise_levels
+    losses = {
+        name: loss_by_level(transformer, shown, told, prompts, levels, device)
+        for name, shown in (("clips", latents), ("frames", latents[:, :, :1]))
+    }
+    return {
+        "psnr_clips": interval(peak_signal_to_noise(vae, frames, device)),
+        "psnr_frames": interval(peak_signal_to_noise(vae, frames[:, :1], device)),
+        "loss": {
+            f"{level:g}": {name: interval(by_level[level]) for name, by_level in losses.items()}
+            for level in levels
+        },
+        "loss_of_predicting_zero": 1.0 + float(np.square(latents).mean()),
+    }
+
+
+@torch.no_grad()
+def sample(vae: Any, transformer: Any, prompt: Tensor, latent: tuple[int, ...], settings: Any) -> np.ndarray:
+    """Videos from noise, uint8 [n t h w 3].
+
+    Args:
+        vae: The autoencoder.
+        transformer: The transformer.
+        prompt: Embedded prompts [n 512 d].
+        latent: Shape [z t h w] of one latent.
+        settings: `ReportSettings`.
+    """
+    scheduler = make_scheduler(settings.sample_shift)
+    scheduler.set_timesteps(settings.sample_steps, device=prompt.device)
+    noisy = torch.randn(len(prompt), *latent, generator=torch.Generator().manual_seed(0)).to(prompt.device)
+    for moment in scheduler.timesteps:
+        time = (moment / 1000).expand(len(prompt)).to(prompt.device)
+        (noisy,) = scheduler.step(predict(transformer, noisy, time, prompt), moment, noisy, return_dict=False)
+    return as_frames(vae.decode(restored(vae, noisy)).sample)
+
+
+def as_frames(video: Tensor) -> np.ndarray:
+    """The inverse of `as_video`, [n 3 t h w] in [-1, 1] -> uint8 [n t h w 3]."""
+    scaled = ((video.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return scaled.permute(0, 2, 3, 4, 1).cpu().numpy()
+
+
+@torch.no_grad()
+def write_pictures(
+    folder: Path, vae: Any, transformer: Any, clips: Clips, prompts: PromptTable, settings: PretrainSettings
+) -> None:
+    """Write reconstructions and a sample video.
+
+    Of the reconstructions the original is above and what comes back below; half of the samples have the empty
+    prompt, half an instruction.
+
+    Args:
+        folder: Where they go.
+        vae: The autoencoder.
+        transformer: The transformer.
+        clips: Held-out clips.
+        prompts: Embeddings of their instructions.
+        settings: The run.
+    """
+    device = next(vae.parameters()).device
+    chosen = np.linspace(0, len(clips) - 1, min(SHOWN, len(clips))).astype(int)
+    frames = clips.take(chosen)
+    latent = posterior_means(vae, frames, device)
+    decoded = as_frames(vae.decode(latent).sample)
+    middle = frames.shape[1] // 2
+    rows = [np.concatenate(list(one[:, middle]), axis=1) for one in (frames, decoded)]
+    imageio.imwrite(folder / "reconstructions.png", np.concatenate(rows, axis=0))
+    told = [text for text in dict.fromkeys(clips.instructions) if text][: SAMPLES // 2]
+    texts = ([EMPTY] * SAMPLES + told)[-SAMPLES:]
+    shape = tuple(latent.shape[1:])
+    videos = sample(vae, transformer, prompts(texts), shape, settings.report)
+    film = np.concatenate(list(videos), axis=2)  # side by side
+    with imageio.imopen(folder / "sample.mp4", "w", plugin="pyav") as file:
+        file.write(film, codec="libx264", fps=FRAMES_PER_SECOND)
+
+
+def write_card(folder: Path, figures: Figures, learned: Figures, settings: PretrainSettings) -> None:
+    """Write the card of the checkpoint in `folder`, and its figures as JSON beside it.
+
+    Args:
+        folder: The checkpoint's folder.
+        figures: By `measure`.
+        learned: Number of clips, shots and steps: what it was learned from.
+        settings: The run.
+
+    Raises:
+        ValueError: If the checkpoint is too large.
+    """
+    machine = settings.report.hardware or _machine()
+    told = {"hardware": machine, "learned": learned, "figures": figures, "settings": asdict(settings)}
+    replace_text(folder.parent / "report" / "report.json", json.dumps(told, indent=1) + "\n")
+    replace_text(folder / "README.md", card(figures, learned, machine))
+    check_size(folder)
+
+
+def card(figures: Figures, learned: Figures, machine: str) -> str:
+    """The card's text."""
+    rows = [
+        f"| {level} | {_with_interval(row['clips'])} | {_with_interval(row['frames'])} |"
+        for level, row in figures["loss"].items()
+    ]
+    lines = [
+        "# A small Wan trained on simulated video",
+        "",
+        "Architecture of Wan2.1 (`AutoencoderKLWan`, `WanTransformer3DModel`) with a few million weights,",
+        "trained from scratch; no weight of Wan itself. Read as `prior=wan_tiny prior.path=FOLDER`.",
+        "",
+        f"- data: {learned['clips']} clips of {learned['frames']} frames, {learned['size']} pixels, of "
+        f"{', '.join(learned['suites'])}; shots: {', '.join(learned['shots'])}. Scenes and episodes are "
+        "drawn by seeds; no official initial state is used.",
+        f"- steps: autoencoder {learned['vae_steps']}, transformer {learned['transformer_steps']}",
+        f"- hardware: {machine}",
+        f"- held-out clips (whole shards): {learned['held_out']}; intervals: 95%, normal, over clips",
+        f"- reconstruction, PSNR in dB: clips {_with_interval(figures['psnr_clips'])}, single frames "
+        f"{_with_interval(figures['psnr_frames'])}. LPIPS is not given: no package here carries its weights.",
+        "",
+        f"Validation loss (mean square of the velocity's error; predicting zero gives "
+        f"{figures['loss_of_predicting_zero']:.3f}):",
+        "",
+        "| noise level | clips | single frames |",
+        "|---|---|---|",
+        *rows,
+        "",
+        "These numbers are of the bfloat16 weights in this folder.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _with_interval(value: dict[str, float]) -> str:
+    return f"{value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
+
+
+def _machine() -> str:
+    found = hardware()
+    return ", ".join([*found["gpus"], f"{found['processor']}, {found['cores']} cores"])
