@@ -25,7 +25,8 @@ class VegaSimConfig(RobotConfig):
         auto_reset: Whether a success or the task's horizon ends an episode and a new scene is laid out. If
             not, the scene stays until the robot is sent back to where it started, as LeRobot's episodic
             rollout does.
-        reset_seconds: How long laying out a new scene takes; commands are ignored meanwhile.
+        reset_seconds: How long a new scene is shown before its episode begins. Commands are ignored
+            meanwhile, so that what was planned for the old scene is not executed in the new one.
         log_file: JSON lines, one for each episode that ended and each thing that happened to the robot; None
             logs to the console only.
     """

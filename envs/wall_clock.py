@@ -35,7 +35,7 @@ class WallClockRobot:
         make: Builds the environment; called in the thread that steps it, where its rendering context lives.
         seed: Seed of the first episode; the following ones count up.
         auto_reset: Whether the end of an episode lays out a new scene.
-        reset_seconds: How long that takes.
+        reset_seconds: How long the new scene is shown before commands move anything.
         log_file: Where JSON lines are added, or None.
     """
 
@@ -93,6 +93,8 @@ class WallClockRobot:
             seed = self._seed + episode
             environment.reset_blindly(seed=seed)
             self._publish(environment)
+            if episode > 0:
+                self._closed.wait(self._reset_seconds)  # the new scene is seen, so that no plan is of the old
             with self._lock:
                 self._commands.clear()
             self.ready.set()
@@ -103,7 +105,6 @@ class WallClockRobot:
             self._log({"episode": episode, "seed": seed, **self._play_episode(environment)})
             self._return.clear()
             episode += 1
-            self._closed.wait(self._reset_seconds)
 
     def _play_episode(self, environment: Any) -> dict[str, Any]:
         """Play one episode and return its record."""

@@ -105,6 +105,20 @@ def test_what_comes_faster_than_it_can_be_executed_is_lost(tmp_path):
     assert len(sent) <= 3
 
 
+def test_a_new_scene_is_seen_before_its_episode_begins_and_what_was_planned_for_the_old_is_dropped(tmp_path):
+    table = Table()
+    with Running(table, tmp_path, reset_seconds=0.3) as running:
+        running.robot.act(np.array([1.0, 0.0]))
+        running.wait_for_episodes(1)
+        end = time.monotonic() + 20
+        while running.robot.observe()[0][0] != 0:  # steps taken in the scene that is seen
+            assert time.monotonic() < end
+        running.robot.act(np.array([0.7, 0.0]))
+        running.wait_for_episodes(2)
+    assert table.seeds[:2] == [5, 6]
+    assert not any(action[0] for action in table.actions[1:11])
+
+
 def test_success_is_logged_by_the_simulator(tmp_path):
     with Running(Table(), tmp_path) as running:
         running.robot.act(np.array([1.0, 0.0]))
