@@ -142,17 +142,18 @@ class VegaSim(Robot):
 
     def disconnect(self) -> None:
         """End the simulator."""
-        if self._connection is not None:
+        connection, self._connection = self._connection, None  # from here on it is not connected
+        if connection is not None:
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                self._connection.send(("disconnect", None))
-            self._connection.close()
+                connection.send(("disconnect", None))
+            connection.close()
         if self._process is not None:
             try:
                 self._process.wait(_SECONDS_TO_ANSWER)
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
-        self._process = self._connection = None
+        self._process = None
 
     def _ask(self, request: str, argument: Any) -> Any:
         if self._connection is None:

@@ -103,7 +103,7 @@ def test_lerobot_rollout_records_episodes_of_the_simulated_robot(checkpoint, tmp
 
 
 def deploy(folder, *arguments, code=0):
-    return run(
+    printed = run(
         [sys.executable, REPOSITORY / "scripts" / "deploy_policy.py"],
         "robot=vega_sim",
         "robot.device.frame_size=64",
@@ -115,6 +115,8 @@ def deploy(folder, *arguments, code=0):
         folder=folder,
         code=code,
     )
+    assert "Traceback" not in printed, printed[-5000:]
+    return printed
 
 
 def test_a_dry_run_moves_nothing_and_shows_what_it_would_do(checkpoint, tmp_path):

@@ -195,6 +195,20 @@ def test_the_watchdog_holds_a_robot_whose_policy_hangs_and_then_stops_it():
     assert safety.command(START | {"pan.pos": 1.0}, START) == last
 
 
+@pytest.mark.parametrize("error", [ConnectionError("gone"), OSError("closed"), RuntimeError()])
+def test_the_watchdog_goes_on_watching_when_the_robot_could_not_be_reached(error):
+    safety, robot, failures = SafetyFilter(JOINTS, period=0.02), Robot(), [error]
+
+    def send(command):
+        if failures:
+            raise failures.pop()
+        robot.send(command)
+
+    with Watchdog(safety, send, hold_after=0.05, stop_after=9.0, on_stop=robot.send):
+        safety.command(START | {"pan.pos": 0.3}, START)
+        wait_until(lambda: robot.commands)
+
+
 def test_the_watchdog_is_quiet_while_actions_come():
     safety, robot = SafetyFilter(JOINTS, period=0.01), Robot()
     with Watchdog(safety, robot.send, hold_after=5.0, stop_after=9.0, on_stop=robot.send):

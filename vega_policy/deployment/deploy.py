@@ -210,6 +210,7 @@ def _drive(config: Mapping[str, Any], context: RolloutContext, safety: SafetyFil
         others = {}
         if context.hardware.teleop is not None:
             others[config["takeover_key"]] = strategy.toggle_human
+        stack.callback(strategy.teardown, context)  # once the watchdog, which commands too, has ended
         stack.enter_context(EmergencyStop(safety.stop, key=config["emergency_key"], others=others))
         send = context.hardware.robot_wrapper.send_action
         stack.enter_context(
@@ -226,8 +227,6 @@ def _drive(config: Mapping[str, Any], context: RolloutContext, safety: SafetyFil
             strategy.run(context)
         except KeyboardInterrupt:
             safety.stop("interrupted from the keyboard")
-        finally:
-            strategy.teardown(context)
     logger.info("%d steps; interventions: %s", strategy.steps, dict(safety.counts) or "none")
     saved = [] if recorder is None else recorder.saved
     if saved and recording["merge_into"] is not None:

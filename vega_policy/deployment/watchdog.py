@@ -82,7 +82,7 @@ class Watchdog:
         self.holds += 1
         try:
             self._send(command)
-        except ConnectionError as error:  # LeRobot's word for a robot that is not connected (any more)
+        except (OSError, RuntimeError) as error:  # a bus or a connection that fails must not end the watch
             logger.error("the watchdog cannot reach the robot: %s", error)
 
 
