@@ -25,6 +25,7 @@ from envs.demonstrators.skills import (
 )
 
 CONTAINER = "_contain_region"
+CARRIES = 2  # what slips out of the hand on the way is taken up again once
 AT_GOAL = 0.025  # m; LIBERO asks for 0.04
 LOST = 0.04  # m between a plate's edge and the hand that should hold it
 RIM_GRIP, FLAT_LIFT = 0.010, 0.035  # m above the lowest point of a plate; m that its rim is lifted
@@ -34,6 +35,7 @@ IN_BELOW = 0.01  # m by which LIBERO's own check reaches below a region
 STANDING = 0.04  # m above a region that tells things on it from its own surface
 SHIFTING = 20.0  # rad of turning that a shift by one metre is as bad as
 DIRECTIONS = np.array([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
+JITTER = np.array([[0.0, 0.0, 0.0], [0.01, 0.0, 0.0], [-0.01, 0.0, 0.0], [0.0, 0.01, 0.0], [0.0, -0.01, 0.0]])
 WALL_GAP = 0.01  # m that stay free between a thing and the front of its drawer
 SIDEWAYS = np.deg2rad([20, -20, 40, -40, 60, -60, 90, -90, 120, -120, 150, -150, 180])
 ANGLES = np.deg2rad(np.arange(0.0, 360.0, 15.0))
@@ -46,12 +48,15 @@ def put(cell: Workcell, thing: str, target: str) -> Skill:
         return (yield from carry_flat(cell, body, region(cell, target).centre[:2]))
     if _is_chamber(cell, target):
         return (yield from insert(cell, body, target))
-    held = yield from grasp(cell, body)
-    if held is None:
-        return False
-    yield from slide_out(cell, body, down(held.yaw))
-    turn, placement = _free_placement(cell, body, target, held.yaw)
-    return (yield from place(cell, body, down(held.yaw + turn), placement))
+    for _ in range(CARRIES):
+        held = yield from grasp(cell, body)
+        if held is None:
+            return False
+        yield from slide_out(cell, body, down(held.yaw))
+        turn, placement = _free_placement(cell, body, target, held.yaw)
+        if (yield from place(cell, body, down(held.yaw + turn), placement)):
+            return True
+    return False
 
 
 def _is_flat(cloud: Array) -> bool:
@@ -76,7 +81,7 @@ def _turn(cell: Workcell, body: str, target: str, yaw: float) -> float:
 def _free_placement(cell: Workcell, body: str, target: str, yaw: float) -> tuple[float, Placement]:
     """By how much (rad) to turn the held `body` and where to set it down so that the arm touches nothing.
 
-    The first way that is free, the plainest first; the plainest if none is.
+    The first way that is free with a centimetre to spare, the plainest first; else the freest.
     """
     fitting = _turn(cell, body, target, yaw)
     turns = [fitting]
@@ -85,13 +90,17 @@ def _free_placement(cell: Workcell, body: str, target: str, yaw: float) -> tuple
     ways = [(turn, shift) for turn in turns for shift in _shifts(cell, body, target)]
     ways.sort(key=lambda way: abs(way[0] - fitting) + SHIFTING * float(np.linalg.norm(way[1])))
     plain: dict[float, Placement] = {}
+    best, fewest = (fitting, _placement(cell, body, target, yaw + fitting)), len(JITTER) + 1
     for turn, shift in ways:
         if turn not in plain:
             plain[turn] = _placement(cell, body, target, yaw + turn)
         shifted = replace(plain[turn], xy=plain[turn].xy + shift)
-        if _is_free(cell, body, yaw, turn, shifted):
-            return turn, shifted
-    return fitting, plain[fitting]
+        touched = _touching(cell, body, yaw, turn, shifted)
+        if touched < fewest:
+            best, fewest = (turn, shifted), touched
+        if not touched:
+            break
+    return best
 
 
 def _shifts(cell: Workcell, body: str, target: str) -> list[Array]:
@@ -108,13 +117,13 @@ def _shifts(cell: Workcell, body: str, target: str) -> list[Array]:
     return [middle, 0.5 * room * outwards, room * outwards]
 
 
-def _is_free(cell: Workcell, body: str, yaw: float, turn: float, placement: Placement) -> bool:
-    """Whether the arm would touch nothing but the held `body` where it lets it go."""
+def _touching(cell: Workcell, body: str, yaw: float, turn: float, placement: Placement) -> int:
+    """How many poses near that in which the hand lets `body` go have the arm touch anything else."""
     offset = about_z(turn) @ (cell.arm.position - cell.scene.position(body))
     hanging = cell.arm.position[2] - cell.scene.bottom(body)
     height = placement.support + placement.drop + hanging
-    hand = np.array([*(placement.xy + offset[:2]), height])
-    return not cell.clearance.touched(hand, down(yaw + turn)) - {body}
+    hand, rotation = np.array([*(placement.xy + offset[:2]), height]), down(yaw + turn)
+    return sum(bool(cell.clearance.touched(hand + shift, rotation) - {body}) for shift in JITTER)
 
 
 def _spot(cell: Workcell, body: str, target: str, yaw: float) -> Array:

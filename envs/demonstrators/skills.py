@@ -23,7 +23,7 @@ from envs.demonstrators.arm import (
     down,
 )
 from envs.demonstrators.arm_clearance import ArmClearance
-from envs.demonstrators.grasping import Grasp, GraspWish, plan_grasp
+from envs.demonstrators.grasping import Grasp, GraspWish, closing_axis, extents, plan_grasp
 from envs.demonstrators.rotations import Array
 from envs.demonstrators.scene import Scene
 
@@ -31,6 +31,8 @@ CLOSING_STEPS = 11  # until the fingers press with full force
 OPENING_STEPS = 8
 CORRIDOR = 0.10  # m to each side of the hand's path that must be free
 ABOVE_GRASP = 0.06  # m
+SLIPPED = 0.04  # m by which a held body has moved in the hand that no longer holds it
+TIGHT = 0.066  # m; a body as wide as that leaves each open finger a few millimetres
 NEAREST = 0.36  # m from the axis of the robot's base; a hand that rises nearer folds the elbow to its limit
 
 
@@ -101,9 +103,12 @@ def transit(
     return (yield from cell.arm.move([goal[0], goal[1], height], rotation, gripper, PASSING))
 
 
-def descend(cell: Workcell, position: Array, rotation: Array, gripper: float = OPEN) -> Skill:
-    """Aligns above a point, then goes straight down to it, slowly."""
-    yield from cell.arm.move(above(position, ABOVE_GRASP), rotation, gripper, ALIGNING)
+def descend(
+    cell: Workcell, position: Array, rotation: Array, gripper: float = OPEN, tight: bool = False
+) -> Skill:
+    """Aligns above a point, more exactly where it is `tight`, then goes straight down to it, slowly."""
+    aligning = replace(ALIGNING, within=0.003, steps=30) if tight else ALIGNING
+    yield from cell.arm.move(above(position, ABOVE_GRASP), rotation, gripper, aligning)
     return (yield from cell.arm.move(position, rotation, gripper, PRECISE))
 
 
@@ -128,7 +133,8 @@ def grasp(
             cell.scene, body, replace(wish, yaw=planned.yaw, yaw_limit=0.6, kind=planned.kind), hindered
         )
         rotation = down(planned.yaw)
-        yield from descend(cell, planned.position, rotation)
+        width, _ = extents(cell.scene.cloud(body)[:, :2], closing_axis(planned.yaw))
+        yield from descend(cell, planned.position, rotation, tight=planned.kind == "centre" and width > TIGHT)
         yield from cell.arm.hold(planned.position, rotation, CLOSED, CLOSING_STEPS)
         before = cell.scene.bottom(body)
         outside = away_from_base(cell, planned.position)
@@ -169,18 +175,25 @@ def place(cell: Workcell, body: str, rotation: Array, placement: Placement) -> S
 
     The offset between hand and body is measured again after transit and after aligning, because the body
     settles in the fingers on the way.
+
+    Returns:
+        True, or False as soon as the body has slipped out of the hand, which is then open.
     """
+    before = cell.scene.position(body) - cell.arm.position
     underside = placement.support + placement.drop
     goal = hand_goal(cell, body, placement.xy, underside)
     yield from transit(cell, above(goal, 0.05), rotation, CLOSED, carried=body, clearance=placement.clearance)
+    if np.linalg.norm(cell.scene.position(body) - cell.arm.position - before) > SLIPPED:
+        yield from release(cell, rotation, placement.retreat)
+        return False
     goal = hand_goal(cell, body, placement.xy, underside)
     aligned = np.array([goal[0], goal[1], cell.arm.position[2]])
     yield from cell.arm.move(aligned, rotation, CLOSED, Reach(0.008, 0.1, steps=40, noise_share=0.6))
     goal[:2] = hand_goal(cell, body, placement.xy, underside)[:2]
-    reached = yield from cell.arm.move(goal, rotation, CLOSED, LOWERING)
+    yield from cell.arm.move(goal, rotation, CLOSED, LOWERING)
     if placement.let_go:
         yield from release(cell, rotation, placement.retreat, goal)
-    return reached
+    return True
 
 
 def release(cell: Workcell, rotation: Array, retreat: float = 0.08, position: Array | None = None) -> Skill:
