@@ -55,13 +55,19 @@ def test_clearance_is_the_smallest_distance_and_infinite_from_nothing():
 
 
 def test_the_second_pot_on_a_stove_leaves_room_for_fingers_beside_the_first():
-    half = np.array([0.075, 0.075])
+    half, base = np.array([0.075, 0.075]), np.array([-0.6, 0.0])
     pot = np.concatenate([box_surface(np.array([0.04, 0.04, 0.06]))[:, :2], open_fingers(0.0)])
-    first = shared_spot(pot, np.zeros((0, 2)), np.zeros(2), half)
+    first = shared_spot(pot, np.zeros((0, 2)), np.zeros(2), half, base)
     standing = box_surface(np.array([0.04, 0.04, 0.06]))[:, :2] + first
-    second = shared_spot(pot, standing, np.zeros(2), half)
+    second = shared_spot(pot, standing, np.zeros(2), half, base)
     assert np.all(np.abs([first, second]) < half)
     assert clearance(pot + second, standing) > 0.0
+
+
+def test_a_shared_spot_far_from_the_robot_is_on_the_near_side():
+    half, pot = np.array([0.075, 0.075]), box_surface(np.array([0.04, 0.04, 0.06]))[:, :2]
+    spot = shared_spot(pot, np.zeros((0, 2)), np.zeros(2), half, np.array([-0.9, 0.0]))
+    assert spot[0] < 0.0
 
 
 def microwave():

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from envs.demonstrators.grasping import closing_axis, side_axis
+from envs.demonstrators.grasping import COMFORTABLE_REACH, closing_axis, side_axis
 from envs.demonstrators.rotations import Array, about_z
 
 TURNS = np.deg2rad(np.arange(-180.0, 180.0, 5.0))
@@ -44,23 +44,25 @@ def clearance(footprint: Array, obstacles: Array) -> float:
     return float(np.sqrt((apart**2).sum(-1).min()))
 
 
-def shared_spot(footprint: Array, obstacles: Array, centre: Array, half_extents: Array) -> Array:
+def shared_spot(footprint: Array, obstacles: Array, centre: Array, half_extents: Array, base: Array) -> Array:
     """A spot [2] for one of several things that have to share a region.
 
     A spot is good if it leaves 6 cm around the thing and the fingers that let it go, then if it is far from
-    the middle of the region, which leaves room for the next thing.
+    the middle of the region, which leaves room for the next thing, and not too far for the arm.
 
     Args:
         footprint: points [n 2] under the thing and the fingers, relative to the thing's origin (m).
         obstacles: points [m 2] of what stands there already (m).
         centre: middle of the region [2] (m).
         half_extents: of the region [2] (m).
+        base: of the robot [2] (m).
     """
     steps = SPREAD * np.array([-1.0, -0.5, 0.0, 0.5, 1.0])
     spots = [centre + half_extents * np.array([x, y]) for x in steps for y in steps]
 
     def cost(spot: Array) -> float:
         free = min(clearance(footprint + spot, obstacles), ENOUGH)
-        return -free - 0.1 * float(np.linalg.norm(spot - centre))
+        stretched = max(0.0, float(np.linalg.norm(spot - base)) - COMFORTABLE_REACH)
+        return -free - 0.1 * float(np.linalg.norm(spot - centre)) + 0.5 * stretched
 
     return min(spots, key=cost)

@@ -136,7 +136,8 @@ def _spot(cell: Workcell, body: str, target: str, yaw: float) -> Array:
     footprint = np.concatenate([cell.scene.cloud(body)[:, :2] - origin[:2], fingers])
     standing = near(cell.scene.obstacles((body,)), goal.centre[None])
     standing = standing[standing[:, 2] > goal.centre[2] + STANDING]
-    return shared_spot(footprint, standing[:, :2], goal.centre[:2], goal.half_extents[:2])
+    base = cell.scene.position("robot0_base")[:2]
+    return shared_spot(footprint, standing[:, :2], goal.centre[:2], goal.half_extents[:2], base)
 
 
 def _placement(cell: Workcell, body: str, target: str, yaw: float) -> Placement:
