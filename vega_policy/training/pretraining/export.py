@@ -3,12 +3,12 @@
 <output_dir>/wan_tiny/vae/ transformer/ scheduler/ empty_prompt.safetensors README.md
 """
 
-import copy
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -20,8 +20,10 @@ LARGEST = 24_000_000
 
 def write_part(network: Any, target: Path) -> None:
     """Write one network in bfloat16, whole or not at all."""
+    weights = {name: value.to("cpu", torch.bfloat16) for name, value in network.state_dict().items()}
     with atomic_folder(target) as folder:
-        copy.deepcopy(network).to("cpu", torch.bfloat16).save_pretrained(folder)
+        network.save_config(folder)
+        save_file(weights, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
 
 
 def write_rest(folder: Path, prompt: Tensor, shift: float) -> None:
