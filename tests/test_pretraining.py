@@ -80,7 +80,10 @@ def settings(folder, **changes):
     learning = {"steps": 3, "batch_size": 2, "learning_rate": 3e-3, "warmup": 2}
     values = {
         "output_dir": str(folder),
-        "clips": {"folder": str(folder / "clips"), "order": {"suites": ["square"]}},
+        "clips": {
+            "folder": str(folder / "clips"),
+            "order": {"suites": ["square"], "frames": 5, "frame_size": 16},
+        },
         "vae": {"learning": learning, "lengths": [1, 5]},
         "transformer": {"learning": learning},
         "report": {"clips": 2, "sample_steps": 2},
@@ -100,7 +103,7 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(PRIORS, "wan_tiny", replace(PRIORS["wan_tiny"], architecture=TINY, layer=1))
-        return pretrain(settings(folder, stages=["vae", "transformer", "report"]))
+        return pretrain(settings(folder, stages=["vae", "transformer", "report", "film"]))
 
 
 def test_a_few_steps_lower_both_losses_on_a_moving_square(tmp_path):
@@ -322,7 +325,7 @@ def test_frames_survive_the_way_to_the_network_and_back():
 def test_pretraining_needs_neither_lerobot_nor_hydra():
     program = """
 import importlib.util, sys
-for name in ("lerobot", "hydra", "omegaconf", "draccus", "timm", "imageio", "tensorboard"):
+for name in ("lerobot", "hydra", "omegaconf", "draccus", "timm", "av", "tensorboard"):
     sys.modules[name] = None
 real = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *rest: None if name == "lerobot" else real(name, *rest)

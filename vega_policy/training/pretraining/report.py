@@ -91,37 +91,38 @@ def as_frames(video: Tensor) -> np.ndarray:
 
 
 @torch.no_grad()
-def write_pictures(
-    folder: Path, vae: Any, transformer: Any, clips: Clips, prompts: PromptTable, settings: PretrainSettings
-) -> None:
-    """Write reconstructions and a sample video.
-
-    Of the reconstructions the original is above and what comes back below; half of the samples have the empty
-    prompt, half an instruction.
-
-    Args:
-        folder: Where they go.
-        vae: The autoencoder.
-        transformer: The transformer.
-        clips: Held-out clips.
-        prompts: Embeddings of their instructions.
-        settings: The run.
-    """
+def write_reconstructions(path: Path, vae: Any, clips: Clips) -> None:
+    """Write a picture of some held-out frames, above the original and below what comes back."""
     device = next(vae.parameters()).device
     chosen = np.linspace(0, len(clips) - 1, min(SHOWN, len(clips))).astype(int)
     frames = clips.take(chosen)
-    latent = posterior_means(vae, frames, device)
-    decoded = as_frames(vae.decode(latent).sample)
+    decoded = as_frames(vae.decode(posterior_means(vae, frames, device)).sample)
     middle = frames.shape[1] // 2
     rows = [np.concatenate(list(one[:, middle]), axis=1) for one in (frames, decoded)]
-    imageio.imwrite(folder / "reconstructions.png", np.concatenate(rows, axis=0))
-    told = [text for text in dict.fromkeys(clips.instructions) if text][: SAMPLES // 2]
+    imageio.imwrite(path, np.concatenate(rows, axis=0))
+
+
+def write_film(
+    path: Path, vae: Any, transformer: Any, prompts: dict[str, Tensor], settings: PretrainSettings
+) -> None:
+    """Write a sample video, side by side: half with the empty prompt, half with an instruction.
+
+    Args:
+        path: The mp4 file.
+        vae: The autoencoder.
+        transformer: The transformer.
+        prompts: Embeddings by sentence.
+        settings: The run; samples are as long and as large as its clips.
+    """
+    told = [text for text in prompts if text][: SAMPLES // 2]
     texts = ([EMPTY] * SAMPLES + told)[-SAMPLES:]
-    shape = tuple(latent.shape[1:])
-    videos = sample(vae, transformer, prompts(texts), shape, settings.report)
-    film = np.concatenate(list(videos), axis=2)  # side by side
-    with imageio.imopen(folder / "sample.mp4", "w", plugin="pyav") as file:
-        file.write(film, codec="libx264", fps=FRAMES_PER_SECOND)
+    table = PromptTable(prompts, next(vae.parameters()).device)
+    frames, size = settings.clips.order["frames"], settings.clips.order["frame_size"]
+    side = size // vae.spatial_compression_ratio
+    shape = (vae.config.z_dim, 1 + (frames - 1) // vae.config.scale_factor_temporal, side, side)
+    videos = sample(vae, transformer, table(texts), shape, settings.report)
+    with imageio.imopen(path, "w", plugin="pyav") as file:
+        file.write(np.concatenate(list(videos), axis=2), codec="libx264", fps=FRAMES_PER_SECOND)
 
 
 def write_card(folder: Path, figures: Figures, learned: Figures, settings: PretrainSettings) -> None:

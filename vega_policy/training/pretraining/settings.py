@@ -5,7 +5,7 @@ from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from typing import Any, get_type_hints
 
-STAGES = ("prompts", "clips", "vae", "transformer", "report")
+STAGES = ("prompts", "clips", "vae", "transformer", "report", "film")
 
 
 @dataclass(frozen=True)

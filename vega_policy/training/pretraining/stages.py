@@ -12,7 +12,7 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 
 from vega_policy.priors import PRIORS
 from vega_policy.priors.weights import fingerprint_files
-from vega_policy.training.pretraining import autoencoder, transformer
+from vega_policy.training.pretraining import autoencoder, report, transformer
 from vega_policy.training.pretraining.clips import Clips
 from vega_policy.training.pretraining.export import load_transformer, load_vae, write_part, write_rest
 from vega_policy.training.pretraining.latents import measure_statistics, write_latents
@@ -48,10 +48,11 @@ class Run:
         """Run a stage; False if the time was up before it was done."""
         work: dict[str, Callable[[], bool]] = {
             "prompts": self.embed_prompts,
-            "clips": self.film,
+            "clips": self.make_clips,
             "vae": self.train_vae,
             "transformer": self.train_transformer,
             "report": self.report,
+            "film": self.film,
         }
         return work[name]()
 
@@ -67,7 +68,7 @@ class Run:
             write_prompts(self.prompts, listed)
         return True
 
-    def film(self) -> bool:
+    def make_clips(self) -> bool:
         """Film the clips that are missing."""
         clips = self.settings.clips
         write = _function(clips.write)
@@ -119,17 +120,23 @@ class Run:
         return True
 
     def report(self) -> bool:
-        """Measure and show what was written."""
-        from vega_policy.training.pretraining import report  # films need pyav, which trainings do not
-
+        """Measure what was written on held-out clips, and write its card."""
         clips, held_out = self.clips()
         vae, network = load_vae(self.weights, self.device), load_transformer(self.weights, self.device)
         table = PromptTable(read_prompts(self.prompts), self.device)
         folder = self.folder / "report"
         folder.mkdir(exist_ok=True)
         figures = report.measure(vae, network, held_out, table, self.settings)
-        report.write_pictures(folder, vae, network, held_out, table, self.settings)
+        report.write_reconstructions(folder / "reconstructions.png", vae, held_out)
         report.write_card(self.weights, figures, self._learned(clips, held_out), self.settings)
+        return True
+
+    def film(self) -> bool:
+        """Film what comes out of noise; needs the weights alone, and pyav."""
+        vae, network = load_vae(self.weights, self.device), load_transformer(self.weights, self.device)
+        path = self.folder / "report" / "sample.mp4"
+        path.parent.mkdir(exist_ok=True)
+        report.write_film(path, vae, network, read_prompts(self.prompts), self.settings)
         return True
 
     def _learned(self, clips: Clips, held_out: Clips) -> dict[str, Any]:
