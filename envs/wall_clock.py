@@ -84,6 +84,9 @@ class WallClockRobot:
             self.failure = traceback.format_exc()
             self.ready.set()
         finally:
+            if not self._closed.is_set() and self.failure is None:  # of a kind that is no simulator's: a bug
+                self.failure = traceback.format_exc()
+                self.ready.set()
             if environment is not None:
                 environment.close()
 
@@ -130,7 +133,8 @@ class WallClockRobot:
             self._publish(environment)
         seconds = round(time.monotonic() - began, 3)
         record = {"success": bool(success), "steps": steps, "held_steps": held, "late_steps": late}
-        return record | {"seconds": seconds, "cut_short": not ended and not success}
+        cut_short = not (ended or success or self._return.is_set())  # only then nobody let it end
+        return record | {"seconds": seconds, "cut_short": cut_short}
 
     def _next_command(self) -> np.ndarray | None:
         with self._lock:

@@ -14,7 +14,10 @@ from omegaconf import DictConfig, OmegaConf
 @hydra.main(version_base=None, config_path="../configs", config_name="deploy")
 def main(config: DictConfig) -> None:
     """Check, then run; print what the safety layer had to do."""
-    values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    missing = OmegaConf.missing_keys(config)
+    if missing:
+        sys.exit(f"No value for {', '.join(sorted(missing))}; give each on the command line: FIELD=VALUE")
+    values = OmegaConf.to_container(config, resolve=True)
     from vega_policy.deployment.deploy import deploy  # heavy imports, not needed for --help
 
     logging.getLogger("websockets").setLevel(logging.WARNING)

@@ -2,6 +2,7 @@
 
 import math
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -113,7 +114,7 @@ class Engine:
     stop = resume = start
 
 
-def play(actions, steps, teleop=None, on_step=lambda strategy, step: None):
+def play(actions, steps, teleop=None, on_step=lambda strategy, step: None, run=False):
     """Play some steps; return robot, recorded frames, strategy and filter."""
     robot, engine, frames = Robot(), Engine(actions), []
     safety = SafetyFilter(LIMITS, period=0.05)
@@ -143,7 +144,51 @@ def play(actions, steps, teleop=None, on_step=lambda strategy, step: None):
     for step in range(steps):
         on_step(strategy, step)
         strategy._step(context)
+    if run:
+        context.runtime.shutdown_event.set()
+        strategy.run(context)
     return robot, frames, engine, safety
+
+
+class Velocity(Robot):
+    """One joint that goes on at the speed it was told last."""
+
+    def __init__(self):
+        super().__init__()
+        self.joints = {"x.vel": 0.0}
+
+
+def test_a_robot_is_at_rest_before_it_is_let_go():
+    robot, order = Velocity(), []
+    safety = SafetyFilter([JointLimits("x.vel", -1.0, 1.0, speed=2.0, rest=0.0)], period=0.02)
+    context = SimpleNamespace(hardware=SimpleNamespace(robot_wrapper=robot))
+    for _ in range(20):
+        robot.send_action(safety.command({"x.vel": 1.0}, robot.joints))
+        time.sleep(0.02)
+    fast = robot.sent[-1]["x.vel"]
+    strategy = SafeRollout(safety, episodes=1, episode_seconds=1.0)
+    strategy._engine = SimpleNamespace(stop=lambda: order.append(len(robot.sent)))
+    strategy.come_to_rest(context)
+    assert order == [20]  # inference ended first
+    assert fast > 0.3
+    assert robot.sent[-1] == {"x.vel": 0.0}
+    assert len(robot.sent) > 25  # it was braked within its limits, not torn to a halt
+
+
+def test_a_robot_that_was_never_told_anything_is_told_nothing_at_the_end():
+    robot, safety = Robot(), SafetyFilter(LIMITS, period=0.05)
+    SafeRollout(safety, episodes=1, episode_seconds=1.0).come_to_rest(
+        SimpleNamespace(hardware=SimpleNamespace(robot_wrapper=robot))
+    )
+    assert robot.sent == []
+
+
+def test_an_engine_that_gave_up_is_no_success():
+    def give_up(strategy, step):
+        strategy._engine.failed = True
+
+    *_, safety = play([[0.1, 0.5]], steps=1, on_step=give_up, run=True)
+    assert "inference failed" in safety.stopped
 
 
 def test_what_is_recorded_is_what_the_robot_was_told_and_what_the_policy_wanted():

@@ -26,6 +26,12 @@ from vega_policy.deployment.server_settings import ServerSettings, read_token
 from vega_policy.deployment.wire import unpack
 
 
+class Other(ArithmeticPolicy):
+    """Another checkpoint."""
+
+    fingerprint = "other"
+
+
 def raw(port, token=None, **options):
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     options = {"subprotocols": [protocol.SUBPROTOCOL], "compression": None, "proxy": None} | options
@@ -234,6 +240,17 @@ def test_a_client_finds_back_to_a_server_that_comes_back():
         np.testing.assert_array_equal(answers[0], before)
         assert remote.reconnections == 1
         remote.close()
+
+
+def test_another_policy_in_the_place_of_the_first_is_refused_however_often_it_is_asked():
+    with running() as (_, port):
+        remote = RemotePolicy(address(port), patience_seconds=5)
+        remote.chunk(observations(), None)
+    with running(Other(), port=port):
+        for _ in range(2):
+            with pytest.raises(ValueError, match="now offers another policy"):
+                remote.chunk(observations(), None)
+    remote.close()
 
 
 def test_a_server_that_others_can_reach_needs_a_good_token(tmp_path):

@@ -250,7 +250,29 @@ def test_the_emergency_stop_by_key():
     reasons = []
     EmergencyStop(reasons.append, key="space").press("a")
     EmergencyStop(reasons.append, key="space").press("space")
-    assert reasons == ["emergency stop by key 'space'"]
+    EmergencyStop(reasons.append, key="Space").press("space")
+    assert reasons == ["emergency stop by key 'space'"] * 2
+
+
+@pytest.mark.parametrize(("key", "other"), [("spacebar", "c"), ("space", "shift"), ("C", "c")])
+def test_a_key_that_no_terminal_sends_or_that_means_two_things_is_refused(key, other):
+    with pytest.raises(ValueError, match=f"keys: expected different ones.*got {key}, {other}"):
+        EmergencyStop(print, key=key, others={other: print})
+
+
+def test_a_terminated_program_stops_the_robot_first():
+    reasons = []
+    handler = signal.getsignal(signal.SIGTERM)
+    with EmergencyStop(reasons.append):
+        os.kill(os.getpid(), signal.SIGTERM)
+        wait_until(lambda: reasons)
+    assert reasons == ["emergency stop by signal SIGTERM"]
+    assert signal.getsignal(signal.SIGTERM) is handler
+
+
+def test_a_velocity_without_a_rest_is_refused():
+    with pytest.raises(ValueError, match=r"x\.vel: a velocity that is held goes on driving"):
+        SafetyFilter([JointLimits("x.vel", -1.0, 1.0)], period=0.1)
 
 
 def test_measured_limits_hold_the_demonstrations_and_little_more():

@@ -138,6 +138,25 @@ def test_without_automatic_reset_the_scene_stays_until_the_robot_is_sent_back(tm
         assert record["steps"] > 10
 
 
+def test_a_failure_that_was_sent_back_is_an_episode_too(tmp_path):
+    with Running(Table(), tmp_path, auto_reset=False) as running:
+        running.robot.act(np.array([0.5, 0.0]))
+        time.sleep(0.1)
+        running.robot.lay_out()
+        record = running.wait_for_episodes(1)[0]
+    assert (record["success"], record["cut_short"]) == (False, False)
+
+
+def test_a_simulator_that_dies_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)  # it is told on stderr, too
+    table = Table()
+    with Running(table, tmp_path) as running:
+        table.step_blindly = None  # calling it is a TypeError, which no simulator is known to raise
+        running.robot.act(np.array([0.5, 0.0]))
+        running.thread.join(10)
+        assert "TypeError" in running.robot.failure
+
+
 def test_a_simulator_that_cannot_keep_up_says_so(tmp_path):
     with Running(Table(horizon=4, seconds=0.1), tmp_path) as running:
         running.robot.act(np.array([0.0, 0.0]))

@@ -59,6 +59,7 @@ class PolicyClient:
         self._token = read_token(address.token_file)
         self._connection: ClientConnection | None = None
         self._hello: Hello | None = None
+        self._first: ServedDescription | None = None
         self._sequence = -1
 
     def connect(self) -> Hello:
@@ -67,25 +68,31 @@ class PolicyClient:
         Raises:
             PolicyUnavailableError: If the server cannot be reached now.
             PermissionError: If it does not believe the token.
-            ValueError: If the address is no address, or the server speaks another protocol.
+            ValueError: If the address is no address, if the server speaks another protocol, or if it offers
+                another policy than at the first connection.
         """
         if self._connection is not None and self._hello is not None:
             return self._hello
         address = self._address
         headers = {} if self._token is None else {"Authorization": f"Bearer {self._token}"}
         try:
-            connection = connect(
-                address.url.rstrip("/") + protocol.PATH,
-                ssl=self._tls(),
-                subprotocols=[Subprotocol(protocol.SUBPROTOCOL)],
-                additional_headers=headers,
-                compression=None,
-                proxy=None,
-                open_timeout=address.timeout_seconds,
-                close_timeout=1.0,
-                user_agent_header=None,
-            )
-            hello = protocol.decode_hello(connection.recv(timeout=address.timeout_seconds))
+            with contextlib.ExitStack() as refused:  # closes what does not say hello as it should
+                connection = refused.enter_context(
+                    connect(
+                        address.url.rstrip("/") + protocol.PATH,
+                        ssl=self._tls(),
+                        subprotocols=[Subprotocol(protocol.SUBPROTOCOL)],
+                        additional_headers=headers,
+                        compression=None,
+                        proxy=None,
+                        open_timeout=address.timeout_seconds,
+                        close_timeout=1.0,
+                        user_agent_header=None,
+                    )
+                )
+                hello = protocol.decode_hello(connection.recv(timeout=address.timeout_seconds))
+                self._check_same(hello.description)
+                refused.pop_all()
         except InvalidURI as error:
             raise ValueError(f"{address.url!r} is no ws:// or wss:// address") from error
         except InvalidStatus as error:
@@ -133,6 +140,16 @@ class PolicyClient:
             with contextlib.suppress(OSError, TimeoutError):
                 self._connection.close()
         self._connection = self._hello = None
+
+    def _check_same(self, description: ServedDescription) -> None:
+        """Refuse another policy than the first; asked again, it is refused again."""
+        if self._first is None:
+            self._first = description
+        if description != self._first:
+            raise ValueError(
+                f"{self._address.url} now offers another policy ({description.fingerprint} instead of "
+                f"{self._first.fingerprint}); start anew to use it"
+            )
 
     def _tls(self) -> ssl.SSLContext | None:
         if not self._address.url.startswith("wss://"):
@@ -203,7 +220,9 @@ class RemotePolicy:
                     raise
                 logger.warning("%s; trying again", error)
                 time.sleep(RETRY_SECONDS)
-                self._check_same(self._insist_on_connecting(deadline).description)
+                self._insist_on_connecting(deadline)
+                self.reconnections += 1
+                logger.warning("connected again")
                 continue
             self.last_reply = reply
             return reply.actions
@@ -220,15 +239,6 @@ class RemotePolicy:
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(RETRY_SECONDS)
-
-    def _check_same(self, description: ServedDescription) -> None:
-        if description != self.served:
-            raise ValueError(
-                f"the server now offers another policy ({description.fingerprint} instead of "
-                f"{self.served.fingerprint}); start anew to use it"
-            )
-        self.reconnections += 1
-        logger.warning("connected again")
 
 
 __all__ = ["PolicyClient", "PolicyUnavailableError", "ProtocolError", "RemotePolicy", "ServerAddress"]

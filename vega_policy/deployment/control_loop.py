@@ -23,6 +23,9 @@ logger = logging.getLogger(__name__)
 ALTERING = ("range", "speed", "workspace", "keys", "finite", "jump", "stale")
 """Kinds of intervention after which what the robot was told is not what the policy wanted."""
 
+LONGEST_BRAKING = 3.0
+"""Seconds within which a robot has come to rest, or something is wrong."""
+
 
 class SafeRollout(RolloutStrategy):
     """Runs a policy episode by episode, through the safety layer, with a person in reach.
@@ -69,6 +72,24 @@ class SafeRollout(RolloutStrategy):
             if self._recorder is not None:
                 self._recorder.end_episode()
             played += 1
+        assert self._engine is not None
+        if self._engine.failed:  # LeRobot's engine has ended itself, and the rollout with it
+            self._safety.stop("inference failed again and again; see the log above")
+
+    def come_to_rest(self, ctx: RolloutContext) -> None:
+        """Stop inference, then brake the robot; called while a watchdog still looks after it."""
+        if self._engine is not None:
+            self._engine.stop()
+        before: dict[str, float] | None = None
+        deadline = time.monotonic() + LONGEST_BRAKING
+        while time.monotonic() < deadline:
+            told = self._safety.hold("the end")
+            if told is None or told == before:
+                return
+            ctx.hardware.robot_wrapper.send_action(told)
+            before = told
+            precise_sleep(self._safety.period)
+        logger.error("the robot was still being braked after %.0f s", LONGEST_BRAKING)
 
     def teardown(self, ctx: RolloutContext) -> None:
         """Stop inference and let go of the hardware, where it is."""

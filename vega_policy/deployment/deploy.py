@@ -6,7 +6,7 @@ import logging
 import threading
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -173,11 +173,20 @@ def _limits(settings: Mapping[str, Any], fps: float) -> tuple[JointLimits, ...]:
     names = dataset.features["action"]["names"]
     if names is None:
         raise ValueError(f"{measured['root']} names no joints; give robot.safety.joints instead")
-    return limits_from_episodes(
+    limits = limits_from_episodes(
         names,
         [actions[episodes == episode] for episode in np.unique(episodes)],
-        fps=fps,
+        fps=dataset.fps,
         margin=measured["margin"],
+    )
+    return tuple(
+        replace(
+            limit,
+            jump=limit.jump * dataset.fps / fps,  # from one step to the next, and these are the robot's steps
+            rest=0.0 if limit.name.endswith(".vel") else None,
+            start=measured["start"].get(limit.name),
+        )
+        for limit in limits
     )
 
 
@@ -222,6 +231,7 @@ def _drive(config: Mapping[str, Any], context: RolloutContext, safety: SafetyFil
                 on_stop=stopped,
             )
         )
+        stack.callback(strategy.come_to_rest, context)  # while the watchdog still looks after the robot
         strategy.setup(context)
         try:
             strategy.run(context)

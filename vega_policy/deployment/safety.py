@@ -68,6 +68,11 @@ class SafetyFilter:
         on_intervention: Callable[[Intervention], None] | None = None,
     ) -> None:
         self.limits = tuple(limits)
+        driving = [limit.name for limit in limits if limit.name.endswith(".vel") and limit.rest is None]
+        if driving:
+            raise ValueError(
+                f"{', '.join(driving)}: a velocity that is held goes on driving; give its limits rest: 0.0"
+            )
         self.names = tuple(limit.name for limit in limits)
         self.period = period
         self.counts: Counter[str] = Counter()

@@ -16,6 +16,9 @@ from vega_policy.deployment.safety import SafetyFilter
 
 logger = logging.getLogger(__name__)
 
+NAMED_KEYS = ("space", "esc", "enter")
+"""Names that LeRobot gives to keys of the terminal that are no single character."""
+
 
 class Watchdog:
     """Holds the robot when no action comes in time, and stops it for good when none comes for long.
@@ -89,17 +92,20 @@ class Watchdog:
 class EmergencyStop:
     """Stops the robot for good when a signal comes or a key is pressed.
 
-    The signal (SIGUSR1: `kill -USR1 <process>`) and the key are each read by a thread: neither waits for a
-    policy that computes. Use it as a context manager, in the main thread.
+    The signals (SIGUSR1: `kill -USR1 <process>`, and SIGTERM) and the key are each read by a thread: neither
+    waits for a policy that computes. Use it as a context manager, in the main thread.
 
     Args:
         stop: Called with the reason.
-        key: Name of the key (LeRobot's names: `space`, `esc`, or a letter); read from the terminal, if there
-            is one.
+        key: Name of the key (LeRobot's names: `space`, `esc`, or one character); read from the terminal, if
+            there is one.
         others: What other keys do; the terminal has one reader only.
+
+    Raises:
+        ValueError: If a key has a name that no terminal sends, or two meanings.
     """
 
-    SIGNAL = signal.SIGUSR1
+    SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 
     def __init__(
         self,
@@ -109,8 +115,15 @@ class EmergencyStop:
         others: Mapping[str, Callable[[], None]] | None = None,
     ) -> None:
         self._stop = stop
-        self._key = key
-        self._others = dict(others or {})
+        self._key = key.lower()
+        self._others = {name.lower(): action for name, action in (others or {}).items()}
+        names = [self._key, *self._others]
+        wrong = [name for name in names if len(name) != 1 and name not in NAMED_KEYS]
+        if wrong or len(set(names)) < 1 + len(others or {}):
+            raise ValueError(
+                f"keys: expected different ones, each a single character or one of {', '.join(NAMED_KEYS)}; "
+                f"got {', '.join([key, *(others or {})])}"
+            )
         self._listener: Any = None
 
     def __enter__(self) -> Self:
@@ -119,7 +132,7 @@ class EmergencyStop:
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
         self._wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
-        self._handler = signal.signal(self.SIGNAL, lambda *_: None)
+        self._handlers = {name: signal.signal(name, lambda *_: None) for name in self.SIGNALS}
         self._thread = threading.Thread(target=self._listen, name="emergency stop", daemon=True)
         self._thread.start()
         self._listener = self._listen_to_keys()
@@ -128,7 +141,8 @@ class EmergencyStop:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        signal.signal(self.SIGNAL, self._handler)
+        for name, handler in self._handlers.items():
+            signal.signal(name, handler)
         signal.set_wakeup_fd(self._wakeup)
         self._writer.close()
         self._thread.join(timeout=5.0)
@@ -138,14 +152,15 @@ class EmergencyStop:
 
     def _listen(self) -> None:
         while received := self._reader.recv(64):
-            if self.SIGNAL in received:
-                self._stop(f"emergency stop by signal {self.SIGNAL.name}")
+            for name in self.SIGNALS:
+                if name in received:
+                    self._stop(f"emergency stop by signal {name.name}")
 
     def _listen_to_keys(self) -> Any:
         from lerobot.utils.keyboard_input import TerminalKeyListener
 
         if not sys.stdin.isatty():
-            logger.warning("no terminal: the emergency stop listens to %s only", self.SIGNAL.name)
+            logger.warning("no terminal: the emergency stop listens to %s only", self.SIGNALS[0].name)
             return None
         listener = TerminalKeyListener(self.press)
         listener.start()
