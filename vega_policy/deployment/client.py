@@ -77,19 +77,18 @@ class PolicyClient:
         headers = {} if self._token is None else {"Authorization": f"Bearer {self._token}"}
         try:
             with contextlib.ExitStack() as refused:  # closes what does not say hello as it should
-                connection = refused.enter_context(
-                    connect(
-                        address.url.rstrip("/") + protocol.PATH,
-                        ssl=self._tls(),
-                        subprotocols=[Subprotocol(protocol.SUBPROTOCOL)],
-                        additional_headers=headers,
-                        compression=None,
-                        proxy=None,
-                        open_timeout=address.timeout_seconds,
-                        close_timeout=1.0,
-                        user_agent_header=None,
-                    )
+                connection = connect(
+                    address.url.rstrip("/") + protocol.PATH,
+                    ssl=self._tls(),
+                    subprotocols=[Subprotocol(protocol.SUBPROTOCOL)],
+                    additional_headers=headers,
+                    compression=None,
+                    proxy=None,
+                    open_timeout=address.timeout_seconds,
+                    close_timeout=1.0,
+                    user_agent_header=None,
                 )
+                refused.callback(connection.close)
                 hello = protocol.decode_hello(connection.recv(timeout=address.timeout_seconds))
                 self._check_same(hello.description)
                 refused.pop_all()
