@@ -166,7 +166,7 @@ def test_a_second_start_of_a_finished_evaluation_plays_nothing(finished, tmp_pat
     cost = {"seconds_total": 0, "latency": 0}
     assert {**again, **cost} == {**summary, **cost}
     assert again["latency"] == summary["latency"]
-    assert again["seconds_total"] > summary["seconds_total"]
+    assert again["seconds_total"] >= summary["seconds_total"]  # told in milliseconds, and it takes less
 
 
 def test_nothing_is_a_success_that_the_simulator_does_not_call_success(tmp_path):
