@@ -10,12 +10,9 @@ import pytest
 import torch
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
-from tests.policies import tiny_config
 from tests.policy_servers import running
-from tests.test_served_policy import statistics
+from tests.test_served_policy import write_checkpoint
 from vega_policy.deployment.served_policy import load_served_policy
-from vega_policy.modeling_vega import VegaPolicy
-from vega_policy.processor_vega import make_vega_pre_post_processors
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.slow
@@ -23,13 +20,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("checkpoint")
-    torch.manual_seed(0)
-    policy = VegaPolicy(tiny_config())
-    policy.save_pretrained(folder)
-    for processor in make_vega_pre_post_processors(policy.config, statistics()):
-        processor.save_pretrained(folder)
-    return folder
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
 def run(program, *arguments, folder, code=0):

@@ -31,15 +31,19 @@ def statistics():
     }
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("checkpoint")
+def write_checkpoint(folder):
+    """A small policy with its processors; returns the folder."""
     torch.manual_seed(0)
     policy = VegaPolicy(tiny_config())
     policy.save_pretrained(folder)
     for processor in make_vega_pre_post_processors(policy.config, statistics()):
         processor.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
 def test_a_checkpoint_says_the_same_through_the_server_bit_for_bit(checkpoint):

@@ -47,6 +47,7 @@ def measure(address: ServerAddress, *, clients: int, seconds: float, side: int) 
 
     Raises:
         PolicyUnavailableError: If the server cannot be reached.
+        PermissionError: If it does not believe the token.
     """
     timings: list[tuple[float, float]] = []
     refused = [0]
@@ -73,7 +74,7 @@ def measure(address: ServerAddress, *, clients: int, seconds: float, side: int) 
     def watched(seed: int) -> None:
         try:
             ask(seed)
-        except (ConnectionError, ValueError, threading.BrokenBarrierError) as error:
+        except (OSError, ValueError, threading.BrokenBarrierError) as error:  # a wrong token, too
             failures.append(error)
             start.abort()
 
@@ -84,11 +85,14 @@ def measure(address: ServerAddress, *, clients: int, seconds: float, side: int) 
         thread.join()
     if failures:
         raise failures[0]
-    latency, model = 1000 * np.array(timings).T
+    return _load(clients, len(timings) / seconds, refused[0], 1000 * np.array(timings))
+
+
+def _load(clients: int, rate: float, refused: int, timings: np.ndarray) -> Load:
+    """Percentiles of [n 2]: milliseconds of an answer, and of the model's share in it."""
+    latency, model = timings.T
     p50, p95, p99 = np.percentile(latency, [50, 95, 99])
-    return Load(
-        clients, len(timings) / seconds, refused[0], p50, p95, p99, float(np.percentile(latency - model, 95))
-    )
+    return Load(clients, rate, refused, p50, p95, p99, float(np.percentile(latency - model, 95)))
 
 
 def random_batch(client: PolicyClient, side: int, seed: int) -> ObservationBatch:
