@@ -101,6 +101,7 @@ def measure(
 def save_results(path: Path, results: Sequence[TaskSuccess]) -> None:
     """Write results as JSON, in one piece even if the process is killed meanwhile."""
     aside = path.with_name(f"{path.name}.new")
+    path.parent.mkdir(parents=True, exist_ok=True)
     aside.write_text(json.dumps([asdict(result) for result in results], indent=1) + "\n")
     aside.replace(path)
 

@@ -262,6 +262,15 @@ def test_nothing_is_learned_from_a_held_out_shard(tmp_path):
     assert clips.instructions == ["", "move it"] * 4
 
 
+def test_what_is_held_out_stays_so_when_more_is_filmed(tmp_path):
+    write_shards(tmp_path / "few")
+    write_shards(tmp_path / "many", shards=10)
+    aside = [Clips.open(tmp_path / name, 0.1)[1].take(np.arange(4)) for name in ("few", "many")]
+    assert np.array_equal(*aside)
+    learned, held_out = Clips.open(tmp_path / "many", 0.1)
+    assert (len(learned), len(held_out)) == (28, 12)
+
+
 def test_the_report_has_intervals_pictures_a_film_and_a_card(trained):
     told = json.loads((trained.parent / "report" / "report.json").read_text())
     for level in ("0.1", "0.3", "0.9"):

@@ -1,7 +1,7 @@
 """Clips on disk, mapped into memory; the layout is that of `envs.clips`."""
 
 import json
-import math
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -44,11 +44,13 @@ class Clips:
 
     @classmethod
     def open(cls, folder: Path, held_out: float) -> tuple[Self, Self]:
-        """Clips to learn from, and held-out ones: whole shards, evenly spaced.
+        """Clips to learn from, and held-out ones: whole shards, chosen by a hash of their names.
+
+        What is held out stays held out when more is filmed, so that filming may go on beside training.
 
         Args:
             folder: Where they lie.
-            held_out: Share of the shards that is held out; at least one.
+            held_out: Share of all possible shards that is held out; at least one shard is, and one is not.
 
         Raises:
             FileNotFoundError: If there are fewer than two whole shards.
@@ -64,8 +66,10 @@ class Clips:
         shapes = {shard.frames.shape[1:] for shard in shards}
         if len(shapes) > 1:
             raise DamagedClipsError(f"{folder}: clips of several shapes {sorted(shapes)}; expected one")
-        count = min(max(1, round(held_out * len(shards))), len(shards) - 1)
-        aside = {math.floor((place + 0.5) * len(shards) / count) for place in range(count)}
+        places = [zlib.crc32(path.stem.encode()) / 2**32 for path in paths]
+        aside = {index for index, place in enumerate(places) if place < held_out} or {int(np.argmin(places))}
+        if len(aside) == len(shards):
+            aside.remove(int(np.argmax(places)))
         return (
             cls([shard for index, shard in enumerate(shards) if index not in aside]),
             cls([shards[index] for index in sorted(aside)]),

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from vega_policy.training.pretraining.autoencoder import as_video
 from vega_policy.training.pretraining.clips import Clips
 
-BATCH, MEASURED = 8, 1024
+BATCH, MEASURED = 32, 1024
 """Clips encoded at once, and clips whose latents give the statistics, at most."""
 
 
