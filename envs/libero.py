@@ -87,6 +87,11 @@ class LiberoEnv(PandaEnv):
         self._fixtures = [
             raw.sim.model.body_name2id(fixture.root_body) for fixture in raw.fixtures_dict.values()
         ]
+        elements = [fixture.get_obj() for fixture in raw.fixtures_dict.values()]
+        self._compiled = [
+            [np.array(element.get(key, default).split(), dtype=np.float64) for element in elements]
+            for key, default in (("pos", "0 0 0"), ("quat", "1 0 0 0"))
+        ]
         return raw
 
     def _reset_simulator(self, seed: int, options: dict[str, Any]) -> None:
@@ -109,10 +114,16 @@ class LiberoEnv(PandaEnv):
             self._advance(IDLE)
 
     def _draw(self) -> None:
-        """Reset with freshly drawn poses, again and again until the objects find room."""
+        """Reset with freshly drawn poses, again and again until the objects find room.
+
+        LIBERO adds a fixture's new pose to where its regions are now, which is right only while
+        the fixture is where it was compiled: else what belongs into a drawer is drawn in mid-air.
+        """
         from robosuite.utils.errors import RandomizationError
 
         for _ in range(RESETS):
+            for fixture, position, turn in zip(self._fixtures, *self._compiled, strict=True):
+                self._model.body_pos[fixture], self._model.body_quat[fixture] = position, turn
             try:
                 self._raw.reset()
             except RandomizationError:

@@ -101,6 +101,16 @@ def test_demonstrations_are_drawn_anew_and_never_start_from_an_official_state(en
     assert EVALUATION_SEED not in DEMONSTRATION_SEEDS
 
 
+def test_what_belongs_into_a_drawer_is_drawn_in_it_at_every_reset():
+    made = envs.make("libero_spatial", 4, render=False)  # "pick up the black bowl in the top drawer"
+    inside = ["in", "akita_black_bowl_1", "wooden_cabinet_1_top_region"]
+    for seed in range(3):  # the first reset is the only one that finds the cabinet where it was compiled
+        made.reset_blindly(seed=seed)
+        assert inside in made.raw.parsed_problem["initial_state"]
+        assert made.raw._eval_predicate(inside)
+    made.close()
+
+
 def test_a_restored_state_goes_on_to_the_same_bits_with_fixtures_and_gripper(env):
     env.reset_blindly(seed=5)
     state, cabinet = env.simulator_state(), env.raw.sim.model.body_name2id("wooden_cabinet_1_main")
