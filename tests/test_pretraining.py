@@ -10,91 +10,25 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
-from safetensors.torch import save_file
 
+from tests.pretraining_runs import CPU, TINY, WIDTH, moving_square, settings, write_shards
 from vega_policy.parts import PriorConfig
 from vega_policy.priors import PRIORS, make_prior
 from vega_policy.priors.weights import fingerprint_files
 from vega_policy.training.pretraining import autoencoder, learner, matching, prompts, report, transformer
-from vega_policy.training.pretraining.clips import Clips, DamagedClipsError
-from vega_policy.training.pretraining.latents import normalised, posterior_means, restored
+from vega_policy.training.pretraining.clips import Clips
+from vega_policy.training.pretraining.latents import (
+    normalised,
+    posterior_means,
+)
 from vega_policy.training.pretraining.settings import decode
 from vega_policy.training.pretraining.stages import pretrain
-
-CPU = torch.device("cpu")
-WIDTH = 12
-TINY = {
-    "vae": {"base_dim": 8, "z_dim": 4, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1},
-    "transformer": {
-        "in_channels": 4,
-        "out_channels": 4,
-        "num_attention_heads": 2,
-        "attention_head_dim": 12,
-        "num_layers": 2,
-        "ffn_dim": 32,
-        "text_dim": WIDTH,
-        "freq_dim": 16,
-    },
-}
-"""wan_tiny's classes, smaller still."""
 
 
 @pytest.fixture(autouse=True)
 def smaller_still(monkeypatch):
     entry = replace(PRIORS["wan_tiny"], architecture=TINY, layer=1)
     monkeypatch.setitem(PRIORS, "wan_tiny", entry)
-
-
-def moving_square(count, seed):
-    """Clips in which a square moves over a plane of another colour, uint8 [n 5 16 16 3]."""
-    rng = np.random.default_rng(seed)
-    frames = np.empty((count, 5, 16, 16, 3), np.uint8)
-    for clip in frames:
-        clip[:] = rng.integers(0, 100, 3)
-        colour, top, left = rng.integers(155, 256, 3), *rng.integers(0, 6, 2)
-        for moment, frame in enumerate(clip):
-            frame[top + moment : top + moment + 6, left : left + 6] = colour
-    return frames
-
-
-def write_shards(folder, shards=3, count=4):
-    folder.mkdir(parents=True)
-    for place in range(shards):
-        path = folder / f"square-{place}.npy"
-        np.save(path, moving_square(count, place))
-        shown = [{"shot": "fixed", "instruction": "move it" if clip % 2 else ""} for clip in range(count)]
-        note = {"bytes": path.stat().st_size, "clips": shown}
-        path.with_suffix(".json").write_text(json.dumps(note))
-
-
-def write_prompts(path):
-    generator = torch.Generator().manual_seed(1)
-    tensors = {str(place): torch.randn(2 + place, WIDTH, generator=generator) for place in range(2)}
-    save_file(tensors, path, metadata={"sentences": json.dumps(["", "move it"])})
-
-
-def settings(folder, **changes):
-    if not (folder / "clips").exists():
-        write_shards(folder / "clips")
-        write_prompts(folder / "prompts.safetensors")
-    learning = {"steps": 3, "batch_size": 2, "learning_rate": 3e-3, "warmup": 2}
-    values = {
-        "output_dir": str(folder),
-        "clips": {
-            "folder": str(folder / "clips"),
-            "order": {"suites": ["square"], "frames": 5, "frame_size": 16},
-        },
-        "vae": {"learning": learning, "lengths": [1, 5]},
-        "transformer": {"learning": learning},
-        "report": {"clips": 2, "sample_steps": 2},
-        "stages": ["vae", "transformer"],
-        "device": "cpu",
-        "tensorboard": False,
-        "log_every": 1,
-        "save_every": 2,
-        "validate_every": 3,
-    }
-    return decode(values | changes)
 
 
 @pytest.fixture(scope="module")
@@ -120,14 +54,17 @@ def test_a_few_steps_lower_both_losses_on_a_moving_square(tmp_path):
     assert losses[-1] < 0.8 * losses[0]
     network = WanTransformer3DModel(**TINY["transformer"])
     latents = torch.randn(1, 4, 2, 4, 4, generator=torch.Generator().manual_seed(0)).expand(8, -1, -1, -1, -1)
-    table = prompts.PromptTable({"": torch.ones(2, WIDTH)}, CPU)
+    table, singles = prompts.PromptTable({"": torch.ones(2, WIDTH)}, CPU), latents[:, None, :, :1]
     measure = transformer.watch(network, latents.numpy(), [""] * 8, table, CPU)
     before = measure()
     small = replace(small, steps=30, learning_rate=1e-2)
     learned = replace(run.transformer, learning=small)
     fit(
-        network, transformer.matching_loss(network, latents.numpy(), [""] * 8, table, learned, CPU), small,
-        tmp_path / "transformer",
+        network,
+        transformer.matching_loss(
+            network, latents.numpy(), singles.numpy(), [""] * 8, table, learned, CPU
+        ),
+        small, tmp_path / "transformer",
     )  # fmt: skip
     after = measure()
     assert all(after[name] < 0.8 * before[name] for name in before)
@@ -231,44 +168,6 @@ def test_times_are_logit_normal_and_a_shift_moves_them_towards_noise():
     torch.testing.assert_close(
         matching.shifted(torch.tensor([0.0, 0.5, 1.0]), 3.0), torch.tensor([0, 0.75, 1.0])
     )
-
-
-def test_normalised_latents_have_mean_zero_and_deviation_one_and_come_back(trained):
-    from vega_policy.training.pretraining.export import load_vae
-
-    clips, _ = Clips.open(trained.parent / "clips", 0.05)
-    vae = load_vae(trained, CPU)
-    latent = posterior_means(vae, clips.take(np.arange(len(clips))), CPU)
-    scaled = normalised(vae, latent)
-    torch.testing.assert_close(scaled.mean(dim=(0, 2, 3, 4)), torch.zeros(4), atol=0.05, rtol=0)
-    torch.testing.assert_close(scaled.std(dim=(0, 2, 3, 4)), torch.ones(4), atol=0.05, rtol=0)
-    torch.testing.assert_close(restored(vae, scaled), latent)
-
-
-def test_a_shard_that_was_cut_off_is_refused_by_name(tmp_path):
-    write_shards(tmp_path / "clips")
-    whole = (tmp_path / "clips" / "square-1.npy").read_bytes()
-    (tmp_path / "clips" / "square-1.npy").write_bytes(whole[:-7])
-    with pytest.raises(DamagedClipsError, match=r"square-1\.npy has \d+ bytes, \d+ were written"):
-        Clips.open(tmp_path / "clips", 0.1)
-
-
-def test_nothing_is_learned_from_a_held_out_shard(tmp_path):
-    write_shards(tmp_path / "clips")
-    clips, held_out = Clips.open(tmp_path / "clips", 0.1)
-    assert (len(clips), len(held_out)) == (8, 4)
-    assert np.array_equal(held_out.take(np.arange(4)), moving_square(4, 1))
-    assert np.array_equal(clips.take(np.array([7, 0]))[0], moving_square(4, 2)[3])
-    assert clips.instructions == ["", "move it"] * 4
-
-
-def test_what_is_held_out_stays_so_when_more_is_filmed(tmp_path):
-    write_shards(tmp_path / "few")
-    write_shards(tmp_path / "many", shards=10)
-    aside = [Clips.open(tmp_path / name, 0.1)[1].take(np.arange(4)) for name in ("few", "many")]
-    assert np.array_equal(*aside)
-    learned, held_out = Clips.open(tmp_path / "many", 0.1)
-    assert (len(learned), len(held_out)) == (28, 12)
 
 
 def test_the_report_has_intervals_pictures_a_film_and_a_card(trained):

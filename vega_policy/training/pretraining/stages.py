@@ -15,7 +15,11 @@ from vega_policy.priors.weights import fingerprint_files
 from vega_policy.training.pretraining import autoencoder, report, transformer
 from vega_policy.training.pretraining.clips import Clips
 from vega_policy.training.pretraining.export import load_transformer, load_vae, write_part, write_rest
-from vega_policy.training.pretraining.latents import measure_statistics, write_latents
+from vega_policy.training.pretraining.latents import (
+    measure_statistics,
+    write_latents,
+    write_picture_latents,
+)
 from vega_policy.training.pretraining.learner import Learner, learn
 from vega_policy.training.pretraining.prompts import EMPTY, PromptTable, read_prompts, write_prompts
 from vega_policy.training.pretraining.settings import STAGES, PretrainSettings
@@ -107,10 +111,14 @@ class Run:
             write_latents(self.folder / f"latents-{name}-{mark}-{len(part)}.npy", vae, part, self.device)
             for name, part in (("learned", clips), ("held_out", held_out))
         )
+        pictures = self.folder / f"latents-pictures-{mark}-{len(clips)}.npy"
+        singles = write_picture_latents(pictures, vae, clips, self.device)
         network = self._fresh(WanTransformer3DModel, "transformer")
         settings = self.settings.transformer
         learner = Learner(network, settings.learning, self.folder / "transformer")
-        loss = transformer.matching_loss(network, latents, clips.instructions, table, settings, self.device)
+        loss = transformer.matching_loss(
+            network, latents, singles, clips.instructions, table, settings, self.device
+        )
         watch = transformer.watch(network, unseen, held_out.instructions, table, self.device)
         if not learn(learner, loss, watch, self.settings, self.deadline):
             return False

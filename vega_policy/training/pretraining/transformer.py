@@ -24,19 +24,18 @@ def predict(network: Any, latent: Tensor, time: Tensor, prompt: Tensor) -> Tenso
 def matching_loss(
     network: Any,
     latents: np.ndarray,
+    pictures: np.ndarray,
     instructions: list[str],
     prompts: PromptTable,
     settings: TransformerSettings,
     device: torch.device,
 ) -> Loss:
-    """The loss of one step: clips with their instruction, or the empty prompt where they have none.
-
-    The first latent frame of Wan's causal autoencoder is the latent of the first frame alone, so that clips
-    and single pictures come from the same latents.
+    """The loss of one step: clips, or single pictures of them, with their instruction or the empty prompt.
 
     Args:
         network: A `WanTransformer3DModel`.
         latents: Normalised latents [n z t h w].
+        pictures: Those of single pictures of the same clips [n k z 1 h w].
         instructions: One a clip.
         prompts: Their embeddings.
         settings: Its training.
@@ -46,7 +45,9 @@ def matching_loss(
     def loss(draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
         indices = draws.order.integers(len(latents), size=settings.learning.batch_size)
         single = draws.order.random() < settings.single_frames
-        latent = torch.from_numpy(latents[indices][:, :, : 1 if single else None]).to(device).float()
+        moments = draws.order.integers(pictures.shape[1], size=len(indices))
+        chosen = pictures[indices, moments] if single else latents[indices]
+        latent = torch.from_numpy(np.ascontiguousarray(chosen)).to(device).float()
         noise = torch.randn(latent.shape, generator=draws.noise, device=device)
         time = sample_time(
             len(latent), settings.time_mean, settings.time_deviation, settings.shift, draws.noise
