@@ -75,3 +75,4 @@ def test_what_is_held_out_stays_so_when_more_is_filmed(tmp_path):
     assert np.array_equal(*aside)
     learned, held_out = Clips.open(tmp_path / "many", 0.1)
     assert (len(learned), len(held_out)) == (28, 12)
+    assert learned.mark != held_out.mark == Clips.open(tmp_path / "many", 0.1)[1].mark

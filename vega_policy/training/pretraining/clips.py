@@ -1,5 +1,6 @@
 """Clips on disk, mapped into memory; the layout is that of `envs.clips`."""
 
+import hashlib
 import json
 import zlib
 from dataclasses import dataclass
@@ -21,11 +22,13 @@ class Shard:
         frames: uint8 [n t h w 3], mapped into memory.
         instructions: What the robot was told, clip by clip; empty where it is not said.
         shots: How each was filmed.
+        mark: Its name and bytes.
     """
 
     frames: np.ndarray
     instructions: list[str]
     shots: list[str]
+    mark: str
 
 
 class Clips:
@@ -33,6 +36,9 @@ class Clips:
 
     Args:
         shards: The shards; their frames have one shape.
+
+    Attributes:
+        mark: Tells these clips from others, for names of files.
     """
 
     def __init__(self, shards: list[Shard]) -> None:
@@ -40,6 +46,7 @@ class Clips:
         self._starts = np.cumsum([0, *(len(shard.frames) for shard in shards)])
         self.instructions = [text for shard in shards for text in shard.instructions]
         self.shots = [shot for shard in shards for shot in shard.shots]
+        self.mark = hashlib.sha256("\n".join(shard.mark for shard in shards).encode()).hexdigest()[:16]
         self.shape: tuple[int, ...] = shards[0].frames.shape[1:]
 
     @classmethod
@@ -107,4 +114,9 @@ def open_shard(description: Path) -> Shard:
         raise DamagedClipsError(
             f"{path}: expected uint8 [{len(clips)} t h w 3]; got {frames.dtype} {list(frames.shape)}"
         )
-    return Shard(frames, [clip["instruction"] for clip in clips], [clip["shot"] for clip in clips])
+    return Shard(
+        frames,
+        [clip["instruction"] for clip in clips],
+        [clip["shot"] for clip in clips],
+        f"{path.stem} {size}",
+    )

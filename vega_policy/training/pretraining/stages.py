@@ -108,10 +108,10 @@ class Run:
         vae = load_vae(self.weights, self.device)
         mark = fingerprint_files(self.weights, ["vae"])
         latents, unseen = (
-            write_latents(self.folder / f"latents-{name}-{mark}-{len(part)}.npy", vae, part, self.device)
+            write_latents(self.folder / f"latents-{name}-{mark}-{part.mark}.npy", vae, part, self.device)
             for name, part in (("learned", clips), ("held_out", held_out))
         )
-        pictures = self.folder / f"latents-pictures-{mark}-{len(clips)}.npy"
+        pictures = self.folder / f"latents-pictures-{mark}-{clips.mark}.npy"
         singles = write_picture_latents(pictures, vae, clips, self.device)
         network = self._fresh(WanTransformer3DModel, "transformer")
         settings = self.settings.transformer
