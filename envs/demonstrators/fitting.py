@@ -36,6 +36,11 @@ def open_fingers(yaw: float) -> Array:
     return along.reshape(-1, 1) * closing_axis(yaw) + aside.reshape(-1, 1) * side_axis(yaw)
 
 
+def thinned(points: Array) -> Array:
+    """Those of `points` [n 2] that differ when rounded to 2 mm, as they are rounded."""
+    return 0.002 * np.unique(np.round(points / 0.002), axis=0)
+
+
 def clearance(footprint: Array, obstacles: Array) -> float:
     """Smallest distance (m) between two sets of points [n 2] and [m 2]; inf if one is empty."""
     if not len(footprint) or not len(obstacles):

@@ -5,7 +5,14 @@ from dataclasses import replace
 import numpy as np
 
 from envs.demonstrators.arm import CLOSED, OPEN, Reach, Skill, above, down
-from envs.demonstrators.fitting import COMFORTABLE_YAW, fitting_turn, open_fingers, shared_spot
+from envs.demonstrators.fitting import (
+    COMFORTABLE_YAW,
+    clearance,
+    fitting_turn,
+    open_fingers,
+    shared_spot,
+    thinned,
+)
 from envs.demonstrators.grasping import near
 from envs.demonstrators.libero_chambers import insert
 from envs.demonstrators.libero_fixtures import Drawer
@@ -36,7 +43,8 @@ STANDING = 0.04  # m above a region that tells things on it from its own surface
 SHIFTING = 20.0  # rad of turning that a shift by one metre is as bad as
 DIRECTIONS = np.array([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
 JITTER = np.array([[0.0, 0.0, 0.0], [0.01, 0.0, 0.0], [-0.01, 0.0, 0.0], [0.0, 0.01, 0.0], [0.0, -0.01, 0.0]])
-WALL_GAP = 0.01  # m that stay free between a thing and the front of its drawer
+WALL_GAP = 0.002  # m that stay free between a thing and the walls of its drawer
+GRAZE = 0.001  # m; nearer than that, a thing that is lowered meets what it passes
 SIDEWAYS = np.deg2rad([20, -20, 40, -40, 60, -60, 90, -90, 120, -120, 150, -150, 180])
 ANGLES = np.deg2rad(np.arange(0.0, 360.0, 15.0))
 
@@ -90,12 +98,16 @@ def _free_placement(cell: Workcell, body: str, target: str, yaw: float) -> tuple
     ways = [(turn, shift) for turn in turns for shift in _shifts(cell, body, target)]
     ways.sort(key=lambda way: abs(way[0] - fitting) + SHIFTING * float(np.linalg.norm(way[1])))
     plain: dict[float, Placement] = {}
-    best, fewest = (fitting, _placement(cell, body, target, yaw + fitting)), len(JITTER) + 1
+    best, fewest = (fitting, _placement(cell, body, target, yaw + fitting)), 2 * len(JITTER) + 1
     for turn, shift in ways:
         if turn not in plain:
             plain[turn] = _placement(cell, body, target, yaw + turn)
+            if target.endswith(CONTAINER):  # a thing's origin need not be its middle
+                turned = _footprint(cell, body, turn)
+                plain[turn] = replace(plain[turn], xy=plain[turn].xy - (turned.min(0) + turned.max(0)) / 2)
         shifted = replace(plain[turn], xy=plain[turn].xy + shift)
         touched = _touching(cell, body, yaw, turn, shifted)
+        touched += len(JITTER) * _overhung(cell, body, target, turn, shifted)
         if touched < fewest:
             best, fewest = (turn, shifted), touched
         if not touched:
@@ -112,9 +124,26 @@ def _shifts(cell: Workcell, body: str, target: str) -> list[Array]:
     if joint_of(cell, target) is None:
         return [middle, *(0.5 * half * direction for direction in DIRECTIONS)]
     outwards = Drawer(cell, target).outwards[:2]  # the front of a drawer lies farther from its cabinet
-    size = float(np.ptp(cell.scene.cloud(body)[:, :2] @ outwards))
-    room = max(0.0, float(half @ np.abs(outwards)) - size / 2 - WALL_GAP)
-    return [middle, 0.5 * room * outwards, room * outwards]
+    axes = np.stack([outwards, [-outwards[1], outwards[0]]])
+    size = np.ptp(cell.scene.cloud(body)[:, :2] @ axes.T, axis=0)
+    room = np.maximum(0.0, np.abs(axes) @ half - size / 2 - WALL_GAP)
+    return [room * [out, aside] @ axes for out in (0.0, 0.5, 1.0) for aside in (0.0, 0.6, -0.6)]
+
+
+def _footprint(cell: Workcell, body: str, turn: float) -> Array:
+    """Points [n 2] under the held `body` once it is turned by so many rad, relative to its origin (m)."""
+    return (cell.scene.cloud(body) - cell.scene.position(body))[:, :2] @ about_z(turn)[:2, :2].T
+
+
+def _overhung(cell: Workcell, body: str, target: str, turn: float, placement: Placement) -> bool:
+    """Whether `body` would meet what protrudes above the drawer `target` on its way down into it."""
+    if is_object(cell, target) or joint_of(cell, target) is None:
+        return False
+    footprint = _footprint(cell, body, turn)
+    obstacles = cell.scene.obstacles((body, Drawer(cell, target).body))
+    above_it = obstacles[obstacles[:, 2] > placement.support + IN_BELOW, :2] - placement.xy
+    above_it = above_it[np.abs(above_it).max(axis=1) < np.abs(footprint).max() + GRAZE]
+    return clearance(thinned(footprint), thinned(above_it)) < GRAZE
 
 
 def _touching(cell: Workcell, body: str, yaw: float, turn: float, placement: Placement) -> int:

@@ -33,6 +33,8 @@ CORRIDOR = 0.10  # m to each side of the hand's path that must be free
 ABOVE_GRASP = 0.06  # m
 SLIPPED = 0.04  # m by which a held body has moved in the hand that no longer holds it
 TIGHT = 0.066  # m; a body as wide as that leaves each open finger a few millimetres
+STUCK = 0.02  # m above its goal at which a lowered thing sits on something
+BESIDE, BESIDE_TRIES, RISE = 0.01, 3, 0.02  # m aside, how often, after rising by so many metres
 NEAREST = 0.36  # m from the axis of the robot's base; a hand that rises nearer folds the elbow to its limit
 
 
@@ -190,10 +192,25 @@ def place(cell: Workcell, body: str, rotation: Array, placement: Placement) -> S
     aligned = np.array([goal[0], goal[1], cell.arm.position[2]])
     yield from cell.arm.move(aligned, rotation, CLOSED, Reach(0.008, 0.1, steps=40, noise_share=0.6))
     goal[:2] = hand_goal(cell, body, placement.xy, underside)[:2]
-    yield from cell.arm.move(goal, rotation, CLOSED, LOWERING)
+    yield from _lower(cell, goal, rotation)
     if placement.let_go:
         yield from release(cell, rotation, placement.retreat, goal)
     return True
+
+
+def _lower(cell: Workcell, goal: Array, rotation: Array) -> Skill:
+    """Lowers what is held to `goal` [3]; where it sits on an edge, beside, where the edge pushes it."""
+    lowered = yield from cell.arm.move(goal, rotation, CLOSED, LOWERING)
+    for _ in range(BESIDE_TRIES):
+        if lowered or cell.arm.position[2] < goal[2] + STUCK:
+            return True
+        pushed = cell.arm.position - goal
+        pushed[2] = 0.0
+        goal = goal + BESIDE * pushed / (np.linalg.norm(pushed) + 1e-9)
+        high = np.array([*goal[:2], cell.arm.position[2] + RISE])
+        yield from cell.arm.move(high, rotation, CLOSED, Reach(0.008, 9.0, noise_share=0.3))
+        lowered = yield from cell.arm.move(goal, rotation, CLOSED, LOWERING)
+    return lowered
 
 
 def release(cell: Workcell, rotation: Array, retreat: float = 0.08, position: Array | None = None) -> Skill:
