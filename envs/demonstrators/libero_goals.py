@@ -3,8 +3,8 @@
 from envs.demonstrators.arm import Skill
 from envs.demonstrators.libero_chambers import close_door
 from envs.demonstrators.libero_fixtures import OPEN_TO_FILL, close_drawer, open_drawer, turn_knob
-from envs.demonstrators.libero_placing import put
-from envs.demonstrators.libero_scene import Goal, goals, holds, joint_of
+from envs.demonstrators.libero_placing import pull_from_below, put
+from envs.demonstrators.libero_scene import Goal, body_of, goals, holds, joint_of
 from envs.demonstrators.skills import Workcell
 
 ORDER = {"open": 0, "turnon": 1, "turnoff": 1, "on": 2, "in": 2, "close": 3}
@@ -42,13 +42,14 @@ def _achieve(cell: Workcell, goal: Goal) -> Skill:
         case ("turnoff", fixture):
             return (yield from turn_knob(cell, fixture, -1.0))
         case (_, thing, target):
-            yield from _make_room(cell, target)
+            yield from _make_room(cell, thing, target)
             return (yield from put(cell, thing, target))
     raise ValueError(f"no skill for {goal}")
 
 
-def _make_room(cell: Workcell, target: str) -> Skill:
+def _make_room(cell: Workcell, thing: str, target: str) -> Skill:
     """Opens the drawer that something is to be put into, if it is not open enough."""
     if joint_of(cell, target) is None or holds(cell, ("open", target)):
         return True
+    yield from pull_from_below(cell, body_of(cell, thing), target, OPEN_TO_FILL)
     return (yield from open_drawer(cell, target, OPEN_TO_FILL))

@@ -44,6 +44,7 @@ SHIFTING = 20.0  # rad of turning that a shift by one metre is as bad as
 DIRECTIONS = np.array([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
 JITTER = np.array([[0.0, 0.0, 0.0], [0.01, 0.0, 0.0], [-0.01, 0.0, 0.0], [0.0, 0.01, 0.0], [0.0, -0.01, 0.0]])
 WALL_GAP = 0.002  # m that stay free between a thing and the walls of its drawer
+BEFORE_DRAWER = 0.02  # m between a thing and the drawer that is opened above it
 GRAZE = 0.001  # m; nearer than that, a thing that is lowered meets what it passes
 SIDEWAYS = np.deg2rad([20, -20, 40, -40, 60, -60, 90, -90, 120, -120, 150, -150, 180])
 ANGLES = np.deg2rad(np.arange(0.0, 360.0, 15.0))
@@ -262,3 +263,22 @@ def _flat_lift(cell: Workcell, body: str, xy: Array, rim: float) -> float:
     obstacles = cell.scene.obstacles((body,))
     top = corridor_top(obstacles, cell.scene.position(body), xy, diameter / 2 + BESIDE_PLATE)
     return FLAT_LIFT if top < rim + FLAT_LIFT else top + diameter - rim
+
+
+def pull_from_below(cell: Workcell, body: str, target: str, opening: float) -> Skill:
+    """Takes `body` away from where the drawer `target` will overhang it, once it is opened by `opening` m."""
+    drawer = Drawer(cell, target)
+    outwards, cloud, walls = drawer.outwards, cell.scene.cloud(body), cell.scene.cloud(drawer.body)
+    aside = np.array([-outwards[1], outwards[0], 0.0])
+    apart = max((cloud @ aside).min() - (walls @ aside).max(), (walls @ aside).min() - (cloud @ aside).max())
+    way = (walls @ outwards).max() + opening - drawer.opening + BEFORE_DRAWER - (cloud @ outwards).min()
+    if apart > BEFORE_DRAWER or way < 0 or cloud[:, 2].min() > walls[:, 2].min():
+        return True
+    held = yield from grasp(cell, body)
+    if held is None:
+        return False
+    goal = cell.arm.position + way * outwards
+    yield from cell.arm.move(goal, down(held.yaw), CLOSED, CARRYING)
+    lowered = above(goal, held.position[2] - goal[2])
+    yield from cell.arm.move(lowered, down(held.yaw), CLOSED, CARRYING)
+    return (yield from release(cell, down(held.yaw), ABOVE_GRASP))
