@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import envs
 from envs.base import DEMONSTRATION_SEEDS, EVALUATION_SEED, Task
@@ -14,6 +16,8 @@ from envs.recording import Demonstrator, record
 from envs.workers import context
 
 FIRST_SEED = DEMONSTRATION_SEEDS.stop - 10_000  # collections begin at the other end
+PLAYED_BY = ("base.py", "libero.py", "metaworld.py", "panda.py", "recording.py", "robosuite_tasks.py")
+"""Modules that decide what comes of an episode, besides the demonstrators."""
 
 
 @dataclass(frozen=True)
@@ -98,11 +102,21 @@ def measure(
             yield replace(result, lengths=running[future] + result.lengths)
 
 
+def code_version() -> str:
+    """Return a hash over the code that plays; other versions of the simulators are refused anyway."""
+    package = Path(__file__).parent
+    digest = hashlib.sha256()
+    for source in sorted([*package.glob("demonstrators/*.py"), *(package / name for name in PLAYED_BY)]):
+        digest.update(source.name.encode() + b"\0" + source.read_bytes())
+    return digest.hexdigest()[:12]
+
+
 def save_results(path: Path, results: Sequence[TaskSuccess]) -> None:
-    """Write results as JSON, in one piece even if the process is killed meanwhile."""
+    """Write results and the code's version as JSON, in one piece even if the process is killed meanwhile."""
     aside = path.with_name(f"{path.name}.new")
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside.write_text(json.dumps([asdict(result) for result in results], indent=1) + "\n")
+    stored = {"version": code_version(), "results": [asdict(result) for result in results]}
+    aside.write_text(json.dumps(stored, indent=1) + "\n")
     aside.replace(path)
 
 
@@ -110,17 +124,25 @@ def load_results(path: Path) -> list[TaskSuccess]:
     """Read what `save_results` wrote; nothing if there is no such file.
 
     Raises:
-        ValueError: If the file holds something else.
+        ValueError: If the file holds something else, or results of other code.
     """
     if not path.exists():
         return []
     try:
-        return [
-            TaskSuccess(Task(**stored["task"]), stored["official"], tuple(stored["lengths"]))
-            for stored in json.loads(path.read_text())
-        ]
+        stored = json.loads(path.read_text())
+        version, results = stored["version"], [_result(entry) for entry in stored["results"]]
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} holds no results of this script ({error!r}); name another file") from None
+    if version != code_version():
+        raise ValueError(
+            f"{path} holds results of other code: {version}, now {code_version()}; one table mixes no "
+            "versions, so name another file"
+        )
+    return results
+
+
+def _result(stored: dict[str, Any]) -> TaskSuccess:
+    return TaskSuccess(Task(**stored["task"]), stored["official"], tuple(stored["lengths"]))
 
 
 def merged(known: Sequence[TaskSuccess], result: TaskSuccess) -> list[TaskSuccess]:

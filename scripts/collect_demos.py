@@ -12,6 +12,7 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from envs.collection import CollectionSettings, collect
+from vega_policy.command_line import refuse_unknown_options
 
 
 @hydra.main(version_base=None, config_path="../configs", config_name="collect")
@@ -33,4 +34,5 @@ def main(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    refuse_unknown_options()
     main()

@@ -2,7 +2,8 @@
 
 Without names of suites: 20 episodes a task of LIBERO's spatial, object, goal and 10 on fresh resets, 20
 official states a task of LIBERO-PRO's swap suites, and 3 episodes a task of Meta-World MT50. With --output,
-the results so far lie in that file, and the same command, or one that asks for more episodes, goes on.
+the results so far lie in that file, and the same command, or one that asks for more episodes, goes on, as
+long as the code that plays has not changed. Neither LeRobot nor Hydra is needed.
 """
 
 import argparse
@@ -10,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from envs.success import TaskSuccess, load_results, measure, merged, save_results, success_table
+from envs.success import TaskSuccess, code_version, load_results, measure, merged, save_results, success_table
 
 BASES = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
 
@@ -51,7 +52,7 @@ def main() -> None:
                 )
     except ValueError as error:
         sys.exit(str(error))
-    print(f"\n{success_table(results)}\n\n{time.perf_counter() - started:.0f} s")
+    print(f"\n{success_table(results)}\n\n{time.perf_counter() - started:.0f} s, code {code_version()}")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from typing import Any, cast
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
+from vega_policy.command_line import refuse_unknown_options
 from vega_policy.evaluation.launch import launch
 from vega_policy.evaluation.summary import table
 
@@ -28,4 +29,5 @@ def main(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    refuse_unknown_options()
     main()

@@ -10,6 +10,8 @@ import sys
 import hydra
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from vega_policy.command_line import refuse_unknown_options
+
 SIZES = {"views": 2, "state_dim": 8, "action_dim": 7}
 
 
@@ -44,4 +46,5 @@ def main(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    refuse_unknown_options()
     main()

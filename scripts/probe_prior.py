@@ -11,6 +11,8 @@ from typing import Any, cast
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
+from vega_policy.command_line import refuse_unknown_options
+
 logger = logging.getLogger(__name__)
 
 
@@ -33,4 +35,5 @@ def main(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    refuse_unknown_options()
     main()

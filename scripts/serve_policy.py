@@ -10,6 +10,8 @@ import sys
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
+from vega_policy.command_line import refuse_unknown_options
+
 
 @hydra.main(version_base=None, config_path="../configs", config_name="serve")
 def main(config: DictConfig) -> None:
@@ -24,4 +26,5 @@ def main(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    refuse_unknown_options()
     main()

@@ -12,6 +12,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from vega_policy.command_line import refuse_unknown_options
+
 logger = logging.getLogger(__name__)
 
 
@@ -38,4 +40,5 @@ def main(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    refuse_unknown_options()
     main()

@@ -14,6 +14,7 @@ from hydra import compose, initialize_config_dir
 from tests.synthetic_dataset import write_dataset
 from vega_policy.backbones import BACKBONES
 from vega_policy.bases import BASES, BaseConfig
+from vega_policy.command_line import refuse_unknown_options
 from vega_policy.configuration_vega import VegaConfig
 from vega_policy.fusion import FUSIONS
 from vega_policy.parts import BackboneConfig, ExpertConfig, FusionConfig, PriorConfig
@@ -259,3 +260,14 @@ def test_every_suite_has_an_environment_config_of_its_name():
         config = yaml.safe_load((CONFIGS / "env" / f"{name}.yaml").read_text())
         assert list(config) == ["suite", "frame_size", "rendering"]
         assert config["suite"] == name
+
+
+def test_an_option_that_a_group_does_not_have_is_refused_with_the_near_ones():
+    with pytest.raises(
+        SystemExit, match=r"there is no env=lift_wid; did you mean env=lift_wide or env=lift\?"
+    ):
+        refuse_unknown_options(["checkpoint=x", "env=lift_wid"])
+    with pytest.raises(SystemExit, match=r"there is no prior=wan_tinny; did you mean prior=wan_tiny"):
+        refuse_unknown_options(["-m", "prior=none,wan_tinny"])
+    refuse_unknown_options(["env=lift_wide", "prior=null", "~experiment", "seed=3", "-cn", "other"])
+    refuse_unknown_options(["env=of_their_own", "--config-dir", "elsewhere"])  # Hydra's to judge

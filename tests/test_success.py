@@ -5,6 +5,7 @@ import pytest
 import envs
 from envs.success import (
     TaskSuccess,
+    code_version,
     load_results,
     measure,
     measure_task,
@@ -57,6 +58,14 @@ def test_a_new_result_replaces_only_that_of_its_task_and_start():
     known = [TaskSuccess(one, False, (1,)), TaskSuccess(one, True, (2,)), TaskSuccess(two, False, (3,))]
     grown = TaskSuccess(one, False, (1, 4))
     assert merged(known, grown) == [known[1], known[2], grown]
+
+
+def test_results_of_other_code_are_not_mixed_into_a_table(tmp_path):
+    path = tmp_path / "table.json"
+    save_results(path, [TaskSuccess(envs.tasks("lift")[0], False, (7,))])
+    path.write_text(path.read_text().replace(code_version(), "0123456789ab"))
+    with pytest.raises(ValueError, match=r"other code: 0123456789ab, now [0-9a-f]{12}; one table"):
+        load_results(path)
 
 
 def test_a_file_of_something_else_is_no_results(tmp_path):
