@@ -22,6 +22,7 @@ class VegaSimConfig(RobotConfig):
         frame_size: Height and width of a frame in pixels.
         rendering: Profile `full` or `fast`; use the one that the policy was trained with.
         seed: Episode i of seed k starts as in an evaluation with that seed: 1000000 + 10000 k + i.
+        first_episode: The first i, to go on where another run ended.
         auto_reset: Whether a success or the task's horizon ends an episode and a new scene is laid out. If
             not, the scene stays until the robot is sent back to where it started, as LeRobot's episodic
             rollout does.
@@ -36,6 +37,7 @@ class VegaSimConfig(RobotConfig):
     frame_size: int = 128
     rendering: str = "fast"
     seed: int = 0
+    first_episode: int = 0
     auto_reset: bool = True
     reset_seconds: float = 1.0
     log_file: Path | None = None

@@ -123,7 +123,8 @@ class VegaSim(Robot):
         """Queue one command for the next step.
 
         Being sent to a pose (the names of the state) means, as in LeRobot's rollout, back to where it
-        started: a new scene is laid out.
+        started: a new scene is laid out, unless the present one was not touched. It returns when the new one
+        is shown.
 
         Raises:
             DeviceNotConnectedError: If the simulator does not run.
@@ -181,6 +182,7 @@ _OPTIONS = (
     "frame_size",
     "rendering",
     "seed",
+    "first_episode",
     "auto_reset",
     "reset_seconds",
     "log_file",

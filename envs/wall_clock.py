@@ -33,16 +33,25 @@ class WallClockRobot:
 
     Args:
         make: Builds the environment; called in the thread that steps it, where its rendering context lives.
-        seed: Seed of the first episode; the following ones count up.
+        seed: Seed of episode 0; the following ones count up.
+        first_episode: Number of the first one that is played.
         auto_reset: Whether the end of an episode lays out a new scene.
         reset_seconds: How long the new scene is shown before commands move anything.
         log_file: Where JSON lines are added, or None.
     """
 
     def __init__(
-        self, make: Any, *, seed: int, auto_reset: bool, reset_seconds: float, log_file: Path | None
+        self,
+        make: Any,
+        *,
+        seed: int,
+        auto_reset: bool,
+        reset_seconds: float,
+        log_file: Path | None,
+        first_episode: int = 0,
     ) -> None:
         self._make = make
+        self._first_episode = first_episode
         self._seed, self._auto_reset, self._reset_seconds = seed, auto_reset, reset_seconds
         self._log_file = log_file
         self._commands: deque[np.ndarray] = deque(maxlen=PENDING)
@@ -50,6 +59,7 @@ class WallClockRobot:
         self._lock = threading.Lock()
         self._begun = threading.Event()
         self._return = threading.Event()
+        self._untouched = threading.Event()
         self._closed = threading.Event()
         self.ready = threading.Event()
         self.failure: str | None = None
@@ -63,16 +73,21 @@ class WallClockRobot:
         """Queue a command [a] for the next step."""
         with self._lock:
             self._commands.append(action)
-        self._begun.set()
+            self._untouched.clear()
+            self._begun.set()
 
     def lay_out(self) -> None:
-        """Ask for a new scene."""
-        self._return.set()
+        """Ask for a new scene and wait until it is shown; one that nobody has acted in is new enough."""
+        if not self._untouched.is_set():
+            self._return.set()
+            while not (self._untouched.wait(0.1) or self._closed.is_set() or self.failure is not None):
+                pass
 
     def close(self) -> None:
         """End after the present step."""
-        self._closed.set()
-        self._begun.set()
+        with self._lock:
+            self._closed.set()
+            self._begun.set()
 
     def run(self) -> None:
         """Step until closed."""
@@ -91,22 +106,25 @@ class WallClockRobot:
                 environment.close()
 
     def _play(self, environment: Any) -> None:
-        episode = 0
+        episode = self._first_episode
         while not self._closed.is_set():
             seed = self._seed + episode
             environment.reset_blindly(seed=seed)
             self._publish(environment)
-            if episode > 0:
+            if episode > self._first_episode:
                 self._closed.wait(self._reset_seconds)  # the new scene is seen, so that no plan is of the old
             with self._lock:
                 self._commands.clear()
+                if not self._closed.is_set():
+                    self._begun.clear()
+                self._return.clear()
+                self._untouched.set()
             self.ready.set()
-            if episode == 0:
-                self._begun.wait()  # starting the program is not the policy's time
+            if episode == self._first_episode or not self._auto_reset:
+                self._begun.wait()  # starting the program, or looking at a scene, is not the policy's time
             if self._closed.is_set():
                 return
             self._log({"episode": episode, "seed": seed, **self._play_episode(environment)})
-            self._return.clear()
             episode += 1
 
     def _play_episode(self, environment: Any) -> dict[str, Any]:
@@ -116,6 +134,7 @@ class WallClockRobot:
         hold[-1] = -1.0
         steps = held = late = 0
         success = ended = False
+        won_at = None
         began = due = time.monotonic()
         while not (ended or self._closed.is_set() or self._return.is_set()):
             due += period
@@ -127,14 +146,15 @@ class WallClockRobot:
             held += action is None
             hold[-1] = hold[-1] if action is None else action[-1]
             done, truncated = environment.step_blindly(hold if action is None else action)
-            success |= done
             steps += 1
+            if done and not success:
+                success, won_at = True, round(time.monotonic() - began, 3)
             ended = (success or truncated) and self._auto_reset
             self._publish(environment)
         seconds = round(time.monotonic() - began, 3)
         record = {"success": bool(success), "steps": steps, "held_steps": held, "late_steps": late}
-        cut_short = not (ended or success or self._return.is_set())  # only then nobody let it end
-        return record | {"seconds": seconds, "cut_short": cut_short}
+        cut_short = not (ended or self._return.is_set())  # only then nobody let it end
+        return record | {"seconds": seconds, "won_at": won_at, "cut_short": cut_short}
 
     def _next_command(self) -> np.ndarray | None:
         with self._lock:
@@ -209,6 +229,7 @@ def main() -> None:
     robot = WallClockRobot(
         make,
         seed=EVALUATION_SEED + SEEDS_APART * options["seed"],
+        first_episode=options["first_episode"],
         auto_reset=options["auto_reset"],
         reset_seconds=options["reset_seconds"],
         log_file=options["log_file"],

@@ -81,10 +81,12 @@ class Robot:
     action_features = observation_features = dict.fromkeys(JOINTS, float)
 
     def __init__(self):
-        self.joints, self.sent = dict(JOINTS), []
+        self.joints, self.sent, self.seconds = dict(JOINTS), [], 0.0
 
     def get_observation(self):
-        return dict(self.joints)
+        seen = dict(self.joints)
+        time.sleep(self.seconds)
+        return seen
 
     def send_action(self, action):
         self.joints = dict(action)
@@ -97,9 +99,10 @@ class Engine:
     ready, failed = True, False
 
     def __init__(self, actions):
-        self.actions, self.resets = list(actions), 0
+        self.actions, self.resets, self.seconds = list(actions), 0, 0.0
 
     def get_action(self, frame):
+        time.sleep(self.seconds)
         return torch.tensor(self.actions.pop(0)) if self.actions else None
 
     def notify_observation(self, observation):
@@ -114,10 +117,10 @@ class Engine:
     stop = resume = start
 
 
-def play(actions, steps, teleop=None, on_step=lambda strategy, step: None, run=False):
+def play(actions, steps, teleop=None, on_step=lambda strategy, step: None, run=False, camera=None, **options):
     """Play some steps; return robot, recorded frames, strategy and filter."""
-    robot, engine, frames = Robot(), Engine(actions), []
-    safety = SafetyFilter(LIMITS, period=0.05)
+    robot, engine, frames = Robot() if camera is None else camera, Engine(actions), []
+    safety = SafetyFilter(LIMITS, period=0.05, **options)
     features = {
         **hw_to_dataset_features(robot.action_features, "action"),
         **hw_to_dataset_features(robot.observation_features, "observation"),
@@ -214,16 +217,17 @@ def test_a_person_takes_over_and_gives_back():
     assert len(robot.sent) == 5
 
 
-def test_a_policy_that_answers_too_late_is_refused_and_asked_anew():
-    def slow(strategy, step):
-        if step == 1:
-            strategy._safety.observed = lambda seconds: setattr(
-                strategy._safety, "_observed_at", seconds - 2.0
-            )
-        if step == 2:
-            del strategy._safety.observed
+@pytest.mark.parametrize("slow_part", ["policy", "camera"])
+def test_what_rests_on_an_old_view_is_refused_and_the_policy_asked_anew(slow_part):
+    robot = Robot()
 
-    robot, _, engine, safety = play([[0.1, 0.5], [0.2, 0.5], [0.15, 0.5]], steps=3, on_step=slow)
+    def slow(strategy, step):
+        part = robot if slow_part == "camera" else strategy._engine
+        part.seconds = 0.6 if step == 1 else 0.0
+
+    robot, _, engine, safety = play(
+        [[0.1, 0.5], [0.2, 0.5], [0.15, 0.5]], steps=3, on_step=slow, camera=robot, max_observation_age=0.5
+    )
     assert safety.counts["stale"] == 1
     assert robot.sent[1] == robot.sent[0]
     assert robot.sent[2]["pan.pos"] > robot.sent[1]["pan.pos"]

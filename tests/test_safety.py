@@ -195,6 +195,15 @@ def test_the_watchdog_holds_a_robot_whose_policy_hangs_and_then_stops_it():
     assert safety.command(START | {"pan.pos": 1.0}, START) == last
 
 
+def test_holds_come_no_faster_than_commands_so_that_none_queues_up_before_the_next_action():
+    safety, robot = SafetyFilter(JOINTS, period=0.05), Robot()
+    with Watchdog(safety, robot.send, hold_after=0.06, stop_after=9.0, on_stop=robot.send):
+        safety.command(START | {"pan.pos": 0.3}, START)
+        wait_until(lambda: len(robot.commands) > 6)
+    times = [seconds for seconds, _ in robot.commands]
+    assert (times[6] - times[0]) / 6 > 0.037
+
+
 @pytest.mark.parametrize("error", [ConnectionError("gone"), OSError("closed"), RuntimeError()])
 def test_the_watchdog_goes_on_watching_when_the_robot_could_not_be_reached(error):
     safety, robot, failures = SafetyFilter(JOINTS, period=0.02), Robot(), [error]

@@ -14,6 +14,7 @@ def episode(success, **changes):
         "held_steps": 5,
         "late_steps": 0,
         "seconds": 2.5,
+        "won_at": 2.5 if success else None,
         "cut_short": False,
     }
     return json.dumps(whole | changes)
@@ -25,6 +26,7 @@ def test_whole_episodes_are_counted_with_an_interval(tmp_path):
         episode(True),
         episode(False),
         episode(False, cut_short=True),
+        episode(True, cut_short=True),  # counted only if failures were, too
         '{"event": "client gone"}',
         episode(True),
     ]

@@ -138,6 +138,23 @@ def test_without_automatic_reset_the_scene_stays_until_the_robot_is_sent_back(tm
         assert record["steps"] > 10
 
 
+def test_being_sent_back_again_and_again_lays_out_one_scene_that_waits_for_its_first_command(tmp_path):
+    table = Table()
+    with Running(table, tmp_path, auto_reset=False, first_episode=3) as running:
+        running.robot.act(np.array([1.0, 0.0]))
+        time.sleep(0.1)
+        for _ in range(5):  # as LeRobot's rollout does, 50 times a second
+            running.robot.lay_out()
+        assert running.robot.observe()[0][0] == 0  # it is shown when the call returns
+        time.sleep(0.2)
+        assert table.seeds == [8, 9]
+        assert table.steps == 0
+        running.robot.act(np.array([0.5, 0.0]))
+        time.sleep(0.1)
+        running.robot.lay_out()
+        assert [record["episode"] for record in running.wait_for_episodes(2)] == [3, 4]
+
+
 def test_a_failure_that_was_sent_back_is_an_episode_too(tmp_path):
     with Running(Table(), tmp_path, auto_reset=False) as running:
         running.robot.act(np.array([0.5, 0.0]))

@@ -35,6 +35,8 @@ class SafeRollout(RolloutStrategy):
         episodes: So many episodes; None goes on until it is stopped.
         episode_seconds: Length of an episode.
         recorder: Takes every step, or None.
+        new_scenes: Whether the robot, sent to its initial pose at once, lays out a new scene, as `vega_sim`
+            does. Hardware would leap there.
     """
 
     def __init__(
@@ -44,13 +46,14 @@ class SafeRollout(RolloutStrategy):
         episodes: int | None,
         episode_seconds: float,
         recorder: EpisodeRecorder | None = None,
+        new_scenes: bool = False,
     ) -> None:
         super().__init__(BaseStrategyConfig())
         self.human = self._was_human = False
         self.steps = 0
         self._safety = safety
         self._episodes, self._episode_seconds = episodes, episode_seconds
-        self._recorder = recorder
+        self._recorder, self._new_scenes = recorder, new_scenes
 
     def toggle_human(self) -> None:
         """Let the person with the teleoperator take over, or give back."""
@@ -71,6 +74,8 @@ class SafeRollout(RolloutStrategy):
                 self._paced(ctx)
             if self._recorder is not None:
                 self._recorder.end_episode()
+            if self._new_scenes and not ctx.runtime.shutdown_event.is_set():
+                self._lay_out(ctx)
             played += 1
         assert self._engine is not None
         if self._engine.failed:  # LeRobot's engine has ended itself, and the rollout with it
@@ -94,6 +99,11 @@ class SafeRollout(RolloutStrategy):
     def teardown(self, ctx: RolloutContext) -> None:
         """Stop inference and let go of the hardware, where it is."""
         self._teardown_hardware(ctx.hardware, return_to_initial_position=False)
+
+    def _lay_out(self, ctx: RolloutContext) -> None:
+        """Let a simulated robot begin anew; until its first action the watchdog has nothing to watch."""
+        self._safety.forget()
+        ctx.hardware.robot_wrapper.send_action(dict(ctx.hardware.initial_position or {}))
 
     def _forget(self) -> None:
         """Drop what was predicted from views that are of no use any more."""

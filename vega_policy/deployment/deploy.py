@@ -14,20 +14,23 @@ import draccus
 import lerobot.scripts.lerobot_rollout  # noqa: F401 registers the robots and teleoperators that LeRobot brings
 import numpy as np
 from lerobot.configs.policies import PreTrainedConfig
+from lerobot.processor import RelativeActionsProcessorStep
 from lerobot.robots.config import RobotConfig
 from lerobot.rollout import RolloutConfig, build_rollout_context
 from lerobot.rollout.configs import BaseStrategyConfig
 from lerobot.rollout.context import RolloutContext
-from lerobot.rollout.inference.factory import InferenceEngineConfig
+from lerobot.rollout.inference.factory import InferenceEngineConfig, RTCInferenceConfig
 from lerobot.teleoperators.config import TeleoperatorConfig
 from lerobot.utils.import_utils import register_third_party_plugins
+from torch import Tensor
 
 from vega_policy.deployment.configuration_remote import VegaRemoteConfig
 from vega_policy.deployment.control_loop import SafeRollout, delayed
 from vega_policy.deployment.dry_run import dry_run
-from vega_policy.deployment.facts import look_before_moving
+from vega_policy.deployment.facts import look_before_moving, predict
 from vega_policy.deployment.limits import JointLimits, Workspace, limits_from_episodes, read_limits
 from vega_policy.deployment.preflight import FAILED, report
+from vega_policy.deployment.real_time import RealTimeEngine
 from vega_policy.deployment.recording import EpisodeRecorder, RecordingFormat, merge_episodes
 from vega_policy.deployment.safety import SafetyFilter
 from vega_policy.deployment.safety_step import safe_action_pipeline
@@ -82,6 +85,8 @@ def deploy(config: Mapping[str, Any]) -> Deployment:
             policy.predict_action_chunk = delayed(
                 policy.predict_action_chunk, config["extra_latency_seconds"]
             )
+        if isinstance(rollout.inference, RTCInferenceConfig):
+            context.policy.inference = _real_time(context, safety, rollout.inference.queue_threshold)
         _check(config, context, safety)
         if config["dry_run"]:
             steps = dry_run(context, safety, config["dry_run_seconds"], Path(config["output_dir"]))
@@ -90,6 +95,25 @@ def deploy(config: Mapping[str, Any]) -> Deployment:
     finally:
         if context.hardware.robot_wrapper.is_connected:
             context.hardware.robot_wrapper.inner.disconnect()
+
+
+def _real_time(context: RolloutContext, safety: SafetyFilter, threshold: int) -> RealTimeEngine:
+    steps: list[Any] = list(context.policy.preprocessor.steps)
+    if any(isinstance(step, RelativeActionsProcessorStep) and step.enabled for step in steps):
+        raise ValueError(
+            "real-time chunking joins chunks of actions that mean the same whenever they are executed; this "
+            "policy's are relative to the state that each chunk began with. Use lerobot-rollout for it"
+        )
+
+    def ask(observation: dict[str, Any], delay: int, left: Tensor | None) -> tuple[Tensor, Tensor]:
+        return predict(context, observation, inference_delay=delay, prev_chunk_left_over=left)
+
+    def reset() -> None:
+        for part in (context.policy.policy, context.policy.preprocessor, context.policy.postprocessor):
+            part.reset()
+
+    shutdown = context.runtime.shutdown_event
+    return RealTimeEngine(ask, reset, safety, threshold=threshold, shutdown=shutdown)
 
 
 def read_rollout(config: Mapping[str, Any]) -> RolloutConfig:
@@ -215,6 +239,7 @@ def _drive(config: Mapping[str, Any], context: RolloutContext, safety: SafetyFil
             episodes=config["episodes"],
             episode_seconds=config["episode_seconds"],
             recorder=recorder,
+            new_scenes=config["robot"]["new_scenes"],
         )
         others = {}
         if context.hardware.teleop is not None:

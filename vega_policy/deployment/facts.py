@@ -17,6 +17,7 @@ from lerobot.utils.feature_utils import build_dataset_frame
 
 from vega_policy.deployment.limits import JointLimits
 from vega_policy.deployment.preflight import Check, Pace, Present, Trained, preflight
+from vega_policy.modeling_vega import VegaPolicy
 
 
 def look_before_moving(context: RolloutContext, limits: Sequence[JointLimits], *, calls: int) -> list[Check]:
@@ -40,21 +41,39 @@ def look_before_moving(context: RolloutContext, limits: Sequence[JointLimits], *
 
 
 def predict_once(context: RolloutContext, observation: dict[str, Any]) -> np.ndarray:
-    """Return a chunk [t a] in the robot's units, predicted from a robot's observation; changes nothing.
+    """Return a chunk [t a] in the robot's units, predicted from a robot's observation.
+
+    A policy that reads histories remembers the observation, until it is reset.
 
     Args:
         context: LeRobot's rollout.
         observation: As the robot reports it.
     """
+    return predict(context, context.processors.robot_observation_processor(observation))[1].numpy()
+
+
+def predict(
+    context: RolloutContext, processed: dict[str, Any], **continuation: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a chunk [t a] as and where the policy has it, and in the robot's units, on the CPU.
+
+    Args:
+        context: LeRobot's rollout.
+        processed: A robot's observation, after LeRobot's observation processor.
+        **continuation: Of real-time chunking: `inference_delay`, `prev_chunk_left_over`.
+    """
     cfg, policy = context.runtime.cfg, context.policy
-    processed = context.processors.robot_observation_processor(observation)
     frame = build_dataset_frame(context.data.dataset_features, processed, prefix=OBS_STR)
     robot_type = context.hardware.robot_wrapper.robot_type
     batch = prepare_observation_for_inference(frame, torch.device(cfg.device or "cpu"), cfg.task, robot_type)
     batch["task"] = [cfg.task]
     with torch.no_grad():
-        chunk = policy.postprocessor(policy.policy.predict_action_chunk(policy.preprocessor(batch)))
-    return chunk[0].float().cpu().numpy()
+        batch = policy.preprocessor(batch)
+        if isinstance(policy.policy, VegaPolicy):
+            batch = policy.policy.remember(batch)
+        chunk = policy.policy.predict_action_chunk(batch, **continuation)
+        actions = policy.postprocessor(chunk)
+    return chunk[0], actions[0].float().cpu()
 
 
 def _ask(context: RolloutContext, observation: dict[str, Any], calls: int) -> tuple[np.ndarray, list[float]]:

@@ -243,4 +243,7 @@ def _latency(trained: Trained, pace: Pace) -> Check:
             FAILED,
             f"{words}: {delay} steps, but only {pace.queue_threshold} actions are left when it is asked",
         )
+    if trained.chunk_size is not None and 2 * delay > trained.chunk_size:
+        lasts = f"{delay} steps; a chunk of {trained.chunk_size} is spent before the next one is there"
+        return Check(name, WARNING, f"{words}: {lasts}, and the robot waits")
     return Check(name, OK, f"{words}: {delay} steps of {pace.queue_threshold}")

@@ -12,37 +12,17 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from vega_policy.deployment.interventions import Intervention, UnsafeStartError
 from vega_policy.deployment.limits import JointLimits, Workspace, braking_speed
 
 logger = logging.getLogger(__name__)
 
 TOLERANCE = 1e-6
 """A command that is altered by less than this is not counted as altered."""
-
-
-class UnsafeStartError(ValueError):
-    """The robot stands, or is seen, where its limits do not allow it to be; nothing was commanded."""
-
-
-@dataclass(frozen=True)
-class Intervention:
-    """One deed of the safety layer.
-
-    Attributes:
-        seconds: When, on the monotonic clock.
-        kind: `range`, `speed`, `workspace` (altered), `keys`, `finite`, `jump`, `stale` (refused),
-            `watchdog` (held), `stop` (for good).
-        detail: What was wrong, in words.
-    """
-
-    seconds: float
-    kind: str
-    detail: str
 
 
 class SafetyFilter:
@@ -76,7 +56,6 @@ class SafetyFilter:
         self.names = tuple(limit.name for limit in limits)
         self.period = period
         self.counts: Counter[str] = Counter()
-        self.last_action: float | None = None
         self._workspace = workspace
         self._max_age = max_observation_age
         self._refusals_to_stop = refusals_to_stop
@@ -87,14 +66,17 @@ class SafetyFilter:
         )
         self._lock = threading.RLock()
         self._stopped: str | None = None
-        self._forget()
+        self.forget()
 
-    def _forget(self) -> None:
-        self._command: np.ndarray | None = None
-        self._wanted = np.full(len(self.limits), np.inf)  # nothing yet: far from everything
-        self._velocity = np.zeros(len(self.limits))
-        self._commanded_at = self._observed_at = -np.inf
-        self._refusals = 0
+    def forget(self) -> None:
+        """Measure the robot's position anew with the next command, as with the first; a stop stays a stop."""
+        with self._lock:
+            self.last_action: float | None = None
+            self._command: np.ndarray | None = None
+            self._wanted = np.full(len(self.limits), np.inf)  # nothing yet: far from everything
+            self._velocity = np.zeros(len(self.limits))
+            self._commanded_at = self.observed_at = -np.inf
+            self._refusals = 0
 
     @property
     def stopped(self) -> str | None:
@@ -117,12 +99,20 @@ class SafetyFilter:
         """Allow motion again, after a person has looked; the robot's position is measured anew."""
         with self._lock:
             self._stopped = None
-            self.last_action = None
-            self._forget()
+            self.forget()
 
     def observed(self, seconds: float) -> None:
         """Say when the observation was taken (monotonic clock) that the next command rests on."""
-        self._observed_at = seconds
+        self.observed_at = seconds
+
+    def accepts_view(self, seconds: float) -> bool:
+        """Say whether a plan just made from a view of then may be executed; count it, if not."""
+        now = time.monotonic()
+        with self._lock:
+            if now - seconds <= self._max_age:
+                return True
+            self._refuse("stale", f"a plan rests on an observation {now - seconds:.3f} s old", now)
+            return False
 
     def command(
         self, action: Mapping[str, float], observation: Mapping[str, Any], now: float | None = None
@@ -192,8 +182,8 @@ class SafetyFilter:
         values = np.array([float(action[name]) for name in self.names])
         if not np.isfinite(values).all():
             return "finite", f"not finite: {dict(action)}"
-        if self._observed_at > -np.inf and now - self._observed_at > self._max_age:
-            return "stale", f"it rests on an observation {now - self._observed_at:.3f} s old"
+        if self.observed_at > -np.inf and now - self.observed_at > self._max_age:
+            return "stale", f"it rests on an observation {now - self.observed_at:.3f} s old"
         assert self._command is not None
         # From what was last wanted, too: a robot that lags behind a smooth policy is no jump of the policy.
         far = np.minimum(np.abs(values - self._command), np.abs(values - self._wanted)) > self._jump

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from vega_policy.evaluation.statistics import wilson_interval
 
@@ -35,6 +36,12 @@ class Runs:
     late_share: float
 
 
+def whole_episodes(path: Path) -> list[dict[str, Any]]:
+    """Return the records of episodes that nobody cut short; none, if there is no log."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [line for line in lines if "success" in line and not line["cut_short"]]
+
+
 def read_runs(name: str, path: Path, episodes: int | None = None) -> Runs:
     """Read the log of a simulated robot (`vega_sim`).
 
@@ -47,8 +54,9 @@ def read_runs(name: str, path: Path, episodes: int | None = None) -> Runs:
         FileNotFoundError: If there is no such file.
         ValueError: If it holds fewer episodes.
     """
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    played = [line for line in lines if "success" in line and (line["success"] or not line["cut_short"])]
+    if not path.exists():
+        raise FileNotFoundError(f"no log of a simulated robot at {path}")
+    played = whole_episodes(path)
     if not played or len(played) < (episodes or 1):
         raise ValueError(f"{path} holds {len(played)} whole episodes, expected {episodes or 'some'}")
     played = played[:episodes]
@@ -61,7 +69,7 @@ def read_runs(name: str, path: Path, episodes: int | None = None) -> Runs:
         len(won),
         interval.low,
         interval.high,
-        sum(line["seconds"] for line in won) / len(won) if won else None,
+        sum(line["won_at"] for line in won) / len(won) if won else None,
         sum(line["held_steps"] for line in played) / steps,
         sum(line["late_steps"] for line in played) / steps,
     )

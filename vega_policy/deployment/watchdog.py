@@ -46,6 +46,7 @@ class Watchdog:
         if not 0 < hold_after < stop_after:
             raise ValueError(f"expected 0 < hold_after < stop_after, got {hold_after} and {stop_after}")
         self.holds = 0
+        self._held_at = float("-inf")
         self._safety = safety
         self._send = send
         self._hold_after, self._stop_after = hold_after, stop_after
@@ -75,13 +76,18 @@ class Watchdog:
             idle = time.monotonic() - last
             if idle > self._stop_after:
                 self._safety.stop(f"no action for {self._stop_after} s")
-            if idle > self._hold_after or (self._safety.stopped is not None and idle > self._safety.period):
+            late = idle > self._hold_after or (
+                self._safety.stopped is not None and idle > self._safety.period
+            )
+            # One hold a control step, as commands come: faster ones would queue up before the next action.
+            if late and time.monotonic() - self._held_at > 0.75 * self._safety.period:
                 self._hold(f"no action for {idle:.2f} s")
 
     def _hold(self, reason: str) -> None:
         command = self._safety.hold(reason)
         if command is None:
             return
+        self._held_at = time.monotonic()
         self.holds += 1
         try:
             self._send(command)
