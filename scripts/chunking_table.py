@@ -31,8 +31,7 @@ def main() -> None:
     options = parser.parse_args()
     loaded = load_lerobot_policy(find_checkpoint(options.checkpoint), device="cpu")
     policy = loaded.policy
-    if not isinstance(policy, VegaPolicy):
-        parser.error(f"expected a policy of type vega, got {policy.name}")
+    assert isinstance(policy, VegaPolicy), f"expected a policy of type vega, got {policy.name}"
     environment = envs.make(options.suite, 0, frame_size=options.frame_size, rendering="fast")
 
     @torch.no_grad()

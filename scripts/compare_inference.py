@@ -2,7 +2,7 @@
 
 `python scripts/compare_inference.py checkpoint=outputs/demo/train/checkpoints/last --episodes 50` plays
 blocks of both in turn, so that what else the machine does meets both, and ends in a table. Started again,
-it goes on where it stopped. Further fields of configs/deploy.yaml can be given, such as `robot.device.seed=1`.
+it goes on where it stopped. Further fields of configs/deploy.yaml can be given: `robot.device.seed=1`.
 """
 
 import argparse
