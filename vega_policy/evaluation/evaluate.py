@@ -76,6 +76,13 @@ class Evaluation:
         self._forget_what_cannot_go_on()
         self._started = time.perf_counter()
 
+    def episodes_left(self) -> tuple[int, int]:
+        """Return how many episodes are still to play here, over all controls, and of how many."""
+        slots, controls = self.settings.slots, self.settings.controls
+        here = sum(self._shard.plays(number % slots) for number in range(len(self.episodes)))
+        left = sum(len(queue) for control in controls for queue in self._queues(control))
+        return left, here * len(controls)
+
     def prepare(self, pool: WorkerPool) -> None:
         """Let the workers build the environments needed first, while the caller loads the policy."""
         for control in self.settings.controls:

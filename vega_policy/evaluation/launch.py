@@ -72,6 +72,9 @@ def launch(config: Mapping[str, Any]) -> dict[str, Any]:
     warn_of_other_pictures(checkpoint, factory)
     shard = Shard(config["shard"], config["shards"])
     evaluation = Evaluation(settings, tasks, Path(config["output_dir"]), provenance, shard)
+    left, total = evaluation.episodes_left()
+    logger.info("%s: %d of %d episodes left to play", config["output_dir"], left, total)
+    logger.info("loading %s on %s, and the environments of %s", checkpoint, device, settings.suite)
     with WorkerPool(factory, min(settings.processes, settings.slots)) as pool:
         evaluation.prepare(pool)
         policy = _policy(config, checkpoint, device)
