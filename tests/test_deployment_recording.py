@@ -1,5 +1,6 @@
 """What a robot does is kept, whatever happens to the program."""
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -112,6 +113,14 @@ def test_what_cannot_be_written_is_said_at_once(tmp_path):
     with EpisodeRecorder(tmp_path / "x", FORM) as recorder, pytest.raises(RuntimeError, match="cannot go on"):
         go_on(recorder)
     assert isinstance(recorder.failure, ValueError | KeyError)
+
+
+def test_a_recorder_that_cannot_keep_up_says_so_instead_of_filling_the_memory(tmp_path):
+    recorder = EpisodeRecorder(tmp_path / "x", dataclasses.replace(FORM, longest_episode=3))
+    for step in range(3):  # nobody writes them: its thread was not started
+        recorder.add(frame(step))
+    with pytest.raises(RuntimeError, match="cannot keep up: 3 steps wait"):
+        recorder.add(frame(3))
 
 
 def test_nothing_to_merge_is_said(tmp_path):

@@ -53,6 +53,29 @@ def test_hello_and_replies_arrive_as_they_were_sent():
     assert error.value.code == "rate"
 
 
+@pytest.mark.parametrize(
+    ("where", "field", "value"),
+    [
+        ("policy", "cameras", "front"),
+        ("policy", "action_size", -1),
+        ("policy", "noise_shape", [4, 7, 1]),
+        ("policy", "continues", 1),
+        ("limits", "requests_per_second", 0.0),
+        (None, "session", b"short"),
+        (None, "further", 1),
+    ],
+)
+def test_a_server_is_not_trusted_to_say_hello_as_documented(where, field, value):
+    hello = msgpack.unpackb(protocol.encode_hello(Hello(SESSION, SERVED, LIMITS)))
+    (hello if where is None else hello[where])[field] = value
+    with pytest.raises(ProtocolError, match=f"{field}|{where or 'hello'}"):
+        protocol.decode_hello(msgpack.packb(hello))
+    del (hello if where is None else hello[where])[field]
+    if field != "further":
+        with pytest.raises(ProtocolError):
+            protocol.decode_hello(msgpack.packb(hello))
+
+
 def test_a_policy_of_histories_is_sent_histories_and_nothing_else():
     policy = dataclasses.replace(ArithmeticPolicy.description, history=3)
     served = dataclasses.replace(SERVED, policy=policy)

@@ -18,6 +18,7 @@ from vega_policy.deployment.client import RemotePolicy
 from vega_policy.deployment.configuration_remote import VegaRemoteConfig
 from vega_policy.deployment.servable import Continuation
 from vega_policy.evaluation.policies import ObservationBatch
+from vega_policy.real_time_chunking import left_over
 
 
 class VegaRemotePolicy(PreTrainedPolicy):
@@ -115,11 +116,11 @@ class VegaRemotePolicy(PreTrainedPolicy):
         return torch.from_numpy(self.remote.ask(self._observation(batch), noise, continuation))
 
     def _continuation(self, left: Tensor, delay: int) -> Continuation | None:
-        told = left.ne(0).any(dim=-1).nonzero()  # LeRobot pads what is left with zeros
-        if not len(told):
+        rest = left_over(left, len(left))
+        if rest is None:
             return None
         assert self._rtc is not None
-        actions = left[: int(told[-1]) + 1].cpu().numpy().astype(np.float32)
+        actions = rest[0].cpu().numpy().astype(np.float32)
         guidance = float(self._rtc.max_guidance_weight)
         return Continuation(actions, delay, self._rtc.execution_horizon, guidance)
 

@@ -26,12 +26,13 @@ nothing in another session, or twice in one. `noise` None leaves it to the serve
 `continuation` asks for real-time chunking: `actions` are those of the last chunk that are still to be
 executed, `delay` how many of them will have been by the time the answer comes.
 
-Error codes: malformed, session, sequence, rate, policy, shutting_down. After too many malformed messages, or
-one that is too large, the server closes the connection (1008, 1009).
+Error codes: malformed, session, sequence, rate, policy. After too many malformed messages, or one that is too
+large, the server closes the connection (1008, 1009); when it shuts down, after running requests, with 1001.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -41,9 +42,13 @@ from vega_policy.deployment.servable import Continuation
 from vega_policy.deployment.wire import (
     ProtocolError,
     check_array,
+    check_fields,
     check_integer,
     check_keys,
     check_map,
+    is_count,
+    is_pair,
+    is_text,
     pack,
     pack_array,
     unpack,
@@ -121,6 +126,20 @@ class Reply:
     server_seconds: float
 
 
+_POLICY: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("name", "prior", "fingerprint"), is_text),
+    **dict.fromkeys(("action_size", "action_steps", "history"), is_count),
+    "cameras": lambda value: isinstance(value, list) and all(map(is_text, value)),
+    "state_size": lambda value: value is None or is_count(value),
+    "noise_shape": lambda value: value is None or is_pair(value),
+    "continues": lambda value: isinstance(value, bool),
+}
+_LIMITS: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("message_bytes", "rows", "frame_side"), is_count),
+    "requests_per_second": lambda value: isinstance(value, float | int) and 0 < value < 1e9,
+}
+
+
 def encode_hello(hello: Hello) -> bytes:
     """Encode the server's first message."""
     served = hello.description
@@ -141,11 +160,14 @@ def decode_hello(data: bytes | str) -> Hello:
     """
     value = unpack(data, 4096)
     if value.get("type") != "hello" or value.get("version") != VERSION:
-        raise ProtocolError(
-            "malformed", f"expected a hello of version {VERSION}, got {value.get('type')!r} of version "
-            f"{value.get('version')!r}"
-        )  # fmt: skip
+        said = f"{value.get('type')!r} of version {value.get('version')!r}"
+        raise ProtocolError("malformed", f"expected a hello of version {VERSION}, got {said}")
+    check_keys(value, {"type", "version", "session", "policy", "limits"}, "hello")
+    if not isinstance(value["session"], bytes) or len(value["session"]) != SESSION_BYTES:
+        raise ProtocolError("malformed", f"session: expected {SESSION_BYTES} bytes")
     policy, limits = check_map(value, "policy"), check_map(value, "limits")
+    check_fields(policy, _POLICY, "policy")
+    check_fields(limits, _LIMITS, "limits")
     shape = policy["noise_shape"]
     description = PolicyDescription(
         name=policy["name"],

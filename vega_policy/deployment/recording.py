@@ -34,7 +34,8 @@ class RecordingFormat:
         features: LeRobot's features of observation and action.
         robot_type: Name of the robot.
         codec: LeRobot's settings of the video encoder.
-        longest_episode: Most steps of an episode; the encoder's queue holds them, so that none is dropped.
+        longest_episode: Most steps of an episode; the encoder's queue holds them, none is dropped, and
+            no more than these wait.
     """
 
     repo_id: str
@@ -100,10 +101,15 @@ class EpisodeRecorder:
             frame: As `LeRobotDataset.add_frame` takes it, with all features and `task`.
 
         Raises:
-            RuntimeError: If writing failed before.
+            RuntimeError: If writing failed before, or cannot keep up: a recording with holes is none.
         """
         if self.failure is not None:
             raise RuntimeError(f"the recording cannot go on: {self.failure}") from self.failure
+        if self._orders.qsize() >= self._form.longest_episode:
+            raise RuntimeError(
+                f"the recording cannot keep up: {self._orders.qsize()} steps wait to be written; take fewer "
+                "or smaller cameras, or recording.video=h264"
+            )
         self._orders.put(frame)
 
     def end_episode(self) -> None:

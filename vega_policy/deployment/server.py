@@ -229,11 +229,11 @@ class PolicyServer:
         session.busy = True
         try:
             answer, outcome = await self._answer(session, data, start)
+            self.metrics.requests.labels(outcome).inc()
+            self.metrics.server_seconds.observe(time.perf_counter() - start)
+            await asyncio.wait_for(session.connection.send(answer), idle)
         finally:
-            session.busy = False
-        self.metrics.requests.labels(outcome).inc()
-        self.metrics.server_seconds.observe(time.perf_counter() - start)
-        await asyncio.wait_for(session.connection.send(answer), idle)
+            session.busy = False  # an answer that is under way is waited for, too, when the server shuts down
 
     async def _answer(self, session: _Session, data: str | bytes, start: float) -> tuple[bytes, str]:
         """Return the answer to a message, and the outcome for the metrics."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgpack
@@ -103,3 +103,26 @@ def check_keys(value: Mapping[str, Any], expected: set[str], name: str) -> None:
     """Raise ProtocolError unless a map has exactly these keys."""
     if set(value) != expected:
         raise ProtocolError("malformed", f"{name}: expected exactly the keys {sorted(expected)}")
+
+
+def is_text(value: Any) -> bool:
+    """Whether it is a string."""
+    return isinstance(value, str)
+
+
+def is_count(value: Any) -> bool:
+    """Whether it is an integer of at least one."""
+    return type(value) is int and 1 <= value <= 2**31
+
+
+def is_pair(value: Any) -> bool:
+    """Whether it is a list of two counts."""
+    return isinstance(value, list) and len(value) == 2 and all(map(is_count, value))
+
+
+def check_fields(value: dict[str, Any], fields: dict[str, Callable[[Any], bool]], name: str) -> None:
+    """Raise ProtocolError unless a map has exactly these fields, each of them good."""
+    check_keys(value, set(fields), name)
+    wrong = [field for field, good in fields.items() if not good(value[field])]
+    if wrong:
+        raise ProtocolError("malformed", f"{name}: not as documented: {', '.join(wrong)}")
