@@ -123,8 +123,10 @@ def test_trained_weights_come_with_an_untrained_copy_of_the_same_architecture(ch
     assert copy.untrained
     assert not trained.untrained
     assert [reader.label for reader in prior_readers(config, GRID, [2], [0.3])] == [config.name, UNTRAINED]
-    seeded = prior_readers(PriorConfig(name="wan_tiny"), GRID, [1], [0.3])
-    assert [reader.label for reader in seeded] == ["wan_tiny"], "nothing to compare: it is untrained itself"
+    seeded = prior_readers(PriorConfig(name="wan_tiny_untrained"), GRID, [1], [0.3])
+    assert [reader.label for reader in seeded] == ["wan_tiny_untrained"], (
+        "nothing to compare: it is untrained itself"
+    )
 
 
 def test_a_copy_of_anything_but_wan_is_refused():

@@ -131,12 +131,13 @@ def test_a_checkpoint_with_a_missing_weight_is_refused(policy, tmp_path):
         VegaPolicy.from_pretrained(tmp_path)
 
 
-def test_a_checkpoint_trained_with_other_prior_weights_is_refused(policy, tmp_path):
+def test_a_checkpoint_trained_with_other_prior_weights_is_refused(tmp_path):
+    policy = VegaPolicy(tiny_config(PriorConfig(name="wan_tiny_untrained")))
     policy.save_pretrained(tmp_path)
     config = PreTrainedConfig.from_pretrained(tmp_path)
     assert isinstance(config, VegaConfig)
     config.prior = dataclasses.replace(config.prior, seed=1)
-    with pytest.raises(ValueError, match="trained with other weights of the prior 'wan_tiny'"):
+    with pytest.raises(ValueError, match="trained with other weights of the prior 'wan_tiny_untrained'"):
         VegaPolicy.from_pretrained(tmp_path, config=config)
 
 

@@ -27,7 +27,7 @@ from vega_policy.training.pretraining.stages import pretrain
 
 @pytest.fixture(autouse=True)
 def smaller_still(monkeypatch):
-    entry = replace(PRIORS["wan_tiny"], architecture=TINY, layer=1)
+    entry = replace(PRIORS["wan_tiny"], architecture=TINY, shipped=None, layer=1)
     monkeypatch.setitem(PRIORS, "wan_tiny", entry)
 
 
@@ -36,7 +36,9 @@ def trained(tmp_path_factory):
     """A finished run with its report."""
     folder = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(PRIORS, "wan_tiny", replace(PRIORS["wan_tiny"], architecture=TINY, layer=1))
+        patch.setitem(
+            PRIORS, "wan_tiny", replace(PRIORS["wan_tiny"], architecture=TINY, shipped=None, layer=1)
+        )
         return pretrain(settings(folder, stages=["vae", "transformer", "report", "film"]))
 
 
@@ -112,7 +114,7 @@ def test_a_run_whose_time_is_up_says_so_and_leaves_a_checkpoint(tmp_path):
 def test_the_folder_is_a_prior_whose_weights_are_not_the_untrained_ones(trained):
     grid = (2, 2)
     prior = make_prior(PriorConfig(name="wan_tiny", path=str(trained)), grid)
-    untrained = make_prior(PriorConfig(name="wan_tiny"), grid)
+    untrained = make_prior(PriorConfig(name="wan_tiny_untrained"), grid)
     assert not prior.untrained
     assert prior.fingerprint != untrained.fingerprint
     features = prior(torch.rand(1, 1, 1, 3, 32, 32))

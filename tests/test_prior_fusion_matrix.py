@@ -28,7 +28,7 @@ def write_features(folder):
 
 
 def prior_config(name, folder):
-    if name in ("random", "wan_tiny"):
+    if name in ("random", "wan_tiny", "wan_tiny_untrained"):
         return PriorConfig(name=name)
     if name == "precomputed":
         return PriorConfig(name=name, path=str(write_features(folder)))

@@ -90,10 +90,10 @@ def test_no_prior_block_after_the_read_layer_exists_or_runs(checkpoint):
 
 
 def test_the_same_seed_gives_the_same_prior_features_and_another_seed_others():
-    first = make_prior(PriorConfig(name="wan_tiny"), GRID)
+    first = make_prior(PriorConfig(name="wan_tiny_untrained"), GRID)
     torch.randn(7)  # the global random state plays no part
-    again = make_prior(PriorConfig(name="wan_tiny"), GRID)
-    other = make_prior(PriorConfig(name="wan_tiny", seed=1), GRID)
+    again = make_prior(PriorConfig(name="wan_tiny_untrained"), GRID)
+    other = make_prior(PriorConfig(name="wan_tiny_untrained", seed=1), GRID)
     picture = frames()
     weights = [next(prior.transformer.parameters()) for prior in (first, again, other)]
     assert torch.equal(weights[0], weights[1])
@@ -108,7 +108,7 @@ def test_building_a_seeded_prior_leaves_the_callers_random_state_alone():
     torch.manual_seed(3)
     expected = torch.rand(1)
     torch.manual_seed(3)
-    make_prior(PriorConfig(name="wan_tiny"), GRID)
+    make_prior(PriorConfig(name="wan_tiny_untrained"), GRID)
     assert torch.equal(torch.rand(1), expected)
 
 
@@ -126,7 +126,7 @@ def test_fresh_prior_noise_comes_from_the_callers_generator(checkpoint):
     assert not torch.equal(draws[0], draws[2])
 
 
-@pytest.mark.parametrize("name", ["wan_tiny", "random"])
+@pytest.mark.parametrize("name", ["wan_tiny", "wan_tiny_untrained", "random"])
 def test_a_bright_square_changes_the_prior_token_that_holds_it_most(name):
     prior = make_prior(PriorConfig(name=name), (8, 8))
     dark = torch.full((1, 1, 1, 3, 128, 128), 0.3)
@@ -236,7 +236,7 @@ def test_a_prompt_file_of_another_width_is_refused(checkpoint, tmp_path):
 
 
 def test_the_tiny_prior_has_a_few_million_parameters_and_says_that_it_is_untrained():
-    prior = make_prior(PriorConfig(name="wan_tiny"), GRID)
+    prior = make_prior(PriorConfig(name="wan_tiny_untrained"), GRID)
     whole = WanTransformer3DModel(**PRIORS["wan_tiny"].architecture["transformer"])
     assert 2e6 < sum(parameter.numel() for parameter in whole.parameters()) < 12e6
     assert prior.untrained

