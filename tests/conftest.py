@@ -1,6 +1,7 @@
 """What several test files share, made once a process."""
 
 import pytest
+import torch
 
 from tests.synthetic_dataset import write_dataset
 
@@ -9,3 +10,14 @@ from tests.synthetic_dataset import write_dataset
 def root(tmp_path_factory):
     """A synthetic dataset of three episodes, two cameras, two tasks; not to be written to."""
     return write_dataset(tmp_path_factory.mktemp("data") / "synthetic")
+
+
+@pytest.fixture(scope="session")
+def wan_checkpoint(tmp_path_factory):
+    """A randomly initialised Wan in the hub's folder layout; not to be written to."""
+    from tests.tiny_wan import write_wan  # diffusers is heavy, and few test files need it
+
+    folder = tmp_path_factory.mktemp("wan")
+    torch.manual_seed(0)
+    write_wan(folder)
+    return folder

@@ -24,6 +24,8 @@ from transformers import (
     VJEPA2Model,
 )
 
+from tests.tiny_wan import BLOCKS, write_vae, write_wan
+
 CHANNELS = (8, 8, 16, 16)
 IMAGE_VAE = {
     "block_out_channels": CHANNELS,
@@ -76,18 +78,6 @@ def write_svd(folder: Path) -> None:
     ).save_pretrained(folder / "image_encoder")
 
 
-def write_wan_vae(folder: Path) -> None:
-    """The autoencoder of Wan2.1."""
-    AutoencoderKLWan(
-        base_dim=8,
-        z_dim=4,
-        dim_mult=[1, 1, 1, 1],
-        num_res_blocks=1,
-        latents_mean=[0.1, -0.2, 0.0, 0.3],
-        latents_std=[0.5, 1.5, 1.0, 0.7],
-    ).save_pretrained(folder / "vae")
-
-
 def write_dinov3(folder: Path) -> None:
     """DINOv3's vision transformer with two register tokens."""
     DINOv3ViTModel(
@@ -120,28 +110,11 @@ def write_vjepa2(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
-WAN = {
-    "num_attention_heads": 2,
-    "attention_head_dim": 24,
-    "num_layers": 3,
-    "ffn_dim": 64,
-    "text_dim": 20,
-    "freq_dim": 32,
-}
-
-
-def write_wan(folder: Path) -> None:
-    """Wan2.1 from text to video."""
-    write_wan_vae(folder)
-    WanTransformer3DModel(**WAN, in_channels=4, out_channels=4).save_pretrained(folder / "transformer")
-    save_file({"prompt": torch.randn(2, 20)}, folder / "empty_prompt.safetensors")
-
-
 def write_vace(folder: Path) -> None:
     """Wan2.1-VACE: control blocks beside blocks 0 and 2."""
-    write_wan_vae(folder)
+    write_vae(folder)
     WanVACETransformer3DModel(
-        **WAN, in_channels=4, out_channels=4, vace_layers=[0, 2], vace_in_channels=2 * 4 + 64
+        **BLOCKS, in_channels=4, out_channels=4, vace_layers=[0, 2], vace_in_channels=2 * 4 + 64
     ).save_pretrained(folder / "transformer")
     save_file({"prompt": torch.randn(2, 20)}, folder / "empty_prompt.safetensors")
 
@@ -161,7 +134,7 @@ def write_ti2v(folder: Path) -> None:
         latents_mean=[0.0] * 6,
         latents_std=[1.0] * 6,
     ).save_pretrained(folder / "vae")
-    WanTransformer3DModel(**WAN, in_channels=6, out_channels=6).save_pretrained(folder / "transformer")
+    WanTransformer3DModel(**BLOCKS, in_channels=6, out_channels=6).save_pretrained(folder / "transformer")
     save_file({"prompt": torch.randn(2, 20)}, folder / "empty_prompt.safetensors")
 
 
@@ -172,7 +145,7 @@ WRITERS: dict[str, Callable[[Path], None]] = {
     "sd21": write_sd,
     "svd": write_svd,
     "sd_vae": write_sd,
-    "wan_vae": write_wan_vae,
+    "wan_vae": write_vae,
     "dinov3": write_dinov3,
     "vjepa2": write_vjepa2,
 }

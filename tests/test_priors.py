@@ -8,45 +8,23 @@ from tokenizers import Tokenizer, models, processors
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from tests.policies import frames
+from tests.tiny_wan import TRANSFORMER
 from vega_policy.parts import PriorConfig
 from vega_policy.priors import PRIORS, make_prior, resolve
 from vega_policy.priors.prompt import encode_empty_prompt
 
 GRID = (4, 4)
-VAE = {"base_dim": 8, "z_dim": 4, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1}
-LATENTS = {"latents_mean": [0.1, -0.2, 0.0, 0.3], "latents_std": [0.5, 1.5, 1.0, 0.7]}
-TRANSFORMER = {
-    "num_attention_heads": 2,
-    "attention_head_dim": 24,
-    "num_layers": 3,
-    "ffn_dim": 64,
-    "text_dim": 20,
-    "freq_dim": 32,
-    "in_channels": 4,
-    "out_channels": 4,
-}
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """A randomly initialised Wan in the hub's folder layout, with the empty prompt's embedding as a file."""
-    folder = tmp_path_factory.mktemp("wan")
-    torch.manual_seed(0)
-    AutoencoderKLWan(**VAE, **LATENTS).save_pretrained(folder / "vae")
-    WanTransformer3DModel(**TRANSFORMER).save_pretrained(folder / "transformer")
-    save_file({"prompt": torch.randn(2, 20)}, folder / "empty_prompt.safetensors")
-    return folder
-
-
-def wan(checkpoint, **config):
+def wan(wan_checkpoint, **config):
     values = {"layer": 1, "dtype": "float32"} | config
-    return make_prior(PriorConfig(name="wan2.1_t2v_1.3b", path=str(checkpoint), **values), GRID)
+    return make_prior(PriorConfig(name="wan2.1_t2v_1.3b", path=str(wan_checkpoint), **values), GRID)
 
 
-def plain_feature(checkpoint, picture, layer, prompt, noise):
+def plain_feature(wan_checkpoint, picture, layer, prompt, noise):
     """The paper's equations with unmodified diffusers modules, one picture [3 h w] at a time."""
-    vae = AutoencoderKLWan.from_pretrained(checkpoint / "vae").eval()
-    transformer = WanTransformer3DModel.from_pretrained(checkpoint / "transformer").eval()
+    vae = AutoencoderKLWan.from_pretrained(wan_checkpoint / "vae").eval()
+    transformer = WanTransformer3DModel.from_pretrained(wan_checkpoint / "transformer").eval()
     mean = torch.tensor(vae.config["latents_mean"])[None, :, None, None, None]
     std = torch.tensor(vae.config["latents_std"])[None, :, None, None, None]
     clean = (vae.encode(picture[None, :, None] * 2 - 1).latent_dist.mean - mean) / std
@@ -60,15 +38,15 @@ def plain_feature(checkpoint, picture, layer, prompt, noise):
 
 
 @torch.no_grad()
-def test_the_prior_feature_is_block_k_of_the_papers_equations(checkpoint):
-    prior = wan(checkpoint)
+def test_the_prior_feature_is_block_k_of_the_papers_equations(wan_checkpoint):
+    prior = wan(wan_checkpoint)
     pictures = frames(views=2)
     features = prior(pictures)
     assert features.shape == (1, 2, 48, *GRID)
     noise = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    prompt = load_file(checkpoint / "empty_prompt.safetensors")["prompt"]
+    prompt = load_file(wan_checkpoint / "empty_prompt.safetensors")["prompt"]
     for view in range(2):
-        expected = plain_feature(checkpoint, pictures[0, view, 0], 1, prompt, noise)
+        expected = plain_feature(wan_checkpoint, pictures[0, view, 0], 1, prompt, noise)
         torch.testing.assert_close(features[0, view], expected, atol=1e-5, rtol=1e-5)
 
 
@@ -78,8 +56,8 @@ def test_the_priors_default_is_the_papers_layer_20_and_noise_level_exactly_three
     assert resolved.path == "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
 
 
-def test_no_prior_block_after_the_read_layer_exists_or_runs(checkpoint):
-    prior = wan(checkpoint, layer=1, engine="plain")
+def test_no_prior_block_after_the_read_layer_exists_or_runs(wan_checkpoint):
+    prior = wan(wan_checkpoint, layer=1, engine="plain")
     ran = []
     for block in prior.transformer.blocks:
         block.register_forward_hook(lambda *_: ran.append(1))
@@ -113,14 +91,14 @@ def test_building_a_seeded_prior_leaves_the_callers_random_state_alone():
 
 
 @torch.no_grad()
-def test_a_frames_prior_features_do_not_depend_on_its_batch(checkpoint):
-    prior = wan(checkpoint)
+def test_a_frames_prior_features_do_not_depend_on_its_batch(wan_checkpoint):
+    prior = wan(wan_checkpoint)
     pictures = frames(views=3)
     torch.testing.assert_close(prior(pictures)[:, 1:2], prior(pictures[:, 1:2]), atol=1e-5, rtol=1e-5)
 
 
-def test_fresh_prior_noise_comes_from_the_callers_generator(checkpoint):
-    prior = wan(checkpoint)
+def test_fresh_prior_noise_comes_from_the_callers_generator(wan_checkpoint):
+    prior = wan(wan_checkpoint)
     draws = [prior(frames(), torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
     assert torch.equal(draws[0], draws[1])
     assert not torch.equal(draws[0], draws[2])
@@ -139,22 +117,22 @@ def test_a_bright_square_changes_the_prior_token_that_holds_it_most(name):
             assert divmod(change.argmax().item(), 8) == (row, column)
 
 
-def test_prior_tokens_off_the_grid_are_pooled_to_it(checkpoint):
-    assert wan(checkpoint, input_size=128)(frames()).shape == (1, 1, 48, *GRID)
+def test_prior_tokens_off_the_grid_are_pooled_to_it(wan_checkpoint):
+    assert wan(wan_checkpoint, input_size=128)(frames()).shape == (1, 1, 48, *GRID)
     with pytest.raises(ValueError, match="multiple of 16; got 100"):
-        wan(checkpoint, input_size=100)
+        wan(wan_checkpoint, input_size=100)
 
 
-def test_the_prior_is_frozen(checkpoint):
-    prior = wan(checkpoint)
+def test_the_prior_is_frozen(wan_checkpoint):
+    prior = wan(wan_checkpoint)
     assert not any(parameter.requires_grad for parameter in prior.parameters())
     assert not prior(frames().requires_grad_()).requires_grad
 
 
-def test_a_prior_layer_outside_the_network_is_refused(checkpoint):
+def test_a_prior_layer_outside_the_network_is_refused(wan_checkpoint):
     for layer in (3, -1):
         with pytest.raises(ValueError, match=f"blocks 0 to 2; got {layer}"):
-            wan(checkpoint, layer=layer)
+            wan(wan_checkpoint, layer=layer)
 
 
 def test_a_prior_noise_level_outside_zero_to_one_is_refused():
@@ -170,29 +148,29 @@ def test_an_unknown_prior_names_the_nearest_and_the_known():
         make_prior(PriorConfig(name="wan_tny"), GRID)
 
 
-def test_prior_weights_with_another_fingerprint_are_refused(checkpoint, tmp_path):
-    trained_with = wan(checkpoint).fingerprint
+def test_prior_weights_with_another_fingerprint_are_refused(wan_checkpoint, tmp_path):
+    trained_with = wan(wan_checkpoint).fingerprint
     other = tmp_path / "other"
-    shutil.copytree(checkpoint, other)
+    shutil.copytree(wan_checkpoint, other)
     torch.manual_seed(1)
     WanTransformer3DModel(**TRANSFORMER).save_pretrained(other / "transformer")
-    assert wan(checkpoint, fingerprint=trained_with) is not None
+    assert wan(wan_checkpoint, fingerprint=trained_with) is not None
     with pytest.raises(ValueError, match=rf"other weights .* expected fingerprint {trained_with}, got"):
         wan(other, fingerprint=trained_with)
 
 
-def test_a_folder_with_another_architecture_is_refused(checkpoint, tmp_path):
+def test_a_folder_with_another_architecture_is_refused(wan_checkpoint, tmp_path):
     other = tmp_path / "other"
-    shutil.copytree(checkpoint, other)
+    shutil.copytree(wan_checkpoint, other)
     shutil.rmtree(other / "vae")
     AutoencoderKL(block_out_channels=(32,)).save_pretrained(other / "vae")
     with pytest.raises(ValueError, match="holds AutoencoderKL; this prior needs AutoencoderKLWan"):
         wan(other)
 
 
-def test_missing_prior_files_are_named_with_the_way_out(checkpoint, tmp_path):
+def test_missing_prior_files_are_named_with_the_way_out(wan_checkpoint, tmp_path):
     partial = tmp_path / "partial"
-    shutil.copytree(checkpoint / "vae", partial / "vae")
+    shutil.copytree(wan_checkpoint / "vae", partial / "vae")
     with pytest.raises(FileNotFoundError, match=r"transformer/config.json.*It holds: vae.*prior=wan_tiny"):
         wan(partial)
 
@@ -203,10 +181,10 @@ def test_offline_the_default_prior_names_the_missing_files_and_the_way_out(monke
         make_prior(PriorConfig(revision="0" * 40), GRID)
 
 
-def test_the_empty_prompt_comes_from_the_checkpoints_own_text_encoder(checkpoint, tmp_path, monkeypatch):
+def test_the_empty_prompt_comes_from_the_checkpoints_own_text_encoder(wan_checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr("vega_policy.priors.prompt.CACHE", tmp_path / "cache")
     folder = tmp_path / "wan"
-    shutil.copytree(checkpoint, folder)
+    shutil.copytree(wan_checkpoint, folder)
     (folder / "empty_prompt.safetensors").unlink()
     tokenizer = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1, "<unk>": 2}, unk_token="<unk>"))
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
@@ -227,12 +205,12 @@ def test_the_empty_prompt_comes_from_the_checkpoints_own_text_encoder(checkpoint
     assert torch.equal(wan(folder).prompt, prior.prompt)
 
 
-def test_a_prompt_file_of_another_width_is_refused(checkpoint, tmp_path):
+def test_a_prompt_file_of_another_width_is_refused(wan_checkpoint, tmp_path):
     save_file({"prompt": torch.zeros(2, 7)}, tmp_path / "prompt.safetensors")
     with pytest.raises(ValueError, match=r"shape \[n 20\].*got shape \(2, 7\)"):
-        wan(checkpoint, prompt_file=str(tmp_path / "prompt.safetensors"))
+        wan(wan_checkpoint, prompt_file=str(tmp_path / "prompt.safetensors"))
     with pytest.raises(FileNotFoundError, match="does not exist"):
-        wan(checkpoint, prompt_file=str(tmp_path / "nothing.safetensors"))
+        wan(wan_checkpoint, prompt_file=str(tmp_path / "nothing.safetensors"))
 
 
 def test_the_tiny_prior_has_a_few_million_parameters_and_says_that_it_is_untrained():

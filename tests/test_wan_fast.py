@@ -8,6 +8,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, Wa
 from torch._dynamo.testing import CompileCounter
 from torch.nn import functional
 
+from tests import tiny_wan
 from tests.policies import frames
 from vega_policy.parts import PriorConfig
 from vega_policy.priors import make_prior
@@ -28,8 +29,7 @@ from vega_policy.priors.wan_fixed import (
 from vega_policy.priors.wan_frame import FrameEncoder, frame_convolution
 
 TIGHT = {"atol": 1e-5, "rtol": 1e-5}
-STATISTICS = {"latents_mean": [0.1, -0.2, 0.0, 0.3], "latents_std": [0.5, 1.5, 1.0, 0.7]}
-VAE = {"base_dim": 8, "z_dim": 4, "dim_mult": [1, 2, 1, 1], "num_res_blocks": 1} | STATISTICS
+VAE = tiny_wan.VAE | {"dim_mult": [1, 2, 1, 1]}
 VAE_OF_WAN22 = VAE | {
     "is_residual": True,
     "in_channels": 12,
@@ -37,16 +37,6 @@ VAE_OF_WAN22 = VAE | {
     "patch_size": 2,
     "scale_factor_spatial": 16,
     "num_res_blocks": 2,
-}
-TRANSFORMER = {
-    "num_attention_heads": 2,
-    "attention_head_dim": 24,
-    "num_layers": 3,
-    "ffn_dim": 64,
-    "text_dim": 20,
-    "freq_dim": 32,
-    "in_channels": 4,
-    "out_channels": 4,
 }
 
 
@@ -70,7 +60,7 @@ def make_vae(**values):
 
 def make_transformer(**values):
     torch.manual_seed(1)
-    return random_gains(WanTransformer3DModel(**(TRANSFORMER | values)))
+    return random_gains(WanTransformer3DModel(**(tiny_wan.TRANSFORMER | values)))
 
 
 def make_prompt(n, seed=0):

@@ -9,7 +9,7 @@ from typing import Any
 from vega_policy.analysis.bootstrap import Estimate
 from vega_policy.analysis.measures import HEADLINE, METRICS
 from vega_policy.analysis.questions import KINDS
-from vega_policy.analysis.reasoning import Answers, QuestionSet
+from vega_policy.analysis.reasoning import WORDS, Answers, QuestionSet
 from vega_policy.analysis.sweep import Sweep
 
 PAGE = "report.html"
@@ -118,7 +118,8 @@ def answers_table(answers: Answers) -> str:
         (name, _cell(answers.row(name)), *(_cell(answers.row(name, kind)) for kind in kinds))
         for name in answers.scores
     ]
-    for other in ("semantic only", "fused, random prior"):
+    others = ("semantic only", "fused, random prior", "fused, untrained copy", "fused, blind", WORDS)
+    for other in (name for name in others if name in answers.scores):
         gains = [_cell(answers.gain("fused", other, kind)) for kind in kinds]
         rows.append((f"fused minus {other}", _cell(answers.gain("fused", other)), *gains))
     return table(header, rows) + paragraph(

@@ -5,7 +5,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,15 @@ import torch
 from hydra.utils import get_method
 
 from vega_policy.analysis import page, pictures
-from vega_policy.analysis.answers import AnswerModel, AnswerTraining
+from vega_policy.analysis.answer_model import AnswerModel
+from vega_policy.analysis.answer_training import AnswerTraining
+from vega_policy.analysis.answers import Features
 from vega_policy.analysis.bootstrap import Estimate
 from vega_policy.analysis.comparisons import comparison_readers
+from vega_policy.analysis.looking import Looker
 from vega_policy.analysis.measures import HEADLINE, METRICS, Setup, cache_key
 from vega_policy.analysis.questions import KINDS
-from vega_policy.analysis.readouts import Reader, Readout, prior_readers
+from vega_policy.analysis.readouts import BATCH, Reader, Readout, prior_readers
 from vega_policy.analysis.reasoning import Eyes, Reasoning, compare, question_set
 from vega_policy.analysis.recording import Episode, load_episode, write_recording
 from vega_policy.analysis.scenes import Scene, load_scene
@@ -28,7 +31,7 @@ from vega_policy.analysis.sweep import SceneSet, Sweep, sweep
 from vega_policy.analysis.tokens import token_geometry
 from vega_policy.analysis.transforms_json import TRANSFORMS, read_folder
 from vega_policy.evaluation.videos import encode
-from vega_policy.observation import Observation, resize
+from vega_policy.observation import resize
 from vega_policy.priors import has_trained_weights, resolve
 
 logger = logging.getLogger(__name__)
@@ -172,11 +175,15 @@ def answer_questions(settings: ProbeSettings) -> Reasoning:
     wanted = settings.questions
     order = {"count": wanted.scenes, "frame_size": wanted.frame_size, "seed": settings.seed + 1}
     order |= {"shots": QUESTION_SHOTS, "views": QUESTION_VIEWS, "layout": "scattered"}
-    _, scenes = rendered(settings, _order(settings) | order)
+    key, scenes = rendered(settings, _order(settings) | order)
     asked = question_set(scenes, wanted.per_kind, wanted.texts, settings.seed)
-    eyes = Eyes(settings.backbone, settings.fusion, wanted.frame_size, QUESTION_VIEWS)
-    how = AnswerTraining(wanted.steps, wanted.batch, wanted.rate, seed=settings.seed)
-    return compare(scenes, asked, eyes, settings.prior, how)
+    backbone = replace(settings.backbone, depth=wanted.depth, latents=wanted.latents)
+    eyes = Eyes(backbone, settings.fusion, wanted.frame_size, QUESTION_VIEWS)
+    how = AnswerTraining(
+        wanted.steps, wanted.scenes_a_step, wanted.questions_a_scene, wanted.rate, seed=settings.seed
+    )
+    looker = Looker(scenes, key, wanted.frame_size, Path(settings.cache_root) / "answers")
+    return compare(looker, asked, eyes, settings.prior, how)
 
 
 def film_episode(folder: Path, settings: ProbeSettings, model: AnswerModel) -> dict[str, Path]:
@@ -202,13 +209,18 @@ def film_episode(folder: Path, settings: ProbeSettings, model: AnswerModel) -> d
 def gates_of(model: AnswerModel, episode: Episode) -> np.ndarray | None:
     """Gate of the fused model at each moment, [n gh gw]; None where the fusion has none."""
     eyes = model.eyes
-    frames = torch.from_numpy(episode.scene.views.frames).permute(0, 3, 1, 2).float() / 255
-    frames = resize(frames, eyes.config.frame_size, eyes.config.frame_size)[:, None, None]
-    observation = Observation(frames, torch.zeros(len(frames), 1), [episode.instruction] * len(frames))
-    eyes.see(observation)
-    if eyes.gate is None:
+    if eyes.prior is None:
         return None
-    return eyes.gate.reshape(len(frames), *eyes.backbone.grid).numpy()
+    frames = torch.from_numpy(episode.scene.views.frames).permute(0, 3, 1, 2).float() / 255
+    frames = resize(frames, eyes.config.frame_size, eyes.config.frame_size)[:, None]
+    gates = []
+    for part in frames.split(BATCH):
+        seen = Features(eyes.backbone.encode(part), eyes.prior(part[:, :, None]).float())
+        model.see(seen, [episode.instruction] * len(part))
+        if eyes.gate is None:
+            return None
+        gates.append(eyes.gate.reshape(len(part), *eyes.backbone.grid))
+    return torch.cat(gates).numpy()
 
 
 def report(

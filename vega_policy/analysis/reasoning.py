@@ -1,31 +1,25 @@
 """Do the prior's tokens help to answer spatial questions? Models, controls, and scores on unseen scenes."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 import torch
-from torch import Tensor
-from tqdm import tqdm
 
-from vega_policy.analysis.answers import (
-    STATE,
-    AnswerModel,
-    AnswerTraining,
-    Codec,
-    Features,
-    answer,
-    train,
-)
+from vega_policy.analysis.answer_model import AnswerModel
+from vega_policy.analysis.answer_training import AnswerTraining, answer, trained
+from vega_policy.analysis.answers import STATE, Codec, Features
 from vega_policy.analysis.balance import balanced, chance, without_looking
 from vega_policy.analysis.bootstrap import Estimate, difference, estimate
+from vega_policy.analysis.looking import Looker, has_untrained_copy
+from vega_policy.analysis.measures import cache_key
 from vega_policy.analysis.questions import KINDS, Question, ask
 from vega_policy.analysis.scenes import Scene
 from vega_policy.analysis.scores import score
-from vega_policy.observation import resize
 from vega_policy.parts import BackboneConfig, ExpertConfig, FusionConfig, ModelConfig, PriorConfig
 
 SMALLEST_EXPERT = ExpertConfig(width=32, depth=1, heads=2)  # built and dropped: answers need none
+WORDS = "words alone (constant)"
 TEST_SHARE = 4  # every fourth scene is never trained on
 
 
@@ -96,30 +90,6 @@ class Eyes:
         )
 
 
-@torch.no_grad()
-def features_of(scenes: Sequence[Scene], config: ModelConfig, batch: int = 8) -> Features:
-    """Features of all scenes by the frozen encoders of a model.
-
-    Raises:
-        ValueError: If the image encoder learns: then its features cannot be computed once.
-    """
-    if not config.backbone.frozen_features:
-        raise ValueError("questions are answered on cached features; set backbone.freeze_image_encoder=true")
-    eyes = AnswerModel(config, 1).eyes.eval()
-    semantic, prior = [], []
-    for start in tqdm(range(0, len(scenes), batch), f"Looking, prior {config.prior.name}", unit="batch"):
-        frames = torch.stack([_frames(scene, config.frame_size) for scene in scenes[start : start + batch]])
-        semantic.append(eyes.backbone.encode(frames))
-        if eyes.prior is not None:
-            prior.append(eyes.prior(frames[:, :, None]).float())
-    return Features(torch.cat(semantic), torch.cat(prior) if prior else None)
-
-
-def _frames(scene: Scene, size: int) -> Tensor:
-    """Views of a scene, [v 3 size size] in [0, 1]."""
-    return resize(torch.from_numpy(scene.views.frames).permute(0, 3, 1, 2).float() / 255, size, size)
-
-
 @dataclass
 class Answers:
     """Scores of every model on the same unseen scenes.
@@ -175,41 +145,71 @@ class Reasoning:
 
 
 def compare(
-    scenes: Sequence[Scene], asked: QuestionSet, eyes: Eyes, prior: PriorConfig, how: AnswerTraining
+    looker: Looker, asked: QuestionSet, eyes: Eyes, prior: PriorConfig, how: AnswerTraining
 ) -> Reasoning:
-    """Train and test: semantic only, fused, fused with a random prior, fused without sight.
+    """Train and test: semantic only, fused, fused with an untrained or random prior, fused without sight.
 
     Controls take the prior away from the fused model at test time.
 
     Args:
-        scenes: All scenes.
+        looker: Sees all scenes.
         asked: Questions about them.
         eyes: Backbone and fusion.
         prior: The prior of the fused model.
         how: Training.
     """
-    codec = Codec(asked.train)
-    batches = codec.batch(asked.train), codec.batch(asked.test)
     answers = Answers(asked.test)
     answers.scores["chance"] = chance(asked.train, asked.test)
-    answers.scores["words alone (constant)"] = without_looking(asked.train, asked.test)
-    configs = {
-        "semantic only": eyes.model(PriorConfig(name="none")),
-        "fused, random prior": eyes.model(PriorConfig(name="random")),
-        "fused": eyes.model(prior),
-    }
-    seen: dict[str, Features] = {}
-    for name, config in configs.items():
-        seen[name] = features_of(scenes, config)
-        model, answers.losses[name] = train(config, codec, batches[0], seen[name], how, name)
-        answers.scores[name] = _scores(model, codec, batches[1], seen[name], asked.test)
-    fused = model
-    for name, control in prior_controls(seen["fused"]).items():
-        answers.scores[f"fused, prior {name}"] = _scores(fused, codec, batches[1], control, asked.test)
-    unseen = seen["fused"].mean()
-    blind, answers.losses["fused, blind"] = train(configs["fused"], codec, batches[0], unseen, how, "blind")
-    answers.scores["fused, blind"] = _scores(blind, codec, batches[1], unseen, asked.test)
+    answers.scores[WORDS] = without_looking(asked.train, asked.test)
+    contest = _Contest(looker, asked, eyes, how, answers)
+    semantic = looker.semantic(eyes.backbone)
+    grid = semantic.shape[-2], semantic.shape[-1]
+    seen = Features(semantic, looker.prior(prior, grid))
+    others = {"random prior": (PriorConfig(name="random"), False)}
+    if has_untrained_copy(prior):
+        others["untrained copy"] = (prior, True)
+    contest.enter("semantic only", PriorConfig(name="none"), Features(semantic, None))
+    for name, (other, untrained) in others.items():
+        contest.enter(f"fused, {name}", other, Features(semantic, looker.prior(other, grid, untrained)))
+    fused = contest.enter("fused", prior, seen)
+    for name, control in prior_controls(seen).items():
+        answers.scores[f"fused, prior {name}"] = contest.scores(fused, control)
+    contest.enter("fused, blind", prior, seen.mean())
     return Reasoning(answers, fused, asked)
+
+
+class _Contest:
+    """Trains models on the same questions and scores them on the same test."""
+
+    def __init__(
+        self, looker: Looker, asked: QuestionSet, eyes: Eyes, how: AnswerTraining, answers: Answers
+    ) -> None:
+        self._looker, self._asked, self._eyes, self._how, self._answers = looker, asked, eyes, how, answers
+        self._codec = Codec(asked.train)
+        self._train, self._test = self._codec.batch(asked.train), self._codec.batch(asked.test)
+
+    def enter(self, name: str, prior: PriorConfig, features: Features) -> AnswerModel:
+        """Train (or load) a model, score it, note its loss."""
+        config, cache = self._eyes.model(prior), self._looker.cache
+        path = None
+        if cache is not None:
+            path = cache / f"answers-{self._key(name, config, features)}.pt"
+        model, loss = trained(path, config, self._codec, self._train, features, self._how, name)
+        self._answers.losses[name] = loss
+        self._answers.scores[name] = self.scores(model, features)
+        return model
+
+    def scores(self, model: AnswerModel, features: Features) -> np.ndarray:
+        """Score of each tested question."""
+        given = answer(model, self._codec, self._test, features)
+        return np.array([score(q, one) for q, one in zip(self._asked.test, given, strict=True)])
+
+    def _key(self, name: str, config: ModelConfig, features: Features) -> str:
+        """Names all that decides what a model learns; its features by their sums."""
+        sums = [None if part is None else part.double().sum().item() for part in features.parts]
+        asked = [(q.scene, q.text, q.label, q.number, q.box) for q in self._asked.train]
+        values = {"config": asdict(config), "how": asdict(self._how), "features": sums, "asked": asked}
+        return cache_key(answers=1, model=name, scenes=self._looker.key, **values)
 
 
 def prior_controls(features: Features, seed: int = 0) -> Mapping[str, Features]:
@@ -221,10 +221,3 @@ def prior_controls(features: Features, seed: int = 0) -> Mapping[str, Features]:
     others = prior.roll(1, dims=0)
     changed = {"zeroed": torch.zeros_like(prior), "noise": noise, "shuffled": others}
     return {name: replace(features, prior=part) for name, part in changed.items()}
-
-
-def _scores(
-    model: AnswerModel, codec: Codec, batch: object, features: Features, questions: Sequence[Question]
-) -> np.ndarray:
-    given = answer(model, codec, batch, features)  # type: ignore[arg-type]
-    return np.array([score(question, one) for question, one in zip(questions, given, strict=True)])

@@ -76,8 +76,11 @@ class QuestionSettings:
         per_kind: Most training questions of one type.
         texts: Most different texts of one type.
         steps: Optimizer steps of each model.
-        batch: Questions a step.
+        scenes_a_step: Scenes a step.
+        questions_a_scene: Questions about each of them.
         rate: Peak learning rate.
+        depth: Trunk blocks of the backbone that answers; the head looks things up in what it gives.
+        latents: Latents into which its views are resampled; None keeps all tokens, to be looked up.
     """
 
     scenes: int = 240
@@ -85,8 +88,11 @@ class QuestionSettings:
     per_kind: int = 1500
     texts: int = 60
     steps: int = 400
-    batch: int = 64
+    scenes_a_step: int = 16
+    questions_a_scene: int = 12
     rate: float = 1e-3
+    depth: int = 0
+    latents: int | None = None
 
 
 @dataclass(frozen=True)
