@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import envs
-from envs.demonstrators import DemonstrationOptions, demonstrate
+from envs.demonstrators import DemonstrationOptions, demonstrate, grasping
 from envs.demonstrators.arm import OPEN, Arm, Reach, down
 from envs.demonstrators.grasping import plan_grasp
 from envs.demonstrators.skills import NEAREST, Workcell, away_from_base
@@ -134,6 +134,16 @@ def test_a_hindered_grasp_gives_way_to_the_next_best_and_all_hindered_to_the_che
     other = plan_grasp(scene, "cube_main", hindered=lambda planned: abs(planned.yaw - cheapest.yaw) < 0.1)
     assert abs(other.yaw - cheapest.yaw) >= 0.1
     assert plan_grasp(scene, "cube_main", hindered=lambda planned: True).yaw == cheapest.yaw
+
+
+def test_where_no_grasp_fits_the_episode_is_lost_and_nothing_else(lift_wide, monkeypatch):
+    lift_wide.reset_blindly(seed=3)
+    monkeypatch.setattr(grasping, "centre_grasps", lambda *_: [])
+    monkeypatch.setattr(grasping, "rim_grasps", lambda *_: [])
+    with pytest.raises(grasping.NoGraspError, match="no possible grasp of 'cube_main'"):
+        plan_grasp(Workcell.of(lift_wide.raw).scene, "cube_main")
+    _, success = rollout(lift_wide, 3)
+    assert not success
 
 
 def test_a_hand_near_the_base_rises_farther_out_and_any_other_where_it_is(lift_wide):

@@ -1,5 +1,6 @@
 """Scripted demonstrators with privileged state: they plan on collision geometry, which no policy sees."""
 
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -7,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from envs.demonstrators.arm import Command, Skill
+from envs.demonstrators.grasping import NoGraspError
 from envs.demonstrators.libero_goals import achieve_goals
 from envs.demonstrators.metaworld import packaged_commands
 from envs.demonstrators.noise import OrnsteinUhlenbeck
@@ -16,6 +18,8 @@ from envs.demonstrators.skills import Workcell
 from envs.demonstrators.start_pose import widen_start
 
 __all__ = ["ActionPair", "DemonstrationOptions", "demonstrate"]
+
+logger = logging.getLogger(__name__)
 
 type ActionPair = tuple[NDArray[np.float32], NDArray[np.float32]]
 """(executed, clean): float32 [a] each, in [-1, 1]; they differ by the action noise."""
@@ -31,7 +35,7 @@ def demonstrate(
     """Demonstrates the task of a live environment that has just been reset.
 
     The caller steps the environment with each executed action before it asks for the next one. The end of
-    the iteration says nothing about success: ask the environment.
+    the iteration says nothing about success: ask the environment. Where no grasp fits, it ends.
 
     Args:
         env: a manipulation environment with `task` and `raw` (the simulator's own environment).
@@ -50,12 +54,19 @@ def demonstrate(
     options = options or DemonstrationOptions()
     walk = OrnsteinUhlenbeck(noise, options.noise_correlation, rng)
     play = packaged_commands if env.task.suite.startswith("metaworld_") else _panda_commands
-    for command in play(env, options, rng):
+    for command in _until_lost(play(env, options, rng), env.task.name):
         clean = np.clip(command.action, -1.0, 1.0)
         executed = clean.copy()
         disturbed = clean[:-1] + command.noise_share * walk.step()[: len(clean) - 1]  # not the gripper
         executed[:-1] = np.clip(disturbed, -1.0, 1.0)
         yield executed.astype(np.float32), clean.astype(np.float32)
+
+
+def _until_lost(commands: Iterator[Command], task: str) -> Iterator[Command]:
+    try:
+        yield from commands
+    except NoGraspError as error:
+        logger.info("%s: the demonstrator gives up: %s", task, error)
 
 
 def _panda_commands(env: Any, options: DemonstrationOptions, rng: np.random.Generator) -> Iterator[Command]:

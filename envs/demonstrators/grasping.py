@@ -165,6 +165,10 @@ def rim_grasps(
             yield cost, Grasp(position, yaw, "rim", blocked, offset)
 
 
+class NoGraspError(Exception):
+    """A thing lies so that no grasp of it fits: this episode is lost, as it is for a robot."""
+
+
 def plan_grasp(
     scene: Scene,
     body: str,
@@ -181,7 +185,7 @@ def plan_grasp(
             until one is free. If none is, the cheapest is taken.
 
     Raises:
-        ValueError: no grasp satisfies the wish.
+        NoGraspError: no grasp satisfies the wish.
     """
     wish = wish or GraspWish()
     cloud = scene.cloud(body)
@@ -194,8 +198,8 @@ def plan_grasp(
         base = scene.position("robot0_base")[:2]
         grasps = list(rim_grasps(rim, float(cloud[:, 2].min()), obstacles, base, wish))
     if not grasps:
-        raise ValueError(
-            f"no {wish.kind or ''} grasp of {body!r} within {wish.yaw_limit:.2f} rad of yaw {wish.yaw:.2f}"
+        raise NoGraspError(
+            f"no {wish.kind or 'possible'} grasp of {body!r} within {wish.yaw_limit:.2f} rad of yaw {wish.yaw:.2f}"
         )
     ranked = [planned for _, planned in sorted(grasps, key=lambda pair: pair[0])]
     return next((planned for planned in ranked[:MOST_ASKED] if not hindered(planned)), ranked[0])
