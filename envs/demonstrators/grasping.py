@@ -198,8 +198,9 @@ def plan_grasp(
         base = scene.position("robot0_base")[:2]
         grasps = list(rim_grasps(rim, float(cloud[:, 2].min()), obstacles, base, wish))
     if not grasps:
+        kind = wish.kind or "possible"
         raise NoGraspError(
-            f"no {wish.kind or 'possible'} grasp of {body!r} within {wish.yaw_limit:.2f} rad of yaw {wish.yaw:.2f}"
+            f"no {kind} grasp of {body!r} within {wish.yaw_limit:.2f} rad of yaw {wish.yaw:.2f}"
         )
     ranked = [planned for _, planned in sorted(grasps, key=lambda pair: pair[0])]
     return next((planned for planned in ranked[:MOST_ASKED] if not hindered(planned)), ranked[0])
