@@ -54,7 +54,8 @@ def read_episodes(root: Path, indices: Sequence[int] | None = None) -> list[Stor
 
     Raises:
         FileNotFoundError: If `root` holds no dataset that this package collected.
-        ValueError: If an episode does not exist, or states and actions do not belong together.
+        ValueError: If an episode does not exist, a file is damaged, or states and actions do not belong
+            together.
     """
     metadata = collected_metadata(root)
     tasks = {task.name: task for task in envs.tasks(metadata["settings"]["suite"])}
@@ -87,11 +88,15 @@ def _episode(
 
 def _actions(root: Path) -> dict[int, np.ndarray]:
     """Return the actions float32 [t a] of each episode, from the dataset's tables."""
+    import pyarrow
     import pyarrow.parquet
 
     by_episode: dict[int, list[np.ndarray]] = {}
     for path in sorted((root / "data").rglob("*.parquet")):
-        table = pyarrow.parquet.read_table(path, columns=["episode_index", "action"])
+        try:
+            table = pyarrow.parquet.read_table(path, columns=["episode_index", "action"])
+        except (pyarrow.ArrowInvalid, OSError) as error:
+            raise _damaged(path, error) from None
         rows = np.stack(table["action"].to_numpy()).astype(np.float32)
         episodes = table["episode_index"].to_numpy()
         for index in np.unique(episodes):
@@ -100,9 +105,21 @@ def _actions(root: Path) -> dict[int, np.ndarray]:
 
 
 def _states(root: Path) -> dict[int, np.ndarray]:
+    from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
-    files = sorted((root / "states").glob("*.safetensors"))
-    return {
-        int(name.removeprefix("episode_")): value for path in files for name, value in load_file(path).items()
-    }
+    states: dict[int, np.ndarray] = {}
+    for path in sorted((root / "states").glob("*.safetensors")):
+        try:
+            stored = load_file(path)
+        except SafetensorError as error:
+            raise _damaged(path, error) from None
+        states |= {int(name.removeprefix("episode_")): value for name, value in stored.items()}
+    return states
+
+
+def _damaged(path: Path, error: Exception) -> ValueError:
+    reason = str(error).splitlines()[0]
+    return ValueError(
+        f"{path} is damaged or was not written to its end ({reason}); collect or copy the dataset again"
+    )

@@ -11,12 +11,13 @@ from typing import Any, cast
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from vega_policy.command_line import refuse_unknown_options
+from vega_policy.command_line import refuse_missing_fields, refuse_unknown_options
 
 
 @hydra.main(version_base=None, config_path="../configs", config_name="eval")
 def main(config: DictConfig) -> None:
     """Evaluate, then print the table and where the report lies; a user's mistake ends in one message."""
+    refuse_missing_fields(config)
     print(f"evaluating {config.checkpoint} in {config.env.suite}", flush=True)
     from vega_policy.evaluation.launch import launch  # heavy imports, not needed for --help
     from vega_policy.evaluation.summary import table

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import yaml
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
 from tests.synthetic_dataset import write_dataset
 from vega_policy.backbones import BACKBONES
 from vega_policy.bases import BASES, BaseConfig
-from vega_policy.command_line import refuse_unknown_options
+from vega_policy.command_line import refuse_missing_fields, refuse_unknown_options
 from vega_policy.configuration_vega import VegaConfig
 from vega_policy.fusion import FUSIONS
 from vega_policy.parts import BackboneConfig, ExpertConfig, FusionConfig, PriorConfig
@@ -271,3 +272,9 @@ def test_an_option_that_a_group_does_not_have_is_refused_with_the_near_ones():
         refuse_unknown_options(["-m", "prior=none,wan_tinny"])
     refuse_unknown_options(["env=lift_wide", "prior=null", "~experiment", "seed=3", "-cn", "other"])
     refuse_unknown_options(["env=of_their_own", "--config-dir", "elsewhere"])  # Hydra's to judge
+
+
+def test_a_field_without_a_default_is_asked_for_by_its_name():
+    with pytest.raises(SystemExit, match=r"not given: checkpoint; add checkpoint=\.\.\. to the command line"):
+        refuse_missing_fields(OmegaConf.create({"checkpoint": "???", "seed": 0}))
+    refuse_missing_fields(OmegaConf.create({"checkpoint": "outputs/run", "seed": 0}))

@@ -69,4 +69,9 @@ def test_a_dataset_without_simulator_states_or_with_changed_ones_is_refused(data
     states.unlink()
     with pytest.raises(ValueError, match=r"\d+ steps, but \d+ actions and 0 simulator states are stored"):
         read_episodes(dataset)
+    states.write_bytes(content[: len(content) // 2])
+    with pytest.raises(
+        ValueError, match=r"safetensors is damaged or was not written to its end \(.*\); coll"
+    ):
+        read_episodes(dataset)
     states.write_bytes(content)

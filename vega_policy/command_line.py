@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Override
 from hydra.errors import OverrideParseException
+from omegaconf import DictConfig, OmegaConf
 
 from vega_policy.resources import resource
 
@@ -32,6 +33,23 @@ def refuse_unknown_options(arguments: Sequence[str] | None = None) -> None:
     problems = [problem for override in _overrides(given) for problem in _unknown(override)]
     if problems:
         sys.exit("\n".join(problems))
+
+
+def refuse_missing_fields(config: DictConfig) -> None:
+    """Ends the program if a field without a default, such as the checkpoint of an evaluation, is not given.
+
+    Args:
+        config: as Hydra composed it.
+
+    Raises:
+        SystemExit: with the message.
+    """
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        fields = " ".join(f"{name}=..." for name in missing)
+        sys.exit(
+            f"not given: {', '.join(missing)}; add {fields} to the command line (--help tells what it is)"
+        )
 
 
 def _overrides(arguments: Sequence[str]) -> list[Override]:
