@@ -87,6 +87,9 @@ def test_a_first_chunk_that_is_not_finite_or_outside_fails():
     name = "first actions within limits"
     assert "not finite" in failed(chunk=CHUNK * math.nan)[name]
     assert "units and order" in failed(chunk=np.degrees(CHUNK))[name]
+    edges = np.array([limit.high + 0.05 * (limit.high - limit.low) for limit in LIMITS])
+    assert check(chunk=np.broadcast_to(edges, CHUNK.shape))[name].status == OK, "a little beyond is cut"
+    assert name in failed(chunk=np.broadcast_to(2 * edges, CHUNK.shape))
 
 
 def test_latency_is_measured_against_the_rate():

@@ -204,6 +204,12 @@ def _limits_cover(trained: Trained, limits: Sequence[JointLimits], names: Sequen
     return Check(name, OK, "they hold what was demonstrated, and no more than three times that")
 
 
+def _beyond(limit: JointLimits, values: np.ndarray) -> np.ndarray:
+    """Which commands lie a tenth of the range or more outside: less is cut, more is another unit or order."""
+    slack = 0.1 * (limit.high - limit.low)
+    return (values < limit.low - slack) | (values > limit.high + slack)
+
+
 def _chunk_within(limits: Sequence[JointLimits], chunk: np.ndarray, names: Sequence[str]) -> Check:
     name = "first actions within limits"
     if not np.isfinite(chunk).all():
@@ -212,8 +218,7 @@ def _chunk_within(limits: Sequence[JointLimits], chunk: np.ndarray, names: Seque
     outside = [
         f"{joint} up to {np.abs(chunk[:, entry]).max():.4g}"
         for entry, joint in enumerate(names)
-        if joint in by_name
-        and ((chunk[:, entry] < by_name[joint].low) | (chunk[:, entry] > by_name[joint].high)).mean() > 0.5
+        if joint in by_name and _beyond(by_name[joint], chunk[:, entry]).mean() > 0.5
     ]
     if outside:
         return Check(name, FAILED, f"most of the first chunk is outside: {outside}; check units and order")
