@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from vega_policy.deployment.simulator_log import read_runs, table, whole_episodes
+from vega_policy.deployment.simulator_log import claim, read_runs, table, whole_episodes
 
 KINDS = {"sync": ["inference=sync"], "rtc": ["inference=rtc", "inference.queue_threshold=12"]}
 
@@ -29,6 +29,11 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, default=Path("outputs/inference"))
     options = parser.parse_args()
+    played = {"fields": options.fields, "seconds": options.seconds, "extra_latency": options.extra_latency}
+    try:
+        claim(options.output, played)
+    except ValueError as error:
+        sys.exit(str(error))
     logs = {kind: options.output / kind / "vega_sim.jsonl" for kind in KINDS}
     while (played := min(len(whole_episodes(log)) for log in logs.values())) < options.episodes:
         end = min(played // options.block * options.block + options.block, options.episodes)

@@ -3,7 +3,8 @@
 Without names of suites: 20 episodes a task of LIBERO's spatial, object, goal and 10 on fresh resets, 20
 official states a task of LIBERO-PRO's swap suites, and 3 episodes a task of Meta-World MT50. With --output,
 the results so far lie in that file, and the same command, or one that asks for more episodes, goes on, as
-long as the code that plays has not changed. Neither LeRobot nor Hydra is needed.
+long as the code that plays has not changed. LIBERO needs neither LeRobot nor Hydra; Meta-World, whose
+tasks LeRobot lists, needs LeRobot.
 """
 
 import argparse
@@ -50,7 +51,7 @@ def main() -> None:
                     f"{elapsed}: {result.task.suite} {result.task.index} {result.task.name}: {counts}",
                     flush=True,
                 )
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         sys.exit(str(error))
     print(f"\n{success_table(results)}\n\n{time.perf_counter() - started:.0f} s, code {code_version()}")
 

@@ -18,6 +18,6 @@ def wan_checkpoint(tmp_path_factory):
     from tests.tiny_wan import write_wan  # diffusers is heavy, and few test files need it
 
     folder = tmp_path_factory.mktemp("wan")
-    torch.manual_seed(0)
+    torch.manual_seed(5)  # not the seed of the untrained copies that it is compared with
     write_wan(folder)
     return folder

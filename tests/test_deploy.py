@@ -15,7 +15,7 @@ from lerobot.rollout.robot_wrapper import ThreadSafeRobot
 from lerobot.utils.feature_utils import hw_to_dataset_features
 from omegaconf import MissingMandatoryValue, OmegaConf
 
-from vega_policy.deployment.control_loop import SafeRollout, delayed
+from vega_policy.deployment.control_loop import SafeRollout, delayed, lays_out_scenes
 from vega_policy.deployment.deploy import read_rollout, read_safety
 from vega_policy.deployment.limits import JointLimits
 from vega_policy.deployment.safety import SafetyFilter
@@ -54,6 +54,15 @@ def test_the_shipped_robots_have_limits_or_ask_for_a_dataset(tmp_path):
             read_safety(config)
     with pytest.raises(MissingMandatoryValue, match="port"):
         composed("robot=so101")
+
+
+def test_only_a_simulated_robot_is_sent_to_its_initial_pose_between_episodes():
+    assert lays_out_scenes({"new_scenes": True, "device": {"type": "vega_sim"}})
+    assert not lays_out_scenes({"new_scenes": False, "device": {"type": "so101_follower"}})
+    with pytest.raises(ValueError, match="so101_follower would leap"):
+        lays_out_scenes({"new_scenes": True, "device": {"type": "so101_follower"}})
+    with pytest.raises(ValueError, match="got None"):
+        lays_out_scenes({"device": {"type": "vega_sim"}})
 
 
 def test_a_deployment_needs_one_policy():

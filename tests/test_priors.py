@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 from tests.policies import frames
 from tests.tiny_wan import TRANSFORMER
 from vega_policy.parts import PriorConfig
-from vega_policy.priors import PRIORS, make_prior, resolve
+from vega_policy.priors import PRIORS, has_trained_weights, make_prior, resolve
 from vega_policy.priors.prompt import encode_empty_prompt
 
 GRID = (4, 4)
@@ -218,3 +218,16 @@ def test_the_tiny_prior_has_a_few_million_parameters_and_says_that_it_is_untrain
     whole = WanTransformer3DModel(**PRIORS["wan_tiny"].architecture["transformer"])
     assert 2e6 < sum(parameter.numel() for parameter in whole.parameters()) < 12e6
     assert prior.untrained
+
+
+def test_wan_tiny_is_the_prior_that_was_trained_and_its_control_is_not():
+    shipped, control = (
+        make_prior(PriorConfig(name=name), GRID) for name in ("wan_tiny", "wan_tiny_untrained")
+    )
+    assert (shipped.untrained, control.untrained) == (False, True)
+    assert has_trained_weights(PriorConfig(name="wan_tiny"))
+    assert not has_trained_weights(PriorConfig(name="wan_tiny_untrained"))
+    assert not torch.equal(next(shipped.transformer.parameters()), next(control.transformer.parameters()))
+    older = PriorConfig(name="wan_tiny", fingerprint=control.fingerprint)
+    with pytest.raises(ValueError, match="takes wan_tiny_untrained"):
+        make_prior(older, GRID)

@@ -87,7 +87,7 @@ def test_a_plan_from_an_old_view_is_refused():
     world.engine.notify_observation({"next step": 0})
     world.engine.think()
     assert world.engine.get_action(None) is None
-    assert world.safety.counts["stale"] == 1
+    assert world.safety.counts == {"stale plan": 1}
 
 
 def test_a_policy_that_fails_again_and_again_ends_the_rollout(monkeypatch):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from vega_policy.deployment.simulator_log import read_runs, table
+from vega_policy.deployment.simulator_log import claim, read_runs, table
 
 
 def episode(success, **changes):
@@ -38,3 +38,18 @@ def test_whole_episodes_are_counted_with_an_interval(tmp_path):
     assert read_runs("first", log, episodes=2).episodes == 2
     with pytest.raises(ValueError, match="3 whole episodes, expected 50"):
         read_runs("sync", log, episodes=50)
+
+
+def test_a_folder_of_other_episodes_is_refused(tmp_path):
+    claim(tmp_path / "logs", {"extra_latency": 0.3})
+    claim(tmp_path / "logs", {"extra_latency": 0.3})
+    with pytest.raises(ValueError, match=r"(?s)0\.3.*not of.*0\.6"):
+        claim(tmp_path / "logs", {"extra_latency": 0.6})
+
+
+def test_a_log_of_an_older_version_is_refused(tmp_path):
+    log = tmp_path / "old.jsonl"
+    line = {"episode": 0, "success": True, "steps": 3, "held_steps": 0, "late_steps": 0, "cut_short": False}
+    log.write_text(json.dumps(line) + "\n")
+    with pytest.raises(ValueError, match="older version"):
+        read_runs("sync", log)

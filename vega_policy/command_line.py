@@ -13,7 +13,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from vega_policy.resources import resource
 
-OTHER_SOURCES = ("--config-dir", "-cd")  # options that lie there are known to Hydra alone
+OTHER_SOURCES = (
+    "--config-dir",
+    "-cd",
+    "--config-path",
+    "-cp",
+    "hydra.searchpath",
+)  # options that lie there are known to Hydra alone
 
 
 def refuse_unknown_options(arguments: Sequence[str] | None = None) -> None:

@@ -122,7 +122,10 @@ def trained(
         stored = torch.load(path, weights_only=True)
         torch.manual_seed(how.seed)  # frozen encoders may be a seed's
         model = AnswerModel(config, len(codec.names), features)
-        model.load_state_dict(stored["learned"], strict=False)  # frozen encoders are not kept
+        found = model.load_state_dict(stored["learned"], strict=False)  # frozen encoders are not kept
+        learned = {name for name, part in model.named_parameters() if part.requires_grad}
+        if found.unexpected_keys or learned & set(found.missing_keys):
+            raise ValueError(f"{path} was learned by other code; delete it, and it is learned again")
         return model.eval(), stored["loss"]
     model, loss = train(config, codec, questions, features, how, label)
     if path is None:

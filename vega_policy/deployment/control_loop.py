@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,28 @@ ALTERING = ("range", "speed", "workspace", "keys", "finite", "jump", "stale")
 
 LONGEST_BRAKING = 3.0
 """Seconds within which a robot has come to rest, or something is wrong."""
+
+
+def lays_out_scenes(robot: Mapping[str, Any]) -> bool:
+    """Whether a robot begins anew when sent to its initial pose; an arm would leap there.
+
+    Args:
+        robot: The fields of a file in configs/robot.
+
+    Raises:
+        ValueError: If that is not said, or said of another robot than `vega_sim`.
+    """
+    told = robot.get("new_scenes")
+    if not isinstance(told, bool):
+        raise ValueError(
+            f"robot.new_scenes: expected true or false, got {told!r}; false for every real robot"
+        )
+    if told and robot["device"]["type"] != "vega_sim":
+        raise ValueError(
+            f"robot.new_scenes: only vega_sim lays out scenes; {robot['device']['type']} would leap to its "
+            "initial pose. Set it to false."
+        )
+    return told
 
 
 class SafeRollout(RolloutStrategy):

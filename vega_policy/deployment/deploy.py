@@ -25,7 +25,7 @@ from lerobot.utils.import_utils import register_third_party_plugins
 from torch import Tensor
 
 from vega_policy.deployment.configuration_remote import VegaRemoteConfig
-from vega_policy.deployment.control_loop import SafeRollout, delayed
+from vega_policy.deployment.control_loop import SafeRollout, delayed, lays_out_scenes
 from vega_policy.deployment.dry_run import dry_run
 from vega_policy.deployment.facts import look_before_moving, predict
 from vega_policy.deployment.limits import JointLimits, Workspace, limits_from_episodes, read_limits
@@ -77,6 +77,7 @@ def deploy(config: Mapping[str, Any]) -> Deployment:
     """
     rollout = read_rollout(config)
     safety = read_safety(config)
+    lays_out_scenes(config["robot"])
     shutdown = threading.Event()
     context = build_rollout_context(rollout, shutdown, robot_action_processor=safe_action_pipeline(safety))
     try:
@@ -239,7 +240,7 @@ def _drive(config: Mapping[str, Any], context: RolloutContext, safety: SafetyFil
             episodes=config["episodes"],
             episode_seconds=config["episode_seconds"],
             recorder=recorder,
-            new_scenes=config["robot"]["new_scenes"],
+            new_scenes=lays_out_scenes(config["robot"]),
         )
         others = {}
         if context.hardware.teleop is not None:

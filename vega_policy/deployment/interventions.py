@@ -15,7 +15,8 @@ class Intervention:
 
     Attributes:
         seconds: When, on the monotonic clock.
-        kind: `range`, `speed`, `workspace` (altered), `keys`, `finite`, `jump`, `stale` (refused),
+        kind: `range`, `speed`, `workspace` (altered), `keys`, `finite`, `jump`, `stale`,
+            `stale plan` (refused),
             `watchdog` (held), `stop` (for good).
         detail: What was wrong, in words.
     """

@@ -156,6 +156,8 @@ class RealTimeEngine(InferenceEngine):
             while not self._ended.is_set() and failures < FAILURES_IN_A_ROW:
                 self._news.wait()
                 self._news.clear()
+                if self._ended.is_set():
+                    break
                 try:
                     self.think()
                     failures = 0

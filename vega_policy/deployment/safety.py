@@ -111,7 +111,7 @@ class SafetyFilter:
         with self._lock:
             if now - seconds <= self._max_age:
                 return True
-            self._refuse("stale", f"a plan rests on an observation {now - seconds:.3f} s old", now)
+            self._refuse("stale plan", f"it rests on an observation {now - seconds:.3f} s old", now)
             return False
 
     def command(

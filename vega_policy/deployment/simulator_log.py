@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,8 @@ def read_runs(name: str, path: Path, episodes: int | None = None) -> Runs:
     if not played or len(played) < (episodes or 1):
         raise ValueError(f"{path} holds {len(played)} whole episodes, expected {episodes or 'some'}")
     played = played[:episodes]
+    if any("won_at" not in line for line in played if line["success"]):
+        raise ValueError(f"{path} was written by an older version; name another file")
     won = [line for line in played if line["success"]]
     steps = sum(line["steps"] for line in played)
     interval = wilson_interval(len(won), len(played))
@@ -73,6 +76,23 @@ def read_runs(name: str, path: Path, episodes: int | None = None) -> Runs:
         sum(line["held_steps"] for line in played) / steps,
         sum(line["late_steps"] for line in played) / steps,
     )
+
+
+def claim(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Note in a folder what is played there.
+
+    Args:
+        folder: Of a comparison's logs; made if need be.
+        settings: All that decides the episodes; plain values.
+
+    Raises:
+        ValueError: If something else was played there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    note, told = folder / "settings.json", json.dumps(settings, indent=1)
+    if note.is_file() and note.read_text() != told:
+        raise ValueError(f"{folder} holds episodes of {note.read_text()}, not of {told}; name another folder")
+    note.write_text(told)
 
 
 def table(runs: list[Runs]) -> str:

@@ -195,9 +195,13 @@ def make_prior(config: PriorConfig, grid: tuple[int, int]) -> Any:
         logger.warning("The weights of the prior %r have terms of use: %s.", config.name, entry.terms)
     prior = build(config, entry, grid)
     if config.fingerprint is not None and config.fingerprint != prior.fingerprint:
+        older = entry.shipped is not None and config.path is None
+        before = (
+            f" A policy from before its weights were shipped takes {config.name}_untrained." if older else ""
+        )
         raise ValueError(
             f"This policy was trained with other weights of the prior {config.name!r}: expected fingerprint "
             f"{config.fingerprint}, got {prior.fingerprint} from {config.path or 'the package'}. Give "
-            "prior.path (and prior.revision) of the weights it was trained with."
+            f"prior.path (and prior.revision) of the weights it was trained with.{before}"
         )
     return prior.eval().requires_grad_(False)

@@ -53,7 +53,8 @@ class Clips:
     def open(cls, folder: Path, held_out: float) -> tuple[Self, Self]:
         """Clips to learn from, and held-out ones: whole shards, chosen by a hash of their names.
 
-        What is held out stays held out when more is filmed, so that filming may go on beside training.
+        What is held out by its hash stays so when more is filmed. Where no shard's hash is low enough, the
+        lowest is held out, and another may take its place later.
 
         Args:
             folder: Where they lie.

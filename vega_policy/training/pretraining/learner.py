@@ -1,10 +1,11 @@
-"""The loop that both trainings share: stops at any moment, goes on bit by bit on the same kind of device.
+"""The loop that both trainings share: stops at any moment and goes on; on the CPU bit by bit.
 
 <run>/checkpoints/<step>/   weights, average and optimizer as safetensors, step.json, checksums.json
       metrics.jsonl         one line a log step
       tensorboard/
 
-All that is drawn depends on the seed and the step alone, so that no random state has to be kept.
+All that is drawn depends on the seed, the step and the number of clips, so that no random state has to be
+kept. On a GPU the fastest kernels are looked for anew at each start, and results agree up to rounding.
 """
 
 import json
