@@ -10,12 +10,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vega_policy.analysis.measures import cache_key
-from vega_policy.analysis.readouts import is_wan, untrained_copy
+from vega_policy.analysis.readouts import untrained_copy
 from vega_policy.analysis.scenes import Scene
 from vega_policy.backbones import make_backbone
 from vega_policy.observation import resize
 from vega_policy.parts import BackboneConfig, PriorConfig
-from vega_policy.priors import has_trained_weights, make_prior, resolve
+from vega_policy.priors import make_prior, resolve
 
 PICTURES = 16  # at once
 
@@ -83,11 +83,6 @@ class Looker:
         if path is not None:
             _save(path, features)
         return features
-
-
-def has_untrained_copy(config: PriorConfig) -> bool:
-    """Whether a prior's weights are trained ones of which there can be an untrained copy."""
-    return is_wan(config) and has_trained_weights(config)
 
 
 def _load(path: Path) -> Tensor:

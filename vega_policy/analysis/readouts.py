@@ -201,7 +201,7 @@ def prior_readers(
     chosen = list(range(depth(config))) if layers is None else list(layers)
     deep = replace(config, layer=max(chosen), engine="plain")
     readers: list[Reader] = [WanSweep(config.name, make_prior(deep, grid), chosen, levels)]
-    if has_trained_weights(config):
+    if has_untrained_copy(config):
         readers.append(WanSweep(UNTRAINED, untrained_copy(deep, grid), chosen, levels))
     return readers
 
@@ -223,6 +223,11 @@ def architecture(config: PriorConfig) -> dict[str, dict[str, Any]]:
         name: {key: value for key, value in part.items() if not key.startswith("_")}
         for name, part in parts.items()
     }
+
+
+def has_untrained_copy(config: PriorConfig) -> bool:
+    """Whether a prior's weights are trained ones of which there can be an untrained copy."""
+    return is_wan(config) and has_trained_weights(config)
 
 
 def untrained_copy(config: PriorConfig, grid: tuple[int, int]) -> LatentWorldSimulator:

@@ -11,9 +11,10 @@ from vega_policy.analysis.answer_training import AnswerTraining, answer, trained
 from vega_policy.analysis.answers import STATE, Codec, Features
 from vega_policy.analysis.balance import balanced, chance, without_looking
 from vega_policy.analysis.bootstrap import Estimate, difference, estimate
-from vega_policy.analysis.looking import Looker, has_untrained_copy
+from vega_policy.analysis.looking import Looker
 from vega_policy.analysis.measures import cache_key
 from vega_policy.analysis.questions import KINDS, Question, ask
+from vega_policy.analysis.readouts import has_untrained_copy
 from vega_policy.analysis.scenes import Scene
 from vega_policy.analysis.scores import score
 from vega_policy.parts import BackboneConfig, ExpertConfig, FusionConfig, ModelConfig, PriorConfig
