@@ -10,12 +10,21 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from safetensors.torch import load_file
 
 from tests.pretraining_runs import CPU, TINY, WIDTH, moving_square, settings, write_shards
 from vega_policy.parts import PriorConfig
 from vega_policy.priors import PRIORS, make_prior
 from vega_policy.priors.weights import fingerprint_files
-from vega_policy.training.pretraining import autoencoder, learner, matching, prompts, report, transformer
+from vega_policy.training.pretraining import (
+    autoencoder,
+    learner,
+    matching,
+    pictures,
+    prompts,
+    report,
+    transformer,
+)
 from vega_policy.training.pretraining.clips import Clips
 from vega_policy.training.pretraining.latents import (
     normalised,
@@ -80,6 +89,50 @@ def fit(network, loss, learning, folder):
         learns.update(value)
         losses.append(value.item())
     return losses
+
+
+@pytest.mark.parametrize("frames", [1, 5])
+def test_pictures_in_two_dimensions_and_channels_last_change_neither_numbers_nor_gradients(frames):
+    video, found = torch.rand(1, 3, frames, 16, 16, generator=torch.Generator().manual_seed(0)), []
+    for change in (lambda plain: plain, pictures.pictures_in_two_dimensions, pictures.channels_last):
+        torch.manual_seed(0)
+        vae = change(AutoencoderKLWan(**TINY["vae"]))
+        decoded = vae.decode(vae.encode(video).latent_dist.mode()).sample
+        decoded.square().mean().backward()
+        found.append([decoded, *(weight.grad for weight in vae.parameters() if weight.grad is not None)])
+    for changed in found[1:]:
+        torch.testing.assert_close(changed, found[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_run_sets_out_from_the_weights_of_another(trained, tmp_path):
+    still = {"steps": 1, "batch_size": 2, "learning_rate": 0.0, "warmup": 1, "average_decay": 0.0}
+    folder = pretrain(
+        settings(
+            tmp_path,
+            start=str(trained),
+            stages=["vae", "transformer", "report"],
+            vae={"learning": still, "lengths": [1], "channels_last": True},
+            transformer={"learning": still},
+        )
+    )
+    for part in ("vae", "transformer"):
+        before, after = (
+            load_file(one / part / "diffusion_pytorch_model.safetensors") for one in (trained, folder)
+        )
+        torch.testing.assert_close(after, before, rtol=0, atol=0)
+    mark = fingerprint_files(trained, ["vae", "transformer"])
+    assert f"set out from the weights {mark}" in (folder / "README.md").read_text()
+
+
+def test_a_start_of_another_architecture_or_place_is_refused(trained, tmp_path):
+    with pytest.raises(FileNotFoundError, match="start"):
+        pretrain(settings(tmp_path, start=str(tmp_path / "nowhere")))
+    PRIORS["wan_tiny"].architecture["vae"]["base_dim"] = 4
+    try:
+        with pytest.raises(ValueError, match="another architecture"):
+            pretrain(settings(tmp_path, start=str(trained)))
+    finally:
+        PRIORS["wan_tiny"].architecture["vae"]["base_dim"] = 8
 
 
 def test_a_run_killed_between_two_checkpoints_ends_in_the_same_weights(trained, tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vega_policy.training.folders import atomic_folder
@@ -20,10 +20,24 @@ LARGEST = 24_000_000
 
 def write_part(network: Any, target: Path) -> None:
     """Write one network in bfloat16, whole or not at all."""
-    weights = {name: value.to("cpu", torch.bfloat16) for name, value in network.state_dict().items()}
+    state = network.state_dict()
+    weights = {name: value.to("cpu", torch.bfloat16).contiguous() for name, value in state.items()}
     with atomic_folder(target) as folder:
         network.save_config(folder)
         save_file(weights, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+
+
+def take_weights(network: Any, path: Path) -> None:
+    """Put the weights of a part that was written into a network.
+
+    Raises:
+        ValueError: If they are of another architecture.
+    """
+    weights = load_file(path)
+    shapes = {name: tuple(value.shape) for name, value in weights.items()}
+    if shapes != {name: tuple(value.shape) for name, value in network.state_dict().items()}:
+        raise ValueError(f"{path} holds another architecture than the one that is trained")
+    network.load_state_dict(weights)
 
 
 def write_rest(folder: Path, prompt: Tensor, shift: float) -> None:

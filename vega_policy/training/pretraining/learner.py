@@ -124,7 +124,9 @@ class Learner:
             save_file(_by_index(self.weights), folder / "weights.safetensors")
             save_file(_by_index(self.average.shadow_params), folder / "average.safetensors")
             moments = {
-                f"{index}.{name}": value for index, row in state.items() for name, value in row.items()
+                f"{index}.{name}": value.contiguous()
+                for index, row in state.items()
+                for name, value in row.items()
             }
             save_file(moments, folder / "optimizer.safetensors")
             (folder / "step.json").write_text(json.dumps({"step": self.step}))
@@ -145,6 +147,9 @@ class Learner:
         moments: dict[int, dict[str, Tensor]] = {}
         for key, value in load_file(checkpoint / "optimizer.safetensors").items():
             index, name = key.split(".")
+            weight = self.weights[int(index)]
+            if value.shape == weight.shape:  # laid out in memory as the weight is
+                value = torch.empty_like(weight, dtype=value.dtype).copy_(value)
             moments.setdefault(int(index), {})[name] = value
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})

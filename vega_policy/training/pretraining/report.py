@@ -159,6 +159,7 @@ def card(figures: Figures, learned: Figures, machine: str) -> str:
         f"- data: {learned['clips']} clips of {learned['frames']} frames, {learned['size']} pixels, of "
         f"{', '.join(learned['suites'])}; shots: {', '.join(learned['shots'])}. Scenes and episodes are "
         "drawn by seeds; no official initial state is used.",
+        *([f"- set out from the weights {learned['start']}"] if learned["start"] else []),
         f"- steps: autoencoder {learned['vae_steps']}, transformer {learned['transformer_steps']}",
         f"- hardware: {machine}",
         f"- held-out clips (whole shards): {learned['held_out']}; intervals: 95%, normal, over clips",

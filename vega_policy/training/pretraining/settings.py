@@ -69,6 +69,8 @@ class AutoencoderSettings:
         crop: Side of the square that is cut from a clip; None takes all of it.
         gradient_weight: Weight of the difference of image gradients, which keeps edges.
         kl_weight: Weight of the posterior's divergence from a standard normal.
+        channels_last: Whether activations lie in memory pixel by pixel instead of channel by channel: the
+            same numbers up to rounding, at another speed.
     """
 
     learning: LearningSettings
@@ -76,6 +78,7 @@ class AutoencoderSettings:
     crop: int | None = None
     gradient_weight: float = 0.5
     kl_weight: float = 1e-6
+    channels_last: bool = False
 
     def __post_init__(self) -> None:
         wrong = [length for length in self.lengths if length % 4 != 1]
@@ -135,6 +138,8 @@ class PretrainSettings:
         report: What is measured.
         stages: Which stages are run, in the order of `STAGES`.
         prior: Entry of the table of priors whose architecture is trained.
+        start: Folder of weights, as a run writes it, from which both networks set out; None starts from the
+            seed's.
         prompts: Safetensors file of the instructions' embeddings; None takes that of `output_dir`.
         seed: Of initial weights, order of clips and noise.
         device: cpu, cuda, ...; None takes the best there is.
@@ -153,6 +158,7 @@ class PretrainSettings:
     report: ReportSettings = field(default_factory=ReportSettings)
     stages: list[str] = field(default_factory=lambda: list(STAGES))
     prior: str = "wan_tiny"
+    start: str | None = None
     prompts: str | None = None
     seed: int = 0
     device: str | None = None

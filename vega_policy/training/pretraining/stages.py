@@ -9,18 +9,26 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 
 from vega_policy.priors import PRIORS
 from vega_policy.priors.weights import fingerprint_files
 from vega_policy.training.pretraining import autoencoder, report, transformer
 from vega_policy.training.pretraining.clips import Clips
-from vega_policy.training.pretraining.export import load_transformer, load_vae, write_part, write_rest
+from vega_policy.training.pretraining.export import (
+    load_transformer,
+    load_vae,
+    take_weights,
+    write_part,
+    write_rest,
+)
 from vega_policy.training.pretraining.latents import (
     measure_statistics,
     write_latents,
     write_picture_latents,
 )
 from vega_policy.training.pretraining.learner import Learner, learn
+from vega_policy.training.pretraining.pictures import channels_last, pictures_in_two_dimensions
 from vega_policy.training.pretraining.prompts import EMPTY, PromptTable, read_prompts, write_prompts
 from vega_policy.training.pretraining.settings import STAGES, PretrainSettings
 
@@ -88,7 +96,9 @@ class Run:
         if (self.weights / "vae").is_dir():
             return True
         clips, held_out = self.clips()
-        network = self._fresh(AutoencoderKLWan, "vae")
+        network = pictures_in_two_dimensions(self._fresh(AutoencoderKLWan, "vae"))
+        if self.settings.vae.channels_last:
+            channels_last(network)
         learner = Learner(network, self.settings.vae.learning, self.folder / "vae")
         loss = autoencoder.autoencoder_loss(network, clips, self.settings.vae, self.device)
         watch = autoencoder.watch(network, held_out, self.device)
@@ -155,7 +165,9 @@ class Run:
             )["step"]
             for part in ("vae", "transformer")
         }
+        start = self.settings.start
         return {
+            "start": None if start is None else fingerprint_files(Path(start), ["vae", "transformer"]),
             "clips": len(clips),
             "held_out": len(held_out),
             "frames": clips.shape[0],
@@ -166,10 +178,16 @@ class Run:
         }
 
     def _fresh(self, cls: Any, part: str) -> Any:
-        """A network with the weights of the seed."""
+        """A network with the weights of the seed, or of `start`."""
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(self.settings.seed)
-            return cls(**self.architecture[part]).to(self.device)
+            network = cls(**self.architecture[part])
+        if self.settings.start is not None:
+            path = Path(self.settings.start) / part / SAFETENSORS_WEIGHTS_NAME
+            if not path.is_file():
+                raise FileNotFoundError(f"start: {path} does not exist; give a folder that a run has written")
+            take_weights(network, path)
+        return network.to(self.device)
 
 
 def pretrain(settings: PretrainSettings) -> Path | None:
