@@ -1,8 +1,8 @@
 """What each part costs on this machine: `python scripts/benchmark.py prior --frames 1 2 8 32`.
 
 Parts: prior (the Wan prior plain and fast, any other plain), policy (a control step, stage by stage),
-train (a training step, stage by stage), simulate (environment steps and rendering). Prints a table;
-`--output` also writes JSON.
+train (a training step, stage by stage), dataset (the trainer with videos, a warm cache, and no prior),
+simulate (environment steps and rendering). Prints a table; `--output` also writes JSON.
 """
 
 import argparse
@@ -28,21 +28,21 @@ def main() -> None:
     options = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     device = torch.device(options.device)
+    command = shlex.join(["python", "scripts/benchmark.py", *sys.argv[1:]])
     rows = []
     print(f"{options.part} on {device_name(device)}", flush=True)
     try:
         for row in rows_of(options.part, options, device):
             rows.append(row)
             print("  ".join(f"{name}={value}" for name, value in row.items()), file=sys.stderr, flush=True)
+            if options.output is not None:  # after each row: what was measured outlives a kill
+                write(Path(options.output), options.part, rows, command, device)
     except (ValueError, FileNotFoundError, ImportError) as error:
         parser.error(str(error))
-    if options.output is not None:
-        command = shlex.join(["python", "scripts/benchmark.py", *sys.argv[1:]])
-        write(Path(options.output), options.part, rows, command, device)
     print(table(rows))
     if options.part == "prior":
         for baseline in ("released", "all_blocks", "early_stop"):
-            print("\n".join(ratios(rows, baseline, "fast")))
+            print("\n".join(ratios(rows, baseline, "fast") + ratios(rows, baseline, "fp8")))
 
 
 if __name__ == "__main__":

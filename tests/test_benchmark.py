@@ -1,17 +1,23 @@
 import json
 import re
 import time
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from scripts import benchmark as script
+from vega_policy import captured
+from vega_policy.backbones.architectures import ARCHITECTURES, Architecture
 from vega_policy.benchmark import prior as prior_part
 from vega_policy.benchmark.policy import benchmark_policy
 from vega_policy.benchmark.prior import Subject, benchmark_prior
+from vega_policy.benchmark.profile import by_kind, longest
 from vega_policy.benchmark.reader import benchmark_reader
 from vega_policy.benchmark.report import ratios, table, write
+from vega_policy.benchmark.simulate import benchmark_simulate
 from vega_policy.benchmark.timing import matmul_ceiling, measure
 from vega_policy.benchmark.train import benchmark_train
 from vega_policy.captured import CapturedAct
@@ -153,7 +159,9 @@ def test_a_prior_without_a_fast_form_is_measured_as_a_policy_reads_it():
     [
         (["--sizes", "100x96"], "multiples of 16, such as 256x256; got '100x96'"),
         (["--sizes", "256"], "HEIGHTxWIDTH .*; got '256'"),
-        (["--paths", "slow"], "known are released, all_blocks, early_stop, fast; got slow"),
+        (["--paths", "slow"], "known are released, all_blocks, early_stop, fast, fp8, .*; got slow"),
+        (["--paths", "fast/speed=9"], "such as fast/encode=8; got fast/speed=9"),
+        (["--paths", "released/encode=2"], "the last two also with .*; got released/encode=2"),
     ],
 )
 def test_the_script_refuses_sizes_and_paths_that_it_cannot_measure(arguments, message, monkeypatch, capsys):
@@ -169,7 +177,185 @@ def test_the_product_with_an_activation_counts_as_a_product():
     assert counter.get_total_flops() == 2 * 3 * 5 * 7
 
 
+def test_fewer_blocks_and_eight_bits_are_measured_with_their_error(tiny):
+    paths = ["fast/encode=1/attention=flash", "fast/layer=3", "fp8"]
+    rows = {
+        row["path"]: row for row in benchmark_prior("wan_tiny", CPU, [(32, 32)], [2], paths, seconds=0.01)
+    }
+    assert rows["fast/encode=1/attention=flash"]["error"] < 1e-5
+    assert rows["fast/layer=3"]["error"] > 0.01
+    assert 1e-3 < rows["fp8"]["error"] < 0.2
+
+
+def test_kernels_are_counted_by_kind_and_the_longest_are_kept():
+    times = {"sm90_xmma_gemm_bf16": 3.0, "cudnn_fprop_nhwc": 2.0, "triton_poi_add": 0.5, "elementwise": 0.25}
+    assert by_kind(times) == {
+        "products_ms": 3.0,
+        "convolution_ms": 2.0,
+        "compiled_ms": 0.5,
+        "pointwise and sums_ms": 0.25,
+    }
+    assert longest(times, 2) == {"sm90_xmma_gemm_bf16": 3.0, "cudnn_fprop_nhwc": 2.0}
+
+
+def test_a_vision_language_backbone_is_built_at_random_for_the_policy_part(monkeypatch):
+    small = {
+        "text_config": {
+            "model_type": "llama",
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "head_dim": 16,
+            "vocab_size": 49280,
+        },
+        "vision_config": {
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 32,
+            "patch_size": 4,
+        },
+        "scale_factor": 4,
+        "image_token_id": 49190,
+        "pad_token_id": 2,
+    }
+    monkeypatch.setitem(ARCHITECTURES, "smolvlm2_500m", Architecture("smolvlm", small, side=2))
+    config = replace(
+        model_config("wan_tiny"),
+        backbone=BackboneConfig(name="smolvlm2_500m", pretrained=False, width=32, heads=2),
+    )
+    stages = [row["stage"] for row in benchmark_policy(config, CPU, seconds=0.01)]
+    assert stages[-1] == "whole"
+    assert "prior" in stages
+
+
+def test_a_backbone_whose_pictures_need_its_own_processor_is_refused():
+    config = replace(model_config(), backbone=BackboneConfig(name="qwen2.5_vl_3b", pretrained=False))
+    with pytest.raises(
+        ValueError, match=r"'qwen2.5_vl_3b' needs a processor of its own. Take compact or one of"
+    ):
+        next(benchmark_policy(config, CPU, seconds=0.01))
+
+
 def test_a_captured_step_without_a_gpu_is_refused():
     seen = Observation(torch.rand(1, 2, 1, 3, 32, 32), torch.randn(1, 8), ["lift the red cube"])
     with pytest.raises(ValueError, match="needs frames and a CUDA device"):
         CapturedAct(VegaModel(model_config()).eval(), seen, torch.randn(1, 4, 7))
+
+
+class Counted:
+    """Stands in for a captured step: remembers for what it was captured, and answers like the model."""
+
+    def __init__(self, model, observation, noise):
+        self.model = model
+        self.model.made.append(observation.instruction)
+
+    def __call__(self, observation, noise):
+        return self.model.act(observation, noise)
+
+
+def test_a_step_is_captured_when_its_kind_is_met_again_and_agrees_with_the_plain_one(monkeypatch):
+    model = VegaModel(model_config()).eval()
+    model.made = []
+    monkeypatch.setattr(captured, "obstacle", lambda *_: None)
+    steps, plain = captured.CapturedSteps(Counted, kept=2), []
+
+    def act(instruction, views=2):
+        seen = Observation(torch.rand(1, views, 1, 3, 32, 32), torch.randn(1, 8), [instruction])
+        noise = torch.randn(1, 4, 7)
+        found = steps.act(model, seen, noise, lambda *given: plain.append(instruction) or model.act(*given))
+        torch.testing.assert_close(found, model.act(seen, noise))
+
+    with torch.no_grad():
+        for instruction in ("a", "a", "a", "b", "a", "b", "c", "a"):
+            act(instruction)
+    assert plain == ["a", "b", "c", "a"]  # c put a out
+    assert model.made == [["a"], ["b"]]
+    steps.forget()
+    act("b")
+    assert plain[-1] == "b"
+
+
+def test_what_cannot_be_captured_runs_as_it_is_and_the_log_says_once_why(caplog):
+    model, steps = VegaModel(model_config()).eval(), captured.CapturedSteps()
+    seen = Observation(torch.rand(1, 2, 1, 3, 32, 32), torch.randn(1, 8), ["lift the red cube"])
+    noise = torch.randn(1, 4, 7)
+    with caplog.at_level("INFO"), torch.no_grad():
+        for _ in range(2):
+            assert torch.equal(steps.act(model, seen, noise, model.act), model.act(seen, noise))
+    assert caplog.text.count("are not captured: a CUDA graph needs a GPU, and this is cpu") == 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
+def test_a_captured_step_gives_the_plain_chunk():
+    model = VegaModel(model_config("wan_tiny")).eval().cuda()
+    steps = captured.CapturedSteps()
+    for _ in range(3):
+        seen = Observation(torch.rand(1, 2, 1, 3, 32, 32).cuda(), torch.randn(1, 8).cuda(), ["lift"])
+        noise = torch.randn(1, 4, 7).cuda()
+        with torch.no_grad():
+            found = steps.act(model, seen, noise, model.act)
+            torch.testing.assert_close(found, model.act(seen, noise), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_the_dataset_part_compares_videos_a_warm_cache_and_no_prior(root, tmp_path, monkeypatch, capsys):
+    arguments = [
+        "dataset",
+        "--device",
+        "cpu",
+        "--root",
+        str(root),
+        "--prior",
+        "random",
+        "--small",
+    ]
+    arguments += ["--batch", "2", "--frame-size", "32", "--seconds", "0.01"]
+    arguments += ["--repo-id", "tests/synthetic", "--cache-root", str(tmp_path / "cache")]
+    monkeypatch.setattr("sys.argv", ["benchmark.py", *arguments])
+    script.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines[-3:]] == [
+        ["videos", "random"],
+        ["cache", "random"],
+        ["cache", "none"],
+    ]
+
+
+class Still:
+    """Stands in for an environment in which nothing moves."""
+
+    def __init__(self, made, **options):
+        self.options, self.action_space = options, SimpleNamespace(shape=(7,))
+        made.append(self)
+        self.steps, self.closed = 0, False
+
+    def reset(self, seed):
+        self.seed = seed
+
+    def step(self, action):
+        assert action.shape == (7,)
+        self.steps += 1
+        time.sleep(0.002)
+
+    def close(self):
+        self.closed = True
+
+
+def test_the_simulate_part_times_both_renderings_and_none(monkeypatch):
+    made = []
+    monkeypatch.setattr("envs.make", lambda suite, task, **options: Still(made, suite=suite, **options))
+    rows = list(benchmark_simulate(["lift_wide"], 64, seconds=0.05))
+    assert [row["rendering"] for row in rows] == ["full", "fast", "blind"]
+    assert [(env.options["rendering"], env.options["render"]) for env in made] == [
+        ("full", True),
+        ("fast", True),
+        ("full", False),
+    ]
+    for row, env in zip(rows, made, strict=True):
+        assert env.closed
+        assert env.steps > 2
+        assert 1 < row["steps_per_s"] <= 500

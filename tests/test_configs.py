@@ -196,7 +196,7 @@ def test_fields_that_may_change_on_resuming_exist():
         ("+prior.noise_levle=0.1", r"policy\.prior\.noise_levle\. Did you mean policy\.prior\.noise_level"),
         ("+step=3", r"Unknown config field step\. Did you mean steps"),
         ("+dataset.chache=ram", r"dataset\.chache\. Did you mean dataset\.cached?\?"),
-        ("dataset.cache=memory", r"dataset\.cache: expected one of none, disk, ram; got 'memory'"),
+        ("dataset.cache=memory", r"dataset\.cache: expected one of none, disk, ram, gpu; got 'memory'"),
         ("dataset.cached=[prior,semantics]", r"dataset\.cached: expected one of .*; got 'semantics'"),
         ("steps=many", r"steps.*'many'"),
         ("steps=0", r"steps must be at least 1; got 0"),

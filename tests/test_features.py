@@ -85,7 +85,7 @@ def test_a_built_cache_is_not_built_again(loaded, tmp_path):
     _, policy, data = loaded
     wanted = build(policy, data, tmp_path)
     features.build_streams(tmp_path, wanted, policy.model, iter(()), frames=0)
-    values = features.open_stream(tmp_path, wanted[0], len(data.table), in_memory=False)
+    values = features.open_stream(tmp_path, wanted[0], len(data.table), None)
     assert values.shape == (27, 2, 3, 32, 32)
 
 
@@ -110,7 +110,7 @@ def test_a_build_that_is_killed_leaves_no_cache(loaded, tmp_path):
         features.build_streams(tmp_path, wanted, policy.model, dying(), frames=27)
     assert not list(tmp_path.glob("semantic-*"))
     build(policy, data, tmp_path, ["semantic"])
-    assert features.open_stream(tmp_path, wanted[0], 27, in_memory=True).shape[0] == 27
+    assert features.open_stream(tmp_path, wanted[0], 27, torch.device("cpu")).shape[0] == 27
 
 
 def test_a_truncated_cache_is_refused(loaded, tmp_path):
@@ -119,7 +119,7 @@ def test_a_truncated_cache_is_refused(loaded, tmp_path):
     values = tmp_path / stream.folder / "values.bin"
     values.write_bytes(values.read_bytes()[:-2])
     with pytest.raises(CacheError, match=r"truncated.*expected \d+ bytes for 27 frames, found \d+.*Delete"):
-        features.open_stream(tmp_path, stream, 27, in_memory=False)
+        features.open_stream(tmp_path, stream, 27, None)
 
 
 def test_a_cache_of_other_inputs_is_refused(loaded, tmp_path):
@@ -128,7 +128,7 @@ def test_a_cache_of_other_inputs_is_refused(loaded, tmp_path):
     other = streams(policy, ["semantic"], metadata="1")[0]
     (tmp_path / stream.folder).rename(tmp_path / other.folder)
     with pytest.raises(CacheError, match=r"other inputs: dataset differ"):
-        features.open_stream(tmp_path, other, 27, in_memory=False)
+        features.open_stream(tmp_path, other, 27, None)
 
 
 def test_another_prior_seed_frame_size_encoder_or_dataset_is_another_cache(loaded):

@@ -1,5 +1,7 @@
 """What is peculiar to each prior: parity with its own library, conditions, early stop, clips, exact sizes."""
 
+import copy
+
 import pytest
 import torch
 from diffusers import (
@@ -30,6 +32,7 @@ from vega_policy.parts import PriorConfig
 from vega_policy.priors import PRIORS, make_prior
 from vega_policy.priors.architectures import without_weights
 from vega_policy.priors.unet import encode_empty_prompt
+from vega_policy.priors.unet_fixed import fix_prompt, fix_single_token, fix_time
 
 GRID = (4, 4)
 
@@ -135,6 +138,50 @@ def test_nothing_behind_the_read_out_of_a_unet_prior_is_kept(folder, name, layer
     assert prior.unet.conv_out is None
     assert prior.vae.decoder is None
     assert prior(frames()).shape[-2:] == GRID
+
+
+@pytest.mark.parametrize("layer", [1, 4])
+@pytest.mark.parametrize(("name", "size", "clip"), [("sd21", 3, "frame"), ("svd", 2, "views")])
+def test_what_a_unet_prior_need_not_compute_twice_changes_no_feature(folder, name, size, clip, layer):
+    pictures = torch.rand(2, size, 1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    plain, fast = (load(name, folder(name), layer=layer, clip=clip, engine=e) for e in ("plain", "auto"))
+    torch.testing.assert_close(fast(pictures), plain(pictures), atol=1e-5, rtol=1e-5)
+    counts = [sum(weight.numel() for weight in prior.unet.parameters()) for prior in (plain, fast)]
+    assert counts[1] < counts[0]  # time projections, keys and values are gone
+
+
+def test_each_reduction_of_a_unet_alone_changes_nothing(folder):
+    """Time, prompt, single token, each on a UNet of its own."""
+    unet, prompt, embedded = _tiny_unet(folder), seeded(77, 16), seeded(1, 32)
+    latent = seeded(3, 4, 16, 16)
+
+    def read(network, words):
+        hidden = network.conv_in(latent)
+        for block in network.down_blocks:
+            given = {"encoder_hidden_states": words.expand(3, -1, -1)} if hasattr(block, "attentions") else {}
+            hidden = block(hidden, embedded.expand(3, -1), **given)[0]
+        return hidden
+
+    words = prompt[:, : unet.config.cross_attention_dim]
+    for fix, fixed, seen in (
+        (fix_time, embedded[0], words),
+        (fix_prompt, words, words),
+        (fix_single_token, None, words[:1]),
+    ):
+        other = copy.deepcopy(unet)
+        assert (fix(other) if fixed is None else fix(other, fixed)) > 0
+        torch.testing.assert_close(read(other, seen[None]), read(unet, seen[None]), atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match=r"reduced to a single token; got 77"):
+        read(other, words[None])
+
+
+def _tiny_unet(folder):
+    return UNet2DConditionModel.from_pretrained(folder("sd21") / "unet").eval().requires_grad_(False)
+
+
+def test_products_in_eight_bits_are_refused_where_there_are_none(folder):
+    with pytest.raises(ValueError, match=r"fp8: 'sd21' has no form .* Take prior.engine=auto"):
+        load("sd21", folder("sd21"), engine="fp8")
 
 
 def test_the_empty_prompt_of_stable_diffusion_keeps_its_padding(tmp_path):

@@ -124,7 +124,7 @@ from vega_policy.training.sampler import ShuffledRows
 from vega_policy.training.table import read_table
 import vega_policy.features
 table = read_table(Path({str(root)!r}))
-source = CachedSource(table, {{"prior": torch.zeros(len(table), 2, 3, 1, 1)}}, ["a", "b"], 4)
+source = CachedSource(table, {{"prior": torch.zeros(len(table), 2, 3, 1, 1)}}, 4)
 batch = next(source.stream(ShuffledRows(torch.arange(len(table)), 5, seed=0), 0))
 assert batch["vega.prior"].shape == (5, 2, 3, 1, 1) and batch["action"].shape == (5, 4, 7), batch
 """

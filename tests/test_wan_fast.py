@@ -7,6 +7,7 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, WanRMS_norm
 from torch._dynamo.testing import CompileCounter
 from torch.nn import functional
+from torch.nn.attention import SDPBackend
 
 from tests import tiny_wan
 from tests.policies import frames
@@ -14,7 +15,8 @@ from vega_policy.parts import PriorConfig
 from vega_policy.priors import make_prior
 from vega_policy.priors.prompt import PROMPT_LENGTH
 from vega_policy.priors.wan import LatentWorldSimulator
-from vega_policy.priors.wan_fast import CapturedWan, FastWan
+from vega_policy.priors.wan_captured import CapturedWan, Plan
+from vega_policy.priors.wan_fast import FastWan
 from vega_policy.priors.wan_fixed import (
     FixedTransformer,
     PromptAttention,
@@ -27,6 +29,8 @@ from vega_policy.priors.wan_fixed import (
     rotate,
 )
 from vega_policy.priors.wan_frame import FrameEncoder, frame_convolution
+from vega_policy.priors.wan_rounded import Float8Linear
+from vega_policy.priors.wan_rounded import rounded as rounded_rows
 
 TIGHT = {"atol": 1e-5, "rtol": 1e-5}
 VAE = tiny_wan.VAE | {"dim_mult": [1, 2, 1, 1]}
@@ -260,7 +264,7 @@ def test_auto_says_once_that_it_takes_the_fast_path(caplog):
 
 
 def test_an_unknown_engine_is_refused():
-    with pytest.raises(ValueError, match=r"'plain', 'fast' or 'auto'; got 'turbo'"):
+    with pytest.raises(ValueError, match=r"'plain', 'fast', 'auto' or 'fp8'; got 'turbo'"):
         PriorConfig(engine="turbo")
 
 
@@ -301,6 +305,36 @@ def test_all_blocks_share_one_compiled_function():
         torch.testing.assert_close(compiled, fixed(latent), **TIGHT)
     assert counter.frame_count == 1
     torch._dynamo.reset()
+
+
+def test_products_in_eight_bits_are_named_near_and_never_chosen_by_auto():
+    exact, rounded = make_wan(engine="plain"), make_wan(engine="fp8")
+    pictures = frames(views=2)
+    expected = exact(pictures)
+    error = (rounded(pictures) - expected).norm() / expected.norm()
+    assert 1e-3 < error < 0.1
+    torch.testing.assert_close(make_wan(engine="auto")(pictures), expected, **TIGHT)
+
+
+def test_each_row_is_rounded_by_a_scale_of_its_own():
+    x = torch.tensor([[1.0, -2.0, 448.0], [1e-4, 0.0, -1e-3], [0.0, 0.0, 0.0]])
+    rows, scale = rounded_rows(x)
+    assert rows.dtype == torch.float8_e4m3fn
+    torch.testing.assert_close(rows.float() * scale, x, rtol=0.07, atol=0)
+    layer = torch.nn.Linear(32, 16)
+    tokens = torch.randn(2, 5, 32)
+    found, expected = Float8Linear(layer)(tokens), layer(tokens)
+    assert found.shape == expected.shape
+    assert (found - expected).norm() < 0.05 * expected.norm()
+
+
+def test_a_plan_names_its_attention_kernel_and_at_least_one_frame():
+    assert Plan(attention="flash").kernels[0] == SDPBackend.FLASH_ATTENTION
+    assert len(set(Plan().kernels)) == 4
+    with pytest.raises(ValueError, match="one of cudnn, flash, efficient, math; got 'sage'"):
+        Plan(attention="sage")
+    with pytest.raises(ValueError, match="At least one frame is taken at once; got 0"):
+        Plan(encode_at_once=0)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")

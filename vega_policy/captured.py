@@ -1,16 +1,95 @@
 """A whole control step as one CUDA graph: see, read, act without the host in between."""
 
-from collections.abc import Iterator
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from vega_policy.backbones.compact import CompactBackbone
 from vega_policy.model import VegaModel
 from vega_policy.observation import Observation
 from vega_policy.priors.wan import LatentWorldSimulator
-from vega_policy.priors.wan_fast import capture
+from vega_policy.priors.wan_captured import capture
+
+logger = logging.getLogger(__name__)
+
+Step = Callable[[Observation, Tensor], Tensor]
+"""(observation, noise [b t a]) -> chunk of normalised actions [b t a]."""
+
+
+class CapturedSteps:
+    """Control steps of one model, each kind captured when it is met for the second time.
+
+    A kind is the shape of what is seen and the instructions. Of the kinds met, the last ones are kept: each
+    holds memory of its own. Where a step cannot be captured it runs as it is, and the log says once why.
+
+    Args:
+        capture: Makes the captured step of a model for an observation and its noise.
+        kept: So many kinds are kept.
+    """
+
+    def __init__(
+        self, capture: "Callable[[VegaModel, Observation, Tensor], Step] | None" = None, kept: int = 4
+    ) -> None:
+        self._capture = capture or CapturedAct
+        self._kept = kept
+        self._kinds: OrderedDict[Hashable, Step | None] = OrderedDict()
+        self._told: set[str] = set()
+
+    def forget(self) -> None:
+        """Drop all captured steps: weights have moved to other places."""
+        self._kinds.clear()
+
+    def act(self, model: VegaModel, observation: Observation, noise: Tensor, plain: Step) -> Tensor:
+        """A chunk of normalised actions.
+
+        Args:
+            model: The model.
+            observation: What is seen.
+            noise: Where the flow starts, [b t a].
+            plain: The step as it runs uncaptured.
+        """
+        reason = obstacle(model, observation, noise)
+        if reason is not None:
+            if reason not in self._told:
+                logger.info("Control steps are not captured: %s.", reason)
+                self._told.add(reason)
+            return plain(observation, noise)
+        assert observation.frames is not None  # `obstacle` says so
+        shapes = (observation.frames.shape, observation.state.shape, noise.shape)
+        kind = (shapes, noise.dtype, tuple(observation.instruction))
+        step, known = self._kinds.get(kind), kind in self._kinds
+        if known and step is None:
+            logger.info("Capturing the control step for frames of %s.", list(observation.frames.shape))
+            step = self._capture(model, observation, noise)
+        self._kinds[kind] = step
+        self._kinds.move_to_end(kind)
+        while len(self._kinds) > self._kept:
+            self._kinds.popitem(last=False)
+        return plain(observation, noise) if step is None else step(observation, noise)
+
+
+def obstacle(model: VegaModel, observation: Observation, noise: Tensor) -> str | None:
+    """Why a step cannot be captured, or None if it can.
+
+    Args:
+        model: The model.
+        observation: What is seen.
+        noise: Where the flow starts.
+    """
+    if not noise.is_cuda:
+        return f"a CUDA graph needs a GPU, and this is {noise.device}"
+    if not isinstance(model.backbone, CompactBackbone):
+        return f"the backbone {model.config.backbone.name} prepares its inputs on the host"
+    if observation.frames is None or observation.semantic is not None or observation.prior is not None:
+        return "features are given instead of frames"
+    if model.training or torch.is_autocast_enabled():
+        return "the model trains, or runs under autocast"
+    return None
 
 
 class CapturedAct:

@@ -121,8 +121,8 @@ class FlowExpert(nn.Module):
         part, parts = self.share
         batch, *chunk = actions.shape
         mine = slice(part * batch, (part + 1) * batch)
-        noise = torch.randn(parts * batch, *chunk, generator=generator)[mine].to(actions)
-        time = flow.sample_time(parts * batch, self.config.time_power, generator)[mine].to(actions)
+        noise = _placed(torch.randn(parts * batch, *chunk, generator=generator)[mine], actions)
+        time = _placed(flow.sample_time(parts * batch, self.config.time_power, generator)[mine], actions)
         x = flow.interpolate(actions, noise, time)
         predicted = self.velocity(self.norm_context(context), mask, x, time)
         return flow.masked_mean_square(predicted - flow.velocity(actions, noise), is_pad)
@@ -133,6 +133,11 @@ class FlowExpert(nn.Module):
         rows = len(noise) // len(context)
         context, mask = (repeat(x, "b ... -> (b r) ...", r=rows) for x in (context, mask))
         return integrate(lambda x, time: self.velocity(context, mask, x, time), noise, self.config.steps)
+
+
+def _placed(drawn: Tensor, like: Tensor) -> Tensor:
+    """What was drawn on the CPU, where `like` is; a GPU's work goes on meanwhile."""
+    return (drawn.pin_memory() if like.is_cuda else drawn).to(like, non_blocking=True)
 
 
 class ReadingBlock(nn.Module):

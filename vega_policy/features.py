@@ -135,7 +135,8 @@ def _own_key(model: VegaModel, name: str) -> dict[str, Any]:
         return {"encoder": model.backbone.encoder_name, "weights": fingerprint(model.backbone.image_encoder)}
     if name == "prior":
         config = asdict(resolve(model.config.prior)) | {"fingerprint": model.prior.fingerprint}
-        places = ("path", "revision", "engine")  # the fingerprint says what was loaded; engines agree
+        places = ("path", "revision")  # the fingerprint says what was loaded
+        places += ("engine",) if config["engine"] != "fp8" else ()  # all other engines agree
         kept = {field: value for field, value in config.items() if field not in places}
         return {"prior": kept, "grid": list(model.backbone.grid)}
     return {}
@@ -150,14 +151,14 @@ def fingerprint(module: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def open_stream(root: Path, stream: Stream, rows: int, in_memory: bool) -> Tensor:
+def open_stream(root: Path, stream: Stream, rows: int, place: torch.device | None) -> Tensor:
     """Values of a stream that has been built.
 
     Args:
         root: Root of all caches.
         stream: What is expected.
         rows: Frames of the dataset n.
-        in_memory: Read everything now; otherwise it is mapped and read where it is touched.
+        place: Device to read everything to now; None maps it, to be read where it is touched.
 
     Returns:
         Values [n ...], not to be written to.
@@ -180,7 +181,7 @@ def open_stream(root: Path, stream: Stream, rows: int, in_memory: bool) -> Tenso
             f"frames, found {found}. {advice}"
         )
     values = torch.from_file(str(folder / VALUES), shared=False, size=count, dtype=dtype).reshape(shape)
-    return values.clone() if in_memory else values
+    return values if place is None else values.to(place, copy=True)
 
 
 def open_mean_frames(root: Path, stream: Stream) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -15,9 +15,10 @@ from lerobot.utils.constants import ACTION, OBS_STATE
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from vega_policy.captured import CapturedSteps
 from vega_policy.configuration_vega import VegaConfig
 from vega_policy.model import VegaModel
-from vega_policy.observation import Observation, stack_views
+from vega_policy.observation import Observation, sentences, stack_views, stored_frames
 from vega_policy.priors import resolve
 from vega_policy.real_time_chunking import blend, integrate, left_over
 
@@ -30,8 +31,8 @@ class VegaPolicy(PreTrainedPolicy):
 
     Batches are LeRobot's: frames [b 3 h w] in [0, 1] under `observation.image(s).*`, `observation.state`
     [b s], `task` (b sentences), in training also `action` [b t a] and `action_is_pad` [b t]. In place of
-    frames a batch may hold cached features under `vega.semantic` [b v c gh gw] and `vega.prior` [b v d gh
-    gw].
+    frames a batch may hold cached ones under `vega.frames`, uint8 [b v 3 h w], and cached features under
+    `vega.semantic` [b v c gh gw] and `vega.prior` [b v d gh gw].
 
     Args:
         config: The configuration; open prior fields are resolved and its fingerprint is filled in.
@@ -49,6 +50,8 @@ class VegaPolicy(PreTrainedPolicy):
     config: VegaConfig
     draws: torch.Generator | None = None
     """Where training noise comes from, on the CPU; None takes torch's own."""
+    lazy_log = False
+    """Whether `forward` leaves what is worth logging on the device, as scalars: nothing waits for it then."""
 
     def __init__(
         self, config: VegaConfig, dataset_stats: Any = None, dataset_meta: Any = None, **kwargs: Any
@@ -60,6 +63,7 @@ class VegaPolicy(PreTrainedPolicy):
             config.prior = dataclasses.replace(resolve(config.prior), fingerprint=prior.fingerprint)
         self._queue: deque[Tensor] = deque()
         self._past: dict[str, deque[Tensor]] = {}
+        self._captured = CapturedSteps()
         self.rtc_processor: RTCProcessor | None = None
 
     @staticmethod
@@ -126,7 +130,7 @@ class VegaPolicy(PreTrainedPolicy):
         if self.base is not None:
             self.base.reset()
 
-    def forward(self, batch: dict[str, Any], reduction: str = "mean") -> tuple[Tensor, dict[str, float]]:
+    def forward(self, batch: dict[str, Any], reduction: str = "mean") -> tuple[Tensor, dict[str, Any]]:
         """Training loss.
 
         Args:
@@ -134,8 +138,8 @@ class VegaPolicy(PreTrainedPolicy):
             reduction: `mean` for a scalar, `none` for one loss a sample [b].
 
         Returns:
-            The loss, and what is worth logging: `loss`, and for gates the mean `gate` (weight of the semantic
-            stream) over all views and of each, `gate/<camera>`.
+            The loss, and what is worth logging, as numbers or (`lazy_log`) scalars: `loss`, and for gates the
+            mean `gate` (weight of the semantic stream) over all views and of each, `gate/<camera>`.
         """
         if self.base is not None:
             return self._logged(*self.base(batch, reduction=reduction))
@@ -144,14 +148,18 @@ class VegaPolicy(PreTrainedPolicy):
             self.observe(batch), batch[ACTION], batch.get("action_is_pad"), self.draws, prior_generator=fresh
         )
         loss = losses.mean()
-        return self._logged(loss if reduction == "mean" else losses, {"loss": loss.item()})
+        return self._logged(loss if reduction == "mean" else losses, {"loss": loss.detach()})
 
-    def _logged(self, loss: Tensor, log: dict[str, Any]) -> tuple[Tensor, dict[str, float]]:
-        """Numbers worth logging, the gates among them."""
+    def _logged(self, loss: Tensor, log: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        """Numbers worth logging, the gates among them; read off the device at once, or not at all."""
+        scalars = {name: value for name, value in log.items() if isinstance(value, Tensor)} | self._gates()
         numbers = {name: value for name, value in log.items() if isinstance(value, float)}
-        return loss, numbers | self._gates()
+        if scalars and not self.lazy_log:
+            values = torch.stack([value.float() for value in scalars.values()]).tolist()
+            scalars = dict(zip(scalars, values, strict=True))
+        return loss, numbers | scalars
 
-    def _gates(self) -> dict[str, float]:
+    def _gates(self) -> dict[str, Tensor]:
         """Mean of the last gate, over all views and of each; empty without a gate.
 
         A base embeds one view after the other, so its gate is that of the last one and stands alone.
@@ -159,12 +167,11 @@ class VegaPolicy(PreTrainedPolicy):
         if self.model.gate is None:
             return {}
         if self.base is not None:
-            return {"gate": self.model.gate.mean().item()}
+            return {"gate": self.model.gate.float().mean()}
         cameras = [key.rpartition(".")[-1] for key in self.config.image_features]
-        means = self.model.gate.float().unflatten(0, (-1, len(cameras))).mean(dim=(0, 2, 3)).tolist()
-        return {"gate": sum(means) / len(means)} | {
-            f"gate/{camera}": mean for camera, mean in zip(cameras, means, strict=True)
-        }
+        means = self.model.gate.float().unflatten(0, (-1, len(cameras))).mean(dim=(0, 2, 3))
+        of_each = zip(cameras, means.unbind(), strict=True)
+        return {"gate": means.mean()} | {f"gate/{camera}": mean for camera, mean in of_each}
 
     @torch.no_grad()
     def predict_action_chunk(self, batch: dict[str, Any], noise: Tensor | None = None, **rtc: Any) -> Tensor:
@@ -185,7 +192,8 @@ class VegaPolicy(PreTrainedPolicy):
         noise, processor = noise.to(observation.state), self.rtc_processor
         left = left_over(rtc.pop("prev_chunk_left_over", None), self.config.chunk_size)
         if processor is None or left is None:
-            return self.model.act(observation, noise, integrate)
+            plain = partial(self.model.act, integrate=integrate)
+            return self._captured.act(self.model, observation, noise, plain)
         if self.config.expert.name != "flow":
             return blend(processor, self.model.act(observation, noise, integrate), left, **rtc)
         rtc |= {"prev_chunk_left_over": left, "rtc_processor": processor, "rtc_enabled": True}
@@ -235,7 +243,8 @@ class VegaPolicy(PreTrainedPolicy):
                 [0, 1] or have another shape.
         """
         cached = {name: batch.get(f"vega.{name}") for name in ("semantic", "prior")}
-        needed = list(self.config.image_features)
+        stored = batch.get("vega.frames")
+        needed = list(self.config.image_features) if stored is None else []
         if cached["semantic"] is not None and (self.model.prior is None or cached["prior"] is not None):
             needed = []
         missing = [key for key in (*needed, OBS_STATE) if key not in batch]
@@ -246,11 +255,21 @@ class VegaPolicy(PreTrainedPolicy):
         state = state[:, -1] if state.ndim == 3 else state  # of a clip, the present
         frames = {key: batch[key] for key in needed}
         return Observation(
-            frames=stack_views(frames, self.config.frame_size) if needed else None,
+            frames=stack_views(frames, self.config.frame_size) if needed else stored_frames(stored),
             state=state,
-            instruction=_sentences(batch.get("task"), len(state)),
+            instruction=sentences(batch.get("task"), len(state)),
             **cached,
         )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Forget captured steps where the weights move or change their type."""
+        if "_captured" in self.__dict__:
+            self._captured.forget()
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy captures its own steps: graphs cannot be copied."""
+        return self.__dict__ | {"_captured": CapturedSteps()}
 
     def _save_pretrained(self, save_directory: Path, state_dict: dict[str, Tensor] | None = None) -> None:
         """Save configuration and weights, less those that lie unchanged in the base's own file."""
@@ -265,9 +284,11 @@ class VegaPolicy(PreTrainedPolicy):
         """Load weights; those that do not learn have come with the base already."""
         if model.base is None:
             return super()._load_as_safetensor(model, model_file, map_location, strict)
+        from vega_policy.bases.loading import twins  # LeRobot's other policies are heavy to import
+
         saved = load_file(model_file)
         frozen = {f"model.{name}" for name in model.model.frozen_names()}
-        twins = _twins(model, saved.keys())
+        twins = twins(model, saved.keys())
         missing = [name for name in model.state_dict() if name not in saved.keys() | frozen | twins]
         superfluous = sorted(saved.keys() - model.state_dict().keys())
         if strict and (missing or superfluous):
@@ -276,17 +297,3 @@ class VegaPolicy(PreTrainedPolicy):
             )
         model.load_state_dict(saved, strict=False)
         return model
-
-
-def _twins(model: nn.Module, names: Iterable[str]) -> set[str]:
-    """Names of weights that share their memory with one of those named: files hold them once."""
-    state = model.state_dict(keep_vars=True)
-    held = {state[name].data_ptr() for name in names if name in state}
-    return {name for name, weight in state.items() if weight.data_ptr() in held}
-
-
-def _sentences(task: str | list[str] | None, batch: int) -> list[str]:
-    """One sentence a sample; LeRobot gives a string, a list, or nothing for a dataset without tasks."""
-    if task is None:
-        return [""] * batch
-    return [task] * batch if isinstance(task, str) else list(task)

@@ -101,6 +101,19 @@ def stack_views(frames: dict[str, Tensor], size: int) -> Tensor:
     return torch.stack(views, dim=1)
 
 
+def stored_frames(frames: Tensor | None) -> Tensor | None:
+    """Frames of a cache, which lie within their range by their type, uint8 [b v 3 h w] -> [b v 1 3 h w].
+
+    Raises:
+        TypeError: If they are not uint8.
+    """
+    if frames is None:
+        return None
+    if frames.dtype != torch.uint8:
+        raise TypeError(f"vega.frames: expected uint8 frames of a cache, got {frames.dtype}.")
+    return frames[:, :, None].float().div_(255)
+
+
 def resize(frames: Tensor, height: int, width: int) -> Tensor:
     """Bilinear, antialiased resize, [... 3 h w] -> [... 3 height width], values kept within [0, 1]."""
     if frames.shape[-2:] == (height, width):
@@ -108,3 +121,10 @@ def resize(frames: Tensor, height: int, width: int) -> Tensor:
     flat = frames.reshape(-1, *frames.shape[-3:])
     resized = functional.interpolate(flat, (height, width), mode="bilinear", antialias=True).clamp(0, 1)
     return resized.reshape(*frames.shape[:-2], height, width)
+
+
+def sentences(task: str | list[str] | None, batch: int) -> list[str]:
+    """One sentence a sample; LeRobot gives a string, a list, or nothing for a dataset without tasks."""
+    if task is None:
+        return [""] * batch
+    return [task] * batch if isinstance(task, str) else list(task)

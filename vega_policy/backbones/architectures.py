@@ -1,5 +1,6 @@
 """Hugging Face backbones at their published sizes without weights, to be measured offline."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -73,6 +74,8 @@ ARCHITECTURES: dict[str, Architecture] = {
                 "patch_size": 16,
             },
             "scale_factor": 4,
+            "image_token_id": 49190,
+            "pad_token_id": 2,
         },
         side=8,
     ),
@@ -116,15 +119,23 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 
 def without_weights(
-    config: BackboneConfig, state_dim: int, views: int, frame_size: int
+    config: BackboneConfig,
+    state_dim: int,
+    views: int,
+    frame_size: int,
+    device: str = "meta",
+    prompts: Callable[[int, int], Any] | None = None,
 ) -> VisionLanguageBackbone:
-    """A backbone on the meta device, frozen and adapted as its config says: shapes, and no memory.
+    """A backbone at its published sizes, frozen and adapted as its config says.
 
     Args:
         config: The backbone's config.
         state_dim: Width s of the proprioceptive state.
         views: Number of cameras v.
         frame_size: Side of the square frames in pixels.
+        device: `meta` gives shapes and takes no memory; another one draws random weights there.
+        prompts: Makes what stands in for the processor, given the tokens along a frame's side and the id of a
+            placeholder; None takes `Placeholders`.
 
     Raises:
         ValueError: If the sizes of the backbone are not listed.
@@ -136,14 +147,21 @@ def without_weights(
     published = ARCHITECTURES[config.name]
     architecture = AutoConfig.for_model(published.model_type, **published.fields)
     side = published.grid_side(frame_size)
-    prompts: Any = _Placeholders(views, side, architecture.image_token_id)
-    with torch.device("meta"):
+    stand_in: Any = prompts or (lambda side, token: Placeholders(views, side, token))
+    encoder = stand_in(side, architecture.image_token_id)
+    with torch.device(device):
         model = AutoModelForImageTextToText.from_config(architecture, dtype=getattr(torch, config.dtype))
-        return VisionLanguageBackbone(model.base_model, prompts, config, state_dim)
+        return VisionLanguageBackbone(model.base_model, encoder, config, state_dim)
 
 
-class _Placeholders:
-    """Stands in for a processor: as many placeholders as the model has tokens of a frame."""
+class Placeholders:
+    """Stands in for a processor: as many placeholders as the model has tokens of a frame.
+
+    Args:
+        views: Cameras v.
+        side: Tokens along a side of a frame.
+        image_token: Id of a placeholder.
+    """
 
     picture_hash = "none"
 

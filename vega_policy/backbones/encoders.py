@@ -37,10 +37,14 @@ class ImageEncoder(nn.Module):
         pretrained: Whether to start from pre-trained weights.
         frozen: Whether weights stay fixed.
 
+    Attributes:
+        channels_last: Whether activations keep a pixel's channels together on a CPU too.
+
     Raises:
         ValueError: If timm does not know the name or the network has no stride of 16.
     """
 
+    channels_last = False
     network: Any
     mean: Tensor
     std: Tensor
@@ -60,9 +64,12 @@ class ImageEncoder(nn.Module):
         return super().train(False)
 
     def forward(self, frames: Tensor) -> Tensor:
-        """Features of frames in [0, 1], [n 3 h w] -> [n c gh gw]."""
+        """Features of frames in [0, 1], [n 3 h w] -> [n c gh gw]; on a GPU computed in channels-last."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            return self.network((frames - self.mean) / self.std)[-1]
+            pixels = (frames - self.mean) / self.std
+            if frames.is_cuda or self.channels_last:
+                pixels = pixels.contiguous(memory_format=torch.channels_last)
+            return self.network(pixels)[-1]
 
 
 def _channels(values: tuple[float, ...]) -> Tensor:

@@ -1,6 +1,7 @@
 """LeRobot's pre-trained policies: where they come from, and whether they really were loaded."""
 
 import dataclasses
+from collections.abc import Iterable
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from lerobot.configs.policies import PreTrainedConfig
 from lerobot.policies.factory import get_policy_class, make_pre_post_processors
 from lerobot.policies.pretrained import PreTrainedPolicy
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from vega_policy.bases import BASES, BaseConfig
 from vega_policy.priors.weights import fingerprint_files
@@ -158,3 +159,10 @@ def base_processors(
 def with_fingerprint(base: BaseConfig, fingerprint: str) -> BaseConfig:
     """The config as a checkpoint stores it."""
     return dataclasses.replace(base, path=base.path or BASES[base.name].source, fingerprint=fingerprint)
+
+
+def twins(model: nn.Module, names: Iterable[str]) -> set[str]:
+    """Names of weights that share their memory with one of those named: files hold them once."""
+    state = model.state_dict(keep_vars=True)
+    held = {state[name].data_ptr() for name in names if name in state}
+    return {name for name, weight in state.items() if weight.data_ptr() in held}

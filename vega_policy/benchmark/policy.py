@@ -6,16 +6,16 @@ from typing import Any
 import torch
 
 from vega_policy import flow
+from vega_policy.benchmark.models import random_model
 from vega_policy.benchmark.timing import measure
-from vega_policy.captured import CapturedAct
-from vega_policy.model import VegaModel
+from vega_policy.captured import CapturedAct, obstacle
 from vega_policy.observation import Observation
 from vega_policy.parts import ModelConfig
 
 
 @torch.no_grad()
 def benchmark_policy(config: ModelConfig, device: torch.device, seconds: float) -> Iterator[dict[str, Any]]:
-    """One row a stage of one control step (batch 1), the whole step, and on a GPU the captured one.
+    """One row a stage of one control step (batch 1), the whole step, and the captured one where there is one.
 
     Args:
         config: The model; its weights are random.
@@ -25,8 +25,7 @@ def benchmark_policy(config: ModelConfig, device: torch.device, seconds: float) 
     Yields:
         `stage`, `p50_ms`, `p95_ms`.
     """
-    torch.manual_seed(0)
-    model: Any = VegaModel(config).eval().to(device)
+    model: Any = random_model(config, device)
     side = config.frame_size
     frames = torch.rand(1, config.views, 1, 3, side, side, device=device)
     state = torch.randn(1, config.state_dim, device=device)
@@ -35,7 +34,7 @@ def benchmark_policy(config: ModelConfig, device: torch.device, seconds: float) 
     for stage, call in _stages(model, seen, noise).items():
         latency = measure(call, device, seconds)
         yield {"stage": stage, "p50_ms": latency.p50, "p95_ms": latency.p95}
-    if device.type == "cuda":
+    if obstacle(model, seen, noise) is None:
         captured = CapturedAct(model, seen, noise)
         latency = measure(lambda: captured(seen, noise), device, seconds)
         error = (captured(seen, noise) - model.act(seen, noise)).abs().max().item()
@@ -48,12 +47,12 @@ def _stages(model: Any, seen: Observation, noise: torch.Tensor) -> dict[str, Cal
     prior = None if model.prior is None else model.prior_features(seen)
     cached = Observation(None, seen.state, seen.instruction, semantic, prior)
     tokens = model.see(cached)
-    context, mask = model.backbone.read(tokens, seen.instruction, seen.state)
+    context, mask = model.backbone.read(tokens, seen.instruction, seen.state, semantic)
     stages: dict[str, Callable[[], Any]] = {
         "semantic encoder": lambda: model.semantic_features(seen),
         "prior": lambda: model.prior_features(seen),
         "projectors and fusion": lambda: model.see(cached),
-        "backbone": lambda: model.backbone.read(tokens, seen.instruction, seen.state),
+        "backbone": lambda: model.backbone.read(tokens, seen.instruction, seen.state, semantic),
         "expert": lambda: model.expert.sample(context, mask, noise, flow.euler),
         "whole": lambda: model.act(seen, noise),
     }

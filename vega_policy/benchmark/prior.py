@@ -1,6 +1,7 @@
 """Part `prior`: the same Wan prior, as a user of diffusers would write it, cut at the layer, and fast."""
 
 import copy
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,11 +10,14 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from vega_policy.benchmark.paths import FastPath, fast_path
+from vega_policy.benchmark.profile import by_kind, kernel_times, longest
 from vega_policy.benchmark.timing import busy_time, matmul_ceiling, measure
 from vega_policy.parts import PriorConfig
 from vega_policy.priors import PRIORS, resolve
 from vega_policy.priors.wan import LatentWorldSimulator
-from vega_policy.priors.wan_fast import CapturedWan, FastWan, capture
+from vega_policy.priors.wan_captured import CapturedWan, capture
+from vega_policy.priors.wan_fast import FastWan
 
 SHAPES: dict[str, dict[str, dict[str, Any]]] = {
     "wan2.1_t2v_1.3b": {
@@ -36,10 +40,14 @@ def _product_flops(bias: Any, first: Any, second: Any, **_: Any) -> int:
     return 2 * first[0] * first[1] * second[1]
 
 
-FLOPS = {torch.ops.aten._addmm_activation: _product_flops}
+def _rounded_flops(first: Any, second: Any, *_: Any, **__: Any) -> int:
+    """Operations of a product in eight bits, given shapes [m k], [k d]."""
+    return 2 * first[0] * first[1] * second[1]
+
+
+FLOPS = {torch.ops.aten._addmm_activation: _product_flops, torch.ops.aten._scaled_mm: _rounded_flops}
 """What torch's counter does not know."""
 
-PATHS = ("released", "all_blocks", "early_stop", "fast")
 Read = Callable[[Tensor], Tensor]
 
 
@@ -70,14 +78,15 @@ class Subject:
         self.prior = self.prior.to(device).eval().requires_grad_(False)
 
     def path(self, name: str, frames: Tensor) -> Read:
-        """One way to compute the features, frames [n 3 h w] -> [n d gh gw]; see `PATHS`."""
+        """One way to compute the features, frames [n 3 h w] -> [n d gh gw]; see `paths`."""
+        chosen = fast_path(name)
+        if chosen is not None:
+            return Fast(self, frames, chosen)
         if name == "released":
             return _Released(self)
         if name == "all_blocks":
             return lambda x: all_blocks(self.prior, self.whole, x)
-        if name == "early_stop":
-            return lambda x: self.prior.features(x, None)
-        return Fast(self, frames)
+        return lambda x: self.prior.features(x, None)
 
     @torch.no_grad()
     def exact(self, frames: Tensor) -> Tensor:
@@ -116,13 +125,15 @@ class Fast:
     Args:
         subject: The prior.
         frames: A batch of the length it is built for, [n 3 h w].
+        path: Which of the fast ways.
     """
 
-    def __init__(self, subject: Subject, frames: Tensor) -> None:
-        fast, self._device = FastWan(subject.prior), subject.device
+    def __init__(self, subject: Subject, frames: Tensor, path: FastPath) -> None:
+        fast, self._device = FastWan(path.prior(subject.prior), path.float8), subject.device
         self.noise = subject.prior.noise(torch.empty(len(frames), *fast.latent, device=subject.device), None)
         self._fast = fast
-        self._run = CapturedWan(fast, frames, self.noise) if subject.device.type == "cuda" else fast
+        on_gpu = subject.device.type == "cuda"
+        self._run = CapturedWan(fast, frames, self.noise, path.plan) if on_gpu else fast
 
     def __call__(self, frames: Tensor) -> Tensor:
         """Features, [n 3 h w] -> [n d gh gw]."""
@@ -131,16 +142,27 @@ class Fast:
     @torch.no_grad()
     def stages(self, frames: Tensor, ceiling: float) -> dict[str, float]:
         """Milliseconds of encoder and transformer apart, and the transformer's share of the ceiling."""
-        run, transformer = self._run, self._fast.transformer
         noise = self.noise.expand(len(frames), *self._fast.latent).contiguous()
-        tokens = run.enter(frames, noise)
+        tokens = self._enter(frames, noise)
         with FlopCounterMode(display=False, custom_mapping=FLOPS) as counter:
-            transformer.run(tokens, self._fast.blocks)
-        vae = _graphed_time(lambda: run.enter(frames, noise), self._device)
-        dit = _graphed_time(lambda: transformer.run(tokens, run.blocks), self._device)
+            self._fast.transformer.run(tokens, self._fast.blocks)
+        vae = _graphed_time(lambda: self._enter(frames, noise), self._device)
+        dit = _graphed_time(lambda: self._read(tokens), self._device)
         rate = counter.get_total_flops() / dit / 1e9
         shares = {"dit_tflops": rate, "ceiling_tflops": ceiling, "dit_of_ceiling": rate / ceiling}
         return {"vae_ms": vae, "dit_ms": dit} | shares
+
+    def _enter(self, frames: Tensor, noise: Tensor) -> Tensor:
+        run = self._run
+        return (
+            run.enter(frames, noise)
+            if isinstance(run, CapturedWan)
+            else run.enter(run.encoder(frames), noise)
+        )
+
+    def _read(self, tokens: Tensor) -> Tensor:
+        run = self._run
+        return run.read(tokens) if isinstance(run, CapturedWan) else run.transformer.run(tokens, run.blocks)
 
 
 class _Released:
@@ -176,12 +198,13 @@ def benchmark_prior(
         device: Where it runs.
         sizes: Heights and widths in pixels.
         batches: Numbers of frames encoded at once.
-        paths: Some of `PATHS`.
+        paths: Names that `paths` knows.
         seconds: About how long each path is timed.
 
     Yields:
         Milliseconds (`p50_ms`, `p95_ms`), `frames_per_s`, `peak_gib`, relative `error` against float32, and
-        for the fast path the transformer's share of the ceiling of matrix products (`dit_of_ceiling`).
+        for the fast paths the transformer's share of the ceiling of matrix products (`dit_of_ceiling`), the
+        seconds it took to build, and on a GPU milliseconds by kind of kernel and the longest `kernels`.
     """
     ceiling = matmul_ceiling(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     for size in sizes:
@@ -197,7 +220,9 @@ def benchmark_prior(
 def _row(
     subject: Subject, path: str, frames: Tensor, expected: Tensor, ceiling: float, seconds: float
 ) -> dict[str, Any]:
+    start = time.perf_counter()
     read = subject.path(path, frames)
+    built = time.perf_counter() - start
     latency = measure(lambda: read(frames), subject.device, seconds)
     height, width = subject.size
     row = {
@@ -212,7 +237,9 @@ def _row(
     if path != "released":  # its features are not kept
         row["error"] = ((read(frames).float() - expected).norm() / expected.norm()).item()
     if isinstance(read, Fast):
-        row |= read.stages(frames, ceiling)
+        kernels = kernel_times(lambda: read(frames)) if subject.device.type == "cuda" else {}
+        row |= read.stages(frames, ceiling) | {"build_s": built} | by_kind(kernels)
+        row |= {"kernels": longest(kernels)} if kernels else {}
     return row
 
 

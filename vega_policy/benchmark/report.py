@@ -14,12 +14,13 @@ Row = dict[str, Any]
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Rows as aligned columns; a field that a row lacks stays empty.
+    """Rows as aligned columns; a field that a row lacks stays empty, one that holds fields is left out.
 
     Args:
         rows: Plain values by column.
     """
-    columns = list(dict.fromkeys(column for row in rows for column in row))
+    fields = (column for row in rows for column, value in row.items() if not isinstance(value, dict))
+    columns = list(dict.fromkeys(fields))
     lines = [columns, *([_cell(row.get(column)) for column in columns] for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
     return "\n".join(
@@ -34,13 +35,19 @@ def _cell(value: Any) -> str:
 
 
 def ratios(rows: Sequence[Row], baseline: str, subject: str) -> list[str]:
-    """How much faster `subject` is than `baseline`, one sentence for each size and number of frames."""
+    """How much faster `subject` is than `baseline`, one sentence for each size and number of frames.
+
+    Args:
+        rows: Rows of the part `prior`.
+        baseline: A path.
+        subject: A path; its variants (`fast/encode=8`) count too.
+    """
     times = {(row["size"], row["frames"], row["path"]): row["p50_ms"] for row in rows}
     return [
-        f"{size}, {frames} frames: {subject} is {times[size, frames, baseline] / time:.1f} times as fast as "
+        f"{size}, {frames} frames: {path} is {times[size, frames, baseline] / time:.1f} times as fast as "
         f"{baseline}"
         for (size, frames, path), time in times.items()
-        if path == subject and (size, frames, baseline) in times
+        if path.split("/")[0] == subject and (size, frames, baseline) in times
     ]
 
 

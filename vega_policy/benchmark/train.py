@@ -7,75 +7,129 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vega_policy.backbones.depthwise import shift_depthwise
+from vega_policy.benchmark.profile import by_kind, kernel_times, longest
 from vega_policy.benchmark.timing import busy_time
+from vega_policy.compiled import compile_blocks
 from vega_policy.model import VegaModel
-from vega_policy.observation import Observation
+from vega_policy.observation import Observation, stored_frames
 from vega_policy.parts import ModelConfig, PriorConfig
+from vega_policy.training.optimization import WeightAverage, clip_gradient, read_scalars
+
+CASES = ("live", "cached", "none")
+"""Where the prior's features come from: computed in the step, from a cache, or there is no prior."""
+
+VARIANTS = ("eager", "compiled", "shifted")
+"""As written; `compile=true`; that with depthwise convolutions as shifted products."""
 
 
 def benchmark_train(
-    config: ModelConfig, device: torch.device, batch: int, seconds: float
+    config: ModelConfig,
+    device: torch.device,
+    batch: int,
+    seconds: float,
+    cases: tuple[str, ...] = CASES,
+    variants: tuple[str, ...] = ("eager",),
 ) -> Iterator[dict[str, Any]]:
-    """Steps with live prior, with its features cached, and without a prior; each stage by stage.
+    """One row for each case and variant.
 
     Args:
         config: The model; its weights are random.
         device: Where it runs; bfloat16 autocast on CUDA.
         batch: Samples a step.
         seconds: About how long each figure is timed.
+        cases: Some of `CASES`.
+        variants: Some of `VARIANTS`.
 
     Yields:
-        `prior`, milliseconds of each stage, of the step, and `samples_per_s`.
+        `prior`, `variant`, milliseconds of each stage, of the step, and `samples_per_s`; on a GPU also
+        milliseconds by kind of kernel, and the longest `kernels`.
+
+    Raises:
+        ValueError: If a case or variant is unknown.
     """
+    for known, asked in ((CASES, cases), (VARIANTS, variants)):
+        if set(asked) - set(known):
+            raise ValueError(f"--cases, --variants: known are {', '.join(known)}; got {' '.join(asked)}.")
     none = replace(config, prior=PriorConfig(name="none"))
-    for case, chosen in (("live", config), ("cached", config), ("none", none)):
-        yield {"prior": case} | _Step(chosen, device, batch, cached=case == "cached").row(seconds)
+    for case in cases:
+        for variant in variants:
+            torch._dynamo.reset()
+            step = _Step(none if case == "none" else config, device, batch, case == "cached", variant)
+            yield {"prior": case, "variant": variant} | step.row(seconds)
 
 
 class _Step:
-    """One training step on synthetic samples."""
+    """One training step on synthetic samples, as the trainer makes it."""
 
-    def __init__(self, config: ModelConfig, device: torch.device, batch: int, cached: bool) -> None:
+    def __init__(
+        self, config: ModelConfig, device: torch.device, batch: int, cached: bool, variant: str
+    ) -> None:
         torch.manual_seed(0)
         self.device, self.batch, self.cached = device, batch, cached
         self.model: Any = VegaModel(config).train().to(device)
-        parameters = [weight for weight in self.model.parameters() if weight.requires_grad]
-        self.optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=device.type == "cuda")
         side = config.frame_size
         self.frames = torch.randint(
-            0, 256, (batch, config.views, 1, 3, side, side), dtype=torch.uint8, device=device
+            0, 256, (batch, config.views, 3, side, side), dtype=torch.uint8, device=device
         )
+        self.prior: Tensor | None = None
+        if cached:
+            self.prior = torch.cat([self.model.prior(part) for part in self._floats().split(32)])
+        if variant == "shifted":
+            shift_depthwise(self.model.backbone.image_encoder)
+        if variant != "eager":
+            compile_blocks(self.model)
+        self.weights = [weight for weight in self.model.parameters() if weight.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.weights, lr=1e-4, fused=device.type == "cuda")
+        self.average = WeightAverage(self.model, 0.999)
         self.state = torch.randn(batch, config.state_dim, device=device)
         self.actions = torch.randn(batch, config.chunk_size, config.action_dim, device=device)
         self.words = ["lift the red cube"] * batch
-        self.prior: Tensor | None = None
-        if cached:
-            parts = self._floats().split(32)
-            self.prior = torch.cat([self.model.prior(part) for part in parts])
 
     def row(self, seconds: float) -> dict[str, Any]:
         """Milliseconds by stage; stages are timed one by one, the step as a whole."""
-        seen = self._seen()
-        stages: dict[str, Callable[[], Any]] = {"encoder_ms": lambda: self._autocast(self._semantic)}
+        torch.manual_seed(1)
+        loss = self._loss().item()  # comparable: same weights, samples and noise in all variants
+        self.step()
+        times = {"loss": loss, "step_ms": self._time(self.step, seconds)}
+        times |= {"samples_per_s": 1000 * self.batch / times["step_ms"]}
+        stages: dict[str, Callable[[], Any]] = {
+            "encoder_ms": lambda: self._autocast(self._semantic),
+            "encoder_backward_ms": lambda: self._autocast(self._semantic).float().sum().backward(),
+        }
         if self.model.prior is not None and not self.cached:
-            stages["prior_ms"] = lambda: self.model.prior(seen.frames)
+            stages["prior_ms"] = lambda: self.model.prior(self._floats())
         stages |= {"forward_ms": self._loss, "forward_backward_ms": lambda: self._loss().backward()}
-        times = {stage: self._time(call, seconds) for stage, call in stages.items()}
-        times["step_ms"] = self._time(self.step, seconds)
-        return times | {"samples_per_s": 1000 * self.batch / times["step_ms"]}
+        stages["update_ms"] = self._update
+        times |= {stage: self._time(call, seconds / 4) for stage, call in stages.items()}
+        if self.device.type != "cuda":
+            return times
+        kernels = kernel_times(self.step)
+        return (
+            times | {"kernels_ms": sum(kernels.values())} | by_kind(kernels) | {"kernels": longest(kernels)}
+        )
 
     def step(self) -> None:
-        """Forward, backward, update."""
-        self._loss().backward()
-        self.optimizer.step()
+        """Forward, backward, update; waits once for the device, as the trainer does."""
+        loss = self._loss()
+        loss.backward()
+        norm = clip_gradient(self.weights, 1.0)
+        read_scalars({"loss": loss, "gradient_norm": norm})
+        self._update()
         self.optimizer.zero_grad()
+
+    def _update(self) -> None:
+        self.optimizer.step()
+        self.average.update(1000)
 
     def _time(self, call: Callable[[], Any], seconds: float) -> float:
         once = busy_time(call, self.device, repeat=2)
         return busy_time(call, self.device, repeat=max(3, int(1000 * seconds / once)))
 
     def _floats(self) -> Tensor:
-        return self.frames.float() / 255
+        frames = stored_frames(self.frames)
+        assert frames is not None  # frames were given
+        return frames
 
     def _seen(self) -> Observation:
         return Observation(self._floats(), self.state, self.words, prior=self.prior)

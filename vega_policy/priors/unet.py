@@ -26,6 +26,7 @@ from vega_policy.parts import PriorConfig
 from vega_policy.priors import PriorEntry
 from vega_policy.priors.prompt import empty_prompt
 from vega_policy.priors.reader import PriorReader, check_layer, drop_rest, fitting_size
+from vega_policy.priors.unet_fixed import fix_prompt, fix_single_token, fix_time
 from vega_policy.priors.weights import check_class, fingerprint_files, load_part, locate, way_out
 
 FPS, MOTION_BUCKET, AUGMENTATION = 7, 127, 0.02
@@ -84,6 +85,9 @@ class StableDiffusion(PriorReader):
         self.index = min(round(1000 * self.noise_level), len(parts["schedule"]) - 1)
         self.signal: float = parts["schedule"][self.index].item()
         self.register_buffer("prompt", prompt[None])
+        if config.engine != "plain":
+            fix_time(unet, self.embed_time(torch.zeros(1, dtype=unet.dtype, device=prompt.device))[0])
+            fix_prompt(unet, prompt)
 
     def read_clips(self, clips: Tensor, generator: torch.Generator | None) -> Tensor:
         """Features of the only frame of each clip, [n 1 3 h w] in [0, 1] -> [n 1 d gh gw]."""
@@ -94,15 +98,18 @@ class StableDiffusion(PriorReader):
 
     def read(self, latent: Tensor) -> Tensor:
         """The UNet down to the read-out, noised latent [n 4 h w] -> [n d gh gw]."""
-        unet = self.unet
-        time = unet.time_proj(torch.full((len(latent),), self.index, device=latent.device))
-        embedded = unet.time_embedding(time.to(latent))
+        unet, embedded = self.unet, self.embed_time(latent)
         prompt = self.prompt.to(latent).expand(len(latent), -1, -1)
         sample = unet.conv_in(latent)
         for block in unet.down_blocks:
             words = {"encoder_hidden_states": prompt} if _attends(block) else {}
             sample = block(sample, embedded, **words)[0]
         return sample if unet.mid_block is None else unet.mid_block(sample, embedded, prompt)
+
+    def embed_time(self, latent: Tensor) -> Tensor:
+        """Time embedding of the noise level in the latent's type, [n ...] -> [n d]."""
+        time = self.unet.time_proj(torch.full((len(latent),), self.index, device=latent.device))
+        return self.unet.time_embedding(time.to(latent))
 
 
 class StableVideoDiffusion(PriorReader):
@@ -141,6 +148,9 @@ class StableVideoDiffusion(PriorReader):
         self.sigma = LARGEST_SIGMA if level == 1 else min(level / (1 - level), LARGEST_SIGMA)
         self.register_buffer("mean", torch.tensor(OPENAI_CLIP_MEAN)[:, None, None])
         self.register_buffer("std", torch.tensor(OPENAI_CLIP_STD)[:, None, None])
+        if config.engine != "plain":
+            fix_time(unet, self.embed_time(torch.zeros(1, dtype=unet.dtype, device=unet.device))[0])
+            fix_single_token(unet)
 
     def read_clips(self, clips: Tensor, generator: torch.Generator | None) -> Tensor:
         """Features of every frame of each clip, [n t 3 h w] in [0, 1] -> [n t d gh gw]."""
@@ -163,11 +173,7 @@ class StableVideoDiffusion(PriorReader):
     def read(self, sample: Tensor, picture: Tensor) -> Tensor:
         """The UNet down to the read-out, [n t 8 h w], picture embedding [n 1 c] -> [n t d gh gw]."""
         unet, (batch, times) = self.unet, sample.shape[:2]
-        # the scheduler's continuous time of a noise level; the smallest of its training stands for 0
-        time = sample.new_full((batch,), max(self.sigma, 0.002), dtype=torch.float32).log() / 4
-        conditions = sample.new_tensor([FPS - 1, MOTION_BUCKET, AUGMENTATION], dtype=torch.float32)
-        added = unet.add_time_proj(conditions).flatten().expand(batch, -1)
-        embedded = unet.time_embedding(unet.time_proj(time).to(sample)) + unet.add_embedding(added.to(sample))
+        embedded = self.embed_time(sample)
         embedded = repeat(embedded, "n d -> (n t) d", t=times)
         picture = repeat(picture.to(sample), "n l d -> (n t) l d", t=times)
         only_pictures = sample.new_zeros(batch, times)
@@ -178,6 +184,15 @@ class StableVideoDiffusion(PriorReader):
         if unet.mid_block is not None:
             hidden = unet.mid_block(hidden, embedded, picture, only_pictures)
         return rearrange(hidden, "(n t) d h w -> n t d h w", t=times)
+
+    def embed_time(self, sample: Tensor) -> Tensor:
+        """Embedding of noise level, frame rate and motion in the sample's type, [n ...] -> [n d]."""
+        unet, batch = self.unet, len(sample)
+        # the scheduler's continuous time of a noise level; the smallest of its training stands for 0
+        time = sample.new_full((batch,), max(self.sigma, 0.002), dtype=torch.float32).log() / 4
+        conditions = sample.new_tensor([FPS - 1, MOTION_BUCKET, AUGMENTATION], dtype=torch.float32)
+        added = unet.add_time_proj(conditions).flatten().expand(batch, -1)
+        return unet.time_embedding(unet.time_proj(time).to(sample)) + unet.add_embedding(added.to(sample))
 
 
 def clean_latent(vae: Any, pictures: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from vega_policy.parts import PriorConfig
 from vega_policy.priors import PriorEntry
 from vega_policy.priors.prompt import PROMPT_LENGTH, empty_prompt
 from vega_policy.priors.reader import PriorReader, check_layer, fitting_size
-from vega_policy.priors.wan_fast import Engine, make_engine
+from vega_policy.priors.wan_engine import Engine, make_engine
 from vega_policy.priors.weights import check_class, fingerprint_files, fingerprint_seed, locate, way_out
 from vega_policy.resources import resource
 
@@ -47,6 +47,7 @@ class LatentWorldSimulator(PriorReader):
     prompt: Tensor
     latents_mean: Tensor
     latents_std: Tensor
+    rounds = True
 
     def __init__(
         self,
@@ -59,9 +60,10 @@ class LatentWorldSimulator(PriorReader):
         untrained: bool = False,
     ) -> None:
         layer = check_layer(config, len(transformer.blocks))
-        if config.engine == "fast" and config.clip != "frame":
+        if config.engine in ("fast", "fp8") and config.clip != "frame":
             raise ValueError(
-                f"prior.engine=fast reads single frames, not clip={config.clip}. Take plain or auto."
+                f"prior.engine={config.engine} reads single frames, not clip={config.clip}. Take plain or "
+                "auto."
             )
         patch: int = vae.spatial_compression_ratio * transformer.config.patch_size[-1]
         super().__init__(config, grid, fitting_size(config, grid, patch), fingerprint)
@@ -149,6 +151,11 @@ class LatentWorldSimulator(PriorReader):
     def __getstate__(self) -> dict[str, Any]:
         """A copy builds its own engine: captured graphs cannot be copied."""
         return self.__dict__ | {"_engine": None, "_engine_chosen": False}
+
+    def use_engine(self, engine: str) -> None:
+        """Read with another engine from now on, `plain`, `fast`, `auto` or `fp8`."""
+        self.engine = engine
+        self._forget_engine()
 
     def _forget_engine(self) -> None:
         self._engine: Engine | None = None

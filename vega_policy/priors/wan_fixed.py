@@ -33,8 +33,6 @@ class SelfAttention(nn.Module):
         attention: `attn1` of Wan's block.
     """
 
-    weight: Tensor
-    bias: Tensor
     norms: Tensor
 
     def __init__(self, attention: Any) -> None:
@@ -46,14 +44,13 @@ class SelfAttention(nn.Module):
         weights = [query.weight.detach()[order], key.weight.detach()[order], value.weight.detach()]
         biases = [query.bias.detach()[order], key.bias.detach()[order], value.bias.detach()]
         gains = [norm.weight.detach().float()[order] for norm in (attention.norm_q, attention.norm_k)]
-        self.register_buffer("weight", torch.cat(weights))
-        self.register_buffer("bias", torch.cat(biases))
+        self.product: nn.Module = linear(torch.cat(weights), torch.cat(biases))
         self.register_buffer("norms", torch.stack(gains))
         self.out = attention.to_out[0]
 
     def forward(self, tokens: Tensor, rotary: Rotary) -> Tensor:
         """[b n d] -> [b n d]."""
-        query, key, value = functional.linear(tokens, self.weight, self.bias).chunk(3, dim=-1)
+        query, key, value = self.product(tokens).chunk(3, dim=-1)
         query, key = (
             rotate(self._heads(functional.rms_norm(x.float(), x.shape[-1:], gain, self.eps)), rotary)
             for x, gain in ((query, self.norms[0]), (key, self.norms[1]))
@@ -64,6 +61,14 @@ class SelfAttention(nn.Module):
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1))
+
+
+def linear(weight: Tensor, bias: Tensor) -> nn.Linear:
+    """A linear layer that holds these very tensors, [out in] and [out]."""
+    with torch.device("meta"):
+        layer = nn.Linear(weight.shape[1], weight.shape[0])
+    layer.weight, layer.bias = nn.Parameter(weight), nn.Parameter(bias)
+    return layer
 
 
 def apart(width: int, heads: int) -> Tensor:
@@ -192,9 +197,9 @@ def gated_sum(tokens: Tensor, update: Tensor, gate: Tensor) -> Tensor:
     return torch.addcmul(tokens.float(), update.float(), gate).to(tokens.dtype)
 
 
-def widened(tokens: Tensor, layer: nn.Linear) -> Tensor:
+def widened(tokens: Tensor, layer: Any) -> Tensor:
     """Linear layer and approximate GELU; on CUDA in one product whose result is written once."""
-    if not tokens.is_cuda:
+    if not tokens.is_cuda or not isinstance(layer, nn.Linear):
         return functional.gelu(layer(tokens), approximate="tanh")
     flat = torch._addmm_activation(layer.bias, tokens.flatten(0, 1), layer.weight.t(), use_gelu=True)
     return flat.unflatten(0, tokens.shape[:2])

@@ -33,23 +33,20 @@ class Source(Protocol):
 class CachedSource:
     """Batches by index from arrays that hold the whole dataset.
 
-    A batch has `observation.state` [b s], `action` [b t a], `action_is_pad` [b t], `task`; of the cached
-    streams, `frames` become one key a camera, float32 [b 3 h w] in [0, 1], and features `vega.<stream>`.
+    A batch has `observation.state` [b s], `action` [b t a], `action_is_pad` [b t], `task`, and of the cached
+    streams `vega.<stream>` as they are stored and where they are: frames stay uint8 until they are on the
+    device, a quarter of the way's bytes.
     """
 
-    def __init__(
-        self, table: FrameTable, streams: Mapping[str, Tensor], cameras: list[str], chunk_size: int
-    ) -> None:
+    def __init__(self, table: FrameTable, streams: Mapping[str, Tensor], chunk_size: int) -> None:
         """Refers to the arrays; nothing is copied.
 
         Args:
             table: States, actions, instructions.
-            streams: Cached values by stream, [n v ...].
-            cameras: Camera keys in the order of views.
+            streams: Cached values by stream, [n v ...], in memory or on a device.
             chunk_size: Actions in a chunk t.
         """
-        self._table, self._streams = table, streams
-        self._cameras, self._chunk_size = cameras, chunk_size
+        self._table, self._streams, self._chunk_size = table, streams, chunk_size
 
     def batch(self, rows: Tensor) -> Batch:
         """The batch of some rows [b]."""
@@ -57,11 +54,7 @@ class CachedSource:
         batch: Batch = {STATE: self._table.state[rows], ACTION: action, "action_is_pad": is_pad}
         batch["task"] = self._table.instructions(rows)
         for name, values in self._streams.items():
-            picked = values.index_select(0, rows)
-            if name == "frames":
-                batch |= dict(zip(self._cameras, picked.float().div_(255).unbind(dim=1), strict=True))
-            else:
-                batch[f"vega.{name}"] = picked
+            batch[f"vega.{name}"] = values.index_select(0, rows.to(values.device))
         return batch
 
     def stream(self, sampler: ShuffledRows, first: int) -> Iterator[Batch]:

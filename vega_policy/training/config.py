@@ -48,6 +48,8 @@ class TrainConfig:
         average_decay: Decay of the averaged weights, which are what a checkpoint's policy holds; 0 keeps
             the raw ones.
         precision: `no` or `bf16` autocast.
+        compile: Compile the compact backbone's blocks and the expert's (`torch.compile`): a minute at the
+            start, fewer kernels in each step.
         sharding: `none`: each process has all weights (DDP); `full`: weights, gradients and optimizer are
             spread over the processes (FSDP2).
         max_skipped_steps: A step whose loss or gradient is not finite is skipped; so many in a row end the
@@ -74,6 +76,7 @@ class TrainConfig:
     accumulate: int = 1
     average_decay: float = 0.999
     precision: str = "no"
+    compile: bool = False
     sharding: str = "none"
     max_skipped_steps: int = 10
     log_every: int = 50
@@ -88,6 +91,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         one_of("precision", self.precision, ("no", "bf16"))
         one_of("sharding", self.sharding, ("none", "full"))
+        if self.compile and self.sharding != "none":
+            raise ValueError(f"compile=true needs sharding=none; got sharding={self.sharding}.")
         share("average_decay", self.average_decay)
         counts = ("steps", "batch_size", "accumulate", "log_every", "save_every", "evaluate_every")
         for name in (*counts, "max_skipped_steps", "keep_last", "held_out_frames", "stop_after"):

@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from vega_policy.compiled import uncompiled
 from vega_policy.training.batches import Batch, Source
 from vega_policy.training.checkpoints import Learner
 
@@ -85,12 +86,13 @@ def _measure(
 def _lent(learner: Learner) -> Iterator[None]:
     """The policy with averaged weights, in evaluation mode, drawing for itself alone."""
     policy, expert = learner.policy, learner.policy.model.expert
-    share = expert.share
+    share, lazy, policy.lazy_log = expert.share, policy.lazy_log, False
     policy.eval()
     expert.share = (0, 1)
     try:
-        with learner.average.applied():
+        with learner.average.applied(), uncompiled(policy):
             yield
     finally:
+        policy.lazy_log = lazy
         policy.draws, expert.share = learner.draws, share
         policy.train()

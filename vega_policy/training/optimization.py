@@ -1,15 +1,17 @@
 """Optimizer and averaged weights, on whole lists of tensors at once."""
 
-import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from vega_policy.modeling_vega import VegaPolicy
 from vega_policy.training.parallel import own_part, whole
+
+if TYPE_CHECKING:
+    from vega_policy.modeling_vega import VegaPolicy
 
 
 class WeightAverage:
@@ -64,21 +66,30 @@ def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: weight for name, weight in module.named_parameters() if weight.requires_grad}
 
 
-def clip_gradient(weights: Iterable[nn.Parameter], most: float) -> float:
+def clip_gradient(weights: Iterable[nn.Parameter], most: float) -> Tensor:
     """Scales the gradient so that its norm is at most `most`, unless it is not finite.
 
+    Nothing waits for the device.
+
     Returns:
-        The norm it had, over all shards.
+        The norm it had, over all shards, a scalar.
     """
     reached = [weight for weight in weights if weight.grad is not None]
     norm = nn.utils.get_total_norm([weight.grad for weight in reached if weight.grad is not None])
-    found = whole(norm).item()
-    if math.isfinite(found):
-        nn.utils.clip_grads_with_norm_(reached, most, norm)
-    return found
+    # a norm of zero scales by one
+    nn.utils.clip_grads_with_norm_(reached, most, torch.where(norm.isfinite(), norm, 0.0))
+    return whole(norm)
 
 
-def make_optimizer(policy: VegaPolicy, steps: int) -> tuple[torch.optim.Optimizer, LRScheduler]:
+def read_scalars(scalars: Mapping[str, Tensor]) -> dict[str, float]:
+    """Values of scalars, read off their device in one go: the only time a step waits for it."""
+    devices = {value.device for value in scalars.values() if value.device.type != "cpu"}
+    place = next(iter(devices), torch.device("cpu"))
+    stacked = torch.stack([value.detach().to(place, torch.float64) for value in scalars.values()])
+    return dict(zip(scalars, stacked.tolist(), strict=True))
+
+
+def make_optimizer(policy: "VegaPolicy", steps: int) -> tuple[torch.optim.Optimizer, LRScheduler]:
     """The policy's own AdamW, in its fused form, and its schedule over the run.
 
     Args:

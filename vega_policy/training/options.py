@@ -18,7 +18,7 @@ class DatasetConfig:
         video_backend: Decoder that LeRobot uses, `pyav` or `torchcodec`.
         workers: Processes that decode videos while a step runs; unused with a cache.
         cache: `none` decodes videos in every step; `disk` maps a cache of frames or features into memory;
-            `ram` holds it there.
+            `ram` holds it there, `gpu` on the device that trains.
         cached: Which streams the cache holds: `frames` (uint8), `semantic`, `prior`.
         cache_root: Folder of all caches.
         collect_command: Command that collects this dataset, told to the user where it is missing.
@@ -37,7 +37,7 @@ class DatasetConfig:
     collect_command: str | None = None
 
     def __post_init__(self) -> None:
-        one_of("dataset.cache", self.cache, ("none", "disk", "ram"))
+        one_of("dataset.cache", self.cache, ("none", "disk", "ram", "gpu"))
         for stream in self.cached:
             one_of("dataset.cached", stream, STREAMS)
         share("dataset.held_out", self.held_out)

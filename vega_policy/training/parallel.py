@@ -5,7 +5,7 @@ trained. The prior is no sub-module of the policy: each process has all of it, a
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -14,7 +14,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from vega_policy.modeling_vega import VegaPolicy
+if TYPE_CHECKING:
+    from vega_policy.modeling_vega import VegaPolicy
 
 
 def make_accelerator(*, cpu: bool, precision: str) -> Accelerator:
@@ -29,7 +30,7 @@ def make_accelerator(*, cpu: bool, precision: str) -> Accelerator:
     return Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=[replicas])
 
 
-def replicate(accelerator: Accelerator, policy: VegaPolicy, unused: list[str]) -> nn.Module:
+def replicate(accelerator: Accelerator, policy: "VegaPolicy", unused: list[str]) -> nn.Module:
     """The policy as accelerate wraps it: alone, or as one of several replicas.
 
     Args:
@@ -43,7 +44,7 @@ def replicate(accelerator: Accelerator, policy: VegaPolicy, unused: list[str]) -
     return accelerator.prepare(policy)
 
 
-def shard(accelerator: Accelerator, policy: VegaPolicy) -> None:
+def shard(accelerator: Accelerator, policy: "VegaPolicy") -> None:
     """Spreads the weights that learn over the processes, block by block (FSDP2), in place.
 
     Args:
@@ -64,14 +65,14 @@ def shard(accelerator: Accelerator, policy: VegaPolicy) -> None:
     register_fsdp_forward_method(policy, "predict_action_chunk")
 
 
-def _blocks(policy: VegaPolicy) -> list[nn.Module]:
+def _blocks(policy: "VegaPolicy") -> list[nn.Module]:
     """Members of the policy's lists of blocks that learn, inner ones first."""
     lists = [module for module in policy.modules() if isinstance(module, nn.ModuleList)]
     blocks = [block for members in reversed(lists) for block in members]
     return [block for block in blocks if any(weight.requires_grad for weight in block.parameters())]
 
 
-def without_gradient(policy: VegaPolicy, batch: dict[str, Any]) -> list[str]:
+def without_gradient(policy: "VegaPolicy", batch: dict[str, Any]) -> list[str]:
     """Names of the weights that a batch's loss does not reach, such as the projector of an unread stream.
 
     Of the random states only torch's own is left elsewhere.

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from vega_policy import features
+from vega_policy.compiled import compile_blocks
 from vega_policy.modeling_vega import VegaPolicy
 from vega_policy.processor_vega import make_vega_pre_post_processors
 from vega_policy.training import checkpoints
@@ -102,6 +103,8 @@ def make_trainer(config: TrainConfig, accelerator: Accelerator, checkpoint: Path
         note_start(run, learner.step, world)
         logger.info(_summary(config, policy, data, learner.step))
     accelerator.wait_for_everyone()
+    if config.compile:
+        compile_blocks(policy.model)
     sampler = ShuffledRows(data.rows, config.batch_size, seed=config.seed, rank=rank, world=world)
     trainer = Trainer(
         config, accelerator, learner, source, sampler, data.held_out, origin, data.words(config)
@@ -195,11 +198,12 @@ def make_source(
     streams = features.streams_of(model, key, cameras, names)
     episodes = episode_frames(data.dataset, cameras, backend)
     features.build_streams(root, streams, model, episodes, frames=len(data.table))
+    place = {"disk": None, "ram": torch.device("cpu"), "gpu": next(policy.parameters()).device}
     values = {
-        stream.name: features.open_stream(root, stream, len(data.table), config.dataset.cache == "ram")
+        stream.name: features.open_stream(root, stream, len(data.table), place[config.dataset.cache])
         for stream in streams
     }
-    source = CachedSource(data.table, values, cameras, policy.config.chunk_size)
+    source = CachedSource(data.table, values, policy.config.chunk_size)
     return source, features.open_mean_frames(root, streams[0])
 
 

@@ -16,7 +16,7 @@ from vega_policy.training.guards import BadStep, disk_guard, finite, memory_guar
 from vega_policy.training.held_out import held_out_scores, spread
 from vega_policy.training.loggers import open_boards
 from vega_policy.training.model_card import model_card
-from vega_policy.training.optimization import clip_gradient, trainable
+from vega_policy.training.optimization import clip_gradient, read_scalars, trainable
 from vega_policy.training.parallel import (
     all_agree,
     mean_over_processes,
@@ -62,7 +62,7 @@ class Trainer:
         self.weights = trainable(learner.policy)
         self.clip_norm = learner.policy.config.get_optimizer_preset().grad_clip_norm
         learner.policy.train()
-        learner.policy.draws = learner.draws
+        learner.policy.draws, learner.policy.lazy_log = learner.draws, True
         learner.policy.model.expert.share = (accelerator.process_index, accelerator.num_processes)
         self.model = self._wrap()
 
@@ -111,7 +111,7 @@ class Trainer:
         A step whose loss or gradient is not finite, in any process, changes no weight in all of them.
         """
         rounds, learner = self.config.accumulate, self.learner
-        values: dict[str, float] = {}
+        sums: dict[str, Tensor] = {}
         for number in range(rounds):
             with progress.waiting():
                 batch = self.prepare(next(batches))
@@ -121,8 +121,9 @@ class Trainer:
                     loss, logged = self.model(batch)
                 self.accelerator.backward(loss / rounds)
             for name, value in logged.items():
-                values[name] = values.get(name, 0.0) + value / rounds
-        values["gradient_norm"] = clip_gradient(self.weights.values(), self.clip_norm)
+                sums[name] = sums.get(name, 0.0) + torch.as_tensor(value) / rounds
+        sums["gradient_norm"] = clip_gradient(self.weights.values(), self.clip_norm)
+        values = read_scalars(sums)
         values["learning_rate"] = learner.optimizer.param_groups[0]["lr"]
         if all_agree(self.accelerator, finite(values["loss"], values["gradient_norm"])):
             learner.optimizer.step()
@@ -143,10 +144,11 @@ class Trainer:
         return BadStep(step, values["loss"], values["gradient_norm"], rows, wrong[:8])
 
     def prepare(self, batch: Batch) -> Batch:
-        """Pre-processes a batch; cached features only change place and type."""
-        features = {name: batch.pop(name) for name in list(batch) if name.startswith("vega.")}
+        """Pre-processes a batch; what is cached only changes place and, but for frames, type."""
+        cached = {name: batch.pop(name) for name in list(batch) if name.startswith("vega.")}
         device = self.accelerator.device
-        moved = {name: value.to(device, non_blocking=True).float() for name, value in features.items()}
+        moved = {name: value.to(device, non_blocking=True) for name, value in cached.items()}
+        moved |= {name: value.float() for name, value in moved.items() if value.is_floating_point()}
         return {**self.learner.processors[0](batch), **moved}
 
     def look(self, step: int, progress: Progress) -> None:
