@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from vega_policy.benchmark.parts import PARTS, add_options, rows_of
-from vega_policy.benchmark.report import ratios, table, write
+from vega_policy.benchmark.report import cost_of_prior, ratios, table, write
 from vega_policy.benchmark.timing import device_name
 
 
@@ -40,6 +40,8 @@ def main() -> None:
     except (ValueError, FileNotFoundError, ImportError) as error:
         parser.error(str(error))
     print(table(rows))
+    if options.part == "train":
+        print("\n".join(cost_of_prior(rows)))
     if options.part == "prior":
         for baseline in ("released", "all_blocks", "early_stop"):
             print("\n".join(ratios(rows, baseline, "fast") + ratios(rows, baseline, "fp8")))

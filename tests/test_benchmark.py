@@ -16,7 +16,7 @@ from vega_policy.benchmark.policy import benchmark_policy
 from vega_policy.benchmark.prior import Subject, benchmark_prior
 from vega_policy.benchmark.profile import by_kind, longest
 from vega_policy.benchmark.reader import benchmark_reader
-from vega_policy.benchmark.report import ratios, table, write
+from vega_policy.benchmark.report import cost_of_prior, ratios, table, write
 from vega_policy.benchmark.simulate import benchmark_simulate
 from vega_policy.benchmark.timing import matmul_ceiling, measure
 from vega_policy.benchmark.train import benchmark_train
@@ -24,6 +24,7 @@ from vega_policy.captured import CapturedAct
 from vega_policy.model import VegaModel
 from vega_policy.observation import Observation
 from vega_policy.parts import BackboneConfig, ExpertConfig, ModelConfig, PriorConfig
+from vega_policy.training.captured import CapturedGradient
 
 CPU = torch.device("cpu")
 TINY = {
@@ -128,6 +129,19 @@ def test_the_train_part_compares_a_live_a_cached_and_no_prior():
     assert "prior_ms" not in rows["cached"]
     for row in rows.values():
         assert row["samples_per_s"] == pytest.approx(2000 / row["step_ms"])
+
+
+def test_the_cost_of_a_cached_prior_is_told_for_each_variant_measured_without_one():
+    times = {("cached", "eager"): 20.0, ("cached", "shifted"): 5.0, ("none", "eager"): 19.0}
+    rows = [{"prior": case, "variant": name, "step_ms": time} for (case, name), time in times.items()]
+    assert cost_of_prior(rows) == ["prior cached, eager: 0.95 of the steps a second without a prior"]
+
+
+def test_a_captured_training_step_without_a_gpu_is_refused():
+    with pytest.raises(ValueError, match="--variants: CUDA graphs need a GPU; got captured on cpu"):
+        next(benchmark_train(model_config(), CPU, batch=2, seconds=0.01, variants=("captured",)))
+    with pytest.raises(ValueError, match="A CUDA graph needs a GPU; the weights are on cpu"):
+        CapturedGradient(lambda: torch.zeros(()), [torch.nn.Parameter(torch.zeros(1))], most=1.0)
 
 
 def test_the_script_prints_and_writes_what_it_measured(tiny, monkeypatch, tmp_path, capsys):

@@ -14,6 +14,8 @@ from vega_policy.compiled import compile_blocks, uncompiled
 from vega_policy.model import VegaModel
 from vega_policy.observation import Observation
 from vega_policy.training import setup
+from vega_policy.training.captured import CapturedGradient
+from vega_policy.training.optimization import clip_gradient
 from vega_policy.training.setup import train
 
 TIGHT = {"atol": 1e-5, "rtol": 1e-4}
@@ -107,6 +109,23 @@ def test_under_autocast_shifted_products_take_its_type():
         found, expected = ShiftedDepthwise(conv)(torch.ones(1, 4, 5, 5)), conv(torch.ones(1, 4, 5, 5))
     assert found.dtype == torch.bfloat16
     torch.testing.assert_close(found, expected, atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_a_graph_leaves_the_gradients_that_the_step_leaves():
+    layer, x = nn.Linear(4, 4).cuda(), torch.randn(3, 4, device="cuda")
+    graph = CapturedGradient(lambda: layer(x).square().mean(), list(layer.parameters()), most=0.1)
+    x.copy_(torch.randn_like(x))
+    layer.zero_grad()
+    loss, norm = graph()
+    found = [weight.grad.clone() for weight in layer.parameters()]
+    layer.zero_grad()
+    expected = layer(x).square().mean()
+    expected.backward()
+    assert norm > 0.1
+    torch.testing.assert_close(norm, clip_gradient(layer.parameters(), 0.1))
+    torch.testing.assert_close(loss, expected.detach())
+    torch.testing.assert_close(found, [weight.grad for weight in layer.parameters()])
 
 
 def test_only_the_compact_backbone_is_compiled(model):

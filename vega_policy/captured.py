@@ -116,7 +116,7 @@ class CapturedAct:
         self._noise = noise.clone()
         held = Observation(self._frames, self._state, self.instruction)
         model.act(held, self._noise)  # builds the prior's engine, which must not happen in a capture
-        with _constant_words(model.backbone, self.instruction), _nested(model.prior):
+        with constant_words(model.backbone, self.instruction), _nested(model.prior):
             self._graph, self._chunk = capture(lambda: model.act(held, self._noise))
 
     @torch.no_grad()
@@ -163,7 +163,7 @@ def _nested(prior: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _constant_words(backbone: Any, instruction: list[str]) -> Iterator[None]:
+def constant_words(backbone: Any, instruction: list[str]) -> Iterator[None]:
     """Let the backbone meet encoded words: a tokenizer runs on the host and cannot be captured."""
     encoder = backbone.text_encoder
     backbone.text_encoder = _Words(*encoder(instruction))

@@ -114,18 +114,23 @@ class FlowExpert(nn.Module):
         is_pad: Tensor | None,
         generator: torch.Generator | None,
     ) -> Tensor:
-        """Squared error of the velocity on the straight path, padded actions left out, -> [b].
+        """Squared error of the velocity on the straight path, padded actions left out, -> [b]."""
+        noise, time = self.draw(actions, generator)
+        x = flow.interpolate(actions, noise, time)
+        predicted = self.velocity(self.norm_context(context), mask, x, time)
+        return flow.masked_mean_square(predicted - flow.velocity(actions, noise), is_pad)
 
-        Noise and times come from `generator` on the CPU, so that every device draws the same.
+    def draw(self, actions: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        """Noise [b t a] and times [b] for actions [b t a].
+
+        They come from `generator` on the CPU, so that every device draws the same.
         """
         part, parts = self.share
         batch, *chunk = actions.shape
         mine = slice(part * batch, (part + 1) * batch)
-        noise = _placed(torch.randn(parts * batch, *chunk, generator=generator)[mine], actions)
-        time = _placed(flow.sample_time(parts * batch, self.config.time_power, generator)[mine], actions)
-        x = flow.interpolate(actions, noise, time)
-        predicted = self.velocity(self.norm_context(context), mask, x, time)
-        return flow.masked_mean_square(predicted - flow.velocity(actions, noise), is_pad)
+        noise = torch.randn(parts * batch, *chunk, generator=generator)[mine]
+        time = flow.sample_time(parts * batch, self.config.time_power, generator)[mine]
+        return _placed(noise, actions), _placed(time, actions)
 
     def sample(self, context: Tensor, mask: Tensor, noise: Tensor, integrate: flow.Integrator) -> Tensor:
         """Integrate the velocity field, noise [b t a] -> actions [b t a]; same noise, same actions."""

@@ -261,6 +261,11 @@ class VegaPolicy(PreTrainedPolicy):
             **cached,
         )
 
+    def train(self, mode: bool = True) -> Self:
+        """Forget captured steps: what they hold of the instruction may learn now."""
+        self._captured.forget()
+        return super().train(mode)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Forget captured steps where the weights move or change their type."""
         if "_captured" in self.__dict__:

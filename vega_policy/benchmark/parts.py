@@ -29,7 +29,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     policy.add_argument(
         "--cases", nargs="+", default=["live", "cached", "none"], help="of the prior's features"
     )
-    policy.add_argument("--variants", nargs="+", default=None, help="eager compiled shifted")
+    policy.add_argument("--variants", nargs="+", default=None, help="eager captured compiled ...")
     dataset = parser.add_argument_group("dataset")
     dataset.add_argument("--root", default="outputs/demo/demonstrations", help="a LeRobot dataset on disk")
     dataset.add_argument("--repo-id", default="vega/lift_wide", help="its name, part of a cache's key")

@@ -37,6 +37,30 @@ def kernel_times(call: Callable[[], Any], repeat: int = 5) -> dict[str, float]:
     return dict(sorted(((name, time) for name, time in times.items() if time), key=lambda pair: -pair[1]))
 
 
+def operator_times(call: Callable[[], Any], most: int = 24) -> dict[str, float]:
+    """Milliseconds on the GPU by operator and shapes of its inputs, the longest first; empty without a GPU.
+
+    A copy is named by what it copies here, which its kernel does not tell. What a CUDA graph replays has no
+    operators.
+
+    Args:
+        call: What is looked at, warmed up already.
+        most: So many operators.
+    """
+    if not torch.cuda.is_available():
+        return {}
+    activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
+    with profile(activities=activities, record_shapes=True) as seen:
+        call()
+        torch.cuda.synchronize()
+    events = [event for event in seen.key_averages(group_by_input_shape=True) if event.key.startswith("aten")]
+    events.sort(key=lambda event: -event.self_device_time_total)
+    return {
+        f"{event.key} x{event.count} {event.input_shapes}"[:150]: event.self_device_time_total / 1000
+        for event in events[:most]
+    }
+
+
 def by_kind(times: dict[str, float]) -> dict[str, float]:
     """Milliseconds by kind of kernel, as columns `<kind>_ms`."""
     sums: dict[str, float] = {}

@@ -51,6 +51,21 @@ def ratios(rows: Sequence[Row], baseline: str, subject: str) -> list[str]:
     ]
 
 
+def cost_of_prior(rows: Sequence[Row]) -> list[str]:
+    """Share of the steps a second without a prior that is left with one, one sentence for each row of it.
+
+    Args:
+        rows: Rows of the part `train`.
+    """
+    none = {row["variant"]: row["step_ms"] for row in rows if row["prior"] == "none"}
+    return [
+        f"prior {row['prior']}, {row['variant']}: {none[row['variant']] / row['step_ms']:.2f} of the steps a "
+        "second without a prior"
+        for row in rows
+        if row["prior"] != "none" and row["variant"] in none
+    ]
+
+
 def write(path: Path, part: str, rows: Sequence[Row], command: str, device: torch.device) -> None:
     """Write rows with all that one needs to know about where they come from.
 
