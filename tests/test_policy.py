@@ -33,6 +33,14 @@ def test_vega_is_a_registered_policy_type():
     assert isinstance(make_policy_config("vega", device="cpu"), VegaConfig)
 
 
+def test_steps_that_were_captured_are_forgotten_when_the_policy_trains_on(policy, monkeypatch):
+    asked = []
+    monkeypatch.setattr(policy._captured, "forget", lambda: asked.append(policy.training))
+    policy.train()
+    policy.eval()
+    assert asked == [False, True]  # before each change of mode
+
+
 def test_the_same_noise_gives_the_same_actions_and_other_noise_others(policy):
     seen, noise = batch(), torch.randn(2, 4, 7)
     first = policy.predict_action_chunk(seen, noise=noise)
