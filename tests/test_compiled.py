@@ -3,6 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from timm.layers.conv2d_same import Conv2dSame
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -10,6 +11,7 @@ from tests.test_benchmark import model_config
 from tests.training_runs import saved_weights, tiny_run
 from vega_policy.backbones.depthwise import ShiftedDepthwise, shift_depthwise
 from vega_policy.backbones.encoders import ImageEncoder
+from vega_policy.backbones.padding import PaddedConv, pad_in_words
 from vega_policy.compiled import compile_blocks, uncompiled
 from vega_policy.model import VegaModel
 from vega_policy.observation import Observation
@@ -109,6 +111,31 @@ def test_under_autocast_shifted_products_take_its_type():
         found, expected = ShiftedDepthwise(conv)(torch.ones(1, 4, 5, 5)), conv(torch.ones(1, 4, 5, 5))
     assert found.dtype == torch.bfloat16
     torch.testing.assert_close(found, expected, atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("side", "size", "dtype"), [(8, 3, "bfloat16"), (7, 5, "float32"), (6, 2, "float32")]
+)
+def test_padding_in_words_is_timms_padding_bit_by_bit(side, size, dtype):
+    conv = Conv2dSame(8, 8, size, stride=2, groups=8, bias=False).to(getattr(torch, dtype))
+    network = nn.Sequential(conv)
+    x = torch.randn(2, 8, side, side + 2, dtype=conv.weight.dtype).to(memory_format=torch.channels_last)
+    found = []
+    for _ in range(2):
+        conv.weight.grad, seen = None, x.clone().requires_grad_()
+        y = network(seen)
+        y.square().sum().backward()
+        found.append([y.detach(), seen.grad, conv.weight.grad])
+        replaced = pad_in_words(network)
+    assert replaced == 0  # the second time there is none left
+    assert list(network.state_dict()) == ["0.weight"]
+    assert all(torch.equal(first, second) for first, second in zip(*found, strict=True))
+
+
+def test_the_compact_encoder_pads_in_words_and_copies_no_input():
+    network = ImageEncoder("tf_efficientnet_lite0", pretrained=False, frozen=False).network
+    assert sum(isinstance(module, PaddedConv) for module in network.modules()) == 4
+    assert not any(module.inplace for module in network.modules() if isinstance(module, nn.ReLU6))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")

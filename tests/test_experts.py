@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from tests.policies import batch, tiny_config
-from vega_policy import flow
+from vega_policy import flow, real_time_chunking
 from vega_policy.experts import make_expert
 from vega_policy.modeling_vega import VegaPolicy
 from vega_policy.parts import ExpertConfig
@@ -26,6 +26,29 @@ def test_the_same_noise_gives_the_same_chunk():
     made, seen, noise = expert(), context(), torch.randn(2, 5, 3)
     assert torch.equal(made.sample(*seen, noise, flow.euler), made.sample(*seen, noise, flow.euler))
     assert not torch.equal(made.sample(*seen, noise, flow.euler), made.sample(*seen, -noise, flow.euler))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("integrate", [flow.euler, real_time_chunking.integrate])
+def test_what_is_computed_once_for_all_steps_gives_the_chunk_of_each_step_anew(integrate):
+    made, seen, noise, rows = expert(steps=10), context(), torch.randn(4, 5, 3), []
+    made.blocks[0].modulation.register_forward_hook(lambda _, times, __: rows.append(len(times[0])))
+    found = made.sample(*seen, noise, integrate)
+    assert rows == [10]
+    made.anew = True
+    torch.testing.assert_close(found, made.sample(*seen, noise, integrate), atol=1e-5, rtol=1e-5)
+    assert rows == [10] + 10 * [4]
+
+
+@torch.no_grad()
+def test_an_integrator_of_other_times_gets_their_velocity():
+    made, seen, noise = expert(), context(), torch.randn(2, 5, 3)
+
+    def once(velocity, x, steps):
+        return velocity(x, torch.tensor([0.123, 0.456]))
+
+    expected = made.velocity(made.norm_context(seen[0]), seen[1], noise, torch.tensor([0.123, 0.456]))
+    torch.testing.assert_close(made.sample(*seen, noise, once), expected, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()

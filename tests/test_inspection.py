@@ -60,12 +60,14 @@ def test_arithmetic_of_a_projector_is_two_operations_a_weight_and_token():
     assert parts["projector of the prior"].trainable == weights + 2 * 64
 
 
-def test_twice_the_steps_cost_the_flow_twice():
-    one, two = (
+def test_each_step_costs_the_flow_alike_and_the_context_is_read_into_keys_and_values_once():
+    first, second, third = (
         parts_of(prior=PriorConfig(name="none"), expert=ExpertConfig(width=64, depth=1, heads=2, steps=n))
-        for n in (5, 10)
+        for n in (5, 10, 15)
     )
-    assert two["expert flow"].flops == 2 * one["expert flow"].flops
+    one, two, three = (parts["expert flow"].flops for parts in (first, second, third))
+    assert three - two == two - one > 0
+    assert 2 * one - two == 2 * (64 * 128) * first["trunk"].tokens
 
 
 def test_adapters_are_what_learns_in_a_language_model():

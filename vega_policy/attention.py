@@ -7,6 +7,9 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
+Memory = tuple[Tensor, Tensor]
+"""Keys and values [b k m d] of a context's m tokens in k heads."""
+
 
 class Attention(nn.Module):
     """Multi-head attention of queries to a context (to themselves if none is given).
@@ -26,9 +29,19 @@ class Attention(nn.Module):
 
     def forward(self, tokens: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Attend, [b n d], context [b m c], mask [b m] (True: may be read) -> [b n d]."""
-        context = tokens if context is None else context
+        return self.attend(tokens, self.memory(tokens if context is None else context), mask)
+
+    def memory(self, context: Tensor) -> Memory:
+        """Keys and values of a context, to be read more than once, [b m c] -> [b k m d] each."""
+        # taken apart before heads and tokens change places: the gradient is then put together in one go
+        both = rearrange(self.key_value(context), "b m (two k d) -> b m two k d", two=2, k=self.heads)
+        key, value = both.unbind(dim=2)
+        return key.transpose(1, 2), value.transpose(1, 2)
+
+    def attend(self, tokens: Tensor, memory: Memory, mask: Tensor | None = None) -> Tensor:
+        """Attend to what `memory` gave, [b n d], mask [b m] (True: may be read) -> [b n d]."""
         query = rearrange(self.query(tokens), "b n (k d) -> b k n d", k=self.heads)
-        key, value = rearrange(self.key_value(context), "b m (two k d) -> two b k m d", two=2, k=self.heads)
+        key, value = memory
         readable = None if mask is None else mask[:, None, None, :]
         mixed = functional.scaled_dot_product_attention(query, key, value, attn_mask=readable)
         return self.out(rearrange(mixed, "b k n d -> b n (k d)"))

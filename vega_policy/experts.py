@@ -11,7 +11,7 @@ from einops import repeat
 from torch import Tensor, nn
 
 from vega_policy import flow
-from vega_policy.attention import Attention, Mlp, sinusoid
+from vega_policy.attention import Attention, Memory, Mlp, sinusoid
 from vega_policy.parts import ExpertConfig
 
 
@@ -58,14 +58,15 @@ class AdaptiveBlock(nn.Module):
 
     def forward(self, tokens: Tensor, context: Tensor, mask: Tensor, time: Tensor) -> Tensor:
         """Tokens [b t d], context [b s c], mask [b s], time embedding [b d] -> [b t d]."""
-        branches = (
-            self.attention,
-            lambda normed: self.cross_attention(normed, context, mask),
-            self.mlp,
-        )
-        modulation = self.modulation(time)[:, None].chunk(9, dim=-1)
+        return self.read(tokens, self.cross_attention.memory(context), mask, self.modulation(time))
+
+    def read(self, tokens: Tensor, memory: Memory, mask: Tensor, modulation: Tensor) -> Tensor:
+        """As `forward`, with what does not change from step to step; modulation [b 9*d] or [1 9*d]."""
+        cross = self.cross_attention
+        branches = (self.attention, lambda normed: cross.attend(normed, memory, mask), self.mlp)
+        parts = modulation[:, None].chunk(9, dim=-1)
         for i, branch in enumerate(branches):
-            shift, scale, gate = modulation[3 * i : 3 * i + 3]
+            shift, scale, gate = parts[3 * i : 3 * i + 3]
             tokens = tokens + gate * branch(self.norms[i](tokens) * (1 + scale) + shift)
         return tokens
 
@@ -82,9 +83,12 @@ class FlowExpert(nn.Module):
     Attributes:
         share: Which part of a global batch the samples are, as (part, parts): with the same generator
             everywhere, several processes draw what one process draws for all their samples.
+        anew: Whether each integration step computes everything anew, in the blocks' forward passes, which is
+            where sharded weights are whole.
     """
 
     share: tuple[int, int] = (0, 1)
+    anew = False
 
     def __init__(self, config: ExpertConfig, context_width: int, chunk_size: int, action_dim: int) -> None:
         super().__init__()
@@ -100,11 +104,13 @@ class FlowExpert(nn.Module):
 
     def velocity(self, context: Tensor, mask: Tensor, x: Tensor, time: Tensor) -> Tensor:
         """Velocity at x_t, context [b s c], mask [b s], x [b t a], time [b] -> [b t a]."""
-        tokens = self.embed_action(x) + self.position
-        embedded = self.embed_time(sinusoid(1000 * time, self.config.width))
+        tokens, embedded = self.embed_action(x) + self.position, self._embed(time)
         for block in self.blocks:
             tokens = block(tokens, context, mask, embedded)
         return self.head(tokens)
+
+    def _embed(self, time: Tensor) -> Tensor:  # [b] -> [b d]
+        return self.embed_time(sinusoid(1000 * time, self.config.width))
 
     def loss(
         self,
@@ -133,11 +139,40 @@ class FlowExpert(nn.Module):
         return _placed(noise, actions), _placed(time, actions)
 
     def sample(self, context: Tensor, mask: Tensor, noise: Tensor, integrate: flow.Integrator) -> Tensor:
-        """Integrate the velocity field, noise [b t a] -> actions [b t a]; same noise, same actions."""
+        """Integrate the velocity field, noise [b t a] -> actions [b t a]; same noise, same actions.
+
+        Keys and values of the context are computed once for all steps, and on a CPU, which would wait for
+        their weights in each step, so are the modulations of Euler's times.
+        """
         context = self.norm_context(context)
         rows = len(noise) // len(context)
         context, mask = (repeat(x, "b ... -> (b r) ...", r=rows) for x in (context, mask))
-        return integrate(lambda x, time: self.velocity(context, mask, x, time), noise, self.config.steps)
+        if self.anew:
+            return integrate(lambda x, time: self.velocity(context, mask, x, time), noise, self.config.steps)
+        blocks: list[Any] = list(self.blocks)
+        memories = [block.cross_attention.memory(context) for block in blocks]
+        known = self._modulations() if noise.device.type == "cpu" else {}
+
+        def velocity(x: Tensor, time: Tensor) -> Tensor:
+            together = bool(known) and bool((time == time[0]).all())
+            modulations = known.get(time[0].item()) if together else None
+            if modulations is None:
+                embedded = self._embed(time)
+                modulations = [block.modulation(embedded) for block in blocks]
+            tokens = self.embed_action(x) + self.position
+            for block, memory, modulation in zip(blocks, memories, modulations, strict=True):
+                tokens = block.read(tokens, memory, mask, modulation)
+            return self.head(tokens)
+
+        return integrate(velocity, noise, self.config.steps)
+
+    def _modulations(self) -> dict[float, list[Tensor]]:
+        """Each block's modulation [1 9*d] at each of Euler's times, in which all samples move together."""
+        steps, blocks = self.config.steps, list[Any](self.blocks)
+        times = torch.tensor([1 - step / steps for step in range(steps)])
+        embedded = self._embed(times)
+        of_blocks = [block.modulation(embedded).split(1) for block in blocks]
+        return dict(zip(times.tolist(), map(list, zip(*of_blocks, strict=True)), strict=True))
 
 
 def _placed(drawn: Tensor, like: Tensor) -> Tensor:

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers.utils import logging
 
+from vega_policy.backbones.padding import pad_in_words
+
 PACKAGED = "tf_efficientnet_lite0"
 """The packaged weights were trained with TensorFlow's padding. timm's `efficientnet_lite0` takes them too,
 but pads in another way, and each token then looks half a cell up and left of its place.
@@ -53,6 +55,8 @@ class ImageEncoder(nn.Module):
         super().__init__()
         self.frozen = frozen
         self.network = _timm_features(name, pretrained)
+        pad_in_words(self.network)
+        _keep_inputs(self.network)
         self.channels: int = self.network.feature_info.channels()[-1]
         self.register_buffer("mean", _channels(self.network.pretrained_cfg["mean"]), persistent=False)
         self.register_buffer("std", _channels(self.network.pretrained_cfg["std"]), persistent=False)
@@ -70,6 +74,13 @@ class ImageEncoder(nn.Module):
             if frames.is_cuda or self.channels_last:
                 pixels = pixels.contiguous(memory_format=torch.channels_last)
             return self.network(pixels)[-1]
+
+
+def _keep_inputs(network: nn.Module) -> None:
+    """Let no activation overwrite its input: the gradient needs it, so that torch would copy it first."""
+    for module in network.modules():
+        if isinstance(module, nn.ReLU6 | nn.SiLU | nn.Hardswish):
+            module.inplace = False
 
 
 def _channels(values: tuple[float, ...]) -> Tensor:

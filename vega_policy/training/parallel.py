@@ -63,6 +63,7 @@ def shard(accelerator: Accelerator, policy: "VegaPolicy") -> None:
     # Gathered weights never outlive a forward pass: the average is lent to the shards in between.
     fully_shard(policy, reshard_after_forward=True, **options)
     register_fsdp_forward_method(policy, "predict_action_chunk")
+    policy.model.expert.anew = True
 
 
 def _blocks(policy: "VegaPolicy") -> list[nn.Module]:
