@@ -20,7 +20,7 @@ from vega_policy.configuration_vega import VegaConfig
 from vega_policy.model import VegaModel
 from vega_policy.observation import Observation, sentences, stack_views, stored_frames
 from vega_policy.priors import resolve
-from vega_policy.real_time_chunking import blend, integrate, left_over
+from vega_policy.real_time_chunking import ByTheClock, blend, integrate, left_over
 
 if TYPE_CHECKING:
     from vega_policy.bases.based import BasedModel
@@ -65,6 +65,7 @@ class VegaPolicy(PreTrainedPolicy):
         self._past: dict[str, deque[Tensor]] = {}
         self._captured = CapturedSteps()
         self.rtc_processor: RTCProcessor | None = None
+        self._clock: ByTheClock | None = None
 
     @staticmethod
     def _based(config: VegaConfig) -> "BasedModel":
@@ -92,11 +93,12 @@ class VegaPolicy(PreTrainedPolicy):
         """Let chunks go on from what is left of the last one, as `config` says; None stops that.
 
         A flow is guided, step by step (Black et al., arXiv 2506.07339); an L1 expert's chunk is blended with
-        what is left. A base does it in its own way.
+        what is left. A base does it in its own way. Whoever asks joins chunks by what was executed.
 
         Raises:
             ValueError: If this policy cannot (see `supports_rtc`).
         """
+        self._clock = None
         if config is not None and config.enabled and not self.supports_rtc():
             raise ValueError(
                 f"real-time chunking asks for single instants and a policy that can; this one has prior.clip="
@@ -109,8 +111,9 @@ class VegaPolicy(PreTrainedPolicy):
             self.rtc_processor = RTCProcessor(config) if config is not None and config.enabled else None
 
     def init_rtc_processor(self) -> None:
-        """LeRobot's rollout calls this after it has set `config.rtc_config`."""
+        """LeRobot's rollout, whose chunks are joined by the clock, has set `config.rtc_config`."""
         self.use_rtc(self.config.rtc_config)
+        self._clock = None if self.rtc_processor is None else ByTheClock()
 
     @classmethod
     def from_pretrained(
@@ -181,14 +184,18 @@ class VegaPolicy(PreTrainedPolicy):
             batch: Normalised batch without actions.
             noise: Where the flow starts, [b t a]; the same noise gives the same chunk. None draws it.
             **rtc: Arguments of LeRobot's real-time chunking (`inference_delay`, `prev_chunk_left_over`,
-                `execution_horizon`); without effect unless `use_rtc` was called.
+                `execution_horizon`); without effect unless `use_rtc` was called. For LeRobot's rollout, the
+                chunk has other lengths: see `ByTheClock`.
         """
         if self.base is not None:
             return self.base.predict_action_chunk(batch, noise=noise, **rtc)
+        predict = partial(self._chunk, batch, noise)
+        clock = self._clock if "inference_delay" in rtc else None
+        return predict(**rtc) if clock is None else clock.answer(predict, **rtc)
+
+    def _chunk(self, batch: dict[str, Any], noise: Tensor | None, **rtc: Any) -> Tensor:
         observation = self.observe(batch)
-        model = self.model.config
-        shape = (len(observation.state), model.chunk_size, model.action_dim)
-        noise = torch.randn(shape) if noise is None else noise
+        noise = torch.randn(len(observation.state), *self.noise_shape) if noise is None else noise
         noise, processor = noise.to(observation.state), self.rtc_processor
         left = left_over(rtc.pop("prev_chunk_left_over", None), self.config.chunk_size)
         if processor is None or left is None:

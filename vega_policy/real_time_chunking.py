@@ -1,5 +1,9 @@
 """Real-time chunking of VEGA's own experts: a chunk that goes on from what is left of the last one."""
 
+import math
+import time
+from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -62,3 +66,109 @@ def integrate(denoise: Any, noise: Tensor, steps: int, **guidance: Any) -> Tenso
         **guidance: `rtc_processor`, `rtc_enabled` and what they need.
     """
     return euler_integrate(torch.no_grad()(denoise), noise, steps, **guidance)
+
+
+FIRST_SECONDS = 1.0
+"""How long LeRobot's first answer takes at least; how many steps it says that was tells what a step is."""
+
+DELAYS = 10
+"""So many of the last delays are remembered; the longest is what the next chunk reckons with."""
+
+
+class ByTheClock:
+    """Answers LeRobot's rtc engine so that each action that is planned is executed once.
+
+    That engine drops the first ceil(latency / period) actions of each answer, whether or not others were
+    executed meanwhile, and a policy that commands displacements never makes up for a lost one. So:
+
+    - The very first answer is a single action, which LeRobot drops. It takes a second: LeRobot then tells its
+      longest latency in steps, and so how long a step is.
+    - Where nothing, or too little, is left to be executed while the policy thinks (an episode begins, the
+      queue runs dry), as many actions as are dropped in vain are put in front of the first one that is due.
+      Such an answer waits until the middle of a step, so that it is surely so many; the robot has nothing to
+      execute until then anyway.
+    - LeRobot looks at what is left after it has taken the action of the moment that is seen. The plan begins
+      with that action, so it is put back in front of what is left.
+
+    What stays: a policy so slow that LeRobot asks again at once is miscounted by one step now and then, since
+    LeRobot does not say when in a step it asked. `scripts/deploy_policy.py` counts instead.
+
+    Args:
+        now: The clock, in seconds.
+        wait: Waits so many seconds.
+    """
+
+    def __init__(
+        self, now: Callable[[], float] = time.monotonic, wait: Callable[[float], None] = time.sleep
+    ) -> None:
+        self._now, self._wait = now, wait
+        self._first = 0.0
+        self._period: float | None = None
+        self._delays: deque[int] = deque(maxlen=DELAYS)
+        self._last: Tensor | None = None
+        self._due: int | None = None  # where in the last answer the robot goes on after it had to wait
+
+    def answer(
+        self,
+        predict: Callable[..., Tensor],
+        *,
+        inference_delay: int,
+        prev_chunk_left_over: Tensor | None = None,
+        **rtc: Any,
+    ) -> Tensor:
+        """Return a chunk [1 t a] for LeRobot's queue.
+
+        Args:
+            predict: Asks the policy for a chunk [1 t a]; takes the same keywords.
+            inference_delay: LeRobot's longest latency until now, in steps; 0 before it has measured one.
+            prev_chunk_left_over: What is left of the last answer [t a], zeros after its end; None if nothing.
+            **rtc: Handed on.
+        """
+        start, padded = self._now(), prev_chunk_left_over
+        if inference_delay == 0:  # LeRobot has measured no latency: it begins
+            self._period = None
+            self._delays.clear()
+        elif self._first == 0.0:  # somebody else asks, whose steps are not known
+            return predict(inference_delay=inference_delay, prev_chunk_left_over=padded, **rtc)
+        elif self._period is None:
+            self._period = self._first / (inference_delay - 0.5)
+        seen, executed, waited = self._from_the_seen(padded)
+        chunk = predict(inference_delay=max(self._delays, default=0), prev_chunk_left_over=seen, **rtc)
+        if self._period is None:
+            self._wait(max(start + FIRST_SECONDS - self._now(), 0.0))
+            self._first, chunk = self._now() - start, chunk[:, :1]
+        else:
+            if waited:  # no action belongs to the moment that is seen, but LeRobot drops one for it
+                chunk, executed = torch.cat([chunk[:, :1], chunk], dim=1), executed + 1
+            chunk = self._whole(chunk, executed, start, self._period)
+        self._last = chunk
+        return chunk
+
+    def _whole(self, chunk: Tensor, executed: int, start: float, period: float) -> Tensor:
+        """Put in front of what is due as many actions as are dropped though nothing is executed."""
+        dropped = math.ceil((self._now() - start) / period)
+        if executed >= min(dropped, chunk.shape[1]):
+            self._delays.append(dropped)
+            self._due = None
+            return chunk
+        middle = math.ceil((self._now() - start) / period + 0.5)  # dropped, half a step from now at most
+        self._due = middle
+        self._wait(start + (middle - 0.5) * period - self._now())
+        due = chunk[:, executed : executed + 1].expand(-1, middle - executed, -1)
+        return torch.cat([chunk[:, :executed], due, chunk[:, executed:]], dim=1)
+
+    def _from_the_seen(self, padded: Tensor | None) -> tuple[Tensor | None, int, bool]:
+        """What is executed from the moment that is seen on, [1 t a], how many, and if the robot still waited.
+
+        Where what is left is no part of the last answer, its first action is taken for the one before it.
+        """
+        left = None if padded is None else left_over(padded, padded.shape[-2])
+        if left is None:
+            return None, 0, False
+        last, length = left if self._last is None else self._last.to(left), left.shape[1]
+        for place in range(1, last.shape[1] - length + 1):
+            if torch.equal(last[:, place : place + length], left):
+                if place == self._due:  # while it was seen, it still waited
+                    return left, last.shape[1] - place, True
+                return torch.cat([last[:, place - 1 : place], left], dim=1), last.shape[1] - place + 1, False
+        return torch.cat([left[:, :1], left], dim=1), length + 1, False

@@ -29,6 +29,7 @@ from vega_policy.deployment.control_loop import SafeRollout, delayed, lays_out_s
 from vega_policy.deployment.dry_run import dry_run
 from vega_policy.deployment.facts import look_before_moving, predict
 from vega_policy.deployment.limits import JointLimits, Workspace, limits_from_episodes, read_limits
+from vega_policy.deployment.modeling_remote import VegaRemotePolicy
 from vega_policy.deployment.preflight import FAILED, report
 from vega_policy.deployment.real_time import RealTimeEngine
 from vega_policy.deployment.recording import EpisodeRecorder, RecordingFormat, merge_episodes
@@ -38,6 +39,7 @@ from vega_policy.deployment.watchdog import EmergencyStop, Watchdog
 from vega_policy.evaluation.launch import choose_device
 from vega_policy.evaluation.lerobot_policy import find_checkpoint
 from vega_policy.evaluation.worker import resolve
+from vega_policy.modeling_vega import VegaPolicy
 
 logger = logging.getLogger(__name__)
 
@@ -106,11 +108,15 @@ def _real_time(context: RolloutContext, safety: SafetyFilter, threshold: int) ->
             "policy's are relative to the state that each chunk began with. Use lerobot-rollout for it"
         )
 
+    policy: Any = context.policy.policy
+    if isinstance(policy, VegaPolicy | VegaRemotePolicy):
+        policy.use_rtc(policy.config.rtc_config)  # chunks are joined by what was executed, not by the clock
+
     def ask(observation: dict[str, Any], delay: int, left: Tensor | None) -> tuple[Tensor, Tensor]:
         return predict(context, observation, inference_delay=delay, prev_chunk_left_over=left)
 
     def reset() -> None:
-        for part in (context.policy.policy, context.policy.preprocessor, context.policy.postprocessor):
+        for part in (policy, context.policy.preprocessor, context.policy.postprocessor):
             part.reset()
 
     shutdown = context.runtime.shutdown_event

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from einops import rearrange
 from lerobot.policies.pretrained import PreTrainedPolicy
+from lerobot.policies.rtc.configuration_rtc import RTCConfig
 from lerobot.utils.constants import OBS_STATE
 from torch import Tensor, nn
 
@@ -18,7 +20,7 @@ from vega_policy.deployment.client import RemotePolicy
 from vega_policy.deployment.configuration_remote import VegaRemoteConfig
 from vega_policy.deployment.servable import Continuation
 from vega_policy.evaluation.policies import ObservationBatch
-from vega_policy.real_time_chunking import left_over
+from vega_policy.real_time_chunking import ByTheClock, left_over
 
 
 class VegaRemotePolicy(PreTrainedPolicy):
@@ -51,7 +53,8 @@ class VegaRemotePolicy(PreTrainedPolicy):
         config.take_features(self.remote.served)
         self._queue: deque[Tensor] = deque()
         self._rng = np.random.default_rng(config.seed)
-        self._rtc = None
+        self._rtc: RTCConfig | None = None
+        self._clock: ByTheClock | None = None
 
     @classmethod
     def from_pretrained(
@@ -81,8 +84,13 @@ class VegaRemotePolicy(PreTrainedPolicy):
         return self.remote.served.continues
 
     def init_rtc_processor(self) -> None:
-        """LeRobot's rollout calls this after it has set `config.rtc_config`."""
-        self._rtc = self.config.rtc_config
+        """LeRobot's rollout calls this after it has set `config.rtc_config`; see `ByTheClock`."""
+        self.use_rtc(self.config.rtc_config)
+        self._clock = ByTheClock() if self._rtc is not None and self._rtc.enabled else None
+
+    def use_rtc(self, config: RTCConfig | None) -> None:
+        """Let chunks go on from what is left of the last one, joined by what was executed."""
+        self._rtc, self._clock = config, None
 
     def select_action(self, batch: dict[str, Any], **kwargs: Any) -> Tensor:
         """The next action [1 a]; a new chunk when those to be executed of the last are spent."""
@@ -95,7 +103,7 @@ class VegaRemotePolicy(PreTrainedPolicy):
     def predict_action_chunk(
         self,
         batch: dict[str, Any],
-        inference_delay: int = 0,
+        inference_delay: int | None = None,
         prev_chunk_left_over: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
@@ -103,10 +111,19 @@ class VegaRemotePolicy(PreTrainedPolicy):
 
         Args:
             batch: One observation: frames [1 3 h w] in [0, 1], state [1 s], task.
-            inference_delay: How many actions will have been executed when the chunk is there.
+            inference_delay: How many actions will have been executed when the chunk is there; None without
+                real-time chunking.
             prev_chunk_left_over: What is left of the last chunk [t a]; None for the first.
             **kwargs: Taken for LeRobot's sake.
         """
+        going_on = {"inference_delay": inference_delay or 0, "prev_chunk_left_over": prev_chunk_left_over}
+        if self._clock is not None and inference_delay is not None:
+            return self._clock.answer(partial(self._chunk, batch), **going_on)
+        return self._chunk(batch, **going_on)
+
+    def _chunk(
+        self, batch: dict[str, Any], inference_delay: int, prev_chunk_left_over: Tensor | None
+    ) -> Tensor:
         noise = None
         if self.remote.noise_shape is not None:
             noise = self._rng.standard_normal((1, *self.remote.noise_shape), dtype=np.float32)
