@@ -20,7 +20,7 @@ from vega_policy.configuration_vega import VegaConfig
 from vega_policy.model import VegaModel
 from vega_policy.observation import Observation, sentences, stack_views, stored_frames
 from vega_policy.priors import resolve
-from vega_policy.real_time_chunking import ByTheClock, blend, integrate, left_over
+from vega_policy.real_time_chunking import ByTheClock, go_on, integrate, left_over
 
 if TYPE_CHECKING:
     from vega_policy.bases.based import BasedModel
@@ -184,8 +184,7 @@ class VegaPolicy(PreTrainedPolicy):
             batch: Normalised batch without actions.
             noise: Where the flow starts, [b t a]; the same noise gives the same chunk. None draws it.
             **rtc: Arguments of LeRobot's real-time chunking (`inference_delay`, `prev_chunk_left_over`,
-                `execution_horizon`); without effect unless `use_rtc` was called. For LeRobot's rollout, the
-                chunk has other lengths: see `ByTheClock`.
+                `execution_horizon`); without effect unless `use_rtc` was called. See `ByTheClock`.
         """
         if self.base is not None:
             return self.base.predict_action_chunk(batch, noise=noise, **rtc)
@@ -201,24 +200,20 @@ class VegaPolicy(PreTrainedPolicy):
         if processor is None or left is None:
             plain = partial(self.model.act, integrate=integrate)
             return self._captured.act(self.model, observation, noise, plain)
-        if self.config.expert.name != "flow":
-            return blend(processor, self.model.act(observation, noise, integrate), left, **rtc)
-        rtc |= {"prev_chunk_left_over": left, "rtc_processor": processor, "rtc_enabled": True}
-        return self.model.act(observation, noise, partial(integrate, **rtc))
+        act = partial(self.model.act, observation, noise)
+        return go_on(act, processor, left, flows=self.config.expert.name == "flow", **rtc)
 
     @property
     def noise_shape(self) -> tuple[int, int]:
         """Shape [t a] of the noise that a chunk starts from."""
-        if self.base is not None:
-            return self.config.chunk_size, self.model.noise_width
-        return self.config.chunk_size, self.model.config.action_dim
+        width = self.model.config.action_dim if self.base is None else self.model.noise_width
+        return self.config.chunk_size, width
 
     @torch.no_grad()
     def select_action(self, batch: dict[str, Any], noise: Tensor | None = None, **kwargs: Any) -> Tensor:
         """The next normalised action [b a]; a new chunk when `n_action_steps` of the last are spent.
 
-        With `prior.clip=history` it remembers the frames of the last calls, so it wants one call a control
-        step.
+        With `prior.clip=history` it remembers the last calls' frames: it wants one call a control step.
         """
         batch = self.remember(batch)
         if not self._queue:
@@ -296,16 +291,10 @@ class VegaPolicy(PreTrainedPolicy):
         """Load weights; those that do not learn have come with the base already."""
         if model.base is None:
             return super()._load_as_safetensor(model, model_file, map_location, strict)
-        from vega_policy.bases.loading import twins  # LeRobot's other policies are heavy to import
+        from vega_policy.bases.loading import refuse_misfits  # LeRobot's other policies are heavy to import
 
         saved = load_file(model_file)
-        frozen = {f"model.{name}" for name in model.model.frozen_names()}
-        twins = twins(model, saved.keys())
-        missing = [name for name in model.state_dict() if name not in saved.keys() | frozen | twins]
-        superfluous = sorted(saved.keys() - model.state_dict().keys())
-        if strict and (missing or superfluous):
-            raise RuntimeError(
-                f"{model_file} does not fit the policy: missing {missing[:3]}, superfluous {superfluous[:3]}."
-            )
+        if strict:
+            refuse_misfits(model, saved.keys(), model_file)
         model.load_state_dict(saved, strict=False)
         return model

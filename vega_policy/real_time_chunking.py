@@ -4,6 +4,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -66,6 +67,24 @@ def integrate(denoise: Any, noise: Tensor, steps: int, **guidance: Any) -> Tenso
         **guidance: `rtc_processor`, `rtc_enabled` and what they need.
     """
     return euler_integrate(torch.no_grad()(denoise), noise, steps, **guidance)
+
+
+def go_on(
+    act: Callable[..., Tensor], processor: RTCProcessor, left: Tensor, *, flows: bool, **rtc: Any
+) -> Tensor:
+    """A chunk [b t a] that goes on from what is left of the last one.
+
+    Args:
+        act: The policy's chunk, given how a flow is integrated.
+        processor: Guides a flow, and has the weights of a blend.
+        left: What is left of the last one [1 t a].
+        flows: Whether the expert is a flow, which can be guided.
+        **rtc: `inference_delay` and, perhaps, `execution_horizon`.
+    """
+    if not flows:
+        return blend(processor, act(integrate), left, **rtc)
+    guidance = {"prev_chunk_left_over": left, "rtc_processor": processor, "rtc_enabled": True}
+    return act(partial(integrate, **rtc, **guidance))
 
 
 FIRST_SECONDS = 1.0

@@ -1,7 +1,7 @@
 """LeRobot's pre-trained policies: where they come from, and whether they really were loaded."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -166,3 +166,25 @@ def twins(model: nn.Module, names: Iterable[str]) -> set[str]:
     state = model.state_dict(keep_vars=True)
     held = {state[name].data_ptr() for name in names if name in state}
     return {name for name, weight in state.items() if weight.data_ptr() in held}
+
+
+def refuse_misfits(policy: Any, saved: Set[str], file: str) -> None:
+    """Refuse a checkpoint's weights unless they are those that did not come with the base.
+
+    Args:
+        policy: With a base.
+        saved: Names of the weights in the file.
+        file: Where they are, for the message.
+
+    Raises:
+        RuntimeError: If some are missing or superfluous.
+    """
+    held = policy.state_dict()
+    frozen = {f"model.{name}" for name in policy.model.frozen_names()}
+    shared = twins(policy, saved)
+    missing = [name for name in held if name not in saved | frozen | shared]
+    superfluous = sorted(saved - held.keys())
+    if missing or superfluous:
+        raise RuntimeError(
+            f"{file} does not fit the policy: missing {missing[:3]}, superfluous {superfluous[:3]}."
+        )
