@@ -27,6 +27,7 @@ PUSH_GAP, PUSH_DEPTH = 0.03, 0.035  # m before a vessel's wall; m below its rim
 GRIP_DEPTH = 0.014  # m below the rim
 INSIDE = 0.025  # m that the origin of a thing must be inside of its region
 SHUT = 0.003  # rad from the closed door; LIBERO calls 0.005 closed
+WIDE = 1.9  # rad; a microwave draws its door from 1.3 to 2.1, and less than this hinders a leaning hand
 LEAD = 0.25  # rad that the pushing hand aims ahead of the door
 SIDES = tuple(
     np.array(side) for side in ((0.0, -1.0, 0.0), (0.0, 1.0, 0.0), (-1.0, 0.0, 0.0), (1.0, 0.0, 0.0))
@@ -75,8 +76,9 @@ def resting_place(cloud: Array, chamber: Region, inwards: Array) -> Array:
 
 def insert(cell: Workcell, body: str, chamber_name: str) -> Skill:
     """Takes a vessel by the side of its rim with a leaning hand and brings it in through the open front."""
-    chamber = region(cell, chamber_name)
-    walls = cell.scene.cloud(f"{cell.env.object_sites_dict[chamber_name].parent_name}_main")
+    fixture = cell.env.object_sites_dict[chamber_name].parent_name
+    yield from _open_wide(cell, fixture)
+    chamber, walls = region(cell, chamber_name), cell.scene.cloud(f"{fixture}_main")
     inwards = -open_side(walls, chamber)
     rotation = leaning(inwards, LEAN)
     side = _side_near_robot(cell, body, rotation[:, 0])
@@ -169,10 +171,26 @@ class Door:
 
 
 def close_door(cell: Workcell, fixture: str) -> Skill:
-    """Pushes a door shut with closed fingers at its outer face, below its upper edge."""
+    """Pushes a door shut."""
+    return (yield from _swing(cell, Door.of(cell, fixture), 0.0))
+
+
+def _open_wide(cell: Workcell, fixture: str) -> Skill:
+    """Pushes a door that stands ajar, if there is one, out of the way of a hand that goes in."""
+    if not cell.env.get_object(fixture).joints:
+        return True
     door = Door.of(cell, fixture)
-    sense = -np.sign(joint_position(cell, door.joint)) * door.axis
-    contact = _outer_point(cell, door, sense)
+    angle = joint_position(cell, door.joint)
+    if not SHUT < abs(angle) < WIDE:
+        return True
+    return (yield from _swing(cell, door, float(np.sign(angle)) * WIDE))
+
+
+def _swing(cell: Workcell, door: Door, wanted: float) -> Skill:
+    """Pushes a door to the joint position `wanted` (rad) with closed fingers, below its upper edge."""
+    sign = float(np.sign(wanted - joint_position(cell, door.joint)))
+    sense = sign * door.axis
+    contact = _pushed_point(cell, door, sense)
     away = np.cross(sense, contact - door.anchor)
     away = -away / np.linalg.norm(away)
     rotation = down(0.0)
@@ -186,17 +204,17 @@ def close_door(cell: Workcell, fixture: str) -> Skill:
     first = joint_position(cell, door.joint)
     for _ in range(120):
         angle = joint_position(cell, door.joint)
-        if abs(angle) < SHUT:
+        if sign * (wanted - angle) < SHUT:
             break
         turn = about_axis(sense, abs(first - angle) + LEAD)
         goal = door.anchor + turn @ (contact - door.anchor)
         yield Command(cell.arm.command(goal, rotation, CLOSED, 0.6), PRECISE.noise_share)
     yield from cell.arm.move(above(cell.arm.position, 0.10), rotation, CLOSED, CLEARING)
-    return abs(joint_position(cell, door.joint)) < SHUT
+    return sign * (wanted - joint_position(cell, door.joint)) < SHUT
 
 
-def _outer_point(cell: Workcell, door: Door, sense: Array) -> Array:
-    """Where to put the closed fingers [3]: towards the free edge, outside, below the upper edge."""
+def _pushed_point(cell: Workcell, door: Door, sense: Array) -> Array:
+    """Where to put the closed fingers [3]: towards the free edge, behind, below the upper edge."""
     cloud = cell.scene.cloud(door.body)
     arms = cloud - door.anchor
     arms -= np.outer(arms @ door.axis, door.axis)
