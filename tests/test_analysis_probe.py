@@ -202,6 +202,11 @@ def test_lines_join_tokens_of_the_same_point(few):
         ({"scenes": {"name": "x"}}, "either a suite or folders"),
         ({"sweep": {"noise_levels": [0.3, 1.3]}}, r"got \[1.3\]"),
         ({"voxels": 0.1}, "voxels"),
+        (
+            {"questions": None},
+            r"questions: expected a group of fields \(scenes, .*None.*scenes=0 asks nothing",
+        ),
+        ({"prior": None}, r"prior: expected a group of fields \(name, .*got None"),
     ],
 )
 def test_wrong_settings_end_in_a_message(change, message):

@@ -1,8 +1,8 @@
 """What one run of the probes is asked to do: frozen values, decoded from a composed Hydra config."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, get_type_hints
 
 import draccus
 from draccus.utils import ParsingError
@@ -174,7 +174,19 @@ def decode(node: Mapping[str, Any]) -> ProbeSettings:
     Raises:
         ValueError: If a key is unknown or a value does not fit its field.
     """
+    _refuse_missing_groups(node)
     try:
         return draccus.decode(ProbeSettings, dict(node))
     except ParsingError as error:
         raise ValueError(f"Config: {error.__cause__ or error}") from error
+
+
+def _refuse_missing_groups(node: Mapping[str, Any]) -> None:
+    off = {"questions": "; questions.scenes=0 asks nothing", "episode": "; episode.steps=0 films nothing"}
+    for name, owner in get_type_hints(ProbeSettings).items():
+        if is_dataclass(owner) and not isinstance(node.get(name, {}), Mapping):
+            known = ", ".join(one.name for one in fields(owner))
+            raise ValueError(
+                f"{name}: expected a group of fields ({known}); got {node[name]!r}. Leave {name} out, or set "
+                f"fields of it, such as {name}.{fields(owner)[0].name}=...{off.get(name, '')}"
+            )
