@@ -108,7 +108,7 @@ def merge_shards(folders: Sequence[Path], root: Path, repo_id: str) -> None:
     from lerobot.datasets.aggregate import aggregate_datasets
     from safetensors.numpy import load_file
 
-    with _quiet_lerobot():  # what LeRobot's merge_datasets does, without decoding a frame of each shard
+    with _quiet_lerobot(bars=True):  # LeRobot's merge_datasets, without decoding a frame of each shard
         roots = [folder / DATASET for folder in folders]
         aggregate_datasets([repo_id] * len(roots), repo_id, roots=roots, aggr_root=root)
     (root / "states").mkdir()
@@ -179,8 +179,8 @@ def _hashes(folder: Path) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _quiet_lerobot() -> Iterator[None]:
-    """Silence the progress bars, codec logs and reports of LeRobot's libraries; warnings and errors pass."""
+def _quiet_lerobot(*, bars: bool = False) -> Iterator[None]:
+    """Silence codec logs and reports of LeRobot's libraries, and its bars; warnings and errors pass."""
     import av
     import datasets
 
@@ -189,7 +189,7 @@ def _quiet_lerobot() -> Iterator[None]:
     av.logging.set_libav_level(av.logging.ERROR)
     datasets.disable_progress_bars()
     try:
-        with contextlib.redirect_stderr(io.StringIO()):
+        with contextlib.nullcontext() if bars else contextlib.redirect_stderr(io.StringIO()):
             yield
     finally:
         datasets.enable_progress_bars()

@@ -158,7 +158,9 @@ class Workers:
                 logger.warning("a worker process died; its shards are collected again")
 
     def merge(self, folders: Sequence[Path], root: Path, repo_id: str) -> None:
-        """Merge shards into one dataset."""
+        """Merge shards into one dataset, under LeRobot's own progress bars."""
+        self._bar.close()
+        logger.info("merging %d shards into one dataset", len(folders))
         if self._processes == 1:
             merge_shards(folders, root, repo_id)
             return

@@ -145,7 +145,7 @@ def test_a_folder_that_holds_something_else_is_refused(tmp_path):
         collect(SETTINGS, tmp_path, processes=1)
 
 
-def test_a_killed_collection_goes_on_and_a_damaged_shard_is_collected_again(root, tmp_path, caplog):
+def test_a_killed_collection_goes_on_and_a_damaged_shard_is_collected_again(root, tmp_path, caplog, capsys):
     target = tmp_path / "lift_wide"
     shards = [target.with_name("lift_wide.partial") / f"000_lift_wide_0000{index}" for index in range(3)]
     process = workers.context().Process(target=collect, args=(SETTINGS, target), kwargs={"processes": 1})
@@ -167,6 +167,8 @@ def test_a_killed_collection_goes_on_and_a_damaged_shard_is_collected_again(root
         collect(SETTINGS, target, processes=1)
     assert "damaged shards are collected again: 000_lift_wide_00000" in caplog.text
     assert "of 3 shards are there" in caplog.text
+    assert "merging 3 shards into one dataset" in caplog.text
+    assert "Copy data and videos: 100%" in capsys.readouterr().err
     assert_same_demonstrations(root, target)
     assert not shards[0].parent.exists()
 
