@@ -20,11 +20,11 @@ from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
 from vega_policy.observation import stack_views
 from vega_policy.priors.precomputed import FeatureWriter
-from vega_policy.training.dataset import episode_frames
+from vega_policy.training.frames import frames_in_order
 
 
 def main() -> None:
-    """Read every episode once, and write one shard a batch."""
+    """Read every frame once, and write one shard a batch."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -41,10 +41,10 @@ def main() -> None:
     encode = getattr(import_module(module), name)(options.device)
     writer = FeatureWriter(options.output, options.encoder)
     dataset = LeRobotDataset(options.repo_id, root=options.root, video_backend="pyav")
-    for episode in episode_frames(dataset, list(dataset.meta.camera_keys), "pyav"):
-        length = len(next(iter(episode.values())))
+    for stretch in frames_in_order(dataset, list(dataset.meta.camera_keys), "pyav"):
+        length = len(next(iter(stretch.values())))
         for start in range(0, length, options.batch_size):
-            clips = {camera: clip[start : start + options.batch_size] for camera, clip in episode.items()}
+            clips = {camera: clip[start : start + options.batch_size] for camera, clip in stretch.items()}
             views = {camera: clip.to(options.device).float() / 255 for camera, clip in clips.items()}
             frames = stack_views(views, options.frame_size)[:, :, 0]
             with torch.no_grad():

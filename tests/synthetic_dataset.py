@@ -1,9 +1,13 @@
 """Small synthetic LeRobot datasets for tests: two cameras, a bright square that moves with the state."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from lerobot.configs import RGBEncoderConfig
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+from envs.shards import CODECS
 
 CAMERAS = ("observation.images.image", "observation.images.image2")
 REPO_ID = "tests/synthetic"
@@ -20,8 +24,12 @@ def write_dataset(
     use_videos: bool = True,
     cameras: tuple[str, ...] = CAMERAS,
     tasks: tuple[str, ...] = ("lift the cube", "push the cube"),
+    video: str | None = None,
 ) -> Path:
-    """Writes a finalized dataset of len(lengths) episodes at 10 Hz and returns its root."""
+    """Writes a finalized dataset of len(lengths) episodes at 10 Hz and returns its root.
+
+    Its videos are LeRobot's usual ones, or encoded like `video`, a name in `envs.shards.CODECS`.
+    """
     rng = np.random.default_rng(0)
     image_type = "video" if use_videos else "image"
     features = {
@@ -31,6 +39,10 @@ def write_dataset(
     if state_width:
         features["observation.state"] = {"dtype": "float32", "shape": (state_width,), "names": None}
     features["action"] = {"dtype": "float32", "shape": (action_width,), "names": None}
+    encoding: dict[str, Any] = {}
+    if video is not None:  # as envs.shards encodes
+        encoder = RGBEncoderConfig(**CODECS[video])
+        encoding = {"rgb_encoder": encoder, "streaming_encoding": True, "encoder_threads": 1}
     dataset = LeRobotDataset.create(
         REPO_ID,
         fps=10,
@@ -39,6 +51,7 @@ def write_dataset(
         robot_type="panda",
         use_videos=use_videos,
         video_backend="pyav",
+        **encoding,
     )
     written = 0
     for episode, length in enumerate(lengths):

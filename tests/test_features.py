@@ -12,7 +12,8 @@ from vega_policy.features import CacheError, check_cacheable
 from vega_policy.modeling_vega import VegaPolicy
 from vega_policy.parts import BackboneConfig, PriorConfig
 from vega_policy.training.batches import VideoSource
-from vega_policy.training.dataset import DatasetError, episode_frames, match_features
+from vega_policy.training.dataset import DatasetError, match_features
+from vega_policy.training.frames import frames_in_order
 from vega_policy.training.setup import load_data, make_source
 from vega_policy.training.table import read_table
 
@@ -33,8 +34,8 @@ def streams(policy, names, **changed):
 
 def build(policy, data, folder, names=("frames", "semantic", "prior")):
     wanted = streams(policy, names)
-    episodes = episode_frames(data.dataset, list(CAMERAS), "pyav")
-    features.build_streams(folder, wanted, policy.model, episodes, frames=len(data.table))
+    clips = frames_in_order(data.dataset, list(CAMERAS), "pyav")
+    features.build_streams(folder, wanted, policy.model, clips, frames=len(data.table))
     return wanted
 
 
@@ -73,7 +74,7 @@ def test_cached_frames_give_the_batches_of_decoded_videos(root, tmp_path):
 def test_datasets_of_pictures_are_read_like_those_of_videos(tmp_path):
     root = write_dataset(tmp_path / "pictures", use_videos=False, lengths=(3, 2))
     data = load_data(tiny_run(root, tmp_path / "run"))
-    (first, second) = episode_frames(data.dataset, list(CAMERAS), "pyav")
+    (first, second) = frames_in_order(data.dataset, list(CAMERAS), "pyav")
     assert {key: (tuple(clip.shape), clip.dtype) for key, clip in second.items()} == {
         CAMERAS[0]: ((2, 3, 48, 64), torch.uint8),
         CAMERAS[1]: ((2, 3, 32, 32), torch.uint8),
@@ -102,7 +103,7 @@ def test_a_build_that_is_killed_leaves_no_cache(loaded, tmp_path):
     _, policy, data = loaded
 
     def dying():
-        yield next(episode_frames(data.dataset, list(CAMERAS), "pyav"))
+        yield next(frames_in_order(data.dataset, list(CAMERAS), "pyav"))
         raise KeyboardInterrupt
 
     wanted = streams(policy, ["semantic"])

@@ -12,10 +12,11 @@ import torch
 from vega_policy.configuration_vega import VegaConfig
 from vega_policy.parts import BackboneConfig, ExpertConfig, PriorConfig
 from vega_policy.training.config import TrainConfig
+from vega_policy.training.cores import use_cores
 from vega_policy.training.options import DatasetConfig
 from vega_policy.training.parallel import make_accelerator
 from vega_policy.training.progress import Progress
-from vega_policy.training.setup import make_trainer, use_cores
+from vega_policy.training.setup import make_trainer
 
 WARM_UP = 3
 """Steps before the clock runs: workers start, pages of a mapped cache are read."""

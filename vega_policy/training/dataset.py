@@ -1,24 +1,15 @@
 """Opening a LeRobot dataset, and refusing one the policy cannot learn from."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-import torch
 from lerobot.configs import FeatureType, PolicyFeature, PreTrainedConfig
 from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
 from lerobot.datasets.factory import resolve_delta_timestamps
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
-from lerobot.datasets.video_utils import decode_video_frames
 from lerobot.utils.feature_utils import dataset_to_policy_features
-from torch import Tensor
 
-from vega_policy.features import MeanFrames
 from vega_policy.training.config import DatasetConfig
 from vega_policy.training.dataset_files import damaged_files
-
-SAMPLED_EPISODES = 32
-"""Episodes that are decoded for the mean frames where no cache is built."""
 
 
 class DatasetError(ValueError):
@@ -116,47 +107,3 @@ def _listing(folder: Path) -> str:
     if not folder.is_dir():
         return "no such folder"
     return ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "an empty folder"
-
-
-def episode_frames(
-    dataset: LeRobotDataset, cameras: list[str], backend: str, episodes: list[int] | None = None
-) -> Iterator[dict[str, Tensor]]:
-    """Frames of whole episodes, each video read once from the episode's start to its end.
-
-    Args:
-        dataset: The dataset.
-        cameras: Camera keys.
-        backend: Video decoder.
-        episodes: Episodes to read; None reads all, in order.
-
-    Yields:
-        For each episode, frames by camera, uint8 [t 3 h w].
-    """
-    for episode in range(dataset.num_episodes) if episodes is None else episodes:
-        yield {camera: _clip(dataset, camera, backend, episode) for camera in cameras}
-
-
-def _clip(dataset: LeRobotDataset, camera: str, backend: str, episode: int) -> Tensor:
-    meta = dataset.meta
-    assert meta.episodes is not None  # a dataset that opened has them
-    row = meta.episodes[episode]
-    if camera not in meta.video_keys:
-        rows = range(row["dataset_from_index"], row["dataset_to_index"])
-        frames = dataset.hf_dataset.select_columns([camera])[rows.start : rows.stop][camera]
-        return (torch.stack(list(frames)) * 255).round().to(torch.uint8)
-    start = row[f"videos/{camera}/from_timestamp"]
-    times = [start + frame / meta.fps for frame in range(row["length"])]
-    # LeRobot compares times in float32: in a video of hours its usual tolerance of 1e-4 s is below rounding.
-    return decode_video_frames(
-        dataset.root / meta.get_video_file_path(episode, camera), times, 0.25 / meta.fps, backend, True
-    )
-
-
-def sampled_mean_frames(dataset: LeRobotDataset, cameras: list[str], backend: str) -> dict[str, Tensor]:
-    """Mean frame of each camera over at most 32 evenly spaced episodes, float32 [3 h w] in [0, 1]."""
-    count = min(SAMPLED_EPISODES, dataset.num_episodes)
-    episodes = np.linspace(0, dataset.num_episodes - 1, count).round().astype(int).tolist()
-    mean = MeanFrames()
-    for frames in episode_frames(dataset, cameras, backend, episodes):
-        mean.add(frames)
-    return mean.result()

@@ -1,7 +1,6 @@
 """From a run's config to its parts, and the one call that trains: `train`."""
 
 import logging
-import os
 from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +22,9 @@ from vega_policy.training import checkpoints
 from vega_policy.training.batches import CachedSource, Source, VideoSource
 from vega_policy.training.checkpoints import MEAN_FRAMES, PRETRAINED, Learner, Origin
 from vega_policy.training.config import TrainConfig, encode
-from vega_policy.training.dataset import episode_frames, match_features, open_dataset, sampled_mean_frames
+from vega_policy.training.cores import use_cores
+from vega_policy.training.dataset import match_features, open_dataset
+from vega_policy.training.frames import frames_in_order, sampled_mean_frames
 from vega_policy.training.guards import Skips, check_space
 from vega_policy.training.hub import push
 from vega_policy.training.optimization import WeightAverage, make_optimizer
@@ -196,8 +197,8 @@ def make_source(
     names = features.check_cacheable(model.config.backbone, model.config.prior, config.dataset.cached)
     key = {"repo_id": config.dataset.repo_id, "metadata": data.metadata}
     streams = features.streams_of(model, key, cameras, names)
-    episodes = episode_frames(data.dataset, cameras, backend)
-    features.build_streams(root, streams, model, episodes, frames=len(data.table))
+    clips = frames_in_order(data.dataset, cameras, backend)
+    features.build_streams(root, streams, model, clips, frames=len(data.table))
     place = {"disk": None, "ram": torch.device("cpu"), "gpu": next(policy.parameters()).device}
     values = {
         stream.name: features.open_stream(root, stream, len(data.table), place[config.dataset.cache])
@@ -227,21 +228,6 @@ def make_learner(
     if checkpoint is not None:
         checkpoints.load_training_state(checkpoint, learner)
     return learner
-
-
-def use_cores() -> None:
-    """Uses the cores this process may use; a user's OMP_NUM_THREADS stands.
-
-    In a container torch counts the host's cores, which slows small models down many times over.
-    """
-    if "OMP_NUM_THREADS" in os.environ:
-        return
-    cores = len(os.sched_getaffinity(0))
-    quota = Path("/sys/fs/cgroup/cpu.max")
-    if quota.is_file():
-        limit, period = quota.read_text().split()
-        cores = cores if limit == "max" else min(cores, max(1, int(limit) // int(period)))
-    torch.set_num_threads(cores)
 
 
 def _summary(config: TrainConfig, policy: VegaPolicy, data: Data, step: int) -> str:
