@@ -275,7 +275,7 @@ def test_a_step_is_captured_when_its_kind_is_met_again_and_agrees_with_the_plain
     model = VegaModel(model_config()).eval()
     model.made = []
     monkeypatch.setattr(captured, "obstacle", lambda *_: None)
-    steps, plain = captured.CapturedSteps(Counted, kept=2), []
+    steps, plain = captured.CapturedSteps(True, Counted, kept=2), []
 
     def act(instruction, views=2):
         seen = Observation(torch.rand(1, views, 1, 3, 32, 32), torch.randn(1, 8), [instruction])
@@ -284,17 +284,33 @@ def test_a_step_is_captured_when_its_kind_is_met_again_and_agrees_with_the_plain
         torch.testing.assert_close(found, model.act(seen, noise))
 
     with torch.no_grad():
-        for instruction in ("a", "a", "a", "b", "a", "b", "c", "a"):
+        for instruction in ("a", "a", "a", "b", "c", "b", "c", "c", "a"):
             act(instruction)
-    assert plain == ["a", "b", "c", "a"]  # c put a out
-    assert model.made == [["a"], ["b"]]
-    steps.forget()
-    act("b")
-    assert plain[-1] == "b"
+    assert plain == ["a", "b", "c", "b", "c"]  # b and c, met once, took each other's place; now c stays
+    assert model.made == [["a"], ["c"]]
+    with torch.no_grad():
+        act("d")
+        act("d")
+        next(model.backbone.text_encoder.parameters()).add_(1.0)
+        act("a")
+        assert plain[5:] == ["d", "d", "a"]  # no room for d; a's words are no longer those
+        steps.forget()
+        act("c")
+    assert plain[-1] == "c"
+
+
+def test_nothing_is_captured_unless_it_is_asked_for():
+    model, steps = VegaModel(model_config()).eval(), captured.CapturedSteps(False, Counted)
+    seen = Observation(torch.rand(1, 2, 1, 3, 32, 32), torch.randn(1, 8), ["lift the red cube"])
+    model.made = []
+    with torch.no_grad():
+        for _ in range(3):
+            steps.act(model, seen, torch.randn(1, 4, 7), model.act)
+    assert not model.made
 
 
 def test_what_cannot_be_captured_runs_as_it_is_and_the_log_says_once_why(caplog):
-    model, steps = VegaModel(model_config()).eval(), captured.CapturedSteps()
+    model, steps = VegaModel(model_config()).eval(), captured.CapturedSteps(True)
     seen = Observation(torch.rand(1, 2, 1, 3, 32, 32), torch.randn(1, 8), ["lift the red cube"])
     noise = torch.randn(1, 4, 7)
     with caplog.at_level("INFO"), torch.no_grad():
@@ -306,7 +322,7 @@ def test_what_cannot_be_captured_runs_as_it_is_and_the_log_says_once_why(caplog)
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
 def test_a_captured_step_gives_the_plain_chunk():
     model = VegaModel(model_config("wan_tiny")).eval().cuda()
-    steps = captured.CapturedSteps()
+    steps = captured.CapturedSteps(True)
     for _ in range(3):
         seen = Observation(torch.rand(1, 2, 1, 3, 32, 32).cuda(), torch.randn(1, 8).cuda(), ["lift"])
         noise = torch.randn(1, 4, 7).cuda()

@@ -82,6 +82,12 @@ def test_the_same_seed_gives_the_same_prior_features_and_another_seed_others():
     assert first.fingerprint != other.fingerprint
 
 
+def test_a_policy_trained_with_weights_that_shipped_before_is_told_where_they_are():
+    (former, commit) = next(iter(PRIORS["wan_tiny"].former.items()))
+    with pytest.raises(ValueError, match=f"{former}.*until commit {commit}"):
+        make_prior(PriorConfig(name="wan_tiny", fingerprint=former), GRID)
+
+
 def test_building_a_seeded_prior_leaves_the_callers_random_state_alone():
     torch.manual_seed(3)
     expected = torch.rand(1)

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+import yaml
 from lerobot.policies.factory import make_pre_post_processors
 from safetensors.torch import load_file
 
@@ -177,6 +178,17 @@ def test_a_folder_that_holds_anything_else_is_refused(root, tmp_path):
 def test_resuming_with_another_config_is_refused_and_names_the_field(root, finished):
     with pytest.raises(RunFolderError, match=r"batch_size \(run: 5, asked for: 6\)"):
         train(tiny_run(root, finished, resume=True, batch_size=6, log_every=7))
+
+
+def test_a_run_from_before_a_field_existed_goes_on_with_its_default(root, tmp_path):
+    train(tiny_run(root, tmp_path / "run", stop_after=2))
+    saved = tmp_path / "run" / "config.yaml"
+    values = yaml.safe_load(saved.read_text())
+    del values["compile"], values["policy"]["capture"], values["dataset"]["workers"]
+    saved.write_text(yaml.safe_dump(values))
+    assert train(tiny_run(root, tmp_path / "run", stop_after=2, resume=True)).name == "000002"
+    with pytest.raises(RunFolderError, match=r"compile \(run: False, asked for: True\)"):
+        train(tiny_run(root, tmp_path / "run", resume=True, compile=True))
 
 
 def test_resuming_where_nothing_is_yet_starts_at_step_zero(root, tmp_path, finished):

@@ -1,7 +1,6 @@
 """A whole control step as one CUDA graph: see, read, act without the host in between."""
 
 import logging
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +11,8 @@ from torch import Tensor, nn
 from vega_policy.backbones.compact import CompactBackbone
 from vega_policy.model import VegaModel
 from vega_policy.observation import Observation
+from vega_policy.priors.precomputed import PrecomputedPrior
+from vega_policy.priors.unet import StableVideoDiffusion
 from vega_policy.priors.wan import LatentWorldSimulator
 from vega_policy.priors.wan_captured import capture
 
@@ -24,20 +25,26 @@ Step = Callable[[Observation, Tensor], Tensor]
 class CapturedSteps:
     """Control steps of one model, each kind captured when it is met for the second time.
 
-    A kind is the shape of what is seen and the instructions. Of the kinds met, the last ones are kept: each
-    holds memory of its own. Where a step cannot be captured it runs as it is, and the log says once why.
+    A kind is the shape of what is seen, the instructions, and the text encoder's weights: a graph holds its
+    words. Each captured kind holds memory of its own and stays; where there are too many, or a step cannot be
+    captured, it runs as it is, and the log says once why.
 
     Args:
+        enabled: Whether anything is captured at all.
         capture: Makes the captured step of a model for an observation and its noise.
         kept: So many kinds are kept.
     """
 
     def __init__(
-        self, capture: "Callable[[VegaModel, Observation, Tensor], Step] | None" = None, kept: int = 4
+        self,
+        enabled: bool,
+        capture: "Callable[[VegaModel, Observation, Tensor], Step] | None" = None,
+        kept: int = 4,
     ) -> None:
+        self._enabled = enabled
         self._capture = capture or CapturedAct
         self._kept = kept
-        self._kinds: OrderedDict[Hashable, Step | None] = OrderedDict()
+        self._kinds: dict[Hashable, Step | None] = {}
         self._told: set[str] = set()
 
     def forget(self) -> None:
@@ -53,24 +60,40 @@ class CapturedSteps:
             noise: Where the flow starts, [b t a].
             plain: The step as it runs uncaptured.
         """
+        if not self._enabled:
+            return plain(observation, noise)
         reason = obstacle(model, observation, noise)
         if reason is not None:
-            if reason not in self._told:
-                logger.info("Control steps are not captured: %s.", reason)
-                self._told.add(reason)
+            self._tell(reason)
             return plain(observation, noise)
         assert observation.frames is not None  # `obstacle` says so
         shapes = (observation.frames.shape, observation.state.shape, noise.shape)
-        kind = (shapes, noise.dtype, tuple(observation.instruction))
+        words = sum(weight._version for weight in model.backbone.text_encoder.parameters())
+        kind = (shapes, noise.dtype, tuple(observation.instruction), words)
         step, known = self._kinds.get(kind), kind in self._kinds
         if known and step is None:
             logger.info("Capturing the control step for frames of %s.", list(observation.frames.shape))
             step = self._capture(model, observation, noise)
+        if not known and not self._room():
+            self._tell(f"{self._kept} others are, and this one is of another kind")
+            return plain(observation, noise)
         self._kinds[kind] = step
-        self._kinds.move_to_end(kind)
-        while len(self._kinds) > self._kept:
-            self._kinds.popitem(last=False)
         return plain(observation, noise) if step is None else step(observation, noise)
+
+    def _room(self) -> bool:
+        """Whether one more kind may be met; the oldest that was met only once makes place."""
+        if len(self._kinds) < self._kept:
+            return True
+        once = next((kind for kind, step in self._kinds.items() if step is None), None)
+        if once is None:
+            return False
+        del self._kinds[once]
+        return True
+
+    def _tell(self, reason: str) -> None:
+        if reason not in self._told:
+            logger.info("Control steps are not captured: %s.", reason)
+            self._told.add(reason)
 
 
 def obstacle(model: VegaModel, observation: Observation, noise: Tensor) -> str | None:
@@ -87,6 +110,8 @@ def obstacle(model: VegaModel, observation: Observation, noise: Tensor) -> str |
         return f"the backbone {model.config.backbone.name} prepares its inputs on the host"
     if observation.frames is None or observation.semantic is not None or observation.prior is not None:
         return "features are given instead of frames"
+    if isinstance(model.prior, PrecomputedPrior | StableVideoDiffusion):
+        return f"the prior {model.config.prior.name} reads on the host"
     if model.training or torch.is_autocast_enabled():
         return "the model trains, or runs under autocast"
     return None

@@ -21,6 +21,9 @@ class VegaConfig(PreTrainedConfig):
     Attributes:
         chunk_size: Actions predicted at once.
         n_action_steps: Actions of a chunk that are executed before a new one is predicted.
+        capture: On a GPU, with the compact backbone, replay whole control steps as one CUDA graph each. The
+            first step of a kind runs as it is and the others agree up to rounding, so that a chunk depends on
+            what was asked before: for robots, not for evaluations that are to be repeated.
         frame_size: Side in pixels of the square to which every camera's frames are brought.
         prior: The latent world simulator.
         fusion: How its tokens are mixed with the semantic ones.
@@ -45,6 +48,7 @@ class VegaConfig(PreTrainedConfig):
     chunk_size: int = 16
     n_action_steps: int = 8
     frame_size: int = 224
+    capture: bool = False
     prior: PriorConfig = field(default_factory=PriorConfig)
     fusion: FusionConfig = field(default_factory=FusionConfig)
     backbone: BackboneConfig = field(default_factory=BackboneConfig)

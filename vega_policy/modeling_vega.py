@@ -63,7 +63,7 @@ class VegaPolicy(PreTrainedPolicy):
             config.prior = dataclasses.replace(resolve(config.prior), fingerprint=prior.fingerprint)
         self._queue: deque[Tensor] = deque()
         self._past: dict[str, deque[Tensor]] = {}
-        self._captured = CapturedSteps()
+        self._captured = CapturedSteps(config.capture)
         self.rtc_processor: RTCProcessor | None = None
         self._clock: ByTheClock | None = None
 
@@ -276,7 +276,7 @@ class VegaPolicy(PreTrainedPolicy):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy captures its own steps: graphs cannot be copied."""
-        return self.__dict__ | {"_captured": CapturedSteps()}
+        return self.__dict__ | {"_captured": CapturedSteps(self.config.capture)}
 
     def _save_pretrained(self, save_directory: Path, state_dict: dict[str, Tensor] | None = None) -> None:
         """Save configuration and weights, less those that lie unchanged in the base's own file."""

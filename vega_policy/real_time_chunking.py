@@ -153,6 +153,8 @@ class ByTheClock:
             self._period = self._first / (inference_delay - 0.5)
         seen, executed, waited = self._from_the_seen(padded)
         chunk = predict(inference_delay=max(self._delays, default=0), prev_chunk_left_over=seen, **rtc)
+        if chunk.is_cuda:
+            torch.cuda.synchronize(chunk.device)  # the work is timed, not its launch
         if self._period is None:
             self._wait(max(start + FIRST_SECONDS - self._now(), 0.0))
             self._first, chunk = self._now() - start, chunk[:, :1]
@@ -165,14 +167,15 @@ class ByTheClock:
 
     def _whole(self, chunk: Tensor, executed: int, start: float, period: float) -> Tensor:
         """Put in front of what is due as many actions as are dropped though nothing is executed."""
-        dropped = math.ceil((self._now() - start) / period)
+        passed = (self._now() - start) / period
+        dropped = math.ceil(passed)
         if executed >= min(dropped, chunk.shape[1]):
             self._delays.append(dropped)
             self._due = None
             return chunk
-        middle = math.ceil((self._now() - start) / period + 0.5)  # dropped, half a step from now at most
+        middle = math.ceil(passed + 0.5)  # dropped, half a step from now at most
         self._due = middle
-        self._wait(start + (middle - 0.5) * period - self._now())
+        self._wait(max(start + (middle - 0.5) * period - self._now(), 0.0))
         due = chunk[:, executed : executed + 1].expand(-1, middle - executed, -1)
         return torch.cat([chunk[:, :executed], due, chunk[:, executed:]], dim=1)
 

@@ -9,8 +9,8 @@ Most priors are a `PriorReader` (`vega_policy.priors.reader`).
 
 import dataclasses
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from importlib import import_module
 from typing import Any
@@ -32,6 +32,7 @@ class PriorEntry:
         dtype: Default floating-point type of the weights.
         architecture: Constructor arguments of a small prior, whose weights come from a seed or are shipped.
         shipped: Folder of the package's assets that holds its weights; no config names its path.
+        former: Fingerprints of weights that shipped before, and the last commit that has them.
         video: Whether it reads clips (`clip=history`, `clip=views`), not only single pictures.
         terms: What is asked of a user beyond a permissive licence; None where nothing is.
     """
@@ -43,6 +44,7 @@ class PriorEntry:
     dtype: str = "float32"
     architecture: dict[str, dict[str, Any]] | None = None
     shipped: str | None = None
+    former: Mapping[str, str] = field(default_factory=dict)
     video: bool = False
     terms: str | None = None
 
@@ -83,6 +85,7 @@ PRIORS: dict[str, PriorEntry] = {
         0.3,
         architecture=SMALL_WAN,
         shipped="wan_tiny",
+        former={"5db64d11f93c5ed3": "7cec246"},
         video=True,
     ),
     "wan_tiny_untrained": PriorEntry(  # the control: the same networks with the weights of a seed
@@ -195,10 +198,10 @@ def make_prior(config: PriorConfig, grid: tuple[int, int]) -> Any:
         logger.warning("The weights of the prior %r have terms of use: %s.", config.name, entry.terms)
     prior = build(config, entry, grid)
     if config.fingerprint is not None and config.fingerprint != prior.fingerprint:
-        older = entry.shipped is not None and config.path is None
-        before = (
-            f" A policy from before its weights were shipped takes {config.name}_untrained." if older else ""
-        )
+        commit = entry.former.get(config.fingerprint)
+        before = "" if commit is None else f" They shipped until commit {commit}: take them from there."
+        if entry.shipped is not None and config.path is None and commit is None:
+            before = f" A policy from before its weights were shipped takes {config.name}_untrained."
         raise ValueError(
             f"This policy was trained with other weights of the prior {config.name!r}: expected fingerprint "
             f"{config.fingerprint}, got {prior.fingerprint} from {config.path or 'the package'}. Give "

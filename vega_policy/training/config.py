@@ -3,7 +3,7 @@
 import difflib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Any, get_type_hints
 
 import draccus
@@ -165,6 +165,20 @@ def from_hydra(config: DictConfig) -> TrainConfig:
 def encode(config: TrainConfig) -> dict[str, Any]:
     """Plain nested values from which `decode` makes the same run."""
     return json.loads(json.dumps(draccus.encode(config, TrainConfig)))  # enumerations and tuples made plain
+
+
+def defaults(config: Any) -> dict[str, Any]:
+    """Default values of the fields that have one, nested as the config is."""
+    found: dict[str, Any] = {}
+    for one in fields(config):
+        value = getattr(config, one.name)
+        if is_dataclass(value):
+            found[one.name] = defaults(value)
+        elif one.default is not MISSING:
+            found[one.name] = one.default
+        elif one.default_factory is not MISSING:
+            found[one.name] = one.default_factory()
+    return found
 
 
 def _reason(error: ParsingError) -> str:

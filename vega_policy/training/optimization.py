@@ -85,7 +85,7 @@ def read_scalars(scalars: Mapping[str, Tensor]) -> dict[str, float]:
     """Values of scalars, read off their device in one go: the only time a step waits for it."""
     devices = {value.device for value in scalars.values() if value.device.type != "cpu"}
     place = next(iter(devices), torch.device("cpu"))
-    stacked = torch.stack([value.detach().to(place, torch.float64) for value in scalars.values()])
+    stacked = torch.stack([value.detach().to(place, torch.float32) for value in scalars.values()])
     return dict(zip(scalars, stacked.tolist(), strict=True))
 
 

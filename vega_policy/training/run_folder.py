@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from vega_policy.training.config import TrainConfig, encode
+from vega_policy.training.config import TrainConfig, defaults, encode
 from vega_policy.training.folders import drop_lines_after, remove_partial, replace_text
 from vega_policy.training.retention import CHECKPOINTS, checkpoints_of, set_aside_after, tidy
 
@@ -100,7 +100,9 @@ def _occupied(folder: Path) -> str:
 
 
 def _check_same_run(config: TrainConfig, saved: dict[str, Any], folder: Path) -> None:
-    expected, asked = flatten(saved), flatten(encode(config))
+    asked = flatten(encode(config))
+    before = {name: value for name, value in flatten(defaults(config)).items() if name in asked}
+    expected = before | flatten(saved)  # a run from before a field existed had what is its default now
     silent = expected.get("simulation.every") == 0  # nothing was played yet that could be compared
     differing = [
         f"{name} (run: {expected.get(name)!r}, asked for: {asked.get(name)!r})"
