@@ -1,8 +1,8 @@
 """The fixed Wan transformer with products in eight bits: not exact, and faster where a GPU has such products.
 
 Weights and activations are float8 (e4m3: a sign, four bits of exponent, three of mantissa), each row with a
-scale of its own, sums are float32 (torch's `_scaled_mm`, Hopper and later). Norms, attention, modulation and
-residual sums stay as they are. What it costs in accuracy the benchmark prints: path `fast/fp8`.
+scale of its own, sums are float32 (torch's `_scaled_mm`, Ada and later). Norms, attention, modulation and
+residual sums stay as they are. What it costs in accuracy the benchmark prints: path `fp8`.
 """
 
 from typing import Any
