@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from vega_policy.backbones.replacing import replace_layers
+
 
 class _Shifted(torch.autograd.Function):
     """Convolution of each channel with its own kernel, stride 1, padded to the same size."""
@@ -77,15 +79,7 @@ def shift_depthwise(network: nn.Module) -> int:
     Returns:
         How many there were.
     """
-    found = [
-        (parent, name, child)
-        for parent in network.modules()
-        for name, child in parent.named_children()
-        if type(child) is nn.Conv2d and _fits(child)
-    ]
-    for parent, name, child in found:
-        setattr(parent, name, ShiftedDepthwise(child))
-    return len(found)
+    return replace_layers(network, lambda layer: type(layer) is nn.Conv2d and _fits(layer), ShiftedDepthwise)
 
 
 def _fits(conv: nn.Conv2d) -> bool:

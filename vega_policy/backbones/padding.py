@@ -12,6 +12,8 @@ from timm.layers.padding import get_same_padding
 from torch import Tensor, nn
 from torch.nn import functional
 
+from vega_policy.backbones.replacing import replace_layers
+
 WORD = torch.int64
 
 
@@ -93,12 +95,4 @@ def pad_in_words(network: nn.Module) -> int:
     Returns:
         How many there were.
     """
-    found = [
-        (parent, name, child)
-        for parent in network.modules()
-        for name, child in parent.named_children()
-        if type(child) is Conv2dSame
-    ]
-    for parent, name, child in found:
-        setattr(parent, name, PaddedConv(child))
-    return len(found)
+    return replace_layers(network, lambda layer: type(layer) is Conv2dSame, PaddedConv)
