@@ -81,15 +81,15 @@ PRIORS: dict[str, PriorEntry] = {
     "wan_tiny": PriorEntry(
         "vega_policy.priors.wan:load",
         None,
-        5,
-        0.3,
+        3,
+        0.5,
         architecture=SMALL_WAN,
         shipped="wan_tiny",
         former={"5db64d11f93c5ed3": "7cec246"},
         video=True,
     ),
     "wan_tiny_untrained": PriorEntry(  # the control: the same networks with the weights of a seed
-        "vega_policy.priors.wan:load", None, 5, 0.3, architecture=SMALL_WAN, video=True
+        "vega_policy.priors.wan:load", None, 3, 0.5, architecture=SMALL_WAN, video=True
     ),
     "sd21": PriorEntry(
         "vega_policy.priors.unet:load_sd",
