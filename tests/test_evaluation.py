@@ -230,7 +230,7 @@ def test_rows_keep_their_place_and_idle_rows_are_zero(tmp_path):
 def test_a_slot_plays_the_same_episodes_whatever_is_finished():
     plan = plan_episodes(world.tasks("near"), 7, 0, official_states=False)
     queues = slot_queues(plan, 3, finished={plan[0].key, plan[4].key})
-    assert [[episode.index for episode in queue] for queue in queues] == [[3, 6], [1], [2, 5]]
+    assert [[episode.index for episode in queue] for queue in queues] == [[1, 2], [3], [5, 6]]
 
 
 def test_different_seeds_share_no_episode_and_official_states_are_passed_on():

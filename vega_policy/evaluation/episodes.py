@@ -174,7 +174,7 @@ def slot_queues(
 ) -> list[deque[Episode]]:
     """Return each slot's episodes in the order of play.
 
-    Episode e belongs to slot e modulo `slots`, whatever is finished: that is what makes a resumed evaluation
+    Where an episode belongs depends on nothing that is finished: that is what makes a resumed evaluation
     equal to an uninterrupted one.
 
     Args:
@@ -182,4 +182,17 @@ def slot_queues(
         slots: Number of slots.
         finished: Keys of the episodes that need not be played again.
     """
-    return [deque(e for e in episodes[slot::slots] if e.key not in finished) for slot in range(slots)]
+    queues: list[deque[Episode]] = [deque() for _ in range(slots)]
+    for number, episode in enumerate(episodes):
+        if episode.key not in finished:
+            queues[slot_of(number, len(episodes), slots)].append(episode)
+    return queues
+
+
+def slot_of(number: int, episodes: int, slots: int) -> int:
+    """Return the slot of one of all episodes: each slot plays a stretch of them.
+
+    So a slot stays with one task for as long as it can; building another one's scene costs a LIBERO
+    environment as long as an episode.
+    """
+    return number * slots // episodes

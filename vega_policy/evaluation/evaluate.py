@@ -18,6 +18,7 @@ from vega_policy.evaluation.episodes import (
     EpisodeResult,
     TaskDescription,
     plan_episodes,
+    slot_of,
     slot_queues,
 )
 from vega_policy.evaluation.policies import ChunkPolicy
@@ -79,7 +80,8 @@ class Evaluation:
     def episodes_left(self) -> tuple[int, int]:
         """Return how many episodes are still to play here, over all controls, and of how many."""
         slots, controls = self.settings.slots, self.settings.controls
-        here = sum(self._shard.plays(number % slots) for number in range(len(self.episodes)))
+        total = len(self.episodes)
+        here = sum(self._shard.plays(slot_of(number, total, slots)) for number in range(total))
         left = sum(len(queue) for control in controls for queue in self._queues(control))
         return left, here * len(controls)
 
