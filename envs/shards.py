@@ -110,7 +110,14 @@ def merge_shards(folders: Sequence[Path], root: Path, repo_id: str) -> None:
 
     with _quiet_lerobot(bars=True):  # LeRobot's merge_datasets, without decoding a frame of each shard
         roots = [folder / DATASET for folder in folders]
-        aggregate_datasets([repo_id] * len(roots), repo_id, roots=roots, aggr_root=root)
+        aggregate_datasets(
+            [repo_id] * len(roots),
+            repo_id,
+            roots=roots,
+            aggr_root=root,
+            concatenate_videos=False,
+            concatenate_data=False,
+        )
     (root / "states").mkdir()
     first = 0
     for folder in folders:

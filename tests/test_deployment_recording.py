@@ -59,6 +59,7 @@ def test_episodes_are_merged_into_a_dataset_that_knows_who_decided(tmp_path):
     assert merge_episodes(tmp_path / "episodes", tmp_path / "merged", "vega/rollouts") == 3
     dataset = LeRobotDataset("vega/rollouts", root=tmp_path / "merged", video_backend="pyav")
     assert (dataset.num_episodes, len(dataset)) == (3, 12)
+    assert len(list(dataset.root.glob("videos/**/*.mp4"))) == 3  # each episode's own: merging is copying
     assert [bool(dataset[index]["intervention"]) for index in range(5)] == [False, False, True, False, False]
     assert dataset[2]["policy_action"].tolist() == [2.0, 7.0]
     assert dataset[2]["action"].tolist() == [2.0, 0.5]

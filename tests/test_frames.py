@@ -32,6 +32,18 @@ def merged(request, tmp_path_factory):
     return opened(folder / "merged")
 
 
+def test_datasets_that_keep_their_videos_when_they_are_merged_read_the_same(merged, tmp_path):
+    parts = [merged.root.with_name(str(part)) for part in range(2)]
+    aggregate_datasets(
+        [REPO_ID] * 2, REPO_ID, roots=parts, aggr_root=tmp_path / "apart", concatenate_videos=False
+    )
+    apart = opened(tmp_path / "apart")
+    assert len({apart.meta.get_video_file_path(episode, CAMERAS[0]) for episode in range(4)}) == 2
+    readers = [frames_in_order(dataset, list(CAMERAS), "pyav") for dataset in (merged, apart)]
+    for together, alone in zip(*readers, strict=True):
+        assert all(torch.equal(together[camera], alone[camera]) for camera in CAMERAS)
+
+
 def test_every_frame_has_the_bytes_of_lerobots_own_decoding(merged, monkeypatch):
     monkeypatch.setattr(frames, "STRETCH", 4)  # episodes end within stretches, at their ends, and beyond
     monkeypatch.setattr(frames, "available_cores", lambda: 3)

@@ -168,6 +168,8 @@ def finished_episodes(folder: Path) -> list[Path]:
 def merge_episodes(folder: Path, root: Path, repo_id: str) -> int:
     """Merge finished episodes into one LeRobotDataset and return their number.
 
+    Each episode keeps its files: to make one of them, LeRobot would write all of it again for each.
+
     Args:
         folder: What an `EpisodeRecorder` wrote.
         root: Where the dataset will lie; must not exist.
@@ -184,5 +186,12 @@ def merge_episodes(folder: Path, root: Path, repo_id: str) -> int:
         raise FileNotFoundError(f"no finished episode in {folder}")
     if root.exists():
         raise FileExistsError(f"{root} exists; merge into a new folder")
-    aggregate_datasets([repo_id] * len(episodes), repo_id, roots=episodes, aggr_root=root)
+    aggregate_datasets(
+        [repo_id] * len(episodes),
+        repo_id,
+        roots=episodes,
+        aggr_root=root,
+        concatenate_videos=False,
+        concatenate_data=False,
+    )
     return len(episodes)
