@@ -19,7 +19,7 @@ from envs.demonstrators import DemonstrationOptions
 from envs.metadata import differences, read_metadata, write_metadata
 from envs.recording import Demonstrator
 from envs.rendering import load_mujoco, profile
-from envs.shards import CODECS, ShardSummary, read_shard
+from envs.shards import CODECS, ShardSummary, read_shard, read_summary
 from envs.workers import Job, Workers
 
 logger = logging.getLogger(__name__)
@@ -167,8 +167,7 @@ def assemble(
         with Workers(processes, total=sum(job.episodes for job in jobs)) as workers:
             workers.run(missing)
             workers.merge([job.folder for job in jobs], merged, settings.repo_id)
-        summaries = [read_shard(job.folder) for job in jobs]
-        metadata = _metadata(settings, [summary for summary in summaries if summary is not None])
+        metadata = _metadata(settings, [read_summary(job.folder) for job in jobs])
         write_metadata(merged, metadata if counts is None else {**metadata, "tasks": counts})
         merged.rename(root)
     shutil.rmtree(work)
