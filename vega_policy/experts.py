@@ -136,7 +136,7 @@ class FlowExpert(nn.Module):
         mine = slice(part * batch, (part + 1) * batch)
         noise = torch.randn(parts * batch, *chunk, generator=generator)[mine]
         time = flow.sample_time(parts * batch, self.config.time_power, generator)[mine]
-        return _placed(noise, actions), _placed(time, actions)
+        return placed(noise, actions), placed(time, actions)
 
     def sample(self, context: Tensor, mask: Tensor, noise: Tensor, integrate: flow.Integrator) -> Tensor:
         """Integrate the velocity field, noise [b t a] -> actions [b t a]; same noise, same actions.
@@ -175,7 +175,7 @@ class FlowExpert(nn.Module):
         return dict(zip(times.tolist(), map(list, zip(*of_blocks, strict=True)), strict=True))
 
 
-def _placed(drawn: Tensor, like: Tensor) -> Tensor:
+def placed(drawn: Tensor, like: Tensor) -> Tensor:
     """What was drawn on the CPU, where `like` is; a GPU's work goes on meanwhile."""
     return (drawn.pin_memory() if like.is_cuda else drawn).to(like, non_blocking=True)
 

@@ -197,10 +197,15 @@ class TextEncoder(nn.Module):
                     self._known[sentence] = self._encode([sentence])[0]
         return [self._known[sentence] for sentence in sentences]
 
-    def _encode(self, sentences: list[str]) -> list[Tensor]:
+    def tokenize(self, sentences: list[str]) -> dict[str, Tensor]:
+        """The network's inputs for u sentences, padded to one length, [u l] each; `attention_mask` is one."""
         words = self.tokenizer(
             sentences, padding=True, truncation=True, max_length=MAX_WORDS, return_tensors="pt"
-        ).to(self.network.device)
+        )
+        return dict(words.to(self.network.device))
+
+    def _encode(self, sentences: list[str]) -> list[Tensor]:
+        words = self.tokenize(sentences)
         hidden = self.network(**words).last_hidden_state
         return [row[mask.bool()] for row, mask in zip(hidden, words["attention_mask"], strict=True)]
 

@@ -50,6 +50,8 @@ class TrainConfig:
         precision: `no` or `bf16` autocast.
         compile: Compile the compact backbone's blocks and the expert's (`torch.compile`): a minute at the
             start, fewer kernels in each step.
+        capture: Loss and gradient of each step as one CUDA graph, so that no kernel waits for the host; needs
+            one GPU, the compact backbone, and a cache that holds the prior.
         sharding: `none`: each process has all weights (DDP); `full`: weights, gradients and optimizer are
             spread over the processes (FSDP2).
         max_skipped_steps: A step whose loss or gradient is not finite is skipped; so many in a row end the
@@ -77,6 +79,7 @@ class TrainConfig:
     average_decay: float = 0.999
     precision: str = "no"
     compile: bool = False
+    capture: bool = False
     sharding: str = "none"
     max_skipped_steps: int = 10
     log_every: int = 50

@@ -20,6 +20,7 @@ from vega_policy.modeling_vega import VegaPolicy
 from vega_policy.processor_vega import make_vega_pre_post_processors
 from vega_policy.training import checkpoints
 from vega_policy.training.batches import CachedSource, Source, VideoSource
+from vega_policy.training.captured_step import check_capturable
 from vega_policy.training.checkpoints import MEAN_FRAMES, PRETRAINED, Learner, Origin
 from vega_policy.training.config import TrainConfig, encode
 from vega_policy.training.cores import use_cores
@@ -88,6 +89,8 @@ def make_trainer(config: TrainConfig, accelerator: Accelerator, checkpoint: Path
     saved = encode(config)  # before the policy resolves its own config
     rank, world = accelerator.process_index, accelerator.num_processes
     data = load_data(config)
+    if config.capture:
+        check_capturable(config, accelerator.device, data.instructions)
     origin: Origin = {"num_processes": world, "batch_size": config.batch_size, "dataset": data.metadata}
     if checkpoint is not None:
         checkpoints.check_origin(checkpoint, origin)
@@ -108,7 +111,15 @@ def make_trainer(config: TrainConfig, accelerator: Accelerator, checkpoint: Path
         compile_blocks(policy.model)
     sampler = ShuffledRows(data.rows, config.batch_size, seed=config.seed, rank=rank, world=world)
     trainer = Trainer(
-        config, accelerator, learner, source, sampler, data.held_out, origin, data.words(config)
+        config,
+        accelerator,
+        learner,
+        source,
+        sampler,
+        data.held_out,
+        origin,
+        data.words(config),
+        data.instructions,
     )
     set_seed(config.seed + 1 + rank)
     if checkpoint is not None:
@@ -133,6 +144,11 @@ class Data:
     rows: Tensor
     held_out: Tensor
     metadata: str
+
+    @property
+    def instructions(self) -> list[str]:
+        """All instructions of the rows to learn from, each once."""
+        return [self.table.tasks[task] for task in self.table.task[self.rows].unique().tolist()]
 
     def words(self, config: TrainConfig) -> str:
         """The dataset in a few words."""

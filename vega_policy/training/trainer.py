@@ -1,6 +1,6 @@
 """The training loop."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from vega_policy.training.batches import Batch, Source
+from vega_policy.training.captured_step import CapturedStep
 from vega_policy.training.checkpoints import Learner, Origin, rng_state, save_checkpoint, snapshot
 from vega_policy.training.config import TrainConfig
 from vega_policy.training.guards import BadStep, disk_guard, finite, memory_guard
@@ -42,6 +43,7 @@ class Trainer:
         held_out: Tensor,
         origin: Origin,
         data: str,
+        instructions: Sequence[str] = (),
     ) -> None:
         """Takes ready parts; `setup.py` makes them.
 
@@ -54,6 +56,7 @@ class Trainer:
             held_out: Rows of the held-out episodes [m]; empty for none.
             origin: Sizes and data, noted in each checkpoint.
             data: The dataset in a few words, for the model card.
+            instructions: All those of the training rows, which a captured step has to know beforehand.
         """
         self.config, self.accelerator, self.learner, self.origin = config, accelerator, learner, origin
         self.run, self.data = Path(config.output_dir), data
@@ -65,6 +68,11 @@ class Trainer:
         learner.policy.draws, learner.policy.lazy_log = learner.draws, True
         learner.policy.model.expert.share = (accelerator.process_index, accelerator.num_processes)
         self.model = self._wrap()
+        self.captured: CapturedStep | None = None
+        if config.capture:
+            self.captured = CapturedStep(
+                self.model, learner.policy, accelerator.autocast, instructions, self.clip_norm
+            )
 
     def _wrap(self) -> nn.Module:
         """The policy as several processes call it; shards are in place already."""
@@ -110,20 +118,8 @@ class Trainer:
 
         A step whose loss or gradient is not finite, in any process, changes no weight in all of them.
         """
-        rounds, learner = self.config.accumulate, self.learner
-        sums: dict[str, Tensor] = {}
-        for number in range(rounds):
-            with progress.waiting():
-                batch = self.prepare(next(batches))
-            last = number == rounds - 1
-            with nullcontext() if last else self.accelerator.no_sync(self.model):
-                with self.accelerator.autocast():
-                    loss, logged = self.model(batch)
-                self.accelerator.backward(loss / rounds)
-            for name, value in logged.items():
-                sums[name] = sums.get(name, 0.0) + torch.as_tensor(value) / rounds
-        sums["gradient_norm"] = clip_gradient(self.weights.values(), self.clip_norm)
-        values = read_scalars(sums)
+        learner = self.learner
+        values = read_scalars(self._gradient(batches, progress))
         values["learning_rate"] = learner.optimizer.param_groups[0]["lr"]
         if all_agree(self.accelerator, finite(values["loss"], values["gradient_norm"])):
             learner.optimizer.step()
@@ -134,6 +130,25 @@ class Trainer:
         learner.optimizer.zero_grad()
         learner.scheduler.step()
         return values | {"skipped_steps": float(learner.skips.total)}
+
+    def _gradient(self, batches: Iterator[Batch], progress: Progress) -> dict[str, Tensor]:
+        """Leaves the clipped gradient in the weights; returns its norm and what the forward passes log."""
+        rounds = self.config.accumulate
+        sums: dict[str, Tensor] = {}
+        for number in range(rounds):
+            with progress.waiting():
+                batch = self.prepare(next(batches))
+            if self.captured is not None:
+                return self.captured(batch)
+            last = number == rounds - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.model):
+                with self.accelerator.autocast():
+                    loss, logged = self.model(batch)
+                self.accelerator.backward(loss / rounds)
+            for name, value in logged.items():
+                sums[name] = sums.get(name, 0.0) + torch.as_tensor(value) / rounds
+        sums["gradient_norm"] = clip_gradient(self.weights.values(), self.clip_norm)
+        return sums
 
     def _bad_step(self, step: int, values: dict[str, float]) -> BadStep:
         rounds = self.config.accumulate
