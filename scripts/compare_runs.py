@@ -1,29 +1,48 @@
-"""Compare two evaluations of the same episodes: `python scripts/compare_runs.py FOLDER_A FOLDER_B`."""
+"""Compare evaluations of the same episodes: `python scripts/compare_runs.py FOLDER FOLDER`.
+
+Two evaluations are compared task by task; two or more policies' folders, `<seed>/<suite>`, suite by suite.
+"""
 
 import argparse
 from pathlib import Path
 
-from vega_policy.evaluation.comparison import UnpairedRunsError, compare_runs, comparison_table
+from vega_policy.evaluation.comparison import compare_runs, comparison_table
+from vega_policy.evaluation.results import evaluations_below, read_policies
+from vega_policy.evaluation.results_tables import compare_policies, results_table
+from vega_policy.evaluation.run_folder import write_json
 
 
 def main() -> None:
-    """Print the paired difference in success, first minus second, with McNemar's exact test."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("first", type=Path, help="folder of the first evaluation")
-    parser.add_argument("second", type=Path, help="folder of the second; the first one again for a control")
-    parser.add_argument("--first-control", default="none")
-    parser.add_argument("--second-control", default="none")
+    """Print the paired differences in success, first minus second, with McNemar's exact test."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("folders", type=Path, nargs="+", help="two or more; the last is the reference")
+    parser.add_argument("--first-control", default="none", help="control of all folders but the last")
+    parser.add_argument("--second-control", default="none", help="control of the last folder")
+    parser.add_argument("--markdown", action="store_true", help="print Markdown")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all numbers")
     options = parser.parse_args()
+    if len(options.folders) < 2:
+        parser.error("give at least two folders; the same one twice, with --second-control, for a control")
+    single = len(options.folders) == 2 and not any(evaluations_below(folder) for folder in options.folders)
     try:
-        comparison = compare_runs(
-            options.first,
-            options.second,
-            first_control=options.first_control,
-            second_control=options.second_control,
-        )
-    except (FileNotFoundError, UnpairedRunsError) as error:
+        numbers, text = _evaluations(options) if single else _policies(options)
+    except (FileNotFoundError, ValueError) as error:
         parser.error(str(error))
-    print(comparison_table(comparison))
+    if options.json:
+        write_json(options.json, numbers)
+    print(text)
+
+
+def _evaluations(options: argparse.Namespace) -> tuple[dict, str]:
+    controls = {"first_control": options.first_control, "second_control": options.second_control}
+    comparison = compare_runs(*options.folders, **controls)
+    return comparison, comparison_table(comparison, markdown=options.markdown)
+
+
+def _policies(options: argparse.Namespace) -> tuple[dict, str]:
+    controls = [options.first_control] * (len(options.folders) - 1) + [options.second_control]
+    comparison = compare_policies(read_policies(options.folders, controls))
+    return comparison.numbers(), results_table(comparison, markdown=options.markdown)
 
 
 if __name__ == "__main__":

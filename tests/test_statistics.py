@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -5,10 +7,15 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 
 from vega_policy.evaluation.statistics import (
+    Interval,
+    interval_of_mean,
     mcnemar_exact,
     mean_of_groups,
     mean_of_tasks,
     paired_bootstrap,
+    repeated_wilson_interval,
+    sign_flip_exact,
+    stratified_bootstrap,
     wilson_interval,
 )
 
@@ -98,3 +105,82 @@ def test_the_mean_of_groups_is_not_the_mean_of_tasks():
 def test_a_task_without_a_group_is_named():
     with pytest.raises(ValueError, match="soccer"):
         mean_of_groups({"soccer": 1.0}, {})
+
+
+def test_strata_weigh_the_same_however_many_values_they_have():
+    rng = np.random.default_rng(0)
+    small, large = rng.integers(0, 4, 40), rng.integers(-2, 3, 4000)
+    interval = stratified_bootstrap([small, large], seed=0)
+    half = 1.96 * np.sqrt(small.var() / 40 + large.var() / 4000) / 2
+    centre = (small.mean() + large.mean()) / 2
+    assert interval.low == pytest.approx(centre - half, abs=0.02)
+    assert interval.high == pytest.approx(centre + half, abs=0.02)
+
+
+def test_intervals_of_an_average_cover_the_truth_as_often_as_they_say():
+    rng = np.random.default_rng(0)
+    rates, states, seeds, trials = np.array([0.98, 0.9, 0.6, 0.75])[:, None, None], 100, 2, 300
+    covered = np.zeros(2)
+    for _ in range(trials):
+        # A tenth of the states is hard: there the episodes of both seeds, and of both policies, mostly fail.
+        ease = np.where(rng.random((4, 1, states)) < 0.1, 0.2, 1)
+        first = rng.random((4, seeds, states)) < rates * ease
+        second = rng.random((4, seeds, states)) < (rates - 0.1) * ease
+        changes = (first.astype(int) - second).mean(axis=1)
+        difference = stratified_bootstrap(list(changes), seed=0, resamples=400)
+        success = interval_of_mean(
+            first.mean(axis=(1, 2)).tolist(), [repeated_wilson_interval(suite) for suite in first]
+        )
+        covered += [
+            difference.low <= 0.92 * 0.1 <= difference.high,
+            success.low <= 0.92 * rates.mean() <= success.high,
+        ]
+    assert covered.min() / trials >= 0.92
+    assert covered.max() / trials <= 0.99
+
+
+def test_repetitions_of_a_state_count_as_much_as_they_differ():
+    rng = np.random.default_rng(0)
+    once = rng.random((1, 400)) < 0.7
+    wilson = wilson_interval(int(once.sum()), 400)
+    assert repeated_wilson_interval(once) == wilson
+    copied = repeated_wilson_interval(np.repeat(once, 3, axis=0))
+    assert (copied.low, copied.high) == (pytest.approx(wilson.low), pytest.approx(wilson.high))
+    independent = rng.random((3, 400)) < 0.7
+    narrow, expected = repeated_wilson_interval(independent), wilson_interval(int(independent.sum()), 1200)
+    assert narrow.high - narrow.low == pytest.approx(expected.high - expected.low, rel=0.1)
+    assert repeated_wilson_interval(np.ones((3, 50), bool)) == wilson_interval(50, 50)
+
+
+def test_the_interval_of_a_mean_of_one_is_its_own_and_stays_below_one():
+    interval = wilson_interval(49, 50)
+    assert interval_of_mean([0.98], [interval]) == Interval(
+        pytest.approx(interval.low), pytest.approx(interval.high)
+    )
+    full = interval_of_mean([1.0, 1.0], [wilson_interval(50, 50)] * 2)
+    assert full.high == 1
+    assert full.low == pytest.approx(1 - (1 - wilson_interval(50, 50).low) / 2**0.5)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(-3, 3), min_size=1, max_size=9))
+def test_the_sign_flip_test_counts_all_ways_of_swapping(values):
+    differences = np.array(values)
+    flips = np.array(list(itertools.product([-1, 1], repeat=len(values))))
+    expected = np.mean(abs(flips @ differences) >= abs(differences.sum()))
+    assert sign_flip_exact(differences) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("first", "second"), [(0, 0), (7, 2), (0, 11), (400, 330)])
+def test_with_one_episode_a_state_the_sign_flip_test_is_mcnemars(first, second):
+    differences = np.array([1] * first + [-1] * second + [0] * 5)
+    assert sign_flip_exact(differences) == pytest.approx(mcnemar_exact(first, second))
+
+
+def test_a_mean_of_nothing_is_refused():
+    with pytest.raises(ValueError, match=r"got lengths \[2, 0\]"):
+        stratified_bootstrap([np.ones(2), np.ones(0)], seed=0)
+    with pytest.raises(ValueError, match="at least one estimate"):
+        interval_of_mean([], [])
+    with pytest.raises(ValueError, match=r"got \[0, 4\]"):
+        repeated_wilson_interval(np.ones((0, 4), bool))

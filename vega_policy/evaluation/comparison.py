@@ -34,7 +34,7 @@ def compare_runs(
         UnpairedRunsError: If they did not play the same episodes from the same initial states.
     """
     one, two = _episodes(first, first_control), _episodes(second, second_control)
-    _require_same_episodes(one, two)
+    require_same_episodes(one, two)
     tasks = dict.fromkeys(result.task for result in one)
     comparison = {
         task: paired_difference([r for r in one if r.task == task], [r for r in two if r.task == task])
@@ -43,9 +43,11 @@ def compare_runs(
     return {**comparison, "all": paired_difference(one, two)}
 
 
-def comparison_table(comparison: dict[str, dict[str, Any]]) -> str:
-    """Return a comparison as text, a line for each task and one for all."""
+def comparison_table(comparison: dict[str, dict[str, Any]], *, markdown: bool = False) -> str:
+    """Return a comparison as text or Markdown, a line for each task and one for all."""
     shown = comparison if len(comparison) > 2 else {"all": comparison["all"]}
+    if markdown:
+        return _markdown(shown)
     lines = [
         f"{'task':<28} {'episodes':>8} {'first':>7} {'second':>7} {'difference':>11}   "
         f"{'95% interval':<16} McNemar p"
@@ -60,6 +62,28 @@ def comparison_table(comparison: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def markdown_table(cells: Sequence[Sequence[str]]) -> str:
+    """Return rows of cells as a Markdown table; the first row is the head."""
+    head, *rows = ("| " + " | ".join(row) + " |" for row in cells)
+    return "\n".join([head, "|---" + "|---:" * (len(cells[0]) - 1) + "|", *rows])
+
+
+def _markdown(shown: dict[str, dict[str, Any]]) -> str:
+    cells = [["task", "episodes", "first, %", "second, %", "difference [95% interval]", "McNemar p"]]
+    cells += [
+        [
+            task,
+            str(row["episodes"]),
+            f"{100 * row['first_success_rate']:.1f}",
+            f"{100 * row['second_success_rate']:.1f}",
+            f"{100 * row['difference']:+.1f} [{100 * row['ci_low']:+.1f}, {100 * row['ci_high']:+.1f}]",
+            f"{row['mcnemar_p']:.3g} ({row['only_first']}:{row['only_second']})",
+        ]
+        for task, row in shown.items()
+    ]
+    return markdown_table(cells)
+
+
 def _episodes(folder: Path, control: str) -> list[EpisodeResult]:
     episodes = read_episodes(folder)
     chosen = [result for result in episodes if result.control == control]
@@ -69,7 +93,16 @@ def _episodes(folder: Path, control: str) -> list[EpisodeResult]:
     return sorted(chosen, key=lambda result: result.key)
 
 
-def _require_same_episodes(one: Sequence[EpisodeResult], two: Sequence[EpisodeResult]) -> None:
+def require_same_episodes(one: Sequence[EpisodeResult], two: Sequence[EpisodeResult]) -> None:
+    """Refuse to pair episodes that are not the same ones.
+
+    Args:
+        one: Episodes of the first run, sorted by their keys.
+        two: Episodes of the second run, sorted likewise.
+
+    Raises:
+        UnpairedRunsError: Naming what differs.
+    """
     first, second = ({(r.suite, *r.key) for r in results} for results in (one, two))
     if first != second:
         raise UnpairedRunsError(

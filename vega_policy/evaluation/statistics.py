@@ -36,14 +36,7 @@ def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> In
     """
     if trials < 1 or not 0 <= successes <= trials:
         raise ValueError(f"expected 0 <= successes <= trials and trials >= 1, got {successes} of {trials}")
-    z = _quantile(confidence)
-    rate = successes / trials
-    centre = (rate + z**2 / (2 * trials)) / (1 + z**2 / trials)
-    spread = math.sqrt(rate * (1 - rate) / trials + z**2 / (4 * trials**2)) * z / (1 + z**2 / trials)
-    # Rounding alone could leave 1e-17 where the formula gives exactly 0 or 1.
-    low = 0.0 if successes == 0 else max(0.0, centre - spread)
-    high = 1.0 if successes == trials else min(1.0, centre + spread)
-    return Interval(low, high)
+    return _wilson(successes / trials, trials, confidence)
 
 
 def mcnemar_exact(only_first: int, only_second: int) -> float:
@@ -90,13 +83,111 @@ def paired_bootstrap(
     """
     if len(first) != len(second) or not first:
         raise ValueError(f"expected two paired sequences of equal length, got {len(first)} and {len(second)}")
-    tails = [(1 - confidence) / 2, (1 + confidence) / 2]
     difference = np.asarray(first, dtype=int) - np.asarray(second, dtype=int)
-    shares = [np.mean(difference == value) for value in (-1, 0, 1)]
-    # Drawing n pairs with replacement is one multinomial draw of how often each difference appears.
-    counts = np.random.default_rng(seed).multinomial(len(difference), shares, size=resamples)
-    low, high = np.quantile((counts[:, 2] - counts[:, 0]) / len(difference), tails)
+    return stratified_bootstrap([difference], seed=seed, resamples=resamples, confidence=confidence)
+
+
+def stratified_bootstrap(
+    strata: Sequence[np.ndarray], *, seed: int, resamples: int = 10_000, confidence: float = 0.95
+) -> Interval:
+    """Return the percentile bootstrap interval of the mean over strata of each stratum's mean.
+
+    Every stratum is resampled by itself and weighs the same, however many values it has (Davison and Hinkley,
+    Bootstrap Methods and their Application, 1997, section 3.2; percentile interval: Efron and Tibshirani,
+    An Introduction to the Bootstrap, 1993, section 13.3).
+
+    Args:
+        strata: Values [n] of each stratum, independent of one another.
+        seed: Seed of the resampling.
+        resamples: Number of bootstrap resamples.
+        confidence: Coverage in (0, 1).
+
+    Raises:
+        ValueError: If there is no stratum, or one is empty.
+    """
+    if not strata or not all(len(values) for values in strata):
+        raise ValueError(f"expected strata with values, got lengths {[len(values) for values in strata]}")
+    rng = np.random.default_rng(seed)
+    means = np.zeros(resamples)
+    for values in strata:
+        support = np.unique([-1, 0, 1, *values])
+        shares = [np.mean(values == value) for value in support]
+        # Drawing n values with replacement is one multinomial draw of how often each of them appears.
+        counts = rng.multinomial(len(values), shares, size=resamples)
+        means += counts @ support / len(values) / len(strata)
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
     return Interval(float(low), float(high))
+
+
+def repeated_wilson_interval(successes: np.ndarray, confidence: float = 0.95) -> Interval:
+    """Return Wilson's interval of a success probability where each initial state was played several times.
+
+    Episodes from one state resemble one another, so they count as p (1 - p) / var trials, var being the
+    variance of the mean over states: the effective sample size of surveys (Franco, Little, Louis and Slud,
+    Journal of Survey Statistics and Methodology 7, 2019). It is kept between the number of states
+    (repetitions tell nothing new; also taken at rates of 0 and 1) and that of episodes (they are
+    independent).
+
+    Args:
+        successes: Booleans [k n], k repetitions of n states; k = 1 gives Wilson's interval itself.
+        confidence: Coverage in (0, 1).
+
+    Raises:
+        ValueError: If there is no episode.
+    """
+    if successes.ndim != 2 or successes.size == 0:
+        raise ValueError(f"expected successes of shape [k n] with k, n >= 1, got {list(successes.shape)}")
+    rate, states = float(successes.mean()), successes.shape[1]
+    trials = float(states)
+    if successes.shape[0] > 1 and states > 1 and 0 < rate < 1:
+        variance = float(successes.mean(axis=0).var(ddof=1)) / states
+        trials = float(np.clip(rate * (1 - rate) / max(variance, 1e-12), states, successes.size))
+    return _wilson(rate, trials, confidence)
+
+
+def interval_of_mean(rates: Sequence[float], intervals: Sequence[Interval]) -> Interval:
+    """Return the interval of the mean of independent estimates, from the interval of each.
+
+    Each limit is recovered from the distances of the estimates to their own limits, added in squares, so
+    that the result is as lopsided near 0 and 1 as they are (MOVER: Zou and Donner, Statistics in Medicine 27,
+    2008).
+
+    Args:
+        rates: The estimates.
+        intervals: Their intervals, all of the same confidence.
+
+    Raises:
+        ValueError: If there is no estimate.
+    """
+    if not rates:
+        raise ValueError("expected at least one estimate, got none")
+    mean = math.fsum(rates) / len(rates)
+    pairs = list(zip(rates, intervals, strict=True))
+    below = math.hypot(*(rate - interval.low for rate, interval in pairs)) / len(rates)
+    above = math.hypot(*(interval.high - rate for rate, interval in pairs)) / len(rates)
+    return Interval(mean - below, mean + above)
+
+
+def sign_flip_exact(differences: np.ndarray) -> float:
+    """Return the exact two-sided p-value of the paired randomisation test on a sum of whole differences.
+
+    Under the null hypothesis the two policies may be swapped at each initial state (Fisher, The Design of
+    Experiments, 1935, section 21). With one episode a state this is McNemar's exact test; with several, the
+    episodes of a state are swapped together, because they are no independent evidence.
+
+    Args:
+        differences: Integers [n], by state: episodes that the first policy solved minus those of the second.
+    """
+    distribution = np.ones(1)  # of the sum, from -total to total
+    for size, count in zip(
+        *np.unique(np.abs(differences[differences != 0]), return_counts=True), strict=True
+    ):
+        flips = np.zeros(2 * int(size * count) + 1)
+        flips[:: 2 * int(size)] = [math.comb(int(count), j) / 2 ** int(count) for j in range(count + 1)]
+        distribution = np.convolve(distribution, flips)
+    total = len(distribution) // 2
+    extreme = np.abs(np.arange(-total, total + 1)) >= abs(int(differences.sum()))
+    return min(1.0, float(distribution[extreme].sum()))
 
 
 def mean_of_tasks(rates: Mapping[str, float]) -> float:
@@ -129,6 +220,16 @@ def mean_of_groups(rates: Mapping[str, float], groups: Mapping[str, str]) -> flo
     for task, rate in rates.items():
         members.setdefault(groups[task], {})[task] = rate
     return mean_of_tasks({group: mean_of_tasks(tasks) for group, tasks in members.items()})
+
+
+def _wilson(rate: float, trials: float, confidence: float) -> Interval:
+    z = _quantile(confidence)
+    centre = (rate + z**2 / (2 * trials)) / (1 + z**2 / trials)
+    spread = math.sqrt(rate * (1 - rate) / trials + z**2 / (4 * trials**2)) * z / (1 + z**2 / trials)
+    # Rounding alone could leave 1e-17 where the formula gives exactly 0 or 1.
+    low = 0.0 if rate == 0 else max(0.0, centre - spread)
+    high = 1.0 if rate == 1 else min(1.0, centre + spread)
+    return Interval(low, high)
 
 
 def _quantile(confidence: float) -> float:
