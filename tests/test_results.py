@@ -1,4 +1,5 @@
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -27,7 +28,7 @@ def write(folder, solved, control="none", tasks=2, suite=None):
             9,
             3,
             f"{i}",
-            "z",
+            str(folder),
         )
         for i, s in enumerate(solved)
     ]
@@ -173,6 +174,12 @@ def test_policies_of_the_same_name_are_called_by_their_paths(tmp_path):
         write(tmp_path / place / "wan/seed_0/lift", first_of(4, 2))
     folders = [tmp_path / place / "wan" for place in ("x", "y")]
     assert [p.name for p in read_policies(folders, ["none", "none"])] == [str(folder) for folder in folders]
+
+
+def test_a_copied_evaluation_is_no_second_training(main_pair):
+    shutil.copytree(main_pair / "wan/seed_0/libero_10", main_pair / "wan/seed_2/libero_10")
+    with pytest.raises(ValueError, match=r"seed_2/libero_10 and .*seed_0/libero_10 are the same episodes"):
+        one(main_pair / "wan")
 
 
 def test_the_shards_of_an_evaluation_are_not_evaluations(tmp_path):

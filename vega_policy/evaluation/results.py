@@ -148,7 +148,7 @@ def read_policy(folder: Path, control: str, name: str) -> PolicyRuns:
     Raises:
         FileNotFoundError: If it holds no evaluation.
         ValueError: If an evaluation lies elsewhere, cannot be read or is of another suite than its folder's
-            name, or none has the control.
+            name, if two seeds are one and the same evaluation, or none has the control.
     """
     evaluations = evaluations_below(folder)
     if not evaluations:
@@ -163,6 +163,12 @@ def read_policy(folder: Path, control: str, name: str) -> PolicyRuns:
         played |= {result.control for result in episodes}
         if chosen := [result for result in episodes if result.control == control]:
             runs[key] = sorted(chosen, key=lambda result: result.key)
+            for twin in runs.keys() - {key}:
+                if runs[twin] == runs[key]:  # to the last simulator state, as no two trainings act
+                    raise ValueError(
+                        f"{evaluation} and {folder / '/'.join(twin)} are the same episodes to the last; "
+                        "expected one training in each seed's folder"
+                    )
     if not runs:
         raise ValueError(
             f"{folder} has no episodes under the control {control!r}; it has {', '.join(sorted(played))}"
