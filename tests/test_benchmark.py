@@ -192,12 +192,12 @@ def test_the_product_with_an_activation_counts_as_a_product():
 
 
 def test_fewer_blocks_and_eight_bits_are_measured_with_their_error(tiny):
-    paths = ["fast/encode=1/attention=flash", "fast/layer=3", "fp8"]
+    paths = ["fast/encode=1/attention=flash", "fast/layer=2", "fp8"]
     rows = {
         row["path"]: row for row in benchmark_prior("wan_tiny", CPU, [(32, 32)], [2], paths, seconds=0.01)
     }
     assert rows["fast/encode=1/attention=flash"]["error"] < 1e-5
-    assert rows["fast/layer=3"]["error"] > 0.01
+    assert rows["fast/layer=2"]["error"] > 0.01
     assert 1e-3 < rows["fp8"]["error"] < 0.2
 
 

@@ -127,7 +127,7 @@ def test_a_checkpoint_gives_the_same_actions_and_holds_what_was_resolved(policy,
         loaded.predict_action_chunk(seen, noise=noise), policy.predict_action_chunk(seen, noise=noise)
     )
     stored = json.loads((tmp_path / "config.json").read_text())["prior"]
-    assert (stored["layer"], stored["noise_level"]) == (5, 0.3)
+    assert (stored["layer"], stored["noise_level"]) == (3, 0.5)
     assert stored["fingerprint"] == policy.model.prior.fingerprint
 
 
