@@ -1,21 +1,26 @@
-"""What several test files share, made once a process."""
+"""What several test files share, made once a process.
+
+Imports stand in the fixtures: pytest-xdist's own process, which runs no test, reads this file before it
+starts the others, and they would wait for LeRobot.
+"""
 
 import pytest
-import torch
-
-from tests.synthetic_dataset import write_dataset
 
 
 @pytest.fixture(scope="session")
 def root(tmp_path_factory):
     """A synthetic dataset of three episodes, two cameras, two tasks; not to be written to."""
+    from tests.synthetic_dataset import write_dataset
+
     return write_dataset(tmp_path_factory.mktemp("data") / "synthetic")
 
 
 @pytest.fixture(scope="session")
 def wan_checkpoint(tmp_path_factory):
     """A randomly initialised Wan in the hub's folder layout; not to be written to."""
-    from tests.tiny_wan import write_wan  # diffusers is heavy, and few test files need it
+    import torch
+
+    from tests.tiny_wan import write_wan
 
     folder = tmp_path_factory.mktemp("wan")
     torch.manual_seed(5)  # not the seed of the untrained copies that it is compared with

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -247,7 +248,7 @@ def test_tasks_that_the_suite_lacks_are_refused(tmp_path):
         collect(replace(SETTINGS, tasks=(7,)), tmp_path / "none", processes=1)
 
 
-def test_the_script_skips_a_finished_dataset_and_reports_errors_in_one_line(root):
+def test_the_script_skips_a_finished_dataset_and_reports_errors_in_one_line(root, monkeypatch, capsys):
     asked = [
         "env=lift_wide",
         f"root={root}",
@@ -257,12 +258,13 @@ def test_the_script_skips_a_finished_dataset_and_reports_errors_in_one_line(root
         "demonstrator.noise=0.2",
     ]
     script = Path(__file__).parents[1] / "scripts" / "collect_demos.py"
-    run = [sys.executable, str(script), *asked]
-    done = subprocess.run([*run, "env.frame_size=32"], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert "nothing to collect" in done.stdout
-    assert "lift_wide: 3 demonstrations" in done.stdout
-    refused = subprocess.run([*run, "env.frame_size=64"], capture_output=True, text=True, timeout=120)
+    monkeypatch.setattr(sys, "argv", [str(script), *asked, "env.frame_size=32"])
+    runpy.run_path(str(script), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert "nothing to collect" in printed
+    assert "lift_wide: 3 demonstrations" in printed
+    run = [sys.executable, str(script), *asked, "env.frame_size=64"]
+    refused = subprocess.run(run, capture_output=True, text=True, timeout=120)
     assert refused.returncode == 1
     assert refused.stderr.startswith(f"{root} was collected with other settings: frame_size is 32 there")
     assert refused.stderr.count("\n") == 1

@@ -19,7 +19,7 @@ COMPACT = BackboneConfig(
 
 
 def parts_of(**fields):
-    expert = ExpertConfig(width=64, depth=1, heads=2)
+    expert = ExpertConfig(width=64, depth=1, heads=2, steps=2)
     config = ModelConfig(**SIZES, **{"frame_size": 64, "backbone": COMPACT, "expert": expert} | fields)
     return {part.name: part for part in inspect_model(config)}
 

@@ -87,16 +87,16 @@ def without_cancelling(prior):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_bright_square_changes_the_token_of_a_prior_that_holds_it_most(load, name):
-    grid, cell = (8, 8), 16
-    prior = without_cancelling(load(name, grid))
+    cell = 32
+    prior = without_cancelling(load(name))
     dark = torch.full((1, 1, 1, 3, 128, 128), 0.3)
     base = prior(dark)
-    for row in (0, 3, 7):
-        for column in (0, 4, 7):
+    for row in (0, 1, 3):
+        for column in (0, 2, 3):
             lit = dark.clone()
-            lit[..., cell * row + 4 : cell * row + 12, cell * column + 4 : cell * column + 12] = 1.0
+            lit[..., cell * row + 8 : cell * row + 24, cell * column + 8 : cell * column + 24] = 1.0
             change = (prior(lit) - base)[0, 0].norm(dim=0)
-            assert divmod(change.argmax().item(), 8) == (row, column)
+            assert divmod(change.argmax().item(), 4) == (row, column)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -174,7 +174,7 @@ def _attention_flops(module: nn.Module, tokens: int) -> int:
 
 
 def _flops(run: Any) -> int:
-    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
         run()
     return counter.get_total_flops()
 
