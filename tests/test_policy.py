@@ -13,6 +13,7 @@ from vega_policy.bases import BaseConfig
 from vega_policy.configuration_vega import VegaConfig
 from vega_policy.modeling_vega import VegaPolicy
 from vega_policy.parts import FusionConfig, PriorConfig
+from vega_policy.training.optimization import make_optimizer
 
 
 @pytest.fixture(scope="module")
@@ -240,3 +241,23 @@ def test_processors_normalise_and_restore_actions(policy, tmp_path):
     after.save_pretrained(tmp_path)
     reloaded, _ = make_pre_post_processors(policy.config, pretrained_path=str(tmp_path))
     torch.testing.assert_close(reloaded(seen)["observation.state"], normalised["observation.state"])
+
+
+def test_the_gate_can_learn_more_slowly_than_the_rest():
+    policy = VegaPolicy(tiny_config(PriorConfig(name="wan_tiny"), fusion=FusionConfig(gate_lr_scale=0.01)))
+    optimizer, scheduler = make_optimizer(policy, 100)
+    others, gate = optimizer.param_groups
+    names = {id(weight): name for name, weight in policy.named_parameters()}
+    assert {names[id(weight)] for weight in gate["params"]} == {
+        "model.fusion.logit.weight",
+        "model.fusion.logit.bias",
+    }
+    together = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
+    assert together == {id(weight) for weight in policy.parameters() if weight.requires_grad}
+    for _ in range(20):
+        optimizer.step()
+        scheduler.step()
+    assert gate["lr"] == pytest.approx(0.01 * others["lr"])
+    assert (
+        len(make_optimizer(VegaPolicy(tiny_config(PriorConfig(name="wan_tiny"))), 100)[0].param_groups) == 1
+    )

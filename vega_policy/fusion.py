@@ -70,6 +70,10 @@ class _Gate(_PerToken):
         if config.blend == "residual":
             self.scale = nn.Parameter(torch.tensor([config.residual_scale]))  # FSDP shards no scalar
 
+    def gate_weights(self) -> list[nn.Parameter]:
+        """The weights that make the gate's logit."""
+        return list(self.logit.parameters())
+
     def offset(self, context: Tensor | None) -> Tensor | float:
         """What the instruction adds to every token's logit, context [b d] -> [b 1 1]; nothing by default."""
         return 0.0
@@ -84,6 +88,11 @@ class _Gate(_PerToken):
             return gate * normed_semantic + (1 - gate) * normed_prior
         mixed = gate * semantic + (1 - gate) * prior
         return mixed if self.blend == "raw" else semantic + self.scale * (mixed - semantic)
+
+
+def gate_weights(model: nn.Module) -> list[nn.Parameter]:
+    """The weights that make a model's gate; none without one."""
+    return [weight for part in model.modules() if isinstance(part, _Gate) for weight in part.gate_weights()]
 
 
 class TokenGate(_Gate):
@@ -107,6 +116,10 @@ class InstructionGate(_Gate):
         super().__init__(width, config, grid)
         self.instruction = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 1, bias=False))
         self.context_scale = nn.Parameter(torch.tensor([config.context_scale]))
+
+    def gate_weights(self) -> list[nn.Parameter]:
+        """The weights that make the gate's logit, the instruction's summand among them."""
+        return [*super().gate_weights(), *self.instruction.parameters(), self.context_scale]
 
     def offset(self, context: Tensor | None) -> Tensor:
         """Scaled scalar of the pooled instruction, [b d] -> [b 1 1].

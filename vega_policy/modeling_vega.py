@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -13,10 +13,11 @@ from lerobot.policies.rtc.configuration_rtc import RTCConfig
 from lerobot.policies.rtc.modeling_rtc import RTCProcessor
 from lerobot.utils.constants import ACTION, OBS_STATE
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from vega_policy.captured import CapturedSteps
 from vega_policy.configuration_vega import VegaConfig
+from vega_policy.learning_rates import parameter_groups
 from vega_policy.model import VegaModel
 from vega_policy.observation import Observation, sentences, stack_views, stored_frames
 from vega_policy.priors import resolve
@@ -122,9 +123,9 @@ class VegaPolicy(PreTrainedPolicy):
         """Load a checkpoint; a missing or superfluous weight is an error unless `strict=False`."""
         return super().from_pretrained(pretrained_name_or_path, strict=strict, **kwargs)
 
-    def get_optim_params(self) -> Iterator[nn.Parameter]:
-        """All parameters that learn; the prior's are not among them."""
-        return (parameter for parameter in self.parameters() if parameter.requires_grad)
+    def get_optim_params(self) -> Iterable[Any]:
+        """All parameters that learn; see `parameter_groups`."""
+        return parameter_groups(self, self.config.optimizer_lr, self.config.fusion.gate_lr_scale)
 
     def reset(self) -> None:
         """Forget the rest of the last chunk and the past: a new episode begins."""
@@ -246,9 +247,8 @@ class VegaPolicy(PreTrainedPolicy):
         """
         cached = {name: batch.get(f"vega.{name}") for name in ("semantic", "prior")}
         stored = batch.get("vega.frames")
-        needed = list(self.config.image_features) if stored is None else []
-        if cached["semantic"] is not None and (self.model.prior is None or cached["prior"] is not None):
-            needed = []
+        known = cached["semantic"] is not None and (self.model.prior is None or cached["prior"] is not None)
+        needed = [] if known or stored is not None else list(self.config.image_features)
         missing = [key for key in (*needed, OBS_STATE) if key not in batch]
         if missing:
             held = sorted(key for key in batch if key.startswith("observation"))

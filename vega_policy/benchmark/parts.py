@@ -26,6 +26,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     policy.add_argument("--batch", type=int, default=256, help="samples of a training step")
     policy.add_argument("--text-encoder", default=None, help="folder of a sentence encoder's config")
     policy.add_argument("--backbone", default="compact", help="with random weights, such as smolvlm2_500m")
+    policy.add_argument("--expert", default="flow", choices=["flow", "l1"])
     policy.add_argument(
         "--cases", nargs="+", default=["live", "cached", "none"], help="of the prior's features"
     )
@@ -92,7 +93,7 @@ def _size(text: str) -> tuple[int, int]:
 
 
 def _model(options: argparse.Namespace) -> Any:
-    from vega_policy.parts import ModelConfig, PriorConfig
+    from vega_policy.parts import ExpertConfig, ModelConfig, PriorConfig
 
     return ModelConfig(
         views=options.views,
@@ -101,6 +102,7 @@ def _model(options: argparse.Namespace) -> Any:
         frame_size=options.frame_size,
         prior=PriorConfig(name=options.prior),
         backbone=_backbone(options),
+        expert=ExpertConfig(name=options.expert),
     )
 
 
