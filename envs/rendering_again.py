@@ -14,7 +14,13 @@ from envs.workers import Job
 
 
 def render_again(
-    source: Path, root: Path, *, frame_size: int, rendering: str, processes: int = 2
+    source: Path,
+    root: Path,
+    *,
+    frame_size: int,
+    rendering: str,
+    video: str | None = None,
+    processes: int = 2,
 ) -> dict[str, Any]:
     """Write the demonstrations of a dataset with other pictures; states, actions and order stay.
 
@@ -25,6 +31,7 @@ def render_again(
         root: Where the new dataset will lie.
         frame_size: Height and width of a frame in pixels.
         rendering: Profile "full" or "fast".
+        video: How frames are stored, "lossless" or "h264"; None stores them as the source does.
         processes: Worker processes.
 
     Returns:
@@ -32,12 +39,13 @@ def render_again(
 
     Raises:
         FileNotFoundError: If `source` holds no dataset that this package collected.
-        ValueError: If the profile is unknown, or `root` holds other settings.
+        ValueError: If the profile or the video is unknown, or `root` holds other settings.
         FileExistsError: If `root` holds something else.
     """
     stored = collected_metadata(source)
+    before = CollectionSettings.stored(stored["settings"])
     settings = replace(
-        CollectionSettings.stored(stored["settings"]), frame_size=frame_size, rendering=rendering
+        before, frame_size=frame_size, rendering=rendering, video=before.video if video is None else video
     )
     return assemble(
         settings,

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from envs.rendering import PROFILES
 from envs.rendering_again import render_again
+from envs.shards import CODECS
 
 
 def main() -> None:
@@ -19,6 +20,9 @@ def main() -> None:
     parser.add_argument("root", type=Path, help="where the new dataset will lie")
     parser.add_argument("--frame-size", type=int, default=256, help="height and width in pixels")
     parser.add_argument("--rendering", choices=PROFILES, default="full")
+    parser.add_argument(
+        "--video", choices=CODECS, help="how frames are stored; the source's way if not given"
+    )
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()
     try:
@@ -27,6 +31,7 @@ def main() -> None:
             options.root,
             frame_size=options.frame_size,
             rendering=options.rendering,
+            video=options.video,
             processes=options.processes,
         )
     except KeyboardInterrupt:

@@ -42,8 +42,11 @@ def test_recorded_actions_succeed_again_from_their_recorded_state_and_others_do_
 
 @pytest.mark.slow
 def test_a_dataset_is_rendered_again_at_another_size_with_the_same_states_and_actions(dataset, tmp_path):
-    metadata = render_again(dataset, tmp_path / "larger", frame_size=64, rendering="full", processes=1)
+    metadata = render_again(
+        dataset, tmp_path / "larger", frame_size=64, rendering="full", video="lossless", processes=1
+    )
     assert metadata["settings"]["frame_size"] == 64
+    assert metadata["settings"]["video"] == "lossless"
     assert metadata["settings"]["rendering"] == "full"
     for one, other in zip(read_episodes(dataset), read_episodes(tmp_path / "larger"), strict=True):
         assert np.array_equal(one.recording.states, other.recording.states)
