@@ -163,6 +163,12 @@ def test_a_run_that_can_be_captured_is_let_through_and_one_on_the_cpu_stops(root
     assert not (tmp_path / "run").exists()
 
 
+def test_a_cache_on_the_gpu_is_refused_without_one(root, tmp_path):
+    with pytest.raises(ValueError, match=r"cache=gpu needs a GPU; .* cpu\. Take dataset\.cache=ram"):
+        train(tiny_run(root, tmp_path / "run", policy=tiny_policy(), dataset={"cache": "gpu"}))
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 @pytest.mark.parametrize("frozen", [True, False])
 def test_on_a_gpu_a_captured_run_learns_what_an_uncaptured_one_learns(root, tmp_path, monkeypatch, frozen):

@@ -88,6 +88,8 @@ def make_trainer(config: TrainConfig, accelerator: Accelerator, checkpoint: Path
     """
     saved = encode(config)  # before the policy resolves its own config
     rank, world = accelerator.process_index, accelerator.num_processes
+    if config.dataset.cache == "gpu" and accelerator.device.type == "cpu":
+        raise ValueError("dataset.cache=gpu needs a GPU; this run trains on the cpu. Take dataset.cache=ram.")
     data = load_data(config)
     if config.capture:
         check_capturable(config, accelerator.device, data.instructions)
