@@ -92,9 +92,9 @@ class FusionConfig:
         residual_scale: Initial value of the learned scale s of the `residual` blend.
         gate_bias: Initial bias of the gate's logit; positive opens the semantic stream; None takes the
             fusion's own (0, and -0.5 where the instruction is read).
-        gate_lr_scale: Learning rate of the gate's logit, as a share of the others'. The logit reads 2 * width
-            normalised numbers, so that one step of Adam can move it by 2 * width times the learning rate: a
-            gate may close before the prior's projector has learnt anything.
+        gate_lr_scale: Learning rate of the gate's logit, as a share of the policy's `optimizer_lr` (which
+            counts for it even where an optimizer is set otherwise). The logit reads 2 * width normalised
+            numbers, so that one step of Adam can move it by about 2 * width times the learning rate.
         context_scale: Initial factor of the instruction's summand in the gate's logit.
         layers: Layers of cross-attention; the paper has 1 and 3.
         heads: Heads of cross-attention; divides the token width.
@@ -112,7 +112,7 @@ class FusionConfig:
     def __post_init__(self) -> None:
         if self.blend not in ("raw", "normalized", "residual"):
             raise ValueError(f"fusion.blend is 'raw', 'normalized' or 'residual'; got {self.blend!r}.")
-        if self.gate_lr_scale <= 0:
+        if not self.gate_lr_scale > 0:
             raise ValueError(f"fusion.gate_lr_scale must be above 0; got {self.gate_lr_scale}.")
         if self.layers < 1 or self.heads < 1:
             raise ValueError(

@@ -15,8 +15,8 @@ class CapturedGradient:
     """Loss, gradient and its norm of batches that always lie at the same place.
 
     The same kernels run as without a graph, so that the numbers are the same. What is drawn or decided on
-    the host is frozen in the graph: noise has to be written to its place before each call, and words are
-    constant.
+    the host is frozen in the graph: noise and the numbers of words have to be written to their places
+    before each call.
 
     Args:
         loss: Reads the batch where it lies and gives the mean loss, a scalar, without waiting for the device.

@@ -51,7 +51,8 @@ class TrainConfig:
         compile: Compile the compact backbone's blocks and the expert's (`torch.compile`): a minute at the
             start, fewer kernels in each step.
         capture: Loss and gradient of each step as one CUDA graph, so that no kernel waits for the host; needs
-            one GPU, the compact backbone, and a cache that holds the prior.
+            one GPU, the compact backbone, and a cache that holds the prior. A text encoder that learns then
+            has other draws of its dropout.
         sharding: `none`: each process has all weights (DDP); `full`: weights, gradients and optimizer are
             spread over the processes (FSDP2).
         max_skipped_steps: A step whose loss or gradient is not finite is skipped; so many in a row end the
