@@ -138,7 +138,7 @@ class Trainer:
         for number in range(rounds):
             with progress.waiting():
                 batch = self.prepare(next(batches))
-            if self.captured is not None:
+            if self.captured is not None:  # of a single round, or it is refused at the start
                 return self.captured(batch)
             last = number == rounds - 1
             with nullcontext() if last else self.accelerator.no_sync(self.model):
