@@ -6,8 +6,8 @@ Two evaluations are compared task by task; two or more policies' folders, `<seed
 import argparse
 from pathlib import Path
 
-from vega_policy.evaluation.comparison import compare_runs, comparison_table
-from vega_policy.evaluation.results import evaluations_below, read_policies
+from vega_policy.evaluation.comparison import compare_runs, comparison_notes, comparison_table
+from vega_policy.evaluation.policy_runs import evaluations_below, read_policies
 from vega_policy.evaluation.results_tables import compare_policies, results_table
 from vega_policy.evaluation.run_folder import write_json
 
@@ -36,7 +36,9 @@ def main() -> None:
 def _evaluations(options: argparse.Namespace) -> tuple[dict, str]:
     controls = {"first_control": options.first_control, "second_control": options.second_control}
     comparison = compare_runs(*options.folders, **controls)
-    return comparison, comparison_table(comparison, markdown=options.markdown)
+    notes = comparison_notes(*options.folders, **controls)
+    table = comparison_table(comparison, markdown=options.markdown)
+    return {**comparison, "notes": notes}, "\n".join([*notes, "", table])
 
 
 def _policies(options: argparse.Namespace) -> tuple[dict, str]:

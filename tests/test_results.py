@@ -8,13 +8,14 @@ import pytest
 from scripts import compare_runs as script
 from vega_policy.evaluation.comparison import UnpairedRunsError, compare_runs
 from vega_policy.evaluation.episodes import EpisodeResult
-from vega_policy.evaluation.results import LIBERO, difference, read_policies, read_policy, success
+from vega_policy.evaluation.policy_runs import read_policies, read_policy
+from vega_policy.evaluation.results import LIBERO, difference, success
 from vega_policy.evaluation.results_tables import compare_policies, results_table
 from vega_policy.evaluation.run_folder import RunFolder
 from vega_policy.evaluation.statistics import wilson_interval
 
 
-def write(folder, solved, control="none", tasks=2, suite=None):
+def write(folder, solved, control="none", tasks=2, suite=None, **settings):
     """An evaluation of `folder`'s suite, its episodes shared out among the tasks."""
     results = [
         EpisodeResult(
@@ -32,7 +33,7 @@ def write(folder, solved, control="none", tasks=2, suite=None):
         )
         for i, s in enumerate(solved)
     ]
-    run = RunFolder(folder, {"suite": folder.name})
+    run = RunFolder(folder, {"suite": folder.name, **settings})
     run.add(results)
     run.close()
 
@@ -178,8 +179,38 @@ def test_policies_of_the_same_name_are_called_by_their_paths(tmp_path):
 
 def test_a_copied_evaluation_is_no_second_training(main_pair):
     shutil.copytree(main_pair / "wan/seed_0/libero_10", main_pair / "wan/seed_2/libero_10")
-    with pytest.raises(ValueError, match=r"seed_2/libero_10 and .*seed_0/libero_10 are the same episodes"):
+    with pytest.raises(ValueError, match=r"seed_0/libero_10 and .*seed_2/libero_10 are the same episodes"):
         one(main_pair / "wan")
+
+
+def test_one_checkpoint_is_no_second_training_even_if_its_episodes_ended_otherwise(tmp_path):
+    for seed, count in (("seed_0", 3), ("seed_1", 2)):
+        write(tmp_path / "wan" / seed / "lift", first_of(4, count), checkpoint_sha256="9f8c")
+    with pytest.raises(ValueError, match=r"seed_0/lift and .*seed_1/lift are of one checkpoint"):
+        one(tmp_path / "wan")
+    write(tmp_path / "many/seed_0/lift", first_of(4, 2), checkpoint_sha256="9f8c")
+    write(tmp_path / "many/seed_0/stack", first_of(4, 2), checkpoint_sha256="9f8c")
+    assert len(one(tmp_path / "many").runs) == 2
+
+
+def test_what_was_not_played_alike_is_said(tmp_path, monkeypatch, capsys):
+    for policy, size in (("a", 128), ("b", 256)):
+        write(tmp_path / policy / "seed_0/lift", first_of(20, 9), frame_size=size, rendering="fast")
+    unlike = "Not played alike, frame_size: 128 in the first, 256 in the second (seed_0/lift)."
+    table = run(monkeypatch, capsys, tmp_path / "a", tmp_path / "b")
+    assert unlike in table
+    assert "rendering" not in table
+    single = run(monkeypatch, capsys, *(tmp_path / policy / "seed_0/lift" for policy in "ab"))
+    assert "frame_size: 128 in the first, 256 in the second" in single
+    assert single.startswith(f"first: {tmp_path / 'a'}")
+    (tmp_path / "b/seed_0/lift/settings.json").unlink()
+    assert "not known without settings.json" in run(monkeypatch, capsys, tmp_path / "a", tmp_path / "b")
+
+
+def test_a_folder_is_not_compared_with_itself(main_pair, monkeypatch, capsys):
+    for folder in (main_pair / "wan", main_pair / "wan/seed_0/libero_10"):
+        again = folder.parent / ".." / folder.parent.name / folder.name
+        assert "one folder under one control (none)" in refusal(monkeypatch, capsys, folder, again)
 
 
 def test_the_shards_of_an_evaluation_are_not_evaluations(tmp_path):

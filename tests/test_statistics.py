@@ -12,10 +12,9 @@ from vega_policy.evaluation.statistics import (
     mcnemar_exact,
     mean_of_groups,
     mean_of_tasks,
-    paired_bootstrap,
+    paired_interval,
     repeated_wilson_interval,
     sign_flip_exact,
-    stratified_bootstrap,
     wilson_interval,
 )
 
@@ -63,36 +62,38 @@ def test_mcnemar_survives_thousands_of_disagreements():
     assert 0 < mcnemar_exact(1100, 900) < 1e-4
 
 
-def test_the_bootstrap_interval_covers_the_difference_and_agrees_with_resampling_pairs():
-    rng = np.random.default_rng(0)
-    first, second = rng.random(200) < 0.8, rng.random(200) < 0.6
-    interval = paired_bootstrap(first.tolist(), second.tolist(), seed=1)
-    indices = rng.integers(200, size=(10_000, 200))
-    low, high = np.quantile((first[indices].mean(1) - second[indices].mean(1)), [0.025, 0.975])
-    assert interval.low < first.mean() - second.mean() < interval.high
-    assert interval.low == pytest.approx(low, abs=0.011)
-    assert interval.high == pytest.approx(high, abs=0.011)
+def test_the_paired_interval_is_the_published_one():
+    # Bonett and Price (2012): p12 = (f12 + 1) / (n + 2), p21 likewise, Wald's interval of p12 - p21.
+    f12, f21, n = 8, 3, 100
+    p12, p21 = (f12 + 1) / (n + 2), (f21 + 1) / (n + 2)
+    half = 1.959964 * ((p12 + p21 - (p12 - p21) ** 2) / (n + 2)) ** 0.5
+    interval = paired_interval(np.repeat([1.0, -1.0, 0.0], [f12, f21, n - f12 - f21]))
+    assert interval.low == pytest.approx(p12 - p21 - half, abs=1e-6)
+    assert interval.high == pytest.approx(p12 - p21 + half, abs=1e-6)
 
 
-def test_the_bootstrap_interval_is_near_the_normal_one_for_many_pairs():
-    rng = np.random.default_rng(0)
-    first, second = rng.random(5000) < 0.7, rng.random(5000) < 0.65
-    difference = first.astype(float) - second
-    half = 1.96 * difference.std() / np.sqrt(5000)
-    interval = paired_bootstrap(first.tolist(), second.tolist(), seed=0)
-    assert interval.high - interval.low == pytest.approx(2 * half, rel=0.05)
+@pytest.mark.parametrize("episodes", [10, 50, 500])
+@pytest.mark.parametrize(("first_alone", "second_alone"), [(0.01, 0), (0.05, 0.02), (0.2, 0.1), (0.5, 0)])
+def test_the_paired_interval_covers_the_difference_also_where_policies_hardly_differ(
+    episodes, first_alone, second_alone
+):
+    rng, trials, covered = np.random.default_rng(0), 400, 0
+    shares = [first_alone, second_alone, 1 - first_alone - second_alone]
+    for counts in rng.multinomial(episodes, shares, size=trials):
+        interval = paired_interval(np.repeat([1.0, -1.0, 0.0], counts))
+        covered += interval.low <= first_alone - second_alone <= interval.high
+    assert covered / trials >= 0.93
 
 
-def test_the_bootstrap_is_repeatable_and_equal_policies_differ_by_nothing():
-    first, second = [True, False, True, True], [False, False, True, True]
-    assert paired_bootstrap(first, second, seed=3) == paired_bootstrap(first, second, seed=3)
-    equal = paired_bootstrap(first, first, seed=3)
-    assert (equal.low, equal.high) == (0, 0)
+def test_policies_that_never_disagreed_may_still_differ():
+    interval = paired_interval(np.zeros(50))
+    assert interval.high == -interval.low == pytest.approx(1.959964 * 2**0.5 / 52, abs=1e-6)
 
 
-def test_unpaired_sequences_are_refused():
-    with pytest.raises(ValueError, match="2 and 1"):
-        paired_bootstrap([True, False], [True], seed=0)
+@pytest.mark.parametrize("differences", [np.zeros(0), np.array([0.0, 2.0]), np.zeros((2, 3))])
+def test_what_is_no_paired_difference_is_refused(differences):
+    with pytest.raises(ValueError, match="expected differences"):
+        paired_interval(differences)
 
 
 def test_the_mean_of_groups_is_not_the_mean_of_tasks():
@@ -107,16 +108,6 @@ def test_a_task_without_a_group_is_named():
         mean_of_groups({"soccer": 1.0}, {})
 
 
-def test_strata_weigh_the_same_however_many_values_they_have():
-    rng = np.random.default_rng(0)
-    small, large = rng.integers(0, 4, 40), rng.integers(-2, 3, 4000)
-    interval = stratified_bootstrap([small, large], seed=0)
-    half = 1.96 * np.sqrt(small.var() / 40 + large.var() / 4000) / 2
-    centre = (small.mean() + large.mean()) / 2
-    assert interval.low == pytest.approx(centre - half, abs=0.02)
-    assert interval.high == pytest.approx(centre + half, abs=0.02)
-
-
 def test_intervals_of_an_average_cover_the_truth_as_often_as_they_say():
     rng = np.random.default_rng(0)
     rates, states, seeds, trials = np.array([0.98, 0.9, 0.6, 0.75])[:, None, None], 100, 2, 300
@@ -127,7 +118,9 @@ def test_intervals_of_an_average_cover_the_truth_as_often_as_they_say():
         first = rng.random((4, seeds, states)) < rates * ease
         second = rng.random((4, seeds, states)) < (rates - 0.1) * ease
         changes = (first.astype(int) - second).mean(axis=1)
-        difference = stratified_bootstrap(list(changes), seed=0, resamples=400)
+        difference = interval_of_mean(
+            changes.mean(axis=1).tolist(), [paired_interval(suite) for suite in changes]
+        )
         success = interval_of_mean(
             first.mean(axis=(1, 2)).tolist(), [repeated_wilson_interval(suite) for suite in first]
         )
@@ -178,8 +171,6 @@ def test_with_one_episode_a_state_the_sign_flip_test_is_mcnemars(first, second):
 
 
 def test_a_mean_of_nothing_is_refused():
-    with pytest.raises(ValueError, match=r"got lengths \[2, 0\]"):
-        stratified_bootstrap([np.ones(2), np.ones(0)], seed=0)
     with pytest.raises(ValueError, match="at least one estimate"):
         interval_of_mean([], [])
     with pytest.raises(ValueError, match=r"got \[0, 4\]"):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from vega_policy.evaluation.conditions import read_conditions, require_two, unlike_conditions
 from vega_policy.evaluation.episodes import EpisodeResult
 from vega_policy.evaluation.run_folder import read_episodes
 from vega_policy.evaluation.summary import paired_difference
@@ -32,7 +33,9 @@ def compare_runs(
     Raises:
         FileNotFoundError: If a folder holds no finished episode.
         UnpairedRunsError: If they did not play the same episodes from the same initial states.
+        ValueError: If both are one folder under one control.
     """
+    require_two([first, second], [first_control, second_control])
     one, two = _episodes(first, first_control), _episodes(second, second_control)
     require_same_episodes(one, two)
     tasks = dict.fromkeys(result.task for result in one)
@@ -41,6 +44,23 @@ def compare_runs(
         for task in tasks
     }
     return {**comparison, "all": paired_difference(one, two)}
+
+
+def comparison_notes(
+    first: Path, second: Path, *, first_control: str = "none", second_control: str = "none"
+) -> list[str]:
+    """Return what a reader of a comparison must know: which is which, and what was not alike.
+
+    Args:
+        first: Folder of the first evaluation.
+        second: Folder of the second evaluation.
+        first_control: Control of the first evaluation.
+        second_control: Control of the second evaluation.
+    """
+    sides = (("first", first, first_control), ("second", second, second_control))
+    named = [f"{side}: {place}{'' if of == 'none' else f' ({of})'}" for side, place, of in sides]
+    alike = unlike_conditions({str(first): (read_conditions(first), read_conditions(second))})
+    return [*named, "difference: first minus second, paired, with Bonett and Price's interval", *alike]
 
 
 def comparison_table(comparison: dict[str, dict[str, Any]], *, markdown: bool = False) -> str:

@@ -132,7 +132,7 @@ def _bars(summary: dict[str, Any]) -> str:
 
 
 def _paired_table(summary: dict[str, Any]) -> str:
-    header = ("pair", "difference", "95% bootstrap interval", "only first", "only second", "McNemar p")
+    header = ("pair", "difference", "95% interval", "only first", "only second", "McNemar p")
     rows = [
         (
             f"{pair['first']} - {pair['second']}",

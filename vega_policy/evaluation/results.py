@@ -11,24 +11,20 @@ whole, which makes the intervals a little wider than tasks that are fixed would 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-import pyarrow
 
 from vega_policy.evaluation.comparison import UnpairedRunsError, require_same_episodes
-from vega_policy.evaluation.episodes import EpisodeResult
-from vega_policy.evaluation.run_folder import EPISODES_FILE, SHARD_FOLDER, read_episodes
+from vega_policy.evaluation.policy_runs import PolicyRuns, RunKey
 from vega_policy.evaluation.statistics import (
     interval_of_mean,
     mean_of_tasks,
+    paired_interval,
     repeated_wilson_interval,
     sign_flip_exact,
-    stratified_bootstrap,
 )
-from vega_policy.evaluation.summary import BOOTSTRAP_SEED
 
 LIBERO = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
 AVERAGES = {
@@ -36,26 +32,6 @@ AVERAGES = {
     for kind in ("", "_swap", "_object", "_lan", "_task")
 }
 """Means of suites that are reported: the four of LIBERO, and of each way in which LIBERO-PRO varies them."""
-
-RunKey = tuple[str, str]
-"""Seed folder ("." where there is none) and suite of an evaluation."""
-
-
-@dataclass(frozen=True)
-class PolicyRuns:
-    """All evaluations of one policy.
-
-    Attributes:
-        name: How the policy is called in tables.
-        folder: Where its evaluations lie.
-        control: Control under which they were played.
-        runs: Episodes of each evaluation, sorted by their keys.
-    """
-
-    name: str
-    folder: str
-    control: str
-    runs: Mapping[RunKey, Sequence[EpisodeResult]]
 
 
 @dataclass(frozen=True)
@@ -106,95 +82,6 @@ class Difference:
     seed_deviation: float | None
 
 
-def is_evaluation(folder: Path) -> bool:
-    """Tell whether a folder is one evaluation itself."""
-    return (folder / EPISODES_FILE).is_file()
-
-
-def evaluations_below(folder: Path) -> list[Path]:
-    """Return the evaluations in a folder that is none itself; the shards of an evaluation are not listed."""
-    if is_evaluation(folder):
-        return []
-    files = sorted(folder.rglob(EPISODES_FILE))
-    return [file.parent for file in files if SHARD_FOLDER not in file.relative_to(folder).parts]
-
-
-def read_policies(folders: Sequence[Path], controls: Sequence[str]) -> list[PolicyRuns]:
-    """Read several policies, called by their folders' names, or by the paths where two names are the same.
-
-    Args:
-        folders: Folder of each policy.
-        controls: Control of each policy; named where it is not `none`.
-
-    Raises:
-        FileNotFoundError: If a folder holds no evaluation.
-        ValueError: As `read_policy` says.
-    """
-    of = ["" if control == "none" else f" ({control})" for control in controls]
-    names = [folder.resolve().name + control for folder, control in zip(folders, of, strict=True)]
-    if len(set(names)) < len(names):
-        names = [f"{folder}{control}" for folder, control in zip(folders, of, strict=True)]
-    return [read_policy(*policy) for policy in zip(folders, controls, names, strict=True)]
-
-
-def read_policy(folder: Path, control: str, name: str) -> PolicyRuns:
-    """Read all evaluations of a policy.
-
-    Args:
-        folder: Holds `<seed>/<suite>/episodes.parquet`, or `<suite>/episodes.parquet` for a single seed.
-        control: The control whose episodes are taken; evaluations without it are passed over.
-        name: How the policy is called in tables.
-
-    Raises:
-        FileNotFoundError: If it holds no evaluation.
-        ValueError: If an evaluation lies elsewhere, cannot be read or is of another suite than its folder's
-            name, if two seeds are one and the same evaluation, or none has the control.
-    """
-    evaluations = evaluations_below(folder)
-    if not evaluations:
-        kind = "is one evaluation itself" if is_evaluation(folder) else "holds no evaluation"
-        raise FileNotFoundError(
-            f"{folder} {kind}; expected the folder of a policy, with <seed>/<suite>/{EPISODES_FILE} in it"
-        )
-    runs: dict[RunKey, list[EpisodeResult]] = {}
-    played: set[str] = set()
-    for evaluation in evaluations:
-        key, episodes = _read_evaluation(folder, evaluation)
-        played |= {result.control for result in episodes}
-        if chosen := [result for result in episodes if result.control == control]:
-            runs[key] = sorted(chosen, key=lambda result: result.key)
-            for twin in runs.keys() - {key}:
-                if runs[twin] == runs[key]:  # to the last simulator state, as no two trainings act
-                    raise ValueError(
-                        f"{evaluation} and {folder / '/'.join(twin)} are the same episodes to the last; "
-                        "expected one training in each seed's folder"
-                    )
-    if not runs:
-        raise ValueError(
-            f"{folder} has no episodes under the control {control!r}; it has {', '.join(sorted(played))}"
-        )
-    return PolicyRuns(name, str(folder), control, runs)
-
-
-def _read_evaluation(folder: Path, evaluation: Path) -> tuple[RunKey, list[EpisodeResult]]:
-    place = evaluation.relative_to(folder)
-    if len(place.parts) > 2:
-        raise ValueError(
-            f"{evaluation} lies too deep in {folder}: expected <seed>/<suite>; give the folder of one policy"
-        )
-    try:
-        episodes = read_episodes(evaluation)
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{evaluation / EPISODES_FILE} cannot be read: {error}") from error
-    suites = sorted({result.suite for result in episodes})
-    if suites != [place.name]:
-        raise ValueError(
-            f"{evaluation} holds episodes of {', '.join(suites) or 'no suite'}; "
-            "expected the folder to be named as its suite"
-        )
-    return (str(place.parent), place.name), episodes
-
-
 def success(policy: PolicyRuns, row: str) -> Success | None:
     """Return how often a policy succeeds on a suite or in one of `AVERAGES`; None if it did not play it.
 
@@ -233,7 +120,10 @@ def difference(first: PolicyRuns, second: PolicyRuns, row: str) -> Difference | 
             _require_paired(first, second, (seed, suite))
     one, two = ([_solved(policy, suite, seeds) for suite in suites] for policy in (first, second))
     changes = [a.astype(int) - b.astype(int) for a, b in zip(one, two, strict=True)]  # each [k n]
-    interval = stratified_bootstrap([change.mean(axis=0) for change in changes], seed=BOOTSTRAP_SEED)
+    of_states = [change.mean(axis=0) for change in changes]
+    interval = interval_of_mean(
+        [float(values.mean()) for values in of_states], [paired_interval(values) for values in of_states]
+    )
     by_seed = {seed: float(np.mean([change[k].mean() for change in changes])) for k, seed in enumerate(seeds)}
     return Difference(
         first=_success(one, seeds),

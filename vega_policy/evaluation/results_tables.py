@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from vega_policy.evaluation.comparison import UnpairedRunsError, markdown_table
+from vega_policy.evaluation.conditions import unlike_conditions
+from vega_policy.evaluation.policy_runs import PolicyRuns, RunKey
 from vega_policy.evaluation.results import (
     AVERAGES,
     Difference,
-    PolicyRuns,
-    RunKey,
     Success,
     difference,
     rows_of,
@@ -20,7 +20,7 @@ from vega_policy.evaluation.results import (
 
 _METHOD = (
     "Success and differences in %, with 95% intervals over episodes: Wilson's for success; for differences "
-    "the paired bootstrap within each suite, an initial state's episodes of all seeds kept together. "
+    "Bonett and Price's for pairs, an initial state's episodes of all seeds kept together. "
     "Averages weigh their suites alike."
 )
 _MCNEMAR = "McNemar: exact p (episodes that only the first solved : only the second)."
@@ -159,6 +159,10 @@ def _notes(comparison: Comparison) -> list[str]:
         for here, there in ((policy, reference), (reference, policy)):
             if missing := _missing(here, there):
                 notes.append(f"Not compared, in {here.name} but not in {there.name}: {', '.join(missing)}.")
+        common = [key for key in policy.runs if key in reference.runs]
+        notes += unlike_conditions(
+            {"/".join(key): (policy.settings[key], reference.settings[key]) for key in common}
+        )
         notes += _notes_on_averages(comparison, policy)
     return notes
 

@@ -61,62 +61,33 @@ def mcnemar_exact(only_first: int, only_second: int) -> float:
     return min(1.0, 2 * tail / 2**disagreements)
 
 
-def paired_bootstrap(
-    first: Sequence[bool],
-    second: Sequence[bool],
-    *,
-    seed: int,
-    resamples: int = 10_000,
-    confidence: float = 0.95,
-) -> Interval:
-    """Return the percentile bootstrap interval of the paired difference in success rate, first minus second.
+def paired_interval(differences: np.ndarray, confidence: float = 0.95) -> Interval:
+    """Return the adjusted Wald interval of a mean difference in success between paired episodes.
+
+    One state that only the first policy solves and one that only the second solves are added before the
+    variance is taken (Bonett and Price, Journal of Educational and Behavioral Statistics 37, 2012; there for
+    one episode a state). Unlike a bootstrap of the pairs it keeps a width where the policies never or hardly
+    ever disagree: with 50 pairs of which one in a hundred differs, a percentile bootstrap holds the truth in
+    38% of the cases.
 
     Args:
-        first: Success of the first policy, episode by episode.
-        second: Success of the second policy on the same episodes, in the same order.
-        seed: Seed of the resampling.
-        resamples: Number of bootstrap resamples.
+        differences: Success of the first policy minus that of the second [n], in [-1, 1], by initial state:
+            the mean over repetitions where a state was played several times.
         confidence: Coverage in (0, 1).
 
     Raises:
-        ValueError: If the sequences differ in length or are empty.
+        ValueError: If there is no difference, or one lies outside [-1, 1].
     """
-    if len(first) != len(second) or not first:
-        raise ValueError(f"expected two paired sequences of equal length, got {len(first)} and {len(second)}")
-    difference = np.asarray(first, dtype=int) - np.asarray(second, dtype=int)
-    return stratified_bootstrap([difference], seed=seed, resamples=resamples, confidence=confidence)
-
-
-def stratified_bootstrap(
-    strata: Sequence[np.ndarray], *, seed: int, resamples: int = 10_000, confidence: float = 0.95
-) -> Interval:
-    """Return the percentile bootstrap interval of the mean over strata of each stratum's mean.
-
-    Every stratum is resampled by itself and weighs the same, however many values it has (Davison and Hinkley,
-    Bootstrap Methods and their Application, 1997, section 3.2; percentile interval: Efron and Tibshirani,
-    An Introduction to the Bootstrap, 1993, section 13.3).
-
-    Args:
-        strata: Values [n] of each stratum, independent of one another.
-        seed: Seed of the resampling.
-        resamples: Number of bootstrap resamples.
-        confidence: Coverage in (0, 1).
-
-    Raises:
-        ValueError: If there is no stratum, or one is empty.
-    """
-    if not strata or not all(len(values) for values in strata):
-        raise ValueError(f"expected strata with values, got lengths {[len(values) for values in strata]}")
-    rng = np.random.default_rng(seed)
-    means = np.zeros(resamples)
-    for values in strata:
-        support = np.unique([-1, 0, 1, *values])
-        shares = [np.mean(values == value) for value in support]
-        # Drawing n values with replacement is one multinomial draw of how often each of them appears.
-        counts = rng.multinomial(len(values), shares, size=resamples)
-        means += counts @ support / len(values) / len(strata)
-    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Interval(float(low), float(high))
+    if differences.ndim != 1 or len(differences) == 0 or np.abs(differences).max() > 1:
+        raise ValueError(
+            f"expected differences of shape [n] in [-1, 1] with n >= 1, got shape {list(differences.shape)}"
+        )
+    padded = np.append(differences, [1.0, -1.0])
+    centre, spread = (
+        float(padded.mean()),
+        _quantile(confidence) * float(padded.std()) / math.sqrt(len(padded)),
+    )
+    return Interval(max(-1.0, centre - spread), min(1.0, centre + spread))
 
 
 def repeated_wilson_interval(successes: np.ndarray, confidence: float = 0.95) -> Interval:

@@ -14,11 +14,9 @@ from vega_policy.evaluation.statistics import (
     mcnemar_exact,
     mean_of_groups,
     mean_of_tasks,
-    paired_bootstrap,
+    paired_interval,
     wilson_interval,
 )
-
-BOOTSTRAP_SEED = 0
 
 
 def summarize(
@@ -72,13 +70,13 @@ def paired_difference(first: Sequence[EpisodeResult], second: Sequence[EpisodeRe
         second: The same episodes, in the same order, of the second policy.
 
     Returns:
-        Success rates, their `difference` (first minus second) with its paired 95% bootstrap interval, the
+        Success rates, their `difference` (first minus second) with its paired 95% interval, the
         counts of episodes that only one of them solved, and the p-value of McNemar's exact test.
     """
     one, two = [result.success for result in first], [result.success for result in second]
     only_first = sum(a and not b for a, b in zip(one, two, strict=True))
     only_second = sum(b and not a for a, b in zip(one, two, strict=True))
-    interval = paired_bootstrap(one, two, seed=BOOTSTRAP_SEED)
+    interval = paired_interval(np.subtract(one, two, dtype=float))
     return {
         "episodes": len(one),
         "first_success_rate": sum(one) / len(one),

@@ -121,7 +121,7 @@ def summarize(jobs: Sequence[Job]) -> list[dict[str, Any]]:
         Rows with `label`, `seeds`, by measure `mean` and `spread` (sample standard deviation over seeds),
         `successes` and `episodes` where episodes were played, and `paired`: by measure the mean difference to
         the first row over common seeds and its sign-flip p-value; for success over common episodes with its
-        bootstrap interval and McNemar's exact p-value.
+        interval and exact p-value, a state's episodes of all seeds kept together.
     """
     groups: dict[str, list[Job]] = {}
     for label, job in zip(labels(jobs), jobs, strict=True):
@@ -147,7 +147,7 @@ def _row(label: str, members: Sequence[Job]) -> dict[str, Any]:
 
 
 def _paired(members: Sequence[Job], first: Sequence[Job]) -> dict[str, Any]:
-    from vega_policy.evaluation.statistics import mcnemar_exact, paired_bootstrap
+    from vega_policy.evaluation.statistics import paired_interval, sign_flip_exact
 
     reference = {job.settings.get("seed"): job for job in first}
     pairs = [(job, reference[seed]) for job in members if (seed := job.settings.get("seed")) in reference]
@@ -157,18 +157,19 @@ def _paired(members: Sequence[Job], first: Sequence[Job]) -> dict[str, Any]:
         differences = [a[name] - b[name] for a, b in both]
         if differences:
             paired[name] = {"difference": fmean(differences), "p": sign_flip(differences), "pairs": len(both)}
-    outcomes = [
-        (a.episodes[key], b.episodes[key]) for a, b in pairs for key in a.episodes if key in b.episodes
-    ]
-    if outcomes:
-        mine, theirs = zip(*outcomes, strict=True)
-        interval = paired_bootstrap(mine, theirs, seed=0)
+    # An initial state that several seeds played is one observation: its episodes are kept together.
+    changes: dict[Any, list[int]] = {}
+    for a, b in pairs:
+        for key in a.episodes.keys() & b.episodes.keys():
+            changes.setdefault(key, []).append(int(a.episodes[key]) - int(b.episodes[key]))
+    if changes:
+        interval = paired_interval(np.array([fmean(change) for change in changes.values()]))
         paired["success"] = {
-            "difference": fmean(mine) - fmean(theirs),
+            "difference": fmean(itertools.chain(*changes.values())),
             "low": interval.low,
             "high": interval.high,
-            "p": mcnemar_exact(sum(a and not b for a, b in outcomes), sum(b and not a for a, b in outcomes)),
-            "pairs": len(outcomes),
+            "p": sign_flip_exact(np.array([sum(change) for change in changes.values()])),
+            "pairs": sum(map(len, changes.values())),
         }
     return paired
 
