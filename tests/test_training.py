@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from tests.synthetic_dataset import CAMERAS
 from tests.training_runs import assert_bitwise_equal, saved_weights, tiny_backbone, tiny_policy, tiny_run
 from vega_policy.modeling_vega import VegaPolicy
+from vega_policy.parts import FusionConfig
 from vega_policy.training.folders import point_link
 from vega_policy.training.retention import newest_sound
 from vega_policy.training.run_folder import RunFolderError
@@ -48,6 +49,14 @@ def test_two_steps_and_two_resumed_steps_equal_four_steps_bit_by_bit(root, tmp_p
     run("parts", stop_after=2)
     torch.manual_seed(99)  # whatever happened in between
     assert_bitwise_equal(straight, run("parts", resume=True))
+
+
+def test_a_gate_with_a_rate_of_its_own_has_it_in_the_log(root, tmp_path):
+    train(tiny_run(root, tmp_path / "run", policy=tiny_policy(fusion=FusionConfig(gate_lr_scale=0.1))))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        assert line["learning_rate/gate"] == pytest.approx(0.1 * line["learning_rate"])
+    assert lines[0]["learning_rate"] > lines[-1]["learning_rate"] > 0
 
 
 def test_a_resumed_run_has_one_log_line_a_step(root, tmp_path):

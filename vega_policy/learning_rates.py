@@ -3,6 +3,7 @@
 from typing import Any
 
 from torch import nn
+from torch.optim import Optimizer
 
 from vega_policy.fusion import gate_weights
 
@@ -25,3 +26,9 @@ def parameter_groups(model: nn.Module, rate: float, gate_scale: float) -> list[A
     slow = [parameter for parameter in learning if id(parameter) in gate]
     others = [parameter for parameter in learning if id(parameter) not in gate]
     return [{"params": others}, {"params": slow, "lr": gate_scale * rate}]
+
+
+def learning_rates(optimizer: Optimizer) -> dict[str, float]:
+    """The rates now: `learning_rate`, and `learning_rate/gate` where the gate has one of its own."""
+    names = ("learning_rate", "learning_rate/gate")
+    return {name: float(group["lr"]) for name, group in zip(names, optimizer.param_groups, strict=False)}

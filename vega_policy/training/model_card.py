@@ -34,7 +34,7 @@ a frozen video diffusion model, read in the middle, mixed token by token with a 
 | {{ key }} | {{ value }} |
 {% endfor -%}
 {% else -%}
-Nothing was measured on held-out episodes or in simulation.
+Nothing was measured while it learned. `python scripts/eval_policy.py checkpoint=... env=...` plays it.
 {% endif %}
 ## Use
 
@@ -42,10 +42,14 @@ Nothing was measured on held-out episodes or in simulation.
 from lerobot.policies.factory import make_pre_post_processors
 from vega_policy.modeling_vega import VegaPolicy
 
-policy = VegaPolicy.from_pretrained("{{ name }}")
-before, after = make_pre_post_processors(policy.config, pretrained_path="{{ name }}")
+path = "{{ place }}"
+policy = VegaPolicy.from_pretrained(path)
+before, after = make_pre_post_processors(policy.config, pretrained_path=path)
+policy.reset()  # at the start of every episode
 action = after(policy.select_action(before(observation)))
 ```
+
+`observation` holds {{ inputs }} and `task`, the instruction; frames are float32 `[3 h w]` in [0, 1].
 
 The prior's weights are not in here: they come from their own source, and others than those of the
 fingerprint above are refused.
@@ -82,6 +86,8 @@ def model_card(config: TrainConfig, step: int, scores: Mapping[str, float], data
         header,
         template_str=_TEMPLATE,
         name=policy.repo_id or "vega",
+        place=policy.repo_id or "FOLDER/pretrained_model",
+        inputs=", ".join(f"`{key}`" for key in policy.input_features or ()),
         facts=_facts(config, step, data),
         scores=measured,
     )

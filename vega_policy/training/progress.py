@@ -86,7 +86,9 @@ class Progress:
         self._file.flush()
         for board in self._boards:
             board.scalars(step, {f"{group}/{name}": value for name, value in values.items()})
-        shown = {name: f"{value:.4g}" for name, value in values.items() if name != "learning_rate"}
+        shown = {
+            name: f"{value:.4g}" for name, value in values.items() if not name.startswith("learning_rate")
+        }
         self._bar.set_postfix(shown, refresh=False)
 
     def film(self, step: int, name: str, path: Path) -> None:

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
+from vega_policy.learning_rates import learning_rates
 from vega_policy.training.batches import Batch, Source
 from vega_policy.training.captured_step import CapturedStep
 from vega_policy.training.checkpoints import Learner, Origin, rng_state, save_checkpoint, snapshot
@@ -120,7 +121,7 @@ class Trainer:
         """
         learner = self.learner
         values = read_scalars(self._gradient(batches, progress))
-        values["learning_rate"] = learner.optimizer.param_groups[0]["lr"]
+        values |= learning_rates(learner.optimizer)
         if all_agree(self.accelerator, finite(values["loss"], values["gradient_norm"])):
             learner.optimizer.step()
             learner.average.update(learner.step)
