@@ -9,10 +9,11 @@ import pytest
 import envs
 from envs import demonstrators
 from envs.demonstrators import DemonstrationOptions, demonstrate, grasping
-from envs.demonstrators.arm import OPEN, Arm, Reach, down
+from envs.demonstrators.arm import CLOSED, OPEN, Arm, Reach, down
 from envs.demonstrators.grasping import plan_grasp
 from envs.demonstrators.skills import NEAREST, Workcell, away_from_base
 from envs.demonstrators.start_pose import widen_start
+from envs.recording import Demonstrator, record
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +107,32 @@ def test_a_demonstration_from_a_widened_start_succeeds(lift_wide):
     assert all(rollout(lift_wide, seed, options=options)[1] for seed in range(3))
 
 
+def test_a_start_after_a_miss_is_an_empty_closed_hand_above_the_cube_and_the_grasp_is_tried_again(lift_wide):
+    options = DemonstrationOptions(missed_share=1.0)
+    for seed in range(3):
+        recording = record(lift_wide, seed, Demonstrator(options=options))
+        assert recording is not None
+        lift_wide.restore(recording.states[0])
+        raw = lift_wide.raw
+        above = Arm(raw.sim).position - Workcell.of(raw).scene.position("cube_main")
+        assert np.all((above > [-0.042, -0.042, 0.028]) & (above < [0.042, 0.042, 0.142]))
+        fingers = raw.sim.data.qpos[raw.robots[0]._ref_gripper_joint_pos_indexes]
+        np.testing.assert_allclose(fingers, [0.001, -0.001])
+        assert recording.actions[0, -1] == OPEN
+        assert recording.actions[-1, -1] == CLOSED
+
+
+def test_the_share_of_misses_is_that_of_the_episodes(lift_wide):
+    def starts_closed(seed):
+        recording = record(lift_wide, seed, Demonstrator(options=DemonstrationOptions(missed_share=0.5)))
+        assert recording is not None
+        lift_wide.restore(recording.states[0])
+        raw = lift_wide.raw
+        return raw.sim.data.qpos[raw.robots[0]._ref_gripper_joint_pos_indexes[0]] < 0.01
+
+    assert {starts_closed(seed) for seed in range(6)} == {True, False}
+
+
 def test_the_arm_servo_reaches_a_pose_and_its_yaw(lift_wide):
     lift_wide.reset_blindly(seed=0)
     cell = Workcell.of(lift_wide.raw)
@@ -174,6 +201,8 @@ def test_an_unknown_body_is_refused_with_the_known_ones(lift_wide):
 def test_a_start_spread_beyond_the_arm_is_refused():
     with pytest.raises(ValueError, match="start_spread"):
         DemonstrationOptions(start_spread=(0.5, 0.0, 0.0))
+    with pytest.raises(ValueError, match="missed_share"):
+        DemonstrationOptions(missed_share=1.5)
 
 
 def test_a_demonstration_is_lazy_and_can_be_left_early(lift_wide):
@@ -185,6 +214,9 @@ def test_a_detour_is_refused_where_no_demonstrator_makes_one():
     env = envs.make("stack", 0, render=False)
     env.reset_blindly(seed=0)
     options = DemonstrationOptions(detour=(0.02, 0.2))
-    with pytest.raises(ValueError, match=r"'stack' makes no detour.*set detour to .0, 0., got"):
-        next(demonstrate(env, rng=np.random.default_rng(0), options=options))
+    for refused in (options, DemonstrationOptions(missed_share=0.3)):
+        with pytest.raises(
+            ValueError, match=r"'stack' makes no detour and starts after no miss.*set detour to"
+        ):
+            next(demonstrate(env, rng=np.random.default_rng(0), options=refused))
     env.close()

@@ -15,7 +15,7 @@ from envs.demonstrators.noise import OrnsteinUhlenbeck
 from envs.demonstrators.options import DemonstrationOptions
 from envs.demonstrators.robosuite_tasks import DEMONSTRATORS, lift
 from envs.demonstrators.skills import Workcell
-from envs.demonstrators.start_pose import widen_start
+from envs.demonstrators.start_pose import start_after_a_miss, widen_start
 
 __all__ = ["ActionPair", "DemonstrationOptions", "demonstrate"]
 
@@ -71,13 +71,17 @@ def _until_lost(commands: Iterator[Command], task: str) -> Iterator[Command]:
 
 def _panda_commands(env: Any, options: DemonstrationOptions, rng: np.random.Generator) -> Iterator[Command]:
     program = _program(env)
-    if any(options.detour) and program is not lift:
+    if (any(options.detour) or options.missed_share) and program is not lift:
         raise ValueError(
-            f"the demonstrator of {env.task.name!r} makes no detour, which only lift and lift_wide show; "
-            f"set detour to (0, 0), got {options.detour}"
+            f"the demonstrator of {env.task.name!r} makes no detour and starts after no miss, which only "
+            f"lift and lift_wide show; set detour to (0, 0) and missed_share to 0, got {options.detour} "
+            f"and {options.missed_share}"
         )
     if any(options.start_spread):
         widen_start(env.raw, np.array(options.start_spread), rng)
+    # Guarded, so that recordings without misses draw what they always drew.
+    if options.missed_share and rng.random() < options.missed_share:
+        start_after_a_miss(env.raw, Workcell.of(env.raw).scene.position("cube_main"), rng)
     meters, radians = options.detour
     cell = Workcell.of(env.raw, rng.uniform(-1.0, 1.0, 3) * [meters, meters, radians])
     for command in program(cell):

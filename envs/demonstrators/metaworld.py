@@ -27,12 +27,13 @@ def packaged_commands(env: Any, options: DemonstrationOptions, rng: np.random.Ge
         rng: not needed: the policies are deterministic.
 
     Raises:
-        ValueError: a detour or a widened start is asked for.
+        ValueError: a detour, a widened start or one after a miss is asked for.
     """
-    if any(options.detour) or any(options.start_spread):
+    if any(options.detour) or any(options.start_spread) or options.missed_share:
         raise ValueError(
             "Meta-World's packaged policies make no detour and start where the simulator puts the hand; set "
-            f"detour and start_spread to zeros, got {options.detour} and {options.start_spread}"
+            f"detour, start_spread and missed_share to zeros, got {options.detour}, {options.start_spread} "
+            f"and {options.missed_share}"
         )
     policy, done = packaged_policy(env.task.name), 0
     for _ in range(env.task.horizon):

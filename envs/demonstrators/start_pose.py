@@ -5,18 +5,20 @@ from typing import Any
 import numpy as np
 
 from envs.demonstrators.arm import GRIP_SITE, Arm
-from envs.demonstrators.rotations import Array, rotation_vector
+from envs.demonstrators.rotations import Array, about_z, rotation_vector
 from envs.rendering import load_mujoco
 
 ITERATIONS = 30
 DAMPING = 1e-3
+MISSED_SHIFT = ((-0.04, -0.04, 0.03), (0.04, 0.04, 0.14))  # m from the object: least and largest x, y, z
+MISSED_TURN = 0.6  # rad, largest turn of the hand against its rest
+FINGERS_CLOSED = (0.001, -0.001)  # m, joints of a Panda's fingers that hold nothing
 
 
 def widen_start(raw: Any, spread: Array, rng: np.random.Generator) -> None:
     """Moves the resting hand by a uniformly drawn shift, before the first step of an episode.
 
-    The joints are set by damped least squares; nothing else in the scene moves, no time passes, and the
-    controller's goal follows the hand.
+    Nothing else in the scene moves.
 
     Args:
         raw: robosuite 1.4 environment, just reset.
@@ -24,8 +26,28 @@ def widen_start(raw: Any, spread: Array, rng: np.random.Generator) -> None:
         rng: source of randomness.
     """
     shift = rng.uniform([-spread[0], -spread[1], 0.0], spread)
+    arm = Arm(raw.sim)
+    _put_hand(raw, arm, arm.position + shift, arm.rotation)
+
+
+def start_after_a_miss(raw: Any, body: Array, rng: np.random.Generator) -> None:
+    """Puts the hand where a missed grasp leaves it: closed, empty, somewhere above the object.
+
+    Args:
+        raw: robosuite 1.4 environment, just reset.
+        body: position [3] of the object (m).
+        rng: source of randomness.
+    """
     arm, robot = Arm(raw.sim), raw.robots[0]
-    goal, rotation = arm.position + shift, arm.rotation
+    shift, turn = rng.uniform(*MISSED_SHIFT), rng.uniform(-MISSED_TURN, MISSED_TURN)
+    raw.sim.data.qpos[robot._ref_gripper_joint_pos_indexes] = FINGERS_CLOSED
+    robot.gripper.current_action = np.array([-1.0, 1.0])
+    _put_hand(raw, arm, body + shift, about_z(turn) @ arm.rotation)
+
+
+def _put_hand(raw: Any, arm: Arm, goal: Array, rotation: Array) -> None:
+    """Sets the joints by damped least squares; no time passes, and the controller's goal follows the hand."""
+    robot = raw.robots[0]
     for _ in range(ITERATIONS):
         _step_towards(raw.sim, arm, robot, goal, rotation)
     raw.sim.data.qvel[robot._ref_joint_vel_indexes] = 0.0
