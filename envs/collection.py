@@ -188,7 +188,8 @@ def _finished(settings: CollectionSettings, root: Path) -> dict[str, Any] | None
 
 
 def _check_same(stored: Mapping[str, Any], settings: CollectionSettings, where: Path) -> None:
-    lines = differences(stored, settings.decisive())
+    # Through the class, so that what was stored before a field existed has the field's default.
+    lines = differences(CollectionSettings.stored(stored).decisive(), settings.decisive())
     if lines:
         raise ValueError(
             f"{where} was collected with other settings: {'; '.join(lines)}. "

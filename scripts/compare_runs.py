@@ -38,7 +38,7 @@ def _evaluations(options: argparse.Namespace) -> tuple[dict, str]:
     comparison = compare_runs(*options.folders, **controls)
     notes = comparison_notes(*options.folders, **controls)
     table = comparison_table(comparison, markdown=options.markdown)
-    return {**comparison, "notes": notes}, "\n".join([*notes, "", table])
+    return {"tasks": comparison, "notes": notes}, "\n".join([*notes, "", table])
 
 
 def _policies(options: argparse.Namespace) -> tuple[dict, str]:

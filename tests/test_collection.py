@@ -1,8 +1,10 @@
 """Collecting demonstrations: what lies in the dataset, and what survives a kill, damage or a dying worker."""
 
+import json
 import logging
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +21,8 @@ import envs
 from envs import collection, rendering, workers
 from envs.base import DEMONSTRATION_SEEDS, EVALUATION_SEED
 from envs.collection import CollectionSettings, collect
-from envs.metadata import read_metadata
+from envs.demonstrators import DemonstrationOptions
+from envs.metadata import FILE, read_metadata
 from envs.recording import Demonstrator, record
 from envs.shards import read_shard
 from envs.workers import Job, Workers
@@ -131,6 +134,20 @@ def test_a_finished_dataset_is_left_alone(root, caplog):
         collect(SETTINGS, root, processes=1)
     assert "nothing to collect" in caplog.text
     assert before == {path: path.stat().st_mtime_ns for path in root.rglob("*")}
+
+
+def test_a_dataset_from_before_a_setting_existed_has_its_default(root, tmp_path, caplog):
+    folder = tmp_path / "older"
+    shutil.copytree(root, folder)
+    metadata = json.loads((folder / FILE).read_text())
+    del metadata["settings"]["demonstrator"]["options"]["missed_share"]
+    (folder / FILE).write_text(json.dumps(metadata))
+    with caplog.at_level(logging.INFO):
+        collect(SETTINGS, folder, processes=1)
+    assert "nothing to collect" in caplog.text
+    other = Demonstrator(noise=0.2, options=DemonstrationOptions(missed_share=0.5))
+    with pytest.raises(ValueError, match=r"missed_share is 0\.0 there, 0\.5 here"):
+        collect(replace(SETTINGS, demonstrator=other), folder, processes=1)
 
 
 def test_other_settings_are_refused_by_name(root):

@@ -2,17 +2,18 @@
 
 from itertools import islice
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
 
 import envs
 from envs import demonstrators
-from envs.demonstrators import DemonstrationOptions, demonstrate, grasping
+from envs.demonstrators import DemonstrationOptions, demonstrate, grasping, start_pose
 from envs.demonstrators.arm import CLOSED, OPEN, Arm, Reach, down
 from envs.demonstrators.grasping import plan_grasp
 from envs.demonstrators.skills import NEAREST, Workcell, away_from_base
-from envs.demonstrators.start_pose import widen_start
+from envs.demonstrators.start_pose import UnreachableStartError, start_after_a_miss, widen_start
 from envs.recording import Demonstrator, record
 
 
@@ -115,22 +116,36 @@ def test_a_start_after_a_miss_is_an_empty_closed_hand_above_the_cube_and_the_gra
         lift_wide.restore(recording.states[0])
         raw = lift_wide.raw
         above = Arm(raw.sim).position - Workcell.of(raw).scene.position("cube_main")
-        assert np.all((above > [-0.042, -0.042, 0.028]) & (above < [0.042, 0.042, 0.142]))
+        assert np.all((above > [-0.042, -0.042, 0.038]) & (above < [0.042, 0.042, 0.142]))
+        assert Workcell.of(raw).clearance.touched(Arm(raw.sim).position, Arm(raw.sim).rotation) == set()
         fingers = raw.sim.data.qpos[raw.robots[0]._ref_gripper_joint_pos_indexes]
         np.testing.assert_allclose(fingers, [0.001, -0.001])
         assert recording.actions[0, -1] == OPEN
         assert recording.actions[-1, -1] == CLOSED
 
 
-def test_the_share_of_misses_is_that_of_the_episodes(lift_wide):
-    def starts_closed(seed):
-        recording = record(lift_wide, seed, Demonstrator(options=DemonstrationOptions(missed_share=0.5)))
-        assert recording is not None
-        lift_wide.restore(recording.states[0])
-        raw = lift_wide.raw
-        return raw.sim.data.qpos[raw.robots[0]._ref_gripper_joint_pos_indexes[0]] < 0.01
+def test_so_large_a_share_of_the_episodes_begins_after_a_miss(lift_wide, monkeypatch):
+    missed = []
+    monkeypatch.setattr(demonstrators, "start_after_a_miss", lambda *_: missed.append(True))
+    for seed in range(100):
+        rng, options = np.random.default_rng(seed), DemonstrationOptions(missed_share=0.3)
+        next(demonstrate(lift_wide, rng=rng, options=options))
+    assert 20 <= len(missed) <= 40
 
-    assert {starts_closed(seed) for seed in range(6)} == {True, False}
+
+@pytest.mark.parametrize(("share", "draws"), [(0.0, 0), (1e-9, 1)])
+def test_a_share_of_zero_draws_nothing_so_that_older_recordings_stay_as_they_are(lift_wide, share, draws):
+    rng = MagicMock(wraps=np.random.default_rng(0))
+    lift_wide.reset_blindly(seed=0)
+    next(demonstrate(lift_wide, rng=rng, options=DemonstrationOptions(missed_share=share)))
+    assert rng.random.call_count == draws
+
+
+def test_a_start_that_the_arm_does_not_reach_is_a_failed_demonstration(lift_wide, monkeypatch):
+    monkeypatch.setattr(start_pose, "ITERATIONS", 1)
+    with pytest.raises(UnreachableStartError, match=r"no nearer than 0\.\d+ m"):
+        start_after_a_miss(lift_wide.raw, np.array([0.1, 0.1, 0.83]), np.random.default_rng(0))
+    assert record(lift_wide, 0, Demonstrator(options=DemonstrationOptions(missed_share=1.0))) is None
 
 
 def test_the_arm_servo_reaches_a_pose_and_its_yaw(lift_wide):

@@ -196,15 +196,28 @@ def test_one_checkpoint_is_no_second_training_even_if_its_episodes_ended_otherwi
 def test_what_was_not_played_alike_is_said(tmp_path, monkeypatch, capsys):
     for policy, size in (("a", 128), ("b", 256)):
         write(tmp_path / policy / "seed_0/lift", first_of(20, 9), frame_size=size, rendering="fast")
-    unlike = "Not played alike, frame_size: 128 in the first, 256 in the second (seed_0/lift)."
+    unlike = "Not played alike, frame_size: a 128, b 256 (seed_0/lift)."
     table = run(monkeypatch, capsys, tmp_path / "a", tmp_path / "b")
     assert unlike in table
     assert "rendering" not in table
     single = run(monkeypatch, capsys, *(tmp_path / policy / "seed_0/lift" for policy in "ab"))
-    assert "frame_size: 128 in the first, 256 in the second" in single
+    assert "frame_size: first 128, second 256" in single
     assert single.startswith(f"first: {tmp_path / 'a'}")
     (tmp_path / "b/seed_0/lift/settings.json").unlink()
-    assert "not known without settings.json" in run(monkeypatch, capsys, tmp_path / "a", tmp_path / "b")
+    numbers = tmp_path / "numbers.json"
+    table = run(monkeypatch, capsys, tmp_path / "a", tmp_path / "b", "--json", numbers)
+    unknown = "Whether it was played alike is not known: b lacks settings.json (seed_0/lift)."
+    assert unknown in table
+    assert unknown in json.loads(numbers.read_text())["notes"]
+    assert "Not played alike" not in table
+
+
+def test_the_action_steps_that_were_executed_are_compared(tmp_path):
+    for policy, steps in (("a", 4), ("b", 8)):
+        write(tmp_path / policy / "seed_0/lift", first_of(20, 9), action_steps=None)
+        (tmp_path / policy / "seed_0/lift/summary.json").write_text(json.dumps({"action_steps": steps}))
+    notes = compare_policies([one(tmp_path / "a"), one(tmp_path / "b")]).numbers()["notes"]
+    assert "Not played alike, action_steps: a 4, b 8 (seed_0/lift)." in notes
 
 
 def test_a_folder_is_not_compared_with_itself(main_pair, monkeypatch, capsys):

@@ -90,9 +90,17 @@ def test_policies_that_never_disagreed_may_still_differ():
     assert interval.high == -interval.low == pytest.approx(1.959964 * 2**0.5 / 52, abs=1e-6)
 
 
-@pytest.mark.parametrize("differences", [np.zeros(0), np.array([0.0, 2.0]), np.zeros((2, 3))])
-def test_what_is_no_paired_difference_is_refused(differences):
-    with pytest.raises(ValueError, match="expected differences"):
+@pytest.mark.parametrize(
+    ("differences", "message"),
+    [
+        (np.zeros(0), r"got shape \[0\]"),
+        (np.zeros((2, 3)), r"got shape \[2, 3\]"),
+        (np.array([0.0, 2.0]), r"in \[-1, 1\], got 2.0"),
+        (np.array([0.0, np.nan]), r"in \[-1, 1\], got nan"),
+    ],
+)
+def test_what_is_no_paired_difference_is_refused(differences, message):
+    with pytest.raises(ValueError, match=message):
         paired_interval(differences)
 
 

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from tests.synthetic_dataset import write_dataset
+from vega_policy.evaluation.statistics import wilson_interval
 from vega_policy.training.sweep import Job, labels, render, sign_flip, summarize
 
 REPOSITORY = Path(__file__).parents[1]
@@ -57,7 +58,11 @@ def test_episodes_are_paired_over_all_seeds():
     assert paired["difference"] == -0.5
     assert paired["p"] == 0.5  # two states, in both seeds won by the first: 2 / 2^2
     assert -1 <= paired["low"] < -0.5 < paired["high"]
-    assert "success 1/8 = 12.5%" in render([first, second])
+    table = render([first, second])
+    assert "success 1/8 = 12.5%" in table
+    assert "success by initial state (sign-flip p)" in table
+    # Two seeds on four states are no eight independent episodes.
+    assert second["high"] > wilson_interval(1, 8).high
 
 
 def test_a_run_that_failed_has_a_line_without_a_result():

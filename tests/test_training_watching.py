@@ -1,6 +1,7 @@
 """What a user can look at: curves, films, closed-loop success, model card, what made the run."""
 
 import json
+import re
 from importlib.metadata import version
 
 import pytest
@@ -102,6 +103,14 @@ def test_a_card_says_what_was_learned_from_how_and_what_was_measured(watched):
     assert card.data.library_name == "lerobot"
     for part in ("4 of 4, seed 3", "random, layer", "fusion | token_gate", "loss on held-out episodes | "):
         assert part in card.text
+    assert 'path = "FOLDER/pretrained_model"' in card.text
+    assert re.search(r"`observation` holds `observation\..+`observation\.state`.* and `task`", card.text)
+
+
+def test_a_card_without_a_measurement_says_so(points, tmp_path):
+    checkpoint = train(tiny_run(points, tmp_path / "run", steps=2))
+    card = ModelCard.load(checkpoint / "pretrained_model" / "README.md")
+    assert "Nothing was measured while it learned" in card.text
 
 
 def test_each_start_notes_code_packages_and_hardware(points, tmp_path):

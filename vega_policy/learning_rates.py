@@ -31,4 +31,5 @@ def parameter_groups(model: nn.Module, rate: float, gate_scale: float) -> list[A
 def learning_rates(optimizer: Optimizer) -> dict[str, float]:
     """The rates now: `learning_rate`, and `learning_rate/gate` where the gate has one of its own."""
     names = ("learning_rate", "learning_rate/gate")
-    return {name: float(group["lr"]) for name, group in zip(names, optimizer.param_groups, strict=False)}
+    groups = optimizer.param_groups
+    return {name: float(group["lr"]) for name, group in zip(names[: len(groups)], groups, strict=True)}

@@ -15,7 +15,7 @@ from envs.demonstrators.noise import OrnsteinUhlenbeck
 from envs.demonstrators.options import DemonstrationOptions
 from envs.demonstrators.robosuite_tasks import DEMONSTRATORS, lift
 from envs.demonstrators.skills import Workcell
-from envs.demonstrators.start_pose import start_after_a_miss, widen_start
+from envs.demonstrators.start_pose import UnreachableStartError, start_after_a_miss, widen_start
 
 __all__ = ["ActionPair", "DemonstrationOptions", "demonstrate"]
 
@@ -35,11 +35,12 @@ def demonstrate(
     """Demonstrates the task of a live environment that has just been reset.
 
     The caller steps the environment with each executed action before it asks for the next one. The end of
-    the iteration says nothing about success: ask the environment. Where no grasp fits, it ends.
+    the iteration says nothing about success: ask the environment. Where no grasp fits, or the
+    arm does not reach its start, it ends.
 
     Args:
         env: a manipulation environment with `task` and `raw` (the simulator's own environment).
-        rng: source of the action noise and of the widened start; owned by the caller.
+        rng: source of the action noise and of where the hand starts; owned by the caller.
         noise: stationary standard deviation of the Ornstein-Uhlenbeck action noise, in shares of full scale
             [0, 1]; slow, precise phases bear a third of it, the gripper none.
         options: everything else; None takes the defaults.
@@ -65,7 +66,7 @@ def demonstrate(
 def _until_lost(commands: Iterator[Command], task: str) -> Iterator[Command]:
     try:
         yield from commands
-    except NoGraspError as error:
+    except (NoGraspError, UnreachableStartError) as error:
         logger.info("%s: the demonstrator gives up: %s", task, error)
 
 

@@ -14,8 +14,9 @@ class DemonstrationOptions:
             first goes to a wrong place above the object, then corrects itself: recordings show corrections
             while every action stays the demonstrator's own. Lift and LiftWide only; others refuse it.
         missed_share: share of the episodes, in [0, 1], that begin as if a grasp had just missed: the hand
-            closed, empty, 3 to 14 cm above the object and up to 4 cm beside it. Recordings then show how to
-            try again, and no miss itself. Lift and LiftWide only; others refuse it.
+            closed, empty, 4 to 14 cm above the object's centre, up to 4 cm aside in x and in y, turned by
+            up to 0.6 rad. Recordings then show how to try again, and no miss itself; `start_spread` does not
+            apply to them. Lift and LiftWide only; others refuse it.
         follow_through: go on until the hand has let go and retreated; False ends at the first success.
     """
 

@@ -10,9 +10,14 @@ from envs.rendering import load_mujoco
 
 ITERATIONS = 30
 DAMPING = 1e-3
-MISSED_SHIFT = ((-0.04, -0.04, 0.03), (0.04, 0.04, 0.14))  # m from the object: least and largest x, y, z
+MISSED_SHIFT = ((-0.04, -0.04, 0.04), (0.04, 0.04, 0.14))  # m from its centre: least and largest x, y, z
 MISSED_TURN = 0.6  # rad, largest turn of the hand against its rest
+START_WITHIN = (0.005, 0.05)  # m, rad: how exactly a start must be reached
 FINGERS_CLOSED = (0.001, -0.001)  # m, joints of a Panda's fingers that hold nothing
+
+
+class UnreachableStartError(RuntimeError):
+    """The arm does not get to where an episode was to begin; the message says how near it came."""
 
 
 def widen_start(raw: Any, spread: Array, rng: np.random.Generator) -> None:
@@ -24,6 +29,9 @@ def widen_start(raw: Any, spread: Array, rng: np.random.Generator) -> None:
         raw: robosuite 1.4 environment, just reset.
         spread: largest shift [3] in x, y and upwards z (m); never downwards, where objects stand.
         rng: source of randomness.
+
+    Raises:
+        UnreachableStartError: If the arm does not get there.
     """
     shift = rng.uniform([-spread[0], -spread[1], 0.0], spread)
     arm = Arm(raw.sim)
@@ -35,8 +43,11 @@ def start_after_a_miss(raw: Any, body: Array, rng: np.random.Generator) -> None:
 
     Args:
         raw: robosuite 1.4 environment, just reset.
-        body: position [3] of the object (m).
+        body: position [3] of the object's centre (m).
         rng: source of randomness.
+
+    Raises:
+        UnreachableStartError: If the arm does not get there.
     """
     arm, robot = Arm(raw.sim), raw.robots[0]
     shift, turn = rng.uniform(*MISSED_SHIFT), rng.uniform(-MISSED_TURN, MISSED_TURN)
@@ -50,6 +61,12 @@ def _put_hand(raw: Any, arm: Arm, goal: Array, rotation: Array) -> None:
     robot = raw.robots[0]
     for _ in range(ITERATIONS):
         _step_towards(raw.sim, arm, robot, goal, rotation)
+    off = float(np.linalg.norm(goal - arm.position))
+    turned = float(np.linalg.norm(rotation_vector(rotation @ arm.rotation.T)))
+    if off > START_WITHIN[0] or turned > START_WITHIN[1]:
+        raise UnreachableStartError(
+            f"the hand was to start at {goal.round(3)}, got no nearer than {off:.3f} m and {turned:.2f} rad"
+        )
     raw.sim.data.qvel[robot._ref_joint_vel_indexes] = 0.0
     raw.sim.forward()
     robot.controller.update(force=True)

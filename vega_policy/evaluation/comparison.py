@@ -59,7 +59,8 @@ def comparison_notes(
     """
     sides = (("first", first, first_control), ("second", second, second_control))
     named = [f"{side}: {place}{'' if of == 'none' else f' ({of})'}" for side, place, of in sides]
-    alike = unlike_conditions({str(first): (read_conditions(first), read_conditions(second))})
+    settings = (read_conditions(first), read_conditions(second))
+    alike = unlike_conditions(("first", "second"), {f"{first} and {second}": settings})
     return [*named, "difference: first minus second, paired, with Bonett and Price's interval", *alike]
 
 

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vega_policy.evaluation.run_folder import SETTINGS_FILE
+from vega_policy.evaluation.run_folder import SETTINGS_FILE, SUMMARY_FILE
 
 SHOWN = ("frame_size", "rendering", "action_steps")
-"""Settings that change what a policy is shown or how often it is asked, and leave the episodes the same."""
+"""Settings that change what a policy is shown or how often it is asked, and no initial state."""
 
 Settings = Mapping[str, Any]
 
@@ -18,19 +18,28 @@ Settings = Mapping[str, Any]
 def read_conditions(folder: Path) -> dict[str, Any]:
     """Return the settings of an evaluation; none where its folder holds episodes alone.
 
+    `action_steps` are those that were executed, where the summary tells: the settings say null for the
+    policy's own number.
+
     Raises:
-        ValueError: If the file cannot be read.
+        ValueError: If a file cannot be read.
     """
-    path = folder / SETTINGS_FILE
+    settings, summary = (_read(folder / name) for name in (SETTINGS_FILE, SUMMARY_FILE))
+    return {**settings, **{name: summary[name] for name in ("action_steps",) if name in summary}}
+
+
+def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        settings = json.loads(path.read_text())
+        values = json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path} cannot be read: expected an object, got {type(settings).__name__}")
-    return settings
+        raise ValueError(f"{path} cannot be read: {error}; copy it again") from error
+    if not isinstance(values, dict):
+        raise ValueError(
+            f"{path} cannot be read: expected an object, got {type(values).__name__}; copy it again"
+        )
+    return values
 
 
 def require_two(folders: Sequence[Path], controls: Sequence[str]) -> None:
@@ -45,7 +54,7 @@ def require_two(folders: Sequence[Path], controls: Sequence[str]) -> None:
         if twin := seen.get(place):
             raise ValueError(
                 f"{twin} and {folder} are one folder under one control ({control}): every difference would "
-                "be zero; give two folders, or another control for the last with --second-control"
+                "be zero; give other folders, or other controls (--first-control, --second-control)"
             )
         seen[place] = folder
 
@@ -56,21 +65,21 @@ def same_checkpoint(first: Settings, second: Settings) -> bool:
     return known is not None and known == second.get("checkpoint_sha256")
 
 
-def unlike_conditions(pairs: Mapping[str, tuple[Settings, Settings]]) -> list[str]:
+def unlike_conditions(names: tuple[str, str], pairs: Mapping[str, tuple[Settings, Settings]]) -> list[str]:
     """Return one sentence for each setting that the two sides of a comparison do not share.
 
     Args:
+        names: What the first and the second side are called.
         pairs: Settings of the first and of the second evaluation, by the place where they lie.
     """
-    places: dict[str, list[str]] = {}
-    for place, (first, second) in pairs.items():
-        if not (first and second):
-            places.setdefault(
-                f"whether it was is not known without {SETTINGS_FILE} on both sides", []
-            ).append(place)
-            continue
-        for name in SHOWN:
-            if first.get(name) != second.get(name):
-                unlike = f"{name}: {first.get(name)} in the first, {second.get(name)} in the second"
-                places.setdefault(unlike, []).append(place)
-    return [f"Not played alike, {what} ({', '.join(where)})." for what, where in places.items()]
+    unlike: dict[str, list[str]] = {}
+    for place, settings in pairs.items():
+        for name in SHOWN if all(settings) else ():
+            shown = ["not recorded" if of.get(name) is None else of[name] for of in settings]
+            if shown[0] != shown[1]:
+                sides = ", ".join(f"{side} {value}" for side, value in zip(names, shown, strict=True))
+                unlike.setdefault(f"Not played alike, {name}: {sides}", []).append(place)
+    for side, name in enumerate(names):
+        if unknown := [place for place, settings in pairs.items() if not settings[side]]:
+            unlike[f"Whether it was played alike is not known: {name} lacks {SETTINGS_FILE}"] = unknown
+    return [f"{what} ({', '.join(places)})." for what, places in unlike.items()]

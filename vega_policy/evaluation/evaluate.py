@@ -25,12 +25,16 @@ from vega_policy.evaluation.policies import ChunkPolicy
 from vega_policy.evaluation.pool import WorkerPool
 from vega_policy.evaluation.report import write_report
 from vega_policy.evaluation.rollout import FinishedEpisode, Rollout, single_call_seconds
-from vega_policy.evaluation.run_folder import TRAJECTORY_FOLDER, RunFolder, Trajectories, write_json
+from vega_policy.evaluation.run_folder import (
+    SUMMARY_FILE,
+    TRAJECTORY_FOLDER,
+    RunFolder,
+    Trajectories,
+    write_json,
+)
 from vega_policy.evaluation.settings import EvaluationSettings
 from vega_policy.evaluation.shards import Shard, gather
 from vega_policy.evaluation.summary import summarize
-
-SUMMARY_FILE = "summary.json"
 
 
 class Evaluation:

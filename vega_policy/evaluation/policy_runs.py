@@ -79,7 +79,7 @@ def read_policy(folder: Path, control: str, name: str) -> PolicyRuns:
     Raises:
         FileNotFoundError: If it holds no evaluation.
         ValueError: If an evaluation lies elsewhere, cannot be read or is of another suite than its folder's
-            name, if two seeds are one and the same evaluation, or none has the control.
+            name, if two seeds are one and the same evaluation or of one checkpoint, or none has the control.
     """
     evaluations = evaluations_below(folder)
     if not evaluations:
@@ -115,7 +115,10 @@ def _require_own_trainings(policy: PolicyRuns) -> None:
                 f"{places} are the same episodes to the last; expected one training in each seed's folder"
             )
         if same_checkpoint(policy.settings[one], policy.settings[other]):
-            raise ValueError(f"{places} are of one checkpoint; expected one training in each seed's folder")
+            raise ValueError(
+                f"{places} are of one checkpoint ({policy.settings[one]['checkpoint_sha256']}); expected one "
+                "training in each seed's folder: move one of them away"
+            )
 
 
 def _read_evaluation(folder: Path, evaluation: Path) -> tuple[RunKey, list[EpisodeResult]]:

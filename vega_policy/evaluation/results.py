@@ -5,8 +5,8 @@ states. Two or three trainings are too few to tell how the next one would come o
 an interval far too narrow, a t interval one too wide to be of use. So every interval here is over episodes,
 for the trainings at hand, and the spread over seeds stands beside it: each seed's own value and their
 standard deviation. Episodes of one initial state are kept together over seeds, because they are not
-independent, and suites are strata of their own. Tasks are not: episodes are resampled within a suite as a
-whole, which makes the intervals a little wider than tasks that are fixed would need.
+independent. A suite's states are taken as one sample, not task by task, which makes the intervals a little
+wider than tasks that are fixed would need.
 """
 
 from __future__ import annotations

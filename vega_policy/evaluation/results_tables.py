@@ -21,7 +21,7 @@ from vega_policy.evaluation.results import (
 _METHOD = (
     "Success and differences in %, with 95% intervals over episodes: Wilson's for success; for differences "
     "Bonett and Price's for pairs, an initial state's episodes of all seeds kept together. "
-    "Averages weigh their suites alike."
+    "Averages weigh their suites alike; theirs are Zou and Donner's."
 )
 _MCNEMAR = "McNemar: exact p (episodes that only the first solved : only the second)."
 _OWN_SEEDS = "Success is over all seeds of a policy, a difference over those that both policies played."
@@ -66,6 +66,7 @@ class Comparison:
                 p.name: {"only_here": _missing(p, reference), "only_in_reference": _missing(reference, p)}
                 for p in others
             },
+            "notes": _notes(self),
         }
 
 
@@ -161,7 +162,8 @@ def _notes(comparison: Comparison) -> list[str]:
                 notes.append(f"Not compared, in {here.name} but not in {there.name}: {', '.join(missing)}.")
         common = [key for key in policy.runs if key in reference.runs]
         notes += unlike_conditions(
-            {"/".join(key): (policy.settings[key], reference.settings[key]) for key in common}
+            (policy.name, reference.name),
+            {"/".join(key): (policy.settings[key], reference.settings[key]) for key in common},
         )
         notes += _notes_on_averages(comparison, policy)
     return notes

@@ -19,6 +19,7 @@ import pyarrow.parquet
 from vega_policy.evaluation.episodes import EpisodeResult
 
 SETTINGS_FILE = "settings.json"
+SUMMARY_FILE = "summary.json"
 EPISODES_FILE = "episodes.parquet"
 PROGRESS_FILE = "progress.json"
 LOCK_FILE = "lock"

@@ -64,11 +64,11 @@ def mcnemar_exact(only_first: int, only_second: int) -> float:
 def paired_interval(differences: np.ndarray, confidence: float = 0.95) -> Interval:
     """Return the adjusted Wald interval of a mean difference in success between paired episodes.
 
-    One state that only the first policy solves and one that only the second solves are added before the
-    variance is taken (Bonett and Price, Journal of Educational and Behavioral Statistics 37, 2012; there for
+    One state that only the first policy solves and one that only the second solves are added before mean and
+    variance are taken (Bonett and Price, Journal of Educational and Behavioral Statistics 37, 2012; there for
     one episode a state). Unlike a bootstrap of the pairs it keeps a width where the policies never or hardly
-    ever disagree: with 50 pairs of which one in a hundred differs, a percentile bootstrap holds the truth in
-    38% of the cases.
+    ever disagree: with 50 pairs, where the first policy alone solves one state in a hundred and the second
+    alone none, a percentile bootstrap holds the truth in 39% of the cases.
 
     Args:
         differences: Success of the first policy minus that of the second [n], in [-1, 1], by initial state:
@@ -78,10 +78,11 @@ def paired_interval(differences: np.ndarray, confidence: float = 0.95) -> Interv
     Raises:
         ValueError: If there is no difference, or one lies outside [-1, 1].
     """
-    if differences.ndim != 1 or len(differences) == 0 or np.abs(differences).max() > 1:
-        raise ValueError(
-            f"expected differences of shape [n] in [-1, 1] with n >= 1, got shape {list(differences.shape)}"
-        )
+    if differences.ndim != 1 or len(differences) == 0:
+        raise ValueError(f"expected differences [n] with n >= 1, got shape {list(differences.shape)}")
+    if not (np.abs(differences) <= 1).all():  # also where one is NaN
+        wrong = differences[~(np.abs(differences) <= 1)]
+        raise ValueError(f"expected differences in [-1, 1], got {wrong[0]}")
     padded = np.append(differences, [1.0, -1.0])
     centre, spread = (
         float(padded.mean()),

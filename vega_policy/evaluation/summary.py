@@ -50,6 +50,7 @@ def summarize(
         "blind_success_rate": controls["blind"]["success_rate"] if "blind" in controls else None,
         "policy": description.name,
         "prior": description.prior,
+        "action_steps": description.action_steps,
         "seconds_total": round(progress.seconds, 3),
         "latency": latency(progress, first, settings["slots"]),
         "controls": controls,

@@ -119,9 +119,9 @@ def summarize(jobs: Sequence[Job]) -> list[dict[str, Any]]:
 
     Returns:
         Rows with `label`, `seeds`, by measure `mean` and `spread` (sample standard deviation over seeds),
-        `successes` and `episodes` where episodes were played, and `paired`: by measure the mean difference to
-        the first row over common seeds and its sign-flip p-value; for success over common episodes with its
-        interval and exact p-value, a state's episodes of all seeds kept together.
+        `successes`, `episodes` and their 95% interval `low`, `high` where episodes were played, and `paired`:
+        by measure the mean difference to the first row over common seeds and its sign-flip p-value; for
+        success over common episodes with interval and exact p-value, those of a state kept together.
     """
     groups: dict[str, list[Job]] = {}
     for label, job in zip(labels(jobs), jobs, strict=True):
@@ -134,6 +134,8 @@ def summarize(jobs: Sequence[Job]) -> list[dict[str, Any]]:
 
 
 def _row(label: str, members: Sequence[Job]) -> dict[str, Any]:
+    from vega_policy.evaluation.statistics import repeated_wilson_interval
+
     names = ("loss", "held_out_loss", "held_out_action_error")
     measures = {}
     for name in names:
@@ -141,9 +143,22 @@ def _row(label: str, members: Sequence[Job]) -> dict[str, Any]:
         if values:
             spread = stdev(values) if len(values) > 1 else None
             measures[name] = {"mean": fmean(values), "spread": spread, "runs": len(values)}
-    played = [success for job in members for success in job.episodes.values()]
     row = {"label": label, "seeds": [job.settings.get("seed") for job in members], "measures": measures}
-    return row | ({"successes": sum(played), "episodes": len(played)} if played else {})
+    solved = _solved([job for job in members if job.episodes])
+    if not solved.size:
+        return row
+    interval = repeated_wilson_interval(solved)
+    played = {"successes": int(solved.sum()), "episodes": solved.size}
+    return row | played | {"low": interval.low, "high": interval.high}
+
+
+def _solved(jobs: Sequence[Job]) -> np.ndarray:
+    """Success [k n] of k jobs on the n initial states that all of them played.
+
+    A state that several seeds played is one observation: its episodes are kept together.
+    """
+    states = sorted(set.intersection(*(set(job.episodes) for job in jobs))) if jobs else []
+    return np.array([[job.episodes[state] for state in states] for job in jobs], dtype=bool)
 
 
 def _paired(members: Sequence[Job], first: Sequence[Job]) -> dict[str, Any]:
@@ -157,19 +172,16 @@ def _paired(members: Sequence[Job], first: Sequence[Job]) -> dict[str, Any]:
         differences = [a[name] - b[name] for a, b in both]
         if differences:
             paired[name] = {"difference": fmean(differences), "p": sign_flip(differences), "pairs": len(both)}
-    # An initial state that several seeds played is one observation: its episodes are kept together.
-    changes: dict[Any, list[int]] = {}
-    for a, b in pairs:
-        for key in a.episodes.keys() & b.episodes.keys():
-            changes.setdefault(key, []).append(int(a.episodes[key]) - int(b.episodes[key]))
-    if changes:
-        interval = paired_interval(np.array([fmean(change) for change in changes.values()]))
+    solved = _solved([job for pair in pairs for job in pair])
+    if solved.size:
+        changes = solved[::2].astype(int) - solved[1::2]
+        interval = paired_interval(changes.mean(axis=0))
         paired["success"] = {
-            "difference": fmean(itertools.chain(*changes.values())),
+            "difference": float(changes.mean()),
             "low": interval.low,
             "high": interval.high,
-            "p": sign_flip_exact(np.array([sum(change) for change in changes.values()])),
-            "pairs": sum(map(len, changes.values())),
+            "p": sign_flip_exact(changes.sum(axis=0)),
+            "pairs": changes.size,
         }
     return paired
 
@@ -191,21 +203,18 @@ def render(rows: Sequence[dict[str, Any]]) -> str:
     lines += [f"{row['label']:<{width}}  {len(row['seeds']):>4}  {_results(row)}" for row in rows]
     compared = [row for row in rows if row["paired"]]
     if compared:
-        lines += ["", f"minus {rows[0]['label']}, paired by seed (sign-flip p) and by episode (McNemar p):"]
+        lines += ["", f"minus {rows[0]['label']}, paired by seed, success by initial state (sign-flip p):"]
         lines += [f"{row['label']:<{width}}        {_differences(row['paired'])}" for row in compared]
     return "\n".join(lines)
 
 
 def _results(row: dict[str, Any]) -> str:
-    from vega_policy.evaluation.statistics import wilson_interval
-
     told = []
     if "episodes" in row:
-        interval = wilson_interval(row["successes"], row["episodes"])
         rate = 100 * row["successes"] / row["episodes"]
         told.append(
             f"success {row['successes']}/{row['episodes']} = {rate:.1f}% "
-            f"[{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
+            f"[{100 * row['low']:.1f}, {100 * row['high']:.1f}]"
         )
     for name, value in row["measures"].items():
         spread = "" if value["spread"] is None else f" ± {value['spread']:.2g}"
