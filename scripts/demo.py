@@ -19,7 +19,7 @@ STAGES = {
     "collect": [
         "collect_demos.py",
         "env=lift_wide",
-        "episodes_per_task=100",
+        "episodes_per_task=200",
         f"root={OUTPUT}/demonstrations",
     ],
     "train": ["train_policy.py", "experiment=demo", f"output_dir={OUTPUT}/train", "resume=true"],
