@@ -15,6 +15,9 @@ class DatasetConfig:
         revision: Hub revision; None takes the newest.
         episodes: Episode numbers to use; None takes all.
         held_out: Share of each task's episodes kept for the held-out loss, in [0, 1).
+        shift: Largest random shift of training frames, in pixels of the frames as they come; 0 for none. It
+            needs frames: a cache of features holds those of pictures that were not moved, and a cached prior
+            does so even beside cached frames.
         video_backend: Decoder that LeRobot uses, `pyav` or `torchcodec`.
         workers: Processes that decode videos while a step runs; unused with a cache.
         cache: `none` decodes videos in every step; `disk` maps a cache of frames or features into memory;
@@ -29,6 +32,7 @@ class DatasetConfig:
     revision: str | None = None
     episodes: list[int] | None = None
     held_out: float = 0.0
+    shift: int = 0
     video_backend: str = "pyav"
     workers: int = 2
     cache: str = "none"
@@ -41,6 +45,13 @@ class DatasetConfig:
         for stream in self.cached:
             one_of("dataset.cached", stream, STREAMS)
         share("dataset.held_out", self.held_out)
+        at_least("dataset.shift", self.shift, 0)
+        if self.shift and self.cache != "none" and ("frames" not in self.cached or "semantic" in self.cached):
+            raise ValueError(
+                f"dataset.shift={self.shift} moves frames before the semantic encoder sees them, but "
+                f"dataset.cached={list(self.cached)} has no frames or its features ready. Take "
+                "dataset.cached=[frames,prior] or [frames], or dataset.shift=0."
+            )
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from vega_policy.learning_rates import learning_rates
+from vega_policy.training.augmentation import RandomShift
 from vega_policy.training.batches import Batch, Source
 from vega_policy.training.captured_step import CapturedStep
 from vega_policy.training.checkpoints import Learner, Origin, rng_state, save_checkpoint, snapshot
@@ -65,6 +66,7 @@ class Trainer:
         self.held_out = spread(held_out, config.held_out_frames)
         self.weights = trainable(learner.policy)
         self.clip_norm = learner.policy.config.get_optimizer_preset().grad_clip_norm
+        self.shift = self._random_shift()
         learner.policy.train()
         learner.policy.draws, learner.policy.lazy_log = learner.draws, True
         learner.policy.model.expert.share = (accelerator.process_index, accelerator.num_processes)
@@ -74,6 +76,13 @@ class Trainer:
             self.captured = CapturedStep(
                 self.model, learner.policy, accelerator.autocast, instructions, self.clip_norm
             )
+
+    def _random_shift(self) -> RandomShift | None:
+        most, sampler = self.config.dataset.shift, self.sampler
+        if most == 0:
+            return None
+        cameras = list(self.learner.policy.config.image_features)
+        return RandomShift(most, cameras, seed=self.config.seed, rank=sampler.rank, world=sampler.world)
 
     def _wrap(self) -> nn.Module:
         """The policy as several processes call it; shards are in place already."""
@@ -120,7 +129,7 @@ class Trainer:
         A step whose loss or gradient is not finite, in any process, changes no weight in all of them.
         """
         learner = self.learner
-        values = read_scalars(self._gradient(batches, progress))
+        values = read_scalars(self._gradient(batches, progress, step))
         values |= learning_rates(learner.optimizer)
         if all_agree(self.accelerator, finite(values["loss"], values["gradient_norm"])):
             learner.optimizer.step()
@@ -132,13 +141,15 @@ class Trainer:
         learner.scheduler.step()
         return values | {"skipped_steps": float(learner.skips.total)}
 
-    def _gradient(self, batches: Iterator[Batch], progress: Progress) -> dict[str, Tensor]:
-        """Leaves the clipped gradient in the weights; returns its norm and what the forward passes log."""
+    def _gradient(self, batches: Iterator[Batch], progress: Progress, step: int) -> dict[str, Tensor]:
+        """Leaves the clipped gradient of a step in the weights; returns its norm and what was logged."""
         rounds = self.config.accumulate
         sums: dict[str, Tensor] = {}
         for number in range(rounds):
             with progress.waiting():
                 batch = self.prepare(next(batches))
+            if self.shift is not None:
+                batch = self.shift(batch, (step - 1) * rounds + number)
             if self.captured is not None:  # of a single round, or it is refused at the start
                 return self.captured(batch)
             last = number == rounds - 1

@@ -1,0 +1,77 @@
+"""Random shifts: what moves, by how much, and that a run with them is as repeatable as one without."""
+
+import pytest
+import torch
+
+from tests.training_runs import assert_bitwise_equal, saved_weights, tiny_run
+from vega_policy.training.augmentation import FRAMES, RandomShift, shifted
+from vega_policy.training.options import DatasetConfig
+from vega_policy.training.setup import train
+
+CAMERAS = ["observation.images.image", "observation.images.image2"]
+FRAMES_ONLY = {"cached": ["frames"], "cache": "ram"}
+
+
+def test_a_picture_moves_down_and_to_the_right_and_its_edge_is_repeated():
+    picture = torch.arange(12).reshape(1, 1, 3, 4)
+    moved = shifted(picture, torch.tensor([[1, -2]]))
+    assert moved[0, 0].tolist() == [[2, 3, 3, 3], [2, 3, 3, 3], [6, 7, 7, 7]]
+    assert torch.equal(shifted(picture, torch.zeros(1, 2, dtype=torch.int64)), picture)
+
+
+def test_a_samples_clip_and_channels_move_alike_and_samples_apart():
+    frames = torch.rand(2, 4, 3, 8, 8)
+    moved = shifted(frames, torch.tensor([[2, 0], [0, 3]]))
+    assert torch.equal(moved[0, :, :, 2:], frames[0, :, :, :-2])
+    assert torch.equal(moved[1, :, :, :, 3:], frames[1, :, :, :, :-3])
+
+
+def test_cached_frames_and_cameras_move_alike():
+    views = torch.randint(0, 256, (5, 2, 3, 16, 16), dtype=torch.uint8)
+    shift = RandomShift(3, CAMERAS, seed=1)
+    cached = shift({FRAMES: views, "task": ["lift"]}, 7)
+    apart = shift({camera: views[:, view] for view, camera in enumerate(CAMERAS)}, 7)
+    assert cached["task"] == ["lift"]
+    for view, camera in enumerate(CAMERAS):
+        assert torch.equal(cached[FRAMES][:, view], apart[camera])
+    assert not torch.equal(cached[FRAMES], views)
+
+
+def test_all_shifts_up_to_the_largest_come_and_none_beyond_and_another_batch_has_others():
+    shift = RandomShift(2, CAMERAS, seed=0)
+    drawn = shift.draw(200, 0)
+    assert drawn.shape == (200, 2, 2)
+    assert drawn.unique().tolist() == [-2, -1, 0, 1, 2]
+    assert not torch.equal(drawn, shift.draw(200, 1))
+    assert not torch.equal(drawn, RandomShift(2, CAMERAS, seed=1).draw(200, 0))
+
+
+def test_several_processes_draw_what_one_draws():
+    whole = RandomShift(4, CAMERAS, seed=5).draw(12, 3)
+    parts = [RandomShift(4, CAMERAS, seed=5, rank=rank, world=3).draw(4, 3) for rank in range(3)]
+    assert torch.equal(torch.cat(parts), whole)
+
+
+def test_a_resumed_run_with_shifts_is_the_straight_one_and_another_than_without(root, tmp_path):
+    def run(name, shift=2, **fields):
+        dataset = FRAMES_ONLY | {"shift": shift}
+        return train(tiny_run(root, tmp_path / name, dataset=dataset, accumulate=2, **fields))
+
+    straight = run("straight")
+    run("parts", stop_after=2)
+    assert_bitwise_equal(straight, run("parts", resume=True))
+    still = run("still", shift=0)
+    assert not all(torch.equal(a, b) for a, b in zip(*map(weights_of, (straight, still)), strict=True))
+
+
+def weights_of(checkpoint):
+    return saved_weights(checkpoint).values()
+
+
+@pytest.mark.parametrize("cached", [["semantic", "prior"], ["semantic", "frames"], ["prior"]])
+def test_a_cache_of_features_is_refused(cached):
+    with pytest.raises(ValueError, match=r"dataset\.shift=4 moves frames.*Take dataset\.cached="):
+        DatasetConfig(repo_id="tests/synthetic", cache="ram", cached=cached, shift=4)
+    assert DatasetConfig(repo_id="tests/synthetic", cached=cached, shift=4).shift == 4  # decoded on the way
+    with pytest.raises(ValueError, match=r"dataset\.shift must be at least 0"):
+        DatasetConfig(repo_id="tests/synthetic", shift=-1)
