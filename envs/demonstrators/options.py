@@ -33,9 +33,10 @@ class DemonstrationOptions:
             ValueError: a spread outside [0, 0.3] m, a detour outside [0, 0.1] m or [0, 1] rad, or a share
                 outside [0, 1].
         """
-        if not 0.0 <= self.missed_share <= 1.0:
+        share = self.missed_share
+        if not (isinstance(share, int | float) and 0.0 <= share <= 1.0):
             raise ValueError(
-                f"missed_share is a share of the episodes: expected [0, 1], got {self.missed_share}"
+                f"missed_share is a share of the episodes: expected a number in [0, 1], got {share!r}"
             )
         if not (0.0 <= self.detour[0] <= 0.1 and 0.0 <= self.detour[1] <= 1.0):
             raise ValueError(f"detour: expected up to 0.1 m and up to 1 rad, got {self.detour}")

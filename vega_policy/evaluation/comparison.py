@@ -61,7 +61,11 @@ def comparison_notes(
     named = [f"{side}: {place}{'' if of == 'none' else f' ({of})'}" for side, place, of in sides]
     settings = (read_conditions(first), read_conditions(second))
     alike = unlike_conditions(("first", "second"), {f"{first} and {second}": settings})
-    return [*named, "difference: first minus second, paired, with Bonett and Price's interval", *alike]
+    method = (
+        "difference: first minus second, paired, with Bonett and Price's interval; McNemar: exact p "
+        "(episodes that only the first solved : only the second)"
+    )
+    return [*named, method, *alike]
 
 
 def comparison_table(comparison: dict[str, dict[str, Any]], *, markdown: bool = False) -> str:
@@ -69,16 +73,17 @@ def comparison_table(comparison: dict[str, dict[str, Any]], *, markdown: bool = 
     shown = comparison if len(comparison) > 2 else {"all": comparison["all"]}
     if markdown:
         return _markdown(shown)
+    width = max(len(task) for task in ("task", *shown))
     lines = [
-        f"{'task':<28} {'episodes':>8} {'first':>7} {'second':>7} {'difference':>11}   "
+        f"{'task':<{width}} {'episodes':>8} {'first':>7} {'second':>7} {'difference':>11}   "
         f"{'95% interval':<16} McNemar p"
     ]
     for task, row in shown.items():
         interval = f"[{100 * row['ci_low']:+.1f}, {100 * row['ci_high']:+.1f}]"
         lines.append(
-            f"{task:<28} {row['episodes']:>8} {100 * row['first_success_rate']:>6.1f}% "
+            f"{task:<{width}} {row['episodes']:>8} {100 * row['first_success_rate']:>6.1f}% "
             f"{100 * row['second_success_rate']:>6.1f}% {100 * row['difference']:>+10.1f}%   {interval:<16} "
-            f"{row['mcnemar_p']:.3g} (only first {row['only_first']}, only second {row['only_second']})"
+            f"{row['mcnemar_p']:.3g} ({row['only_first']}:{row['only_second']})"
         )
     return "\n".join(lines)
 
@@ -128,8 +133,8 @@ def require_same_episodes(one: Sequence[EpisodeResult], two: Sequence[EpisodeRes
     if first != second:
         raise UnpairedRunsError(
             f"the runs did not play the same episodes: {len(first - second)} only in the first, "
-            f"{len(second - first)} only in the second, {len(first & second)} in both; "
-            "evaluate both with the same suite, tasks and episodes_per_task, to the end"
+            f"{len(second - first)} only in the second, {len(first & second)} in both. Evaluate both with "
+            "the same suite, tasks and episodes_per_task, to the end"
         )
     for a, b in zip(one, two, strict=True):
         if (a.seed, a.initial_hash) != (b.seed, b.initial_hash):

@@ -214,7 +214,12 @@ def read_episodes(folder: Path) -> list[EpisodeResult]:
     path = folder / EPISODES_FILE
     if not path.is_file():
         raise FileNotFoundError(
-            f"{path} does not exist: {folder} holds no evaluation with a finished episode"
+            f"{path} does not exist: "
+            + (
+                f"{folder} holds no evaluation with a finished episode"
+                if folder.is_dir()
+                else f"no folder {folder}"
+            )
         )
     return [EpisodeResult(**row) for row in pyarrow.parquet.read_table(path, schema=_SCHEMA).to_pylist()]
 
