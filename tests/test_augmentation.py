@@ -52,9 +52,15 @@ def test_several_processes_draw_what_one_draws():
     assert torch.equal(torch.cat(parts), whole)
 
 
-def test_a_resumed_run_with_shifts_is_the_straight_one_and_another_than_without(root, tmp_path):
+def test_a_shift_of_more_than_a_quarter_is_refused(root, tmp_path):
+    with pytest.raises(ValueError, match=r"at most a quarter of policy\.frame_size \(32\); got 9"):
+        tiny_run(root, tmp_path / "run", dataset=FRAMES_ONLY | {"shift": 9})
+
+
+@pytest.mark.parametrize("frames", [FRAMES_ONLY, {"cache": "none"}], ids=["cache", "video"])
+def test_a_resumed_run_with_shifts_is_the_straight_one_and_another_than_without(root, tmp_path, frames):
     def run(name, shift=2, **fields):
-        dataset = FRAMES_ONLY | {"shift": shift}
+        dataset = frames | {"shift": shift}
         return train(tiny_run(root, tmp_path / name, dataset=dataset, accumulate=2, **fields))
 
     straight = run("straight")
@@ -70,7 +76,9 @@ def weights_of(checkpoint):
 
 @pytest.mark.parametrize("cached", [["semantic", "prior"], ["semantic", "frames"], ["prior"]])
 def test_a_cache_of_features_is_refused(cached):
-    with pytest.raises(ValueError, match=r"dataset\.shift=4 moves frames.*Take dataset\.cached="):
+    with pytest.raises(
+        ValueError, match=r"dataset\.shift=4 needs frames.*got dataset\.cached=.*Take \[frames\]"
+    ):
         DatasetConfig(repo_id="tests/synthetic", cache="ram", cached=cached, shift=4)
     assert DatasetConfig(repo_id="tests/synthetic", cached=cached, shift=4).shift == 4  # decoded on the way
     with pytest.raises(ValueError, match=r"dataset\.shift must be at least 0"):

@@ -216,8 +216,9 @@ def test_an_unknown_body_is_refused_with_the_known_ones(lift_wide):
 def test_a_start_spread_beyond_the_arm_is_refused():
     with pytest.raises(ValueError, match="start_spread"):
         DemonstrationOptions(start_spread=(0.5, 0.0, 0.0))
-    with pytest.raises(ValueError, match="missed_share"):
-        DemonstrationOptions(missed_share=1.5)
+    for wrong in (1.5, True, "often"):
+        with pytest.raises(ValueError, match=f"missed_share.*expected a number in .0, 1., got {wrong!r}"):
+            DemonstrationOptions(missed_share=wrong)
 
 
 def test_a_demonstration_is_lazy_and_can_be_left_early(lift_wide):

@@ -399,7 +399,7 @@ def test_runs_of_other_episodes_are_not_compared(finished, tmp_path):
     evaluate(tmp_path / "few", tasks=(1,))
     with pytest.raises(UnpairedRunsError, match="7 only in the first"):
         compare_runs(finished[0], tmp_path / "few")
-    with pytest.raises(FileNotFoundError, match=r"no folder .*nothing"):
+    with pytest.raises(FileNotFoundError, match=r"nothing is no folder; evaluate first"):
         compare_runs(finished[0], Path(tmp_path / "nothing"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="holds no evaluation"):

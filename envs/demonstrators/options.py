@@ -34,7 +34,7 @@ class DemonstrationOptions:
                 outside [0, 1].
         """
         share = self.missed_share
-        if not (isinstance(share, int | float) and 0.0 <= share <= 1.0):
+        if not (isinstance(share, int | float) and not isinstance(share, bool) and 0.0 <= share <= 1.0):
             raise ValueError(
                 f"missed_share is a share of the episodes: expected a number in [0, 1], got {share!r}"
             )

@@ -213,13 +213,10 @@ def read_episodes(folder: Path) -> list[EpisodeResult]:
     """
     path = folder / EPISODES_FILE
     if not path.is_file():
+        holds = "holds no evaluation with a finished episode" if folder.is_dir() else "is no folder"
         raise FileNotFoundError(
-            f"{path} does not exist: "
-            + (
-                f"{folder} holds no evaluation with a finished episode"
-                if folder.is_dir()
-                else f"no folder {folder}"
-            )
+            f"{path} does not exist: {folder} {holds}; evaluate first: "
+            f"scripts/eval_policy.py checkpoint=... output_dir={folder}"
         )
     return [EpisodeResult(**row) for row in pyarrow.parquet.read_table(path, schema=_SCHEMA).to_pylist()]
 

@@ -95,6 +95,11 @@ class TrainConfig:
     def __post_init__(self) -> None:
         one_of("precision", self.precision, ("no", "bf16"))
         one_of("sharding", self.sharding, ("none", "full"))
+        size, shift = getattr(self.policy, "frame_size", None), self.dataset.shift
+        if size is not None and 4 * shift > size:
+            raise ValueError(
+                f"dataset.shift must be at most a quarter of policy.frame_size ({size}); got {shift}."
+            )
         if self.compile and self.sharding != "none":
             raise ValueError(f"compile=true needs sharding=none; got sharding={self.sharding}.")
         share("average_decay", self.average_decay)

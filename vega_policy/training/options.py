@@ -15,9 +15,9 @@ class DatasetConfig:
         revision: Hub revision; None takes the newest.
         episodes: Episode numbers to use; None takes all.
         held_out: Share of each task's episodes kept for the held-out loss, in [0, 1).
-        shift: Largest random shift of training frames, in pixels of the frames as they come; 0 for none. It
-            needs frames: a cache of features holds those of pictures that were not moved, and a cached prior
-            does so even beside cached frames.
+        shift: Largest random shift of training frames; 0 for none. In pixels of `policy.frame_size` with a
+            cache, of the dataset's own frames without. It needs frames: a cache of features holds those of
+            pictures that were not moved, and a cached prior does so even beside cached frames.
         video_backend: Decoder that LeRobot uses, `pyav` or `torchcodec`.
         workers: Processes that decode videos while a step runs; unused with a cache.
         cache: `none` decodes videos in every step; `disk` maps a cache of frames or features into memory;
@@ -48,9 +48,9 @@ class DatasetConfig:
         at_least("dataset.shift", self.shift, 0)
         if self.shift and self.cache != "none" and ("frames" not in self.cached or "semantic" in self.cached):
             raise ValueError(
-                f"dataset.shift={self.shift} moves frames before the semantic encoder sees them, but "
-                f"dataset.cached={list(self.cached)} has no frames or its features ready. Take "
-                "dataset.cached=[frames,prior] or [frames], or dataset.shift=0."
+                f"dataset.shift={self.shift} needs frames in the cache and no semantic features; got "
+                f"dataset.cached={list(self.cached)}. Take [frames] (the prior sees shifted frames too), "
+                "[frames,prior] (faster; its features stay unshifted), or dataset.shift=0."
             )
 
 
