@@ -1,12 +1,16 @@
 """Random shifts: what moves, by how much, and that a run with them is as repeatable as one without."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from tests.training_runs import assert_bitwise_equal, saved_weights, tiny_run
 from vega_policy.training.augmentation import FRAMES, RandomShift, shifted
 from vega_policy.training.options import DatasetConfig
+from vega_policy.training.retention import read_scores
 from vega_policy.training.setup import train
+from vega_policy.training.trainer import Trainer
 
 CAMERAS = ["observation.images.image", "observation.images.image2"]
 FRAMES_ONLY = {"cached": ["frames"], "cache": "ram"}
@@ -68,6 +72,30 @@ def test_a_resumed_run_with_shifts_is_the_straight_one_and_another_than_without(
     assert_bitwise_equal(straight, run("parts", resume=True))
     still = run("still", shift=0)
     assert not all(torch.equal(a, b) for a, b in zip(*map(weights_of, (straight, still)), strict=True))
+
+
+def test_training_batches_are_shifted_and_held_out_ones_are_not(root, tmp_path, monkeypatch):
+    numbers, shift = [], RandomShift.__call__
+
+    def noted(self, batch, number):
+        numbers.append(number)
+        return shift(self, batch, number)
+
+    monkeypatch.setattr(RandomShift, "__call__", noted)
+    dataset = FRAMES_ONLY | {"shift": 2, "held_out": 0.5}
+    checkpoint = train(tiny_run(root, tmp_path / "run", dataset=dataset, accumulate=2))
+    assert numbers == list(range(8))  # four steps of two batches
+    assert "held_out_loss" in read_scores(checkpoint.parents[1])[4]
+
+
+def test_the_trainer_tells_the_shifts_which_process_it_is(root, tmp_path):
+    run = tiny_run(root, tmp_path / "run", dataset=FRAMES_ONLY | {"shift": 3})
+    learner = SimpleNamespace(policy=SimpleNamespace(config=SimpleNamespace(image_features=CAMERAS)))
+    trainer = SimpleNamespace(config=run, sampler=SimpleNamespace(rank=1, world=3), learner=learner)
+    shift = Trainer._random_shift(trainer)  # pyright: ignore[reportArgumentType]
+    whole = RandomShift(3, CAMERAS, seed=run.seed).draw(12, 5)
+    assert shift is not None
+    assert torch.equal(shift.draw(4, 5), whole[4:8])
 
 
 def weights_of(checkpoint):

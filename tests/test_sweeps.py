@@ -65,6 +65,17 @@ def test_episodes_are_paired_over_all_seeds():
     assert second["high"] > wilson_interval(1, 8).high
 
 
+def test_a_run_that_failed_takes_only_its_own_pair_from_the_success():
+    wins = (1, 1, 0, 0)
+    jobs = [
+        job(k, fusion, seed, 1.0, wins)
+        for k, (fusion, seed) in enumerate([("gate", 0), ("gate", 1), ("add", 0)])
+    ]
+    _, second = summarize([*jobs, job(3, "add", 1, None)])
+    assert second["paired"]["success"]["pairs"] == 4
+    assert second["episodes"] == 4
+
+
 def test_a_run_that_failed_has_a_line_without_a_result():
     table = render(
         summarize([job(0, "token_gate", 0, 1.0), job(1, "add", 0, None), Job(Path("2"), {}, {}, {})])

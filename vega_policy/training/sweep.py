@@ -172,7 +172,8 @@ def _paired(members: Sequence[Job], first: Sequence[Job]) -> dict[str, Any]:
         differences = [a[name] - b[name] for a, b in both]
         if differences:
             paired[name] = {"difference": fmean(differences), "p": sign_flip(differences), "pairs": len(both)}
-    solved = _solved([job for pair in pairs for job in pair])
+    # A run that failed has no episodes, and takes only its own pair away.
+    solved = _solved([job for pair in pairs if all(one.episodes for one in pair) for job in pair])
     if solved.size:
         changes = solved[::2].astype(int) - solved[1::2]
         interval = paired_interval(changes.mean(axis=0))
