@@ -13,7 +13,7 @@ PRO_BASES = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
 LIBERO_SUITES = (*PRO_BASES, "libero_90")
 
 FAMILIES = {
-    "envs.robosuite_tasks": (
+    "envs.robosuite": (
         "robosuite",
         "lift",
         "lift_wide",

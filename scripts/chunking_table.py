@@ -12,9 +12,9 @@ from lerobot.policies.rtc import RTCConfig
 
 import envs
 from envs.base import EVALUATION_SEED
-from vega_policy.deployment.discrete_time import WAYS, Clockless, frames_to_batch
-from vega_policy.evaluation.lerobot_policy import find_checkpoint, load_lerobot_policy
-from vega_policy.evaluation.statistics import wilson_interval
+from vega_policy.deployment.latency_benchmark import WAYS, Clockless, frames_to_batch
+from vega_policy.evaluation.policies import find_checkpoint, load_lerobot_policy
+from vega_policy.evaluation.stats import wilson_interval
 from vega_policy.modeling_vega import VegaPolicy
 
 

@@ -11,8 +11,8 @@ from typing import Any, cast
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from envs.collection import CollectionSettings, collect
-from vega_policy.command_line import refuse_unknown_options
+from envs.demos.collect import CollectionSettings, collect
+from vega_policy.cli.overrides import refuse_unknown_options
 
 
 @hydra.main(version_base=None, config_path="../configs", config_name="collect")

@@ -10,7 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from vega_policy.deployment.simulator_log import claim, read_runs, table, whole_episodes
+from vega_policy.deployment.latency_benchmark import claim, read_runs, whole_episodes
+from vega_policy.deployment.latency_benchmark import log_table as table
 
 KINDS = {"sync": ["inference=sync"], "rtc": ["inference=rtc", "inference.queue_threshold=12"]}
 

@@ -6,10 +6,16 @@ Two evaluations are compared task by task; two or more policies' folders, `<seed
 import argparse
 from pathlib import Path
 
-from vega_policy.evaluation.comparison import compare_runs, comparison_notes, comparison_table
-from vega_policy.evaluation.policy_runs import evaluations_below, read_policies
-from vega_policy.evaluation.results_tables import compare_policies, results_table
-from vega_policy.evaluation.run_folder import write_json
+from vega_policy.evaluation.compare import (
+    compare_policies,
+    compare_runs,
+    comparison_notes,
+    comparison_table,
+    evaluations_below,
+    read_policies,
+    results_table,
+)
+from vega_policy.evaluation.episodes import write_json
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from vega_policy.evaluation.run_folder import write_json
+from vega_policy.evaluation.episodes import write_json
 
 SCRIPTS = Path(__file__).resolve().parent
 OUTPUT = Path("outputs/demo")

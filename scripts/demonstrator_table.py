@@ -12,7 +12,15 @@ import sys
 import time
 from pathlib import Path
 
-from envs.success import TaskSuccess, code_version, load_results, measure, merged, save_results, success_table
+from envs.demos.success_rate import (
+    TaskSuccess,
+    code_version,
+    load_results,
+    measure,
+    merged,
+    save_results,
+    success_table,
+)
 
 BASES = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
 

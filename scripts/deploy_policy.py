@@ -10,7 +10,7 @@ import sys
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from vega_policy.command_line import refuse_unknown_options
+from vega_policy.cli.overrides import refuse_unknown_options
 
 
 @hydra.main(version_base=None, config_path="../configs", config_name="deploy")

@@ -11,7 +11,7 @@ from typing import Any, cast
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from vega_policy.command_line import refuse_missing_fields, refuse_unknown_options
+from vega_policy.cli.overrides import refuse_missing_fields, refuse_unknown_options
 
 
 @hydra.main(version_base=None, config_path="../configs", config_name="eval")
@@ -19,8 +19,8 @@ def main(config: DictConfig) -> None:
     """Evaluate, then print the table and where the report lies; a user's mistake ends in one message."""
     refuse_missing_fields(config)
     print(f"evaluating {config.checkpoint} in {config.env.suite}", flush=True)
-    from vega_policy.evaluation.launch import launch  # heavy imports, not needed for --help
-    from vega_policy.evaluation.summary import table
+    from vega_policy.evaluation.evaluate import launch  # heavy imports, not needed for --help
+    from vega_policy.evaluation.report import table
 
     values = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True, throw_on_missing=True))
     try:

@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
-from vega_policy.observation import stack_views
+from vega_policy.data.video import frames_in_order
+from vega_policy.model.observation import stack_views
 from vega_policy.priors.precomputed import FeatureWriter
-from vega_policy.training.frames import frames_in_order
 
 
 def main() -> None:

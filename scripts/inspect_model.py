@@ -10,7 +10,7 @@ import sys
 import hydra
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from vega_policy.command_line import refuse_unknown_options
+from vega_policy.cli.overrides import refuse_unknown_options
 
 SIZES = {"views": 2, "state_dim": 8, "action_dim": 7}
 
@@ -18,10 +18,10 @@ SIZES = {"views": 2, "state_dim": 8, "action_dim": 7}
 @hydra.main(version_base=None, config_path="../configs", config_name="train")
 def main(config: DictConfig) -> None:
     """Print the table of one policy; a user's mistake ends in one message."""
-    from vega_policy.benchmark.report import table  # heavy imports, not needed for --help
-    from vega_policy.inspection import inspect_model, refuse_base
-    from vega_policy.parts import ModelConfig
-    from vega_policy.priors.architectures import published_sizes
+    from vega_policy.backbones.sizes import inspect_model, refuse_base
+    from vega_policy.benchmarks.timing import table  # heavy imports, not needed for --help
+    from vega_policy.model.config import ModelConfig
+    from vega_policy.priors.sizes import published_sizes
     from vega_policy.training.config import from_hydra
 
     with open_dict(config):
@@ -31,7 +31,7 @@ def main(config: DictConfig) -> None:
     try:
         policy = from_hydra(config).vega
         refuse_base(policy.base)
-        parts = {name: getattr(policy, name) for name in ("prior", "fusion", "backbone", "expert")}
+        parts = {name: getattr(policy, name) for name in ("prior", "fusion", "backbone", "head")}
         model = ModelConfig(**sizes, chunk_size=policy.chunk_size, frame_size=policy.frame_size, **parts)
         rows = [part.row() for part in inspect_model(model)]
     except (ValueError, FileNotFoundError) as error:

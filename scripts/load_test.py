@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 from vega_policy.deployment.client import PolicyUnavailableError, ServerAddress
-from vega_policy.deployment.load import measure, table
+from vega_policy.deployment.latency_benchmark import load_table as table
+from vega_policy.deployment.latency_benchmark import measure
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """Train a small Wan on clips of our simulators: `python scripts/pretrain_prior.py`; `--help` lists fields.
 
 Prints where the weights lie, for `prior=wan_tiny prior.path=FOLDER`. Started again, it goes on where it
-stopped. Where Hydra is not installed: `python -m vega_policy.training.pretraining`.
+stopped. Where Hydra is not installed: `python -m vega_policy.pretraining`.
 """
 
 import logging
@@ -11,7 +11,7 @@ from typing import Any, cast
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from vega_policy.command_line import refuse_unknown_options
+from vega_policy.cli.overrides import refuse_unknown_options
 
 logger = logging.getLogger(__name__)
 
@@ -19,8 +19,8 @@ logger = logging.getLogger(__name__)
 @hydra.main(version_base=None, config_path="../configs", config_name="pretrain_prior")
 def main(config: DictConfig) -> None:
     """Pre-train, then print where the weights lie; a user's mistake ends in one message."""
-    from vega_policy.training.pretraining.settings import decode  # heavy imports, not needed for --help
-    from vega_policy.training.pretraining.stages import pretrain
+    from vega_policy.pretraining.config import decode  # heavy imports, not needed for --help
+    from vega_policy.pretraining.pretrain import pretrain
 
     try:
         values = OmegaConf.to_container(config, resolve=True)

@@ -11,7 +11,7 @@ from typing import Any, cast
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from vega_policy.command_line import refuse_unknown_options
+from vega_policy.cli.overrides import refuse_unknown_options
 
 logger = logging.getLogger(__name__)
 
@@ -19,8 +19,8 @@ logger = logging.getLogger(__name__)
 @hydra.main(version_base=None, config_path="../configs", config_name="probe")
 def main(config: DictConfig) -> None:
     """Probe, then print the verdict and where the page lies; a user's mistake ends in one message."""
+    from vega_policy.analysis.config import decode
     from vega_policy.analysis.probe import run  # heavy imports, not needed for --help
-    from vega_policy.analysis.settings import decode
 
     missing = OmegaConf.missing_keys(config)
     if missing:

@@ -8,9 +8,9 @@ import argparse
 import sys
 from pathlib import Path
 
+from envs.demos.render import render_again
+from envs.demos.shards import CODECS
 from envs.rendering import PROFILES
-from envs.rendering_again import render_again
-from envs.shards import CODECS
 
 
 def main() -> None:

@@ -8,9 +8,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from envs.stored import collected_metadata, read_episodes
-from vega_policy.evaluation.pool import EnvironmentFactory, WorkerPool
-from vega_policy.evaluation.replay import RecordedEpisode, replay
+from envs.demos.replay import collected_metadata, read_episodes
+from vega_policy.evaluation.env_pool import EnvironmentFactory, RecordedEpisode, WorkerPool, replay
 
 
 def main() -> None:
@@ -39,7 +38,7 @@ def main() -> None:
     ]
     successes = 0
     with WorkerPool(EnvironmentFactory("envs.make", 128, "fast"), options.processes) as pool:
-        for episode, success in replay(recorded, pool, slots=options.processes):
+        for episode, success in replay(recorded, pool, num_envs=options.processes):
             successes += success
             if not success:
                 print(f"failed: {episode.task}, seed {episode.seed}, {len(episode.actions)} actions")

@@ -3,7 +3,8 @@
 import argparse
 from pathlib import Path
 
-from vega_policy.deployment.simulator_log import read_runs, table
+from vega_policy.deployment.latency_benchmark import log_table as table
+from vega_policy.deployment.latency_benchmark import read_runs
 
 
 def main() -> None:

@@ -10,13 +10,13 @@ import sys
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from vega_policy.command_line import refuse_unknown_options
+from vega_policy.cli.overrides import refuse_unknown_options
 
 
 @hydra.main(version_base=None, config_path="../configs", config_name="serve")
 def main(config: DictConfig) -> None:
     """Serve until a signal comes; a user's mistake ends in one message."""
-    from vega_policy.deployment.serve import serve_forever  # heavy imports, not needed for --help
+    from vega_policy.deployment.server import serve_forever  # heavy imports, not needed for --help
 
     logging.getLogger("websockets").setLevel(logging.WARNING)
     try:

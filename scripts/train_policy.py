@@ -12,7 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from vega_policy.command_line import refuse_missing_fields, refuse_unknown_options
+from vega_policy.cli.overrides import refuse_missing_fields, refuse_unknown_options
 
 logger = logging.getLogger(__name__)
 
@@ -22,8 +22,8 @@ def main(config: DictConfig) -> None:
     """Train, then print where the checkpoint lies; a user's mistake ends in one message."""
     refuse_missing_fields(config)
     from vega_policy.training.config import from_hydra  # heavy imports, not needed for --help
-    from vega_policy.training.guards import TrainingStoppedError
-    from vega_policy.training.setup import train
+    from vega_policy.training.failure_guards import TrainingStoppedError
+    from vega_policy.training.train import train
 
     sweep = HydraConfig.get().mode is RunMode.MULTIRUN
     if sweep:  # the folder of this job, below output_dir

@@ -11,9 +11,8 @@ from lerobot.policies.factory import get_policy_class, make_policy_config, make_
 
 from tests.policies import CAMERAS, SIZE
 from tests.vlm_checkpoints import SIGLIP, tokenizer, write_vlm
-from vega_policy.bases import BaseConfig
 from vega_policy.configuration_vega import VegaConfig
-from vega_policy.parts import FusionConfig, PriorConfig
+from vega_policy.model.config import BaseConfig, FusionConfig, PriorConfig
 
 FEATURES: dict[str, Any] = {
     "input_features": {

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from tests.training_runs import tiny_run
-from vega_policy.training.setup import choose_checkpoint, make_accelerator, make_trainer, train
+from vega_policy.training.train import choose_checkpoint, make_accelerator, make_trainer, train
 
 STEPS, SAVE_EVERY = 240, 4
 

@@ -5,8 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from tests.training_runs import tiny_policy, tiny_run
-from vega_policy.parts import FusionConfig
-from vega_policy.training.setup import train
+from vega_policy.model.config import FusionConfig
+from vega_policy.training.train import train
 
 GLOBAL_BATCH = 8  # divided by processes and by accumulated batches
 CASES = {

@@ -7,7 +7,7 @@ from lerobot.configs.types import FeatureType, PolicyFeature
 from torch import Tensor
 
 from vega_policy.configuration_vega import VegaConfig
-from vega_policy.parts import BackboneConfig, ExpertConfig, FusionConfig, PriorConfig
+from vega_policy.model.config import ActionHeadConfig, BackboneConfig, FusionConfig, PriorConfig
 
 SIZE = 64
 CAMERAS = ("observation.images.image", "observation.images.image2")
@@ -28,7 +28,7 @@ def tiny_config(
         prior=prior or PriorConfig(name="random"),
         fusion=fusion or FusionConfig(),
         backbone=BackboneConfig(**{"width": 32, "depth": 1, "heads": 2, "pretrained": False} | backbone),
-        expert=ExpertConfig(width=32, depth=1, heads=2, steps=2),
+        head=ActionHeadConfig(width=32, depth=1, heads=2, steps=2),
         input_features={
             **{key: PolicyFeature(FeatureType.VISUAL, (3, SIZE, SIZE)) for key in CAMERAS[:views]},
             "observation.state": PolicyFeature(FeatureType.STATE, (8,)),

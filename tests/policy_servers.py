@@ -14,8 +14,7 @@ import numpy as np
 
 from vega_policy.deployment.client import ServerAddress
 from vega_policy.deployment.protocol import MessageLimits
-from vega_policy.deployment.server import PolicyServer
-from vega_policy.deployment.server_settings import ServerSettings
+from vega_policy.deployment.server import PolicyServer, ServerSettings
 from vega_policy.evaluation.policies import ObservationBatch, PolicyDescription
 
 CAMERAS = ("observation.images.image", "observation.images.image2")

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from vega_policy.training.pretraining.settings import decode
+from vega_policy.pretraining.config import decode
 
 CPU = torch.device("cpu")
 WIDTH = 12

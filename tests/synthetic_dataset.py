@@ -7,7 +7,7 @@ import numpy as np
 from lerobot.configs import RGBEncoderConfig
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
-from envs.shards import CODECS
+from envs.demos.shards import CODECS
 
 CAMERAS = ("observation.images.image", "observation.images.image2")
 REPO_ID = "tests/synthetic"
@@ -28,7 +28,7 @@ def write_dataset(
 ) -> Path:
     """Writes a finalized dataset of len(lengths) episodes at 10 Hz and returns its root.
 
-    Its videos are LeRobot's usual ones, or encoded like `video`, a name in `envs.shards.CODECS`.
+    Its videos are LeRobot's usual ones, or encoded like `video`, a name in `envs.demos.shards.CODECS`.
     """
     rng = np.random.default_rng(0)
     image_type = "video" if use_videos else "image"
@@ -40,7 +40,7 @@ def write_dataset(
         features["observation.state"] = {"dtype": "float32", "shape": (state_width,), "names": None}
     features["action"] = {"dtype": "float32", "shape": (action_width,), "names": None}
     encoding: dict[str, Any] = {}
-    if video is not None:  # as envs.shards encodes
+    if video is not None:  # as envs.demos.shards encodes
         encoder = RGBEncoderConfig(**CODECS[video])
         encoding = {"rgb_encoder": encoder, "streaming_encoding": True, "encoder_threads": 1}
     dataset = LeRobotDataset.create(

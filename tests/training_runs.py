@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from tests.synthetic_dataset import REPO_ID
 from vega_policy.configuration_vega import VegaConfig
-from vega_policy.parts import BackboneConfig, ExpertConfig, PriorConfig
+from vega_policy.model.config import ActionHeadConfig, BackboneConfig, PriorConfig
 from vega_policy.training.config import DatasetConfig, TrainConfig
 
 
@@ -23,7 +23,7 @@ def tiny_policy(**fields: Any) -> VegaConfig:
         "frame_size": 32,
         "prior": PriorConfig(name="random"),
         "backbone": tiny_backbone(),
-        "expert": ExpertConfig(width=16, depth=1, heads=2, steps=2),
+        "head": ActionHeadConfig(width=16, depth=1, heads=2, steps=2),
         "optimizer_lr": 1e-3,
         "scheduler_warmup_steps": 1,
         "scheduler_decay_steps": 4,

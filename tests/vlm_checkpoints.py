@@ -38,7 +38,7 @@ from transformers import (
 )
 
 from vega_policy.backbones import make_backbone
-from vega_policy.parts import BackboneConfig
+from vega_policy.model.config import BackboneConfig
 
 TEXT = {
     "hidden_size": 32,

@@ -1,6 +1,6 @@
 """VEGA-3D vision-language-action policy; importing it registers the policy type `vega` with LeRobot.
 
-The method itself (`model`, `flow`, `fusion`, `experts`, `backbones`, `priors`) needs no LeRobot; where
+The method itself (`model`, `flow`, `fusion`, `heads`, `backbones`, `priors`) needs no LeRobot; where
 LeRobot is not installed, nothing is registered.
 """
 

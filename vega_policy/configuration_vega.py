@@ -9,8 +9,14 @@ from lerobot.configs.types import NormalizationMode
 from lerobot.optim.optimizers import AdamWConfig
 from lerobot.optim.schedulers import CosineDecayWithWarmupSchedulerConfig
 
-from vega_policy.bases import BaseConfig
-from vega_policy.parts import BackboneConfig, ExpertConfig, FusionConfig, ModelConfig, PriorConfig
+from vega_policy.model.config import (
+    ActionHeadConfig,
+    BackboneConfig,
+    BaseConfig,
+    FusionConfig,
+    ModelConfig,
+    PriorConfig,
+)
 
 
 @PreTrainedConfig.register_subclass("vega")
@@ -28,8 +34,8 @@ class VegaConfig(PreTrainedConfig):
         prior: The latent world simulator.
         fusion: How its tokens are mixed with the semantic ones.
         backbone: The vision-language backbone.
-        expert: The action expert.
-        base: A pre-trained policy of LeRobot to build upon, in the place of backbone and expert.
+        head: The action head.
+        base: A pre-trained policy of LeRobot to build upon, in the place of backbone and head.
         normalization_mapping: How LeRobot's processors scale each kind of feature.
         optimizer_lr: Peak learning rate of AdamW.
         optimizer_weight_decay: Weight decay of AdamW.
@@ -52,7 +58,7 @@ class VegaConfig(PreTrainedConfig):
     prior: PriorConfig = field(default_factory=PriorConfig)
     fusion: FusionConfig = field(default_factory=FusionConfig)
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
-    expert: ExpertConfig = field(default_factory=ExpertConfig)
+    head: ActionHeadConfig = field(default_factory=ActionHeadConfig)
     base: BaseConfig = field(default_factory=BaseConfig)
     normalization_mapping: dict[str, NormalizationMode] = field(
         default_factory=lambda: {
@@ -106,7 +112,7 @@ class VegaConfig(PreTrainedConfig):
             prior=self.prior,
             fusion=self.fusion,
             backbone=self.backbone,
-            expert=self.expert,
+            head=self.head,
         )
 
     def validate_features(self) -> None:

@@ -15,16 +15,16 @@ from lerobot.utils.constants import ACTION, OBS_STATE
 from safetensors.torch import load_file
 from torch import Tensor
 
-from vega_policy.captured import CapturedSteps
 from vega_policy.configuration_vega import VegaConfig
-from vega_policy.learning_rates import parameter_groups
-from vega_policy.model import VegaModel
-from vega_policy.observation import Observation, sentences, stack_views, stored_frames
+from vega_policy.model.cuda_graph import CapturedSteps
+from vega_policy.model.observation import Observation, sentences, stack_views, stored_frames
+from vega_policy.model.rtc import RTCQueueAdapter, go_on, integrate, left_over
+from vega_policy.model.vega import VegaModel
 from vega_policy.priors import resolve
-from vega_policy.real_time_chunking import ByTheClock, go_on, integrate, left_over
+from vega_policy.training.optim import parameter_groups
 
 if TYPE_CHECKING:
-    from vega_policy.bases.based import BasedModel
+    from vega_policy.backbones.pretrained_vla import BasedModel
 
 
 class VegaPolicy(PreTrainedPolicy):
@@ -66,13 +66,15 @@ class VegaPolicy(PreTrainedPolicy):
         self._past: dict[str, deque[Tensor]] = {}
         self._captured = CapturedSteps(config.capture)
         self.rtc_processor: RTCProcessor | None = None
-        self._clock: ByTheClock | None = None
+        self._clock: RTCQueueAdapter | None = None
 
     @staticmethod
     def _based(config: VegaConfig) -> "BasedModel":
         config.validate_features()
-        from vega_policy.bases.based import BasedModel  # LeRobot's other policies are heavy to import
-        from vega_policy.bases.loading import with_fingerprint
+        from vega_policy.backbones.pretrained_vla import (
+            BasedModel,  # LeRobot's other policies are heavy to import
+            with_fingerprint,
+        )
 
         model = BasedModel(config)
         config.base = with_fingerprint(config.base, model.fingerprint)
@@ -93,7 +95,7 @@ class VegaPolicy(PreTrainedPolicy):
     def use_rtc(self, config: RTCConfig | None) -> None:
         """Let chunks go on from what is left of the last one, as `config` says; None stops that.
 
-        A flow is guided, step by step (Black et al., arXiv 2506.07339); an L1 expert's chunk is blended with
+        A flow is guided, step by step (Black et al., arXiv 2506.07339); an L1 head's chunk is blended with
         what is left. A base does it in its own way. Whoever asks joins chunks by what was executed.
 
         Raises:
@@ -114,7 +116,7 @@ class VegaPolicy(PreTrainedPolicy):
     def init_rtc_processor(self) -> None:
         """LeRobot's rollout, whose chunks are joined by the clock, has set `config.rtc_config`."""
         self.use_rtc(self.config.rtc_config)
-        self._clock = None if self.rtc_processor is None else ByTheClock()
+        self._clock = None if self.rtc_processor is None else RTCQueueAdapter()
 
     @classmethod
     def from_pretrained(
@@ -185,7 +187,7 @@ class VegaPolicy(PreTrainedPolicy):
             batch: Normalised batch without actions.
             noise: Where the flow starts, [b t a]; the same noise gives the same chunk. None draws it.
             **rtc: Arguments of LeRobot's real-time chunking (`inference_delay`, `prev_chunk_left_over`,
-                `execution_horizon`); without effect unless `use_rtc` was called. See `ByTheClock`.
+                `execution_horizon`); without effect unless `use_rtc` was called. See `RTCQueueAdapter`.
         """
         if self.base is not None:
             return self.base.predict_action_chunk(batch, noise=noise, **rtc)
@@ -202,7 +204,7 @@ class VegaPolicy(PreTrainedPolicy):
             plain = partial(self.model.act, integrate=integrate)
             return self._captured.act(self.model, observation, noise, plain)
         act = partial(self.model.act, observation, noise)
-        return go_on(act, processor, left, flows=self.config.expert.name == "flow", **rtc)
+        return go_on(act, processor, left, flows=self.config.head.name == "flow", **rtc)
 
     @property
     def noise_shape(self) -> tuple[int, int]:
@@ -291,7 +293,9 @@ class VegaPolicy(PreTrainedPolicy):
         """Load weights; those that do not learn have come with the base already."""
         if model.base is None:
             return super()._load_as_safetensor(model, model_file, map_location, strict)
-        from vega_policy.bases.loading import refuse_misfits  # LeRobot's other policies are heavy to import
+        from vega_policy.backbones.pretrained_vla import (
+            refuse_misfits,  # LeRobot's other policies are heavy to import
+        )
 
         saved = load_file(model_file)
         if strict:

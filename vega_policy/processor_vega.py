@@ -36,7 +36,9 @@ def make_vega_pre_post_processors(
         with a base, its own.
     """
     if config.base.name != "none":
-        from vega_policy.bases.loading import base_processors  # LeRobot's other policies are heavy to import
+        from vega_policy.backbones.pretrained_vla import (
+            base_processors,  # LeRobot's other policies are heavy to import
+        )
 
         return base_processors(config, dataset_stats)
     inputs: dict[str, PolicyFeature] = config.input_features or {}

@@ -13,25 +13,36 @@ import numpy as np
 import torch
 from hydra.utils import get_method
 
-from vega_policy.analysis import page, pictures
-from vega_policy.analysis.answer_model import AnswerModel
-from vega_policy.analysis.answer_training import AnswerTraining
-from vega_policy.analysis.answers import Features
-from vega_policy.analysis.bootstrap import Estimate
-from vega_policy.analysis.comparisons import comparison_readers
-from vega_policy.analysis.looking import Looker
-from vega_policy.analysis.measures import HEADLINE, METRICS, Setup, cache_key
-from vega_policy.analysis.questions import KINDS
-from vega_policy.analysis.readouts import BATCH, Reader, Readout, prior_readers
-from vega_policy.analysis.reasoning import Eyes, Reasoning, compare, question_set
-from vega_policy.analysis.recording import Episode, load_episode, write_recording
-from vega_policy.analysis.scenes import Scene, load_scene
-from vega_policy.analysis.settings import ProbeSettings
-from vega_policy.analysis.sweep import SceneSet, Sweep, sweep
-from vega_policy.analysis.tokens import token_geometry
-from vega_policy.analysis.transforms_json import TRANSFORMS, read_folder
-from vega_policy.evaluation.videos import encode
-from vega_policy.observation import resize
+from vega_policy.analysis import report as page
+from vega_policy.analysis import report as pictures
+from vega_policy.analysis.config import ProbeSettings
+from vega_policy.analysis.correspondence import Estimate
+from vega_policy.analysis.features import token_geometry
+from vega_policy.analysis.linear_probes import (
+    BATCH,
+    HEADLINE,
+    METRICS,
+    Reader,
+    Readout,
+    Setup,
+    cache_key,
+    prior_readers,
+)
+from vega_policy.analysis.report import Episode, load_episode, write_recording
+from vega_policy.analysis.scenes import TRANSFORMS, Scene, load_scene, read_folder
+from vega_policy.analysis.spatial_qa import KINDS, Features
+from vega_policy.analysis.spatial_qa_model import (
+    AnswerModel,
+    AnswerTraining,
+    Eyes,
+    Looker,
+    Reasoning,
+    compare,
+    question_set,
+)
+from vega_policy.analysis.sweep import SceneSet, Sweep, comparison_readers, sweep
+from vega_policy.evaluation.report import encode
+from vega_policy.model.observation import resize
 from vega_policy.priors import has_trained_weights, resolve
 
 logger = logging.getLogger(__name__)

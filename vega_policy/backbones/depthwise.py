@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vega_policy.backbones.replacing import replace_layers
+from vega_policy.backbones.compact import replace_layers
 
 
 class _Shifted(torch.autograd.Function):

@@ -5,25 +5,272 @@ in place of the image features. Positions, masks and token types stay the model'
 returns the semantic tokens as they came leaves the model's hidden states as they were, bit by bit.
 """
 
+import hashlib
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from math import isqrt
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from einops import rearrange
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForImageTextToText
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from vega_policy.attention import Mlp
 from vega_policy.backbones import BackboneEntry
-from vega_policy.backbones.encoders import quiet_transformers
-from vega_policy.backbones.prompts import Prompts
-from vega_policy.backbones.sources import locate_model
-from vega_policy.backbones.tuning import CONNECTORS, ENCODERS, checkpoint_blocks, freeze_parts, parts_of
-from vega_policy.parts import BackboneConfig
+from vega_policy.backbones.compact import quiet_transformers
+from vega_policy.model.config import BackboneConfig
+from vega_policy.model.layers import Mlp
+
+TILING = ("do_image_splitting", "crop_to_patches", "do_pan_and_scan")
+"""Switches of image processors that cut a picture into several; a frame has to stay one grid of tokens."""
+
+PIXEL_KEYS = ("pixel_values", "pixel_attention_mask", "image_grid_thw")
+NOT_READ = ("labels", "pixel_values", "pixel_attention_mask")
+
+
+class Prompts:
+    """The processor of one model, asked for one camera's worth of tokens a frame and nothing cut or padded.
+
+    Args:
+        folder: Local folder of the model.
+        views: Cameras v, which all precede the instruction.
+        frame_size: Side of the square frames in pixels.
+
+    Raises:
+        ImportError: If the processor needs a package that is not installed.
+    """
+
+    def __init__(self, folder: Path, views: int, frame_size: int) -> None:
+        try:
+            self.processor: Any = AutoProcessor.from_pretrained(folder)
+        except ImportError as error:
+            raise ImportError(
+                f"{error} It comes with this package's extra: pip install 'lerobot_policy_vega[vlm]'."
+            ) from error
+        for switch in TILING:
+            if hasattr(self.processor.image_processor, switch):
+                setattr(self.processor.image_processor, switch, False)
+        self.views, self.frame_size = views, frame_size
+        self._known: dict[str, dict[str, Tensor]] = {}
+
+    @property
+    def picture_hash(self) -> str:
+        """Hash over what becomes of a picture before the model sees it, 8 hexadecimal digits."""
+        return hashlib.sha256(self.processor.image_processor.to_json_string().encode()).hexdigest()[:8]
+
+    def pixels(self, frames: Tensor) -> dict[str, Tensor]:
+        """Model inputs for frames in [0, 1], one picture each, [n 3 h w] -> `PIXEL_KEYS` there are."""
+        pictures = list(frames.float().unbind())
+        inputs = self.processor.image_processor(
+            images=pictures, do_rescale=False, return_tensors="pt", device=frames.device
+        )
+        return {key: inputs[key] for key in PIXEL_KEYS if key in inputs}
+
+    def encode(self, sentences: list[str], device: torch.device) -> dict[str, Tensor]:
+        """Model inputs for instructions, with a placeholder for each token of each frame.
+
+        Shorter ones are padded on the right, where a causal model does not see it and positions stay.
+
+        Args:
+            sentences: One instruction a sample, b of them.
+            device: Where the inputs go.
+
+        Returns:
+            `input_ids` and `attention_mask` [b l], whatever else the model's processor gives of that shape,
+            and `image_grid_thw` [b*v 3] where the model wants it.
+        """
+        rows = [self._row(sentence) for sentence in sentences]
+        length = max(row["input_ids"].shape[1] for row in rows)
+        batch = {}
+        for key in rows[0]:
+            parts = [row[key] for row in rows]
+            if key != "image_grid_thw":
+                fill = self.processor.tokenizer.pad_token_id if key == "input_ids" else 0
+                parts = [
+                    torch.nn.functional.pad(part, (0, length - part.shape[1]), value=fill) for part in parts
+                ]
+            batch[key] = torch.cat(parts).to(device)
+        return batch
+
+    def words(self, sentences: list[str]) -> list[Tensor]:
+        """Token ids of the bare instructions, each [l]; an empty one counts as the end of a sentence."""
+        tokenizer = self.processor.tokenizer
+        ids = [tokenizer(sentence, add_special_tokens=False)["input_ids"] for sentence in sentences]
+        return [torch.tensor(row or [tokenizer.pad_token_id], dtype=torch.long) for row in ids]
+
+    def _row(self, sentence: str) -> dict[str, Tensor]:
+        """Inputs of one instruction; the processor runs once for each."""
+        if sentence not in self._known:
+            blank = torch.zeros(3, self.frame_size, self.frame_size)
+            inputs = self.processor(
+                text=[self._prompt(sentence)],
+                images=[[blank] * self.views],
+                images_kwargs={"do_rescale": False},
+                return_tensors="pt",
+            )
+            self._known[sentence] = {key: value for key, value in inputs.items() if key not in NOT_READ}
+        return self._known[sentence]
+
+    def _prompt(self, sentence: str) -> str:
+        """The instruction as the model was trained to be asked, by its own chat template if it has one."""
+        if self.processor.chat_template is None:
+            return self.processor.image_token * self.views + sentence
+        content = [{"type": "image"}] * self.views + [{"type": "text", "text": sentence}]
+        message = [{"role": "user", "content": content}]
+        return self.processor.tokenizer.apply_chat_template(
+            message, chat_template=self.processor.chat_template, add_generation_prompt=True, tokenize=False
+        )
+
+
+NEEDED = ("config.json", "*processor_config.json", "tokenizer*", "*.safetensors")
+"""What a model's folder must hold."""
+
+FETCHED = (*NEEDED, "*.json", "*.jinja", "*.txt", "*.model")
+
+
+def locate_model(name: str, source: str | None, revision: str | None, terms: str | None) -> Path:
+    """Local folder of an image-text-to-text model, fetched from the hub if need be.
+
+    Args:
+        name: The backbone's name, for messages.
+        source: Local folder or hub id; None if neither the config nor the table names one.
+        revision: Hub revision; None takes the newest.
+        terms: Terms of use of the weights, told where they cannot be had.
+
+    Raises:
+        ValueError: If there is no source.
+        FileNotFoundError: If files are missing; names them and says where they may come from.
+    """
+    if source is None:
+        raise ValueError(
+            f"backbone {name!r} needs backbone.path: the folder or hub id of an image-text-to-text model."
+        )
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        folder = _fetch(source, revision, terms)
+    missing = [pattern for pattern in NEEDED if not any(folder.glob(pattern))]
+    if missing:
+        held = ", ".join(sorted(entry.name for entry in folder.iterdir())[:12]) or "nothing"
+        raise FileNotFoundError(
+            f"{folder} is not a complete image-text-to-text model: no {', '.join(missing)}. It holds: "
+            f"{held}. {_way_out(terms)}"
+        )
+    return folder
+
+
+def _fetch(source: str, revision: str | None, terms: str | None) -> Path:
+    skipped = ["*.bin", "*.pth", "*.gguf", "*.onnx*", "onnx/*", "original/*"]
+    try:
+        return Path(
+            snapshot_download(
+                source, revision=revision, allow_patterns=list(FETCHED), ignore_patterns=skipped
+            )
+        )
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"The backbone's model {source!r} is neither a local folder nor to be had from the hub "
+            f"({type(error).__name__}). Missing: {', '.join(NEEDED)}. Download it once (`hf download "
+            f"{source}`) or give its folder as backbone.path. {_way_out(terms)}"
+        ) from error
+
+
+def _way_out(terms: str | None) -> str:
+    told = f"Its terms: {terms}. " if terms else ""
+    return f"{told}A policy without such a model: backbone=compact (LeRobot: --policy.backbone.name=compact)."
+
+
+ENCODERS = ("vision_tower", "vision_model", "visual")
+CONNECTORS = ("connector", "multi_modal_projector", "visual.merger", "visual.deepstack_merger_list")
+
+
+def parts_of(model: nn.Module, names: tuple[str, ...]) -> list[nn.Module]:
+    """The sub-modules of a model that are called so."""
+    there = dict(model.named_modules())
+    return [there[name] for name in names if name in there]
+
+
+def freeze_parts(model: nn.Module, decoder: nn.Module, config: BackboneConfig) -> None:
+    """Fix the parts that a config names.
+
+    Args:
+        model: The image-text model without its head.
+        decoder: Its language model.
+        config: `freeze_*` and `lora_*`.
+
+    Raises:
+        ImportError: If adapters are asked for and PEFT is not installed.
+        ValueError: If no layer has a name of `lora_targets`.
+    """
+    connectors = parts_of(model, CONNECTORS)
+    for part in parts_of(model, ENCODERS):
+        part.requires_grad_(not config.freeze_image_encoder)
+    for part in connectors:  # after the encoders: Qwen's connectors lie within
+        part.requires_grad_(not config.freeze_connector)
+    if config.freeze_language_model:
+        decoder.requires_grad_(False)
+    if config.lora_rank:
+        add_adapters(decoder, config)
+
+
+def add_adapters(decoder: nn.Module, config: BackboneConfig) -> None:
+    """Fix a language model and give its linear layers low-rank adapters (LoRA, arXiv 2106.09685).
+
+    Adapters are float32 and start at zero: the model's output is unchanged at first.
+
+    Args:
+        decoder: The language model, changed in place.
+        config: Rank, scale and targets.
+
+    Raises:
+        ImportError: If PEFT is not installed.
+        ValueError: If no layer has one of the names.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise ImportError("backbone.lora_rank needs PEFT: pip install 'lerobot_policy_vega[vlm]'.") from error
+    targets = list(config.lora_targets)
+    ends = {name.rpartition(".")[2] for name, part in decoder.named_modules() if isinstance(part, nn.Linear)}
+    if not ends & set(targets):
+        raise ValueError(
+            f"backbone.lora_targets: no linear layer is called {', '.join(targets)}; there are "
+            f"{', '.join(sorted(ends))}."
+        )
+    lora = LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=0.0,
+        target_modules=targets,  # pyright: ignore[reportArgumentType]
+    )
+    inject_adapter_in_model(lora, decoder)
+    for name, weight in decoder.named_parameters():
+        if "lora_" in name:  # steps of an optimizer vanish in the rounding of shorter types
+            weight.data = weight.data.float()
+
+
+def checkpoint_blocks(blocks: Any) -> None:
+    """Let blocks be computed again in the backward pass, also where they are frozen and in evaluation mode.
+
+    transformers' own switch works in training mode only, in which frozen parts never are.
+
+    Args:
+        blocks: The blocks of a language model, changed in place.
+    """
+    for block in blocks:
+        block.forward = partial(_recomputed, block.forward)
+
+
+def _recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,15 @@ from websockets.sync.client import ClientConnection, connect
 from websockets.typing import Subprotocol
 
 from vega_policy.deployment import protocol
-from vega_policy.deployment.protocol import Hello, Reply, Request, ServedDescription
-from vega_policy.deployment.servable import Continuation
-from vega_policy.deployment.server_settings import read_token
-from vega_policy.deployment.wire import ProtocolError
+from vega_policy.deployment.protocol import (
+    Hello,
+    ProtocolError,
+    Reply,
+    Request,
+    RTCContext,
+    ServedDescription,
+)
+from vega_policy.deployment.server import read_token
 from vega_policy.evaluation.policies import ObservationBatch, PolicyDescription
 
 logger = logging.getLogger(__name__)
@@ -107,7 +112,7 @@ class PolicyClient:
         self,
         batch: ObservationBatch,
         noise: np.ndarray | None = None,
-        continuation: Continuation | None = None,
+        continuation: RTCContext | None = None,
     ) -> Reply:
         """Ask for actions; opens a session if there is none.
 
@@ -207,7 +212,7 @@ class RemotePolicy:
         return self.ask(batch, noise, None)
 
     def ask(
-        self, batch: ObservationBatch, noise: np.ndarray | None, continuation: Continuation | None
+        self, batch: ObservationBatch, noise: np.ndarray | None, continuation: RTCContext | None
     ) -> np.ndarray:
         """As `chunk`, going on from a chunk that is being executed."""
         deadline = time.monotonic() + self._patience

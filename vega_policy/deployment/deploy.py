@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from typing import Any
 import draccus
 import lerobot.scripts.lerobot_rollout  # noqa: F401 registers the robots and teleoperators that LeRobot brings
 import numpy as np
+import rerun
 from lerobot.configs.policies import PreTrainedConfig
 from lerobot.processor import RelativeActionsProcessorStep
 from lerobot.robots.config import RobotConfig
@@ -22,26 +24,89 @@ from lerobot.rollout.context import RolloutContext
 from lerobot.rollout.inference.factory import InferenceEngineConfig, RTCInferenceConfig
 from lerobot.teleoperators.config import TeleoperatorConfig
 from lerobot.utils.import_utils import register_third_party_plugins
+from lerobot.utils.robot_utils import precise_sleep
 from torch import Tensor
 
-from vega_policy.deployment.configuration_remote import VegaRemoteConfig
 from vega_policy.deployment.control_loop import SafeRollout, delayed, lays_out_scenes
-from vega_policy.deployment.dry_run import dry_run
-from vega_policy.deployment.facts import look_before_moving, predict
-from vega_policy.deployment.limits import JointLimits, Workspace, limits_from_episodes, read_limits
-from vega_policy.deployment.modeling_remote import VegaRemotePolicy
-from vega_policy.deployment.preflight import FAILED, report
-from vega_policy.deployment.real_time import RealTimeEngine
+from vega_policy.deployment.preflight import FAILED, look_before_moving, predict, predict_once, report
 from vega_policy.deployment.recording import EpisodeRecorder, RecordingFormat, merge_episodes
-from vega_policy.deployment.safety import SafetyFilter
-from vega_policy.deployment.safety_step import safe_action_pipeline
-from vega_policy.deployment.watchdog import EmergencyStop, Watchdog
-from vega_policy.evaluation.launch import choose_device
-from vega_policy.evaluation.lerobot_policy import find_checkpoint
-from vega_policy.evaluation.worker import resolve
+from vega_policy.deployment.remote_policy import VegaRemoteConfig, VegaRemotePolicy
+from vega_policy.deployment.rtc import RealTimeEngine
+from vega_policy.deployment.safety import (
+    EmergencyStop,
+    JointLimits,
+    SafetyFilter,
+    Watchdog,
+    Workspace,
+    limits_from_episodes,
+    read_limits,
+    safe_action_pipeline,
+)
+from vega_policy.evaluation.env_worker import resolve
+from vega_policy.evaluation.evaluate import choose_device
+from vega_policy.evaluation.policies import find_checkpoint
 from vega_policy.modeling_vega import VegaPolicy
 
 logger = logging.getLogger(__name__)
+
+
+FILE = "dry_run.rrd"
+
+
+def dry_run(context: RolloutContext, safety: SafetyFilter, seconds: float, folder: Path) -> int:
+    """Predict from what the robot sees and write both, and what the safety layer would say, to a file.
+
+    Args:
+        context: LeRobot's rollout; nothing is sent to its robot.
+        safety: The safety layer; it believes that its commands were sent.
+        seconds: How long.
+        folder: Where `dry_run.rrd` is written; look at it with `rerun FOLDER/dry_run.rrd`.
+
+    Returns:
+        The number of control steps.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    stream = rerun.RecordingStream("vega_policy_dry_run")
+    stream.save(folder / FILE)
+    keys, robot, fps = (
+        context.data.ordered_action_keys,
+        context.hardware.robot_wrapper,
+        context.runtime.cfg.fps,
+    )
+    end, steps = time.perf_counter() + seconds, 0
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        observation = robot.get_observation()
+        safety.observed(time.monotonic())
+        chunk = predict_once(context, observation)
+        wanted = dict(zip(keys, chunk[0].tolist(), strict=True))
+        told = safety.command(wanted, observation)
+        stream.set_time("step", sequence=steps)
+        _show(stream, observation, chunk, keys, told)
+        steps += 1
+        precise_sleep(max(1 / fps - (time.perf_counter() - start), 0.0))
+    stream.disconnect()
+    logger.info("%d steps, nothing was sent; interventions: %s", steps, dict(safety.counts) or "none")
+    logger.info("look at it with: rerun %s", folder / FILE)
+    return steps
+
+
+def _show(
+    stream: rerun.RecordingStream,
+    observation: dict[str, Any],
+    chunk: np.ndarray,
+    keys: list[str],
+    told: dict[str, float],
+) -> None:
+    for key, value in observation.items():
+        if isinstance(value, np.ndarray) and value.ndim == 3:
+            stream.log(f"cameras/{key}", rerun.Image(value).compress())
+        else:
+            stream.log(f"state/{key}", rerun.Scalars(float(value)))
+    for entry, key in enumerate(keys):
+        stream.log(f"wanted/{key}", rerun.Scalars(float(chunk[0, entry])))
+        stream.log(f"would_be_told/{key}", rerun.Scalars(told[key]))
+    stream.log("chunk", rerun.Tensor(chunk, dim_names=("step", "joint")))
 
 
 class PreflightError(ValueError):

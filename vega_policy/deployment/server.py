@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import ipaddress
 import json
 import logging
 import math
 import secrets
+import signal
+import ssl
+import stat
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from http import HTTPStatus
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from lerobot.policies.rtc.configuration_rtc import RTCConfig
+from lerobot.utils.constants import ACTION
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from websockets.asyncio.server import Server, ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 from websockets.frames import CloseCode
@@ -23,14 +34,306 @@ from websockets.http11 import Response
 from websockets.typing import Subprotocol
 
 from vega_policy.deployment import protocol
-from vega_policy.deployment.batching import Batcher
-from vega_policy.deployment.metrics import ServerMetrics
-from vega_policy.deployment.protocol import Hello, Reply, ServedDescription
-from vega_policy.deployment.servable import ServablePolicy
-from vega_policy.deployment.server_settings import ServerSettings, is_loopback
-from vega_policy.deployment.wire import ProtocolError, unpack
+from vega_policy.deployment.protocol import (
+    Hello,
+    MessageLimits,
+    ProtocolError,
+    Reply,
+    Request,
+    RTCContext,
+    ServablePolicy,
+    ServedDescription,
+    unpack,
+)
+from vega_policy.evaluation.evaluate import choose_device
+from vega_policy.evaluation.policies import (
+    LeRobotChunkPolicy,
+    ObservationBatch,
+    checkpoint_fingerprint,
+    find_checkpoint,
+    load_lerobot_policy,
+    to_lerobot,
+)
+from vega_policy.modeling_vega import VegaPolicy
 
 logger = logging.getLogger(__name__)
+
+SHORTEST_TOKEN = 24
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """Settings of a policy server.
+
+    Attributes:
+        host: Address to listen on; anything but loopback needs a token.
+        port: TCP port; 0 takes a free one.
+        token: What clients must present, or None.
+        certificate: PEM file with the certificate chain; together with `key` it switches TLS on.
+        key: PEM file with the certificate's private key.
+        limits: How large a request may be, and how many a second.
+        sessions: Clients served at once.
+        connections: TCP connections open at once, handshakes included.
+        handshake_seconds: A connection that has not become a session by then is closed.
+        idle_seconds: A session without a complete message for so long is closed.
+        faults: Malformed messages after which a session is closed.
+        batch_rows: Most observations predicted together.
+        batch_wait_seconds: How long a request waits for others to join it, if there are other sessions.
+        grace_seconds: How long a shutdown waits for requests that are being answered.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8765
+    token: str | None = field(default=None, repr=False)
+    certificate: Path | None = None
+    key: Path | None = None
+    limits: MessageLimits = field(default_factory=MessageLimits)
+    sessions: int = 64
+    connections: int = 128
+    handshake_seconds: float = 5.0
+    idle_seconds: float = 60.0
+    faults: int = 8
+    batch_rows: int = 16
+    batch_wait_seconds: float = 0.002
+    grace_seconds: float = 10.0
+
+    def __post_init__(self) -> None:
+        """Refuse what would be open to everybody.
+
+        Raises:
+            ValueError: If it listens beyond loopback without a token, the token is short, or only one of the
+                two TLS files is given.
+        """
+        if not is_loopback(self.host) and self.token is None:
+            raise ValueError(
+                f"a server on {self.host!r} can be reached from other machines and needs a token: give "
+                "token_file, or listen on 127.0.0.1"
+            )
+        if self.token is not None and len(self.token) < SHORTEST_TOKEN:
+            raise ValueError(
+                f"the token has {len(self.token)} characters, expected at least {SHORTEST_TOKEN}; make one "
+                'with: python -c "import secrets; print(secrets.token_urlsafe(32))"'
+            )
+        if (self.certificate is None) != (self.key is None):
+            raise ValueError(
+                f"TLS needs both files: certificate is {self.certificate}, key is {self.key}; give both or "
+                "neither"
+            )
+
+    def tls(self) -> ssl.SSLContext | None:
+        """Return the TLS context; None without certificate.
+
+        Raises:
+            FileNotFoundError: If a file is missing.
+            ssl.SSLError: If the files do not belong together.
+        """
+        if self.certificate is None:
+            return None
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.load_cert_chain(self.certificate, self.key)
+        return context
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address can be reached from this machine only; names other than localhost count as not."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def read_token(path: Path | None) -> str | None:
+    """Read a token from a file that nobody else may read; None for None.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        PermissionError: If others may read it.
+    """
+    if path is None:
+        return None
+    mode = stat.S_IMODE(path.stat().st_mode)
+    if mode & 0o077:
+        raise PermissionError(
+            f"{path} can be read by other users (mode {mode:o}): run chmod 600 {path}, and make a new token"
+        )
+    return path.read_text().strip()
+
+
+_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+
+
+class ServerMetrics:
+    """Counters of one server, in a registry of its own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = Counter(
+            "vega_requests", "Requests by outcome: ok, or an error code.", ["outcome"], registry=self.registry
+        )
+        self.refused = Counter(
+            "vega_connections_refused", "Connections refused, by reason.", ["reason"], registry=self.registry
+        )
+        self.sessions = Gauge("vega_sessions", "Sessions open now.", registry=self.registry)
+        self.model_seconds = Histogram(
+            "vega_model_seconds", "Time in the policy, a batch.", buckets=_SECONDS, registry=self.registry
+        )
+        self.server_seconds = Histogram(
+            "vega_server_seconds", "From message to answer.", buckets=_SECONDS, registry=self.registry
+        )
+        self.batch_rows = Histogram(
+            "vega_batch_rows",
+            "Observations in a batch.",
+            buckets=(1, 2, 4, 8, 16, 32),
+            registry=self.registry,
+        )
+
+    def text(self) -> str:
+        """Return everything in Prometheus' text format."""
+        return generate_latest(self.registry).decode()
+
+
+Answer = tuple[np.ndarray, float]
+"""Actions float32 [b t a] of a request, and the seconds that its batch spent in the policy."""
+
+
+@dataclass
+class _Waiting:
+    request: Request
+    answer: asyncio.Future[Answer]
+
+
+class Batcher:
+    """Collects requests and lets the policy predict them.
+
+    One client alone is never kept waiting and gets exactly what the policy says of its rows by themselves;
+    with several, the rows of a batch may differ by rounding from those of a batch of one.
+
+    Args:
+        policy: The policy; called from one thread only.
+        rows: Most observations of a batch.
+        wait_seconds: How long a request waits for others to join it.
+        crowded: Says whether there is anybody to wait for.
+        metrics: Where batches are counted.
+    """
+
+    def __init__(
+        self,
+        policy: ServablePolicy,
+        *,
+        rows: int,
+        wait_seconds: float,
+        crowded: Callable[[], bool],
+        metrics: ServerMetrics,
+    ) -> None:
+        self._policy = policy
+        self._rows = rows
+        self._wait = wait_seconds
+        self._crowded = crowded
+        self._metrics = metrics
+        self._queue: asyncio.Queue[_Waiting] = asyncio.Queue()
+        self._left_over: _Waiting | None = None
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="policy")
+
+    async def predict(self, request: Request) -> Answer:
+        """Return what the policy predicts for a request.
+
+        Raises:
+            ProtocolError: With code `policy`, if the policy failed.
+        """
+        waiting = _Waiting(request, asyncio.get_running_loop().create_future())
+        self._queue.put_nowait(waiting)
+        return await waiting.answer
+
+    async def run(self) -> None:
+        """Work until cancelled."""
+        while True:
+            batch = await self._collect()
+            await self._answer(batch)
+
+    def close(self) -> None:
+        """Let the policy's thread end."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    async def _collect(self) -> list[_Waiting]:
+        first = self._left_over or await self._queue.get()
+        self._left_over = None
+        batch, rows = [first], len(first.request.batch.instructions)
+        deadline = time.monotonic() + (self._wait if self._crowded() else 0.0)
+        while rows < self._rows:
+            following = await self._next(deadline - time.monotonic())
+            if following is None:
+                break
+            rows += len(following.request.batch.instructions)
+            if rows > self._rows or _kind(following.request) != _kind(first.request):
+                self._left_over = following
+                break
+            batch.append(following)
+        return batch
+
+    async def _next(self, seconds: float) -> _Waiting | None:
+        if not self._queue.empty():
+            return self._queue.get_nowait()
+        if seconds <= 0:
+            return None
+        try:
+            return await asyncio.wait_for(self._queue.get(), seconds)
+        except TimeoutError:
+            return None
+
+    async def _answer(self, batch: list[_Waiting]) -> None:
+        requests = [waiting.request for waiting in batch]
+        work = asyncio.get_running_loop().run_in_executor(self._thread, self._predict, requests)
+        await asyncio.wait([work])
+        error = work.exception()
+        if error is not None:
+            logger.error("the policy failed", exc_info=error)
+        for index, waiting in enumerate(batch):
+            if waiting.answer.done():  # its client is gone
+                continue
+            if error is None:
+                actions, seconds = work.result()
+                waiting.answer.set_result((actions[index], seconds))
+            else:
+                waiting.answer.set_exception(
+                    ProtocolError("policy", "the policy failed; see the server's log")
+                )
+
+    def _predict(self, requests: list[Request]) -> tuple[list[np.ndarray], float]:
+        start = time.perf_counter()
+        first = requests[0]
+        if first.continuation is not None:
+            chunks = self._policy.continue_chunk(first.batch, first.noise, first.continuation)
+        else:
+            chunks = self._policy.chunk(*_joined(requests))
+        seconds = time.perf_counter() - start
+        self._metrics.model_seconds.observe(seconds)
+        self._metrics.batch_rows.observe(len(chunks))
+        ends = np.cumsum([len(request.batch.instructions) for request in requests])
+        return np.split(np.asarray(chunks, np.float32), ends[:-1]), seconds
+
+
+def _kind(request: Request) -> Any:
+    """What must agree for requests to share a batch; a continuation stands alone."""
+    if request.continuation is not None:
+        return object()
+    shapes = {camera: frames.shape[1:] for camera, frames in request.batch.frames.items()}
+    return shapes, request.batch.state.shape[1:], request.noise is None
+
+
+def _joined(requests: list[Request]) -> tuple[ObservationBatch, np.ndarray | None]:
+    if len(requests) == 1:
+        return requests[0].batch, requests[0].noise
+    batches = [request.batch for request in requests]
+    joined = ObservationBatch(
+        {camera: np.concatenate([batch.frames[camera] for batch in batches]) for camera in batches[0].frames},
+        np.concatenate([batch.state for batch in batches]),
+        [text for batch in batches for text in batch.instructions],
+    )
+    noises = [request.noise for request in requests if request.noise is not None]
+    return joined, np.concatenate(noises) if noises else None
 
 
 @dataclass(eq=False)
@@ -255,3 +558,126 @@ class PolicyServer:
             return protocol.encode_error(sequence, error.code, str(error)), error.code
         reply = Reply(sequence, actions, model_seconds, time.perf_counter() - start)
         return protocol.encode_reply(reply), "ok"
+
+
+class ServedPolicy:
+    """A chunk policy with its checkpoint's fingerprint and, for VEGA, real-time chunking.
+
+    Args:
+        chunks: The policy as the evaluation harness runs it.
+        fingerprint: Hash over the checkpoint's files.
+    """
+
+    def __init__(self, chunks: LeRobotChunkPolicy, fingerprint: str) -> None:
+        self._chunks = chunks
+        self.fingerprint = fingerprint
+        self.description = chunks.description
+        self.noise_shape = chunks.noise_shape
+        self.reads_frames = chunks.reads_frames
+        policy = chunks.policy
+        self.continues = isinstance(policy, VegaPolicy) and policy.supports_rtc()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self._chunks.reset()
+
+    def chunk(self, batch: ObservationBatch, noise: np.ndarray | None) -> np.ndarray:
+        """Predict actions in the robot's units; see `ChunkPolicy.chunk`."""
+        return self._chunks.chunk(batch, noise)
+
+    @torch.no_grad()
+    def continue_chunk(
+        self, batch: ObservationBatch, noise: np.ndarray | None, continuation: RTCContext
+    ) -> np.ndarray:
+        """Predict a chunk for one row that goes on from the last one, float32 [1 t a], in the robot's units.
+
+        Raises:
+            ValueError: If the policy cannot (see `continues`).
+        """
+        policy = self._chunks.policy
+        if not isinstance(policy, VegaPolicy) or not self.continues:
+            raise ValueError(f"policy {self.description.name!r} cannot continue a chunk (real-time chunking)")
+        policy.use_rtc(
+            RTCConfig(execution_horizon=continuation.horizon, max_guidance_weight=continuation.guidance)
+        )
+        # With the observation, the pre-processor brings the chunk into the policy's units.
+        left = torch.from_numpy(continuation.actions)[None]
+        inputs = self._chunks.preprocessor(to_lerobot(batch, self.description) | {ACTION: left})
+        actions = policy.predict_action_chunk(
+            inputs,
+            noise=None if noise is None else torch.from_numpy(noise).to(policy.config.device),
+            inference_delay=continuation.delay,
+            prev_chunk_left_over=inputs[ACTION],
+        )
+        return self._chunks.postprocessor(actions).float().cpu().numpy()
+
+
+def load_served_policy(path: Path, *, device: str, action_steps: int | None = None) -> ServedPolicy:
+    """Load a checkpoint to be served.
+
+    Args:
+        path: A checkpoint of a training run, or its `pretrained_model` folder.
+        device: Torch device such as `cpu` or `cuda`.
+        action_steps: Actions executed of each chunk; None takes the policy's own `n_action_steps`.
+
+    Raises:
+        FileNotFoundError: If there is no checkpoint.
+        ValueError: If the policy cannot be asked for chunks.
+    """
+    folder = find_checkpoint(path)
+    chunks = load_lerobot_policy(folder, device=device, action_steps=action_steps)
+    return ServedPolicy(chunks, checkpoint_fingerprint(folder))
+
+
+def read_server_settings(config: dict[str, Any]) -> ServerSettings:
+    """Read the settings of a server from the `server` node of configs/serve.yaml.
+
+    Raises:
+        ValueError: If it would be open to everybody (see `ServerSettings`).
+        OSError: If the token's file is missing or can be read by others.
+    """
+    values: dict[str, Any] = dict(config)
+    values["token"] = read_token(_path(values.pop("token_file")))
+    values["limits"] = MessageLimits(**values["limits"])
+    for name in ("certificate", "key"):
+        values[name] = _path(values[name])
+    return ServerSettings(**values)
+
+
+def serve_forever(config: Any) -> None:
+    """Serve a checkpoint as configs/serve.yaml describes it, until SIGINT or SIGTERM.
+
+    Raises:
+        FileNotFoundError: If the checkpoint does not exist.
+        ValueError: If a setting is wrong.
+        OSError: If the address is taken, or a file cannot be used.
+    """
+    settings = read_server_settings(config["server"])
+    policy = load_served_policy(
+        Path(config["checkpoint"]),
+        device=choose_device(config["device"]),
+        action_steps=config["action_steps"],
+    )
+    warm_up(policy, config["warm_up_side"])
+    asyncio.run(_serve(PolicyServer(policy, settings)))
+
+
+async def _serve(server: PolicyServer) -> None:
+    stop = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    await server.run(stop)
+
+
+def warm_up(policy: ServablePolicy, side: int) -> None:
+    """Ask a policy once with black frames of a size, so that the first client does not wait for start-up."""
+    description = policy.description
+    shape = (*description.frame_axes(1), side, side, 3)
+    frames = {camera: np.zeros(shape, np.uint8) for camera in description.cameras}
+    state = np.zeros((1, description.state_size or 0), np.float32)
+    noise = None if policy.noise_shape is None else np.zeros((1, *policy.noise_shape), np.float32)
+    policy.chunk(ObservationBatch(frames, state, ["warm up"]), noise)
+
+
+def _path(value: str | None) -> Path | None:
+    return None if value is None else Path(value).expanduser()

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from vega_policy.evaluation.env_pool import WorkerPool
+from vega_policy.evaluation.env_worker import Outcome, SlotObservation, SlotReport, SlotSpec
 from vega_policy.evaluation.episodes import Episode
 from vega_policy.evaluation.policies import (
     ChunkPolicy,
@@ -22,8 +24,6 @@ from vega_policy.evaluation.policies import (
     check_compatible,
     stack_observations,
 )
-from vega_policy.evaluation.pool import WorkerPool
-from vega_policy.evaluation.worker import Outcome, SlotObservation, SlotOrder, SlotReport
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class _Row:
     observation: SlotObservation | None = None
     calls: int = 0
 
-    def order(self, actions: np.ndarray | None) -> SlotOrder:
+    def order(self, actions: np.ndarray | None) -> SlotSpec:
         following = self.queue[0].order() if self.queue else None
         return {"actions": actions, "episode": following}
 
@@ -105,7 +105,7 @@ class Rollout:
                     yield finished
             orders = self._next_orders(rows)
 
-    def _next_orders(self, rows: Sequence[_Row]) -> dict[int, SlotOrder]:
+    def _next_orders(self, rows: Sequence[_Row]) -> dict[int, SlotSpec]:
         active = [slot for slot, row in enumerate(rows) if row.episode is not None]
         if not active:
             return {}

@@ -4,7 +4,7 @@ A prior offers `width` (d), `fingerprint`, `layer`, `noise_level`, `untrained`, 
 `__call__(frames [b v t 3 h w] in [0, 1], generator=None) -> features [b v d gh gw]`. It is frozen: no
 gradient, no dropout. With a generator (on the CPU) it draws fresh noise for each frame; without one every
 frame meets the same noise, drawn once from `config.seed`, so that the same frame gives the same features.
-Most priors are a `PriorReader` (`vega_policy.priors.reader`).
+Most priors are a `PriorReader` (`vega_policy.priors.base`).
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from difflib import get_close_matches
 from importlib import import_module
 from typing import Any
 
-from vega_policy.parts import PriorConfig
+from vega_policy.model.config import PriorConfig
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ PRIORS: dict[str, PriorEntry] = {
         "vega_policy.priors.wan:load", "Wan-AI/Wan2.1-T2V-14B-Diffusers", 27, 0.3, "bfloat16", video=True
     ),
     "wan2.1_vace_1.3b": PriorEntry(
-        "vega_policy.priors.wan_vace:load", "Wan-AI/Wan2.1-VACE-1.3B-diffusers", 20, 0.3, "bfloat16"
+        "vega_policy.priors.wan:load_vace", "Wan-AI/Wan2.1-VACE-1.3B-diffusers", 20, 0.3, "bfloat16"
     ),
     "wan2.2_ti2v_5b": PriorEntry(
         "vega_policy.priors.wan:load", "Wan-AI/Wan2.2-TI2V-5B-Diffusers", 20, 0.3, "bfloat16", video=True

@@ -22,9 +22,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vega_policy.parts import PriorConfig
+from vega_policy.model.config import PriorConfig
 from vega_policy.priors import PriorEntry
-from vega_policy.priors.reader import check_layer, check_no_noise
+from vega_policy.priors.base import check_layer, check_no_noise
 from vega_policy.priors.weights import fingerprint_files
 
 FORMAT = 1

@@ -4,10 +4,10 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from vega_policy.observation import resize
-from vega_policy.parts import PriorConfig
+from vega_policy.model.config import PriorConfig
+from vega_policy.model.observation import resize
 from vega_policy.priors import PriorEntry
-from vega_policy.priors.reader import check_no_noise
+from vega_policy.priors.base import check_no_noise
 from vega_policy.priors.weights import fingerprint_seed
 
 PATCH = 16

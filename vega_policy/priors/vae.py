@@ -6,9 +6,9 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderKLWan
 from torch import Tensor
 
-from vega_policy.parts import PriorConfig
+from vega_policy.model.config import PriorConfig
 from vega_policy.priors import PriorEntry
-from vega_policy.priors.reader import PriorReader, check_layer, check_no_noise, drop_rest, fitting_size
+from vega_policy.priors.base import PriorReader, check_layer, check_no_noise, drop_rest, fitting_size
 from vega_policy.priors.unet import clean_latent
 from vega_policy.priors.weights import check_class, fingerprint_files, load_part, locate, way_out
 

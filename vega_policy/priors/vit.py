@@ -8,9 +8,9 @@ from torch import Tensor
 from transformers import DINOv3ViTModel, VJEPA2Model
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from vega_policy.parts import PriorConfig
+from vega_policy.model.config import PriorConfig
 from vega_policy.priors import PriorEntry
-from vega_policy.priors.reader import PriorReader, check_layer, check_no_noise, drop_rest, fitting_size
+from vega_policy.priors.base import PriorReader, check_layer, check_no_noise, drop_rest, fitting_size
 from vega_policy.priors.weights import check_class, fingerprint_files, load_part, locate, way_out
 
 

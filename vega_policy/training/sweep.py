@@ -50,8 +50,7 @@ class Job:
 
 def read_job(folder: Path) -> Job:
     """Reads one run's folder; what is not there stays empty."""
-    from vega_policy.training.retention import read_scores
-    from vega_policy.training.run_folder import CONFIG, METRICS, flatten
+    from vega_policy.training.checkpoint import CONFIG, METRICS, flatten, read_scores
 
     config, metrics = folder / CONFIG, folder / METRICS
     if not config.is_file():
@@ -68,7 +67,7 @@ def read_job(folder: Path) -> Job:
 
 
 def _episodes(folder: Path) -> dict[tuple[int, int], bool]:
-    from vega_policy.evaluation.run_folder import EPISODES_FILE, read_episodes
+    from vega_policy.evaluation.episodes import EPISODES_FILE, read_episodes
 
     shares = sorted(path.parent for path in folder.glob(f"*/{EPISODES_FILE}"))
     return {result.key: result.success for share in shares for result in read_episodes(share)}
@@ -134,7 +133,7 @@ def summarize(jobs: Sequence[Job]) -> list[dict[str, Any]]:
 
 
 def _row(label: str, members: Sequence[Job]) -> dict[str, Any]:
-    from vega_policy.evaluation.statistics import repeated_wilson_interval
+    from vega_policy.evaluation.stats import repeated_wilson_interval
 
     names = ("loss", "held_out_loss", "held_out_action_error")
     measures = {}
@@ -162,7 +161,7 @@ def _solved(jobs: Sequence[Job]) -> np.ndarray:
 
 
 def _paired(members: Sequence[Job], first: Sequence[Job]) -> dict[str, Any]:
-    from vega_policy.evaluation.statistics import paired_interval, sign_flip_exact
+    from vega_policy.evaluation.stats import paired_interval, sign_flip_exact
 
     reference = {job.settings.get("seed"): job for job in first}
     pairs = [(job, reference[seed]) for job in members if (seed := job.settings.get("seed")) in reference]

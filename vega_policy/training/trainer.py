@@ -9,27 +9,26 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from vega_policy.learning_rates import learning_rates
-from vega_policy.training.augmentation import RandomShift
-from vega_policy.training.batches import Batch, Source
-from vega_policy.training.captured_step import CapturedStep
-from vega_policy.training.checkpoints import Learner, Origin, rng_state, save_checkpoint, snapshot
-from vega_policy.training.config import TrainConfig
-from vega_policy.training.guards import BadStep, disk_guard, finite, memory_guard
-from vega_policy.training.held_out import held_out_scores, spread
-from vega_policy.training.loggers import open_boards
-from vega_policy.training.model_card import model_card
-from vega_policy.training.optimization import clip_gradient, read_scalars, trainable
-from vega_policy.training.parallel import (
-    all_agree,
-    mean_over_processes,
-    replicate,
-    without_gradient,
+from vega_policy.data.augmentation import RandomShift
+from vega_policy.data.loader import Batch, ShuffledRows, Source
+from vega_policy.training.checkpoint import (
+    Origin,
+    TrainState,
+    add_scores,
+    checkpoint_of,
+    read_scores,
+    rng_state,
+    save_checkpoint,
+    snapshot,
+    tidy,
 )
-from vega_policy.training.progress import Progress
-from vega_policy.training.retention import add_scores, checkpoint_of, read_scores, tidy
-from vega_policy.training.sampler import ShuffledRows
-from vega_policy.training.simulation import play
+from vega_policy.training.config import TrainConfig
+from vega_policy.training.cuda_graph import CapturedStep
+from vega_policy.training.distributed import all_agree, mean_over_processes, replicate, without_gradient
+from vega_policy.training.failure_guards import BadStep, disk_guard, finite, memory_guard
+from vega_policy.training.logging import Progress, model_card, open_boards
+from vega_policy.training.optim import clip_gradient, learning_rates, read_scalars, trainable
+from vega_policy.training.validation import held_out_scores, play, spread
 
 
 class Trainer:
@@ -39,7 +38,7 @@ class Trainer:
         self,
         config: TrainConfig,
         accelerator: Accelerator,
-        learner: Learner,
+        learner: TrainState,
         source: Source,
         sampler: ShuffledRows,
         held_out: Tensor,
@@ -69,7 +68,7 @@ class Trainer:
         self.shift = self._random_shift()
         learner.policy.train()
         learner.policy.draws, learner.policy.lazy_log = learner.draws, True
-        learner.policy.model.expert.share = (accelerator.process_index, accelerator.num_processes)
+        learner.policy.model.head.share = (accelerator.process_index, accelerator.num_processes)
         self.model = self._wrap()
         self.captured: CapturedStep | None = None
         if config.capture:

@@ -1,0 +1,372 @@
+"""Skills for what is built in: drawers, knobs."""
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
+
+from envs.demos.libero_scene import Region, joint_of, joint_position, region
+from envs.demos.planner_arm import (
+    CLEARING,
+    CLOSED,
+    LOWERING,
+    OPEN,
+    PRECISE,
+    Array,
+    Command,
+    Reach,
+    Skill,
+    about_axis,
+    about_x,
+    about_z,
+    above,
+    down,
+    leaning,
+)
+from envs.demos.planner_grasping import closing_axis, extents, find_rim
+from envs.demos.planner_skills import ABOVE_GRASP, CLOSING_STEPS, OPENING_STEPS, Workcell, descend, transit
+
+OPEN_FULLY, OPEN_TO_FILL = (
+    0.155,
+    0.125,
+)  # m; a drawer pulled out farther is in the way of the hand that fills it
+SHUT = 0.0005  # m past zero
+PUSHING_PITCH = np.deg2rad(35)
+BAR_DEPTH = 0.017  # m from the frontmost point of a drawer that belongs to the bar of its handle
+KNOB_TURN = 1.2  # rad; the stove is on from 0.5
+
+
+class Drawer:
+    """One drawer of a LIBERO cabinet: where its handle is and along which way it slides."""
+
+    def __init__(self, cell: Workcell, region_name: str) -> None:
+        """Reads the drawer of a region such as "wooden_cabinet_1_top_region".
+
+        Raises:
+            ValueError: the region is not a drawer.
+        """
+        match = re.fullmatch(r"(.*cabinet_\d+)_(top|middle|bottom)_region", region_name)
+        joint = joint_of(cell, region_name)
+        if match is None or joint is None:
+            raise ValueError(f"expected the region of a cabinet's drawer, got {region_name!r}")
+        self.body = f"{match[1]}_cabinet_{match[2]}"
+        self.joint = joint
+        self._cell = cell
+
+    @property
+    def outwards(self) -> Array:
+        """Unit vector [3] along which the drawer opens: LIBERO's cabinets slide along their own -y."""
+        return -self._cell.scene.rotation(self.body)[:, 1]
+
+    @property
+    def handle(self) -> Array:
+        """Middle [3] of the bar of the handle (m)."""
+        cloud = self._cell.scene.cloud(self.body)
+        along = cloud @ self.outwards
+        bar = cloud[along > along.max() - BAR_DEPTH]
+        return (bar.max(0) + bar.min(0)) / 2
+
+    @property
+    def opening(self) -> float:
+        """How far the drawer is pulled out (m)."""
+        return -joint_position(self._cell, self.joint)
+
+
+def open_drawer(cell: Workcell, region_name: str, opening: float = OPEN_FULLY) -> Skill:
+    """Reaches for the bar horizontally, one finger above and one below, and pulls."""
+    drawer = Drawer(cell, region_name)
+    outwards, handle = drawer.outwards, drawer.handle
+    yaw = float(np.arctan2(outwards[1], outwards[0])) - np.pi / 2
+    rotation = about_z(yaw + np.deg2rad(25)) @ about_x(np.deg2rad(-80)) @ down(0.0)
+    approach = rotation[:, 2]
+    ready = handle - 0.09 * approach
+    via = ready + 0.10 * outwards
+    via[2] = max(ready[2], handle[2] + 0.08)
+    yield from cell.arm.move(via, rotation, OPEN, Reach(0.03, 0.25, steps=90, stalls=False))
+    yield from cell.arm.move(ready, rotation, OPEN, Reach(0.01, 0.12, steps=60))
+    at_bar = handle + 0.004 * approach
+    yield from cell.arm.move(at_bar, rotation, OPEN, Reach(0.006, 0.12, speed=0.6, noise_share=0.3))
+    yield from cell.arm.hold(at_bar, rotation, CLOSED, 10)
+    yield from _pull(cell, drawer, rotation, opening)
+    here = cell.arm.position
+    yield from cell.arm.hold(here, rotation, OPEN, 6)
+    yield from cell.arm.move(here - 0.08 * approach, rotation, OPEN, Reach(0.02, 9.0))
+    return drawer.opening >= opening
+
+
+def _pull(cell: Workcell, drawer: Drawer, rotation: Array, opening: float) -> Skill:
+    """Draws the hand along the slide, 3 cm ahead of where it is, until the drawer is out."""
+    start, outwards = cell.arm.position, drawer.outwards
+    for _ in range(80):
+        if drawer.opening > opening:
+            return True
+        drawn = max(0.0, float((cell.arm.position - start) @ outwards))
+        goal = start + (drawn + 0.03) * outwards
+        yield Command(cell.arm.command(goal, rotation, CLOSED), PRECISE.noise_share)
+    return False
+
+
+def close_drawer(cell: Workcell, region_name: str) -> Skill:
+    """Pushes the bar of the handle with closed fingers until the drawer is shut.
+
+    The hand leans, so that its palm stays clear of the drawers above.
+    """
+    drawer = Drawer(cell, region_name)
+    inwards = -drawer.outwards
+    rotation = leaning(inwards, PUSHING_PITCH)
+    start = drawer.handle - 0.06 * inwards
+    yield from transit(cell, above(start, ABOVE_GRASP), rotation, CLOSED, clearance=0.03)
+    yield from cell.arm.move(start, rotation, CLOSED, Reach(0.01))
+    yield from _push(cell, drawer, rotation)
+    here = cell.arm.position
+    yield from cell.arm.move(here - 0.08 * inwards, rotation, CLOSED, Reach(0.02, 9.0))
+    return drawer.opening < -SHUT
+
+
+def _push(cell: Workcell, drawer: Drawer, rotation: Array) -> Skill:
+    """Pushes along the slide, 3 cm ahead of where the hand is, until the drawer is shut or nothing moves."""
+    start, inwards = cell.arm.position, -drawer.outwards
+    pushed: list[float] = []
+    for _ in range(100):
+        pushed.append(float((cell.arm.position - start) @ inwards))
+        if drawer.opening < -SHUT:
+            return True
+        if len(pushed) > 15 and pushed[-1] - pushed[-15] < 0.002:
+            return False
+        goal = start + (pushed[-1] + 0.03) * inwards
+        yield Command(cell.arm.command(goal, rotation, CLOSED), PRECISE.noise_share)
+    return False
+
+
+def turn_knob(cell: Workcell, fixture: str, direction: float) -> Skill:
+    """Grips the ridge of a stove's knob from above and turns it about the knob's axis.
+
+    Args:
+        cell: where.
+        fixture: name of the stove.
+        direction: +1 turns on, -1 turns off.
+    """
+    knob = f"{fixture}_button"
+    cloud, axis = cell.scene.cloud(knob), cell.scene.position(knob)
+    top = cloud[:, 2].max()
+    ridge = cloud[cloud[:, 2] > top - 0.012, :2]
+    yaws = np.deg2rad(np.arange(-90.0, 90.0, 5.0))
+    yaw = float(min(yaws, key=lambda angle: extents(ridge, closing_axis(angle))[0] + 0.002 * abs(angle)))
+    middle = (ridge.max(0) + ridge.min(0)) / 2
+    rotation, grip = down(yaw), np.array([middle[0], middle[1], top - 0.016])
+    yield from transit(cell, above(grip, ABOVE_GRASP), rotation, OPEN, clearance=0.03)
+    yield from descend(cell, grip, rotation)
+    yield from cell.arm.hold(grip, rotation, CLOSED, 8)
+    for step in range(41):
+        turn = about_z(direction * min(0.04 * (step + 1), KNOB_TURN))
+        goal = axis + turn @ (grip - axis)
+        yield Command(cell.arm.command(goal, turn @ rotation, CLOSED), PRECISE.noise_share)
+    here, turned = cell.arm.position, cell.arm.rotation
+    yield from cell.arm.hold(here, turned, OPEN, OPENING_STEPS)
+    return (yield from cell.arm.move(above(here, 0.08), turned, OPEN, Reach(0.02, 9.0)))
+
+
+LEAN = np.deg2rad(50)  # flat enough to stay below the roof, steep enough to reach over a rim
+PUSH_GAP, PUSH_DEPTH = 0.03, 0.035  # m before a vessel's wall; m below its rim
+GRIP_DEPTH = 0.014  # m below the rim
+INSIDE = 0.025  # m that the origin of a thing must be inside of its region
+DOOR_SHUT = 0.003  # rad from the closed door; LIBERO calls 0.005 closed
+WIDE = 1.9  # rad; a microwave draws its door from 1.3 to 2.1, and less than this hinders a leaning hand
+LEAD = 0.25  # rad that the pushing hand aims ahead of the door
+SIDES = tuple(
+    np.array(side) for side in ((0.0, -1.0, 0.0), (0.0, 1.0, 0.0), (-1.0, 0.0, 0.0), (1.0, 0.0, 0.0))
+)
+
+
+def open_side(cloud: Array, chamber: Region) -> Array:
+    """The horizontal direction [3] in which a chamber has no wall.
+
+    Args:
+        cloud: points [n 3] of the walls (m, world).
+        chamber: the space inside.
+    """
+    relative = cloud - chamber.centre
+    level = np.abs(relative[:, 2]) < 0.5 * chamber.half_extents[2]
+
+    def walled(side: Array) -> int:
+        across = np.abs(relative @ np.array([-side[1], side[0], 0.0]))
+        beyond = relative @ side > 0.8 * float(np.abs(side) @ chamber.half_extents)
+        return int(np.count_nonzero(level & beyond & (across < 0.04)))
+
+    return min(SIDES, key=walled)
+
+
+def resting_place(cloud: Array, chamber: Region, inwards: Array) -> Array:
+    """The point [3] on a chamber's floor midway between its side walls, just inside of its region.
+
+    Args:
+        cloud: points [n 3] of the walls, the floor and the roof (m, world).
+        chamber: the region, which may reach into a wall.
+        inwards: direction [3] from the open front.
+    """
+    across = np.array([-inwards[1], inwards[0], 0.0])
+    relative = cloud - chamber.centre
+    beside = relative @ across
+    depth = float(np.abs(inwards) @ chamber.half_extents)
+    deep = np.abs(relative @ inwards) < 0.6 * depth  # the back wall may lie within the region
+    sides = beside[deep & (np.abs(relative[:, 2]) < 0.5 * chamber.half_extents[2])]
+    middle = (sides[sides < 0].max(initial=-0.5) + sides[sides > 0].min(initial=0.5)) / 2
+    below = deep & (np.abs(beside - middle) < 0.03) & (relative[:, 2] < 0)
+    point = chamber.centre + middle * across
+    point -= (depth - INSIDE) * inwards
+    point[2] = cloud[below, 2].max(initial=chamber.centre[2] - chamber.half_extents[2])
+    return point
+
+
+def insert(cell: Workcell, body: str, chamber_name: str) -> Skill:
+    """Takes a vessel by the side of its rim with a leaning hand and brings it in through the open front."""
+    fixture = cell.env.object_sites_dict[chamber_name].parent_name
+    yield from _open_wide(cell, fixture)
+    chamber, walls = region(cell, chamber_name), cell.scene.cloud(f"{fixture}_main")
+    inwards = -open_side(walls, chamber)
+    rotation = leaning(inwards, LEAN)
+    side = _side_near_robot(cell, body, rotation[:, 0])
+    held = yield from _grasp_leaning(cell, body, rotation, side)
+    if not held:
+        return False
+    inside = resting_place(walls, chamber, inwards)
+    outside = inside - 0.16 * inwards
+    yield from transit(cell, _hand_for(cell, body, above(outside, 0.02)), rotation, CLOSED, body)
+    for point in (above(outside, 0.02), above(inside, 0.02), above(inside, 0.002)):
+        yield from cell.arm.move(_hand_for(cell, body, point), rotation, CLOSED, LOWERING)
+    here, approach = cell.arm.position, rotation[:, 2]
+    yield from cell.arm.hold(here, rotation, OPEN, OPENING_STEPS)
+    yield from cell.arm.move(here - 0.06 * approach, rotation, OPEN, Reach(0.01, 9.0, speed=0.5))
+    back = above(cell.arm.position - 0.12 * inwards, 0.06)
+    yield from cell.arm.move(back, rotation, OPEN, CLEARING)
+    return (yield from _push_in(cell, body, inside, inwards, rotation))
+
+
+def _push_in(cell: Workcell, body: str, inside: Array, inwards: Array, rotation: Array) -> Skill:
+    """Pushes a vessel that stands in the front of a chamber, from outside, until its origin is `inside`."""
+    cloud = cell.scene.cloud(body)
+    near_side = float((cloud @ inwards).min())
+    start = cell.scene.position(body) + (near_side - PUSH_GAP - cell.scene.position(body) @ inwards) * inwards
+    start[2] = cloud[:, 2].max() - PUSH_DEPTH
+    yield from cell.arm.move(above(start - 0.04 * inwards, 0.04), rotation, CLOSED, Reach(0.015, 0.1))
+    yield from cell.arm.move(start, rotation, CLOSED, Reach(0.01, 0.1))
+    for _ in range(50):
+        missing = float((inside - cell.scene.position(body)) @ inwards)
+        if missing < 0:
+            break
+        pushed = float((cell.arm.position - start) @ inwards)
+        goal = start + (pushed + 0.02 + 0.5 * missing) * inwards
+        yield Command(cell.arm.command(goal, rotation, CLOSED, 0.4), PRECISE.noise_share)
+    yield from cell.arm.move(above(cell.arm.position - 0.12 * inwards, 0.06), rotation, CLOSED, CLEARING)
+    return float((inside - cell.scene.position(body)) @ inwards) < INSIDE
+
+
+def _side_near_robot(cell: Workcell, body: str, across: Array) -> float:
+    """+1 or -1: the side along `across` that lies nearer to the robot, where a leaning arm still bends."""
+    towards = cell.scene.position("robot0_base") - cell.scene.position(body)
+    return 1.0 if float(towards @ across) > 0 else -1.0
+
+
+def _grasp_leaning(cell: Workcell, body: str, rotation: Array, first_side: float) -> Skill:
+    """Pinches the wall of a vessel beside its middle; True if it comes along."""
+    across = rotation[:, 0]
+    for side in (first_side, -first_side):
+        rim = find_rim(cell.scene.cloud(body), cell.scene.rotation(body), cell.scene.position(body))
+        radius = float(np.linalg.norm(rim.points[0] - rim.middle))
+        grip = rim.middle + side * radius * across + GRIP_DEPTH * rotation[:, 2]
+        ready = grip - 0.09 * rotation[:, 2]
+        yield from transit(cell, above(ready, 0.02), rotation, OPEN, clearance=0.03)
+        yield from cell.arm.move(ready, rotation, OPEN, Reach(0.008, 0.08, noise_share=0.6))
+        yield from cell.arm.move(grip, rotation, OPEN, Reach(0.005, 0.06, speed=0.5, noise_share=0.3))
+        yield from cell.arm.hold(grip, rotation, CLOSED, CLOSING_STEPS)
+        before = cell.scene.bottom(body)
+        yield from cell.arm.move(above(grip, ABOVE_GRASP), rotation, CLOSED, CLEARING)
+        if cell.scene.bottom(body) > before + 0.025:
+            return True
+        yield from cell.arm.hold(cell.arm.position, rotation, OPEN, OPENING_STEPS)
+        yield from cell.arm.move(cell.arm.position - 0.08 * rotation[:, 2], rotation, OPEN, CLEARING)
+    return False
+
+
+def _hand_for(cell: Workcell, body: str, point: Array) -> Array:
+    """Where the hand must be [3] for the held body to stand on `point` [3]."""
+    hand = cell.arm.position
+    goal = hand + point - cell.scene.position(body)
+    goal[2] = point[2] + hand[2] - cell.scene.bottom(body)
+    return goal
+
+
+@dataclass(frozen=True)
+class Door:
+    """A hinged door: its body, its joint, the hinge's axis and a point on it."""
+
+    body: str
+    joint: str
+    axis: Array  # [3] unit
+    anchor: Array  # [3] m
+
+    @classmethod
+    def of(cls, cell: Workcell, fixture: str) -> "Door":
+        """The first hinged door of a fixture."""
+        joint = cell.env.get_object(fixture).joints[0]
+        data = cell.scene.data.joint(joint)
+        body = cell.scene.model.body(cell.scene.model.joint(joint).bodyid[0]).name
+        return cls(body, joint, np.array(data.xaxis), np.array(data.xanchor))
+
+
+def close_door(cell: Workcell, fixture: str) -> Skill:
+    """Pushes a door shut."""
+    return (yield from _swing(cell, Door.of(cell, fixture), 0.0))
+
+
+def _open_wide(cell: Workcell, fixture: str) -> Skill:
+    """Pushes a door that stands ajar, if there is one, out of the way of a hand that goes in."""
+    if not cell.env.get_object(fixture).joints:
+        return True
+    door = Door.of(cell, fixture)
+    angle = joint_position(cell, door.joint)
+    if not DOOR_SHUT < abs(angle) < WIDE:
+        return True
+    return (yield from _swing(cell, door, float(np.sign(angle)) * WIDE))
+
+
+def _swing(cell: Workcell, door: Door, wanted: float) -> Skill:
+    """Pushes a door to the joint position `wanted` (rad) with closed fingers, below its upper edge."""
+    sign = float(np.sign(wanted - joint_position(cell, door.joint)))
+    sense = sign * door.axis
+    contact = _pushed_point(cell, door, sense)
+    away = np.cross(sense, contact - door.anchor)
+    away = -away / np.linalg.norm(away)
+    rotation = down(0.0)
+    start = contact + 0.05 * away
+    # Upright first and well above the door: a hand that turns on its way sinks and throws the door open.
+    high = cell.arm.position
+    high[2] = max(high[2], cell.scene.top(door.body) + 0.12)
+    yield from cell.arm.move(high, rotation, CLOSED, Reach(0.03, 0.2))
+    yield from transit(cell, above(start, 0.12), rotation, CLOSED, clearance=0.10)
+    yield from cell.arm.move(start, rotation, CLOSED, Reach(0.01))
+    first = joint_position(cell, door.joint)
+    for _ in range(120):
+        angle = joint_position(cell, door.joint)
+        if sign * (wanted - angle) < DOOR_SHUT:
+            break
+        turn = about_axis(sense, abs(first - angle) + LEAD)
+        goal = door.anchor + turn @ (contact - door.anchor)
+        yield Command(cell.arm.command(goal, rotation, CLOSED, 0.6), PRECISE.noise_share)
+    yield from cell.arm.move(above(cell.arm.position, 0.10), rotation, CLOSED, CLEARING)
+    return sign * (wanted - joint_position(cell, door.joint)) < DOOR_SHUT
+
+
+def _pushed_point(cell: Workcell, door: Door, sense: Array) -> Array:
+    """Where to put the closed fingers [3]: towards the free edge, behind, below the upper edge."""
+    cloud = cell.scene.cloud(door.body)
+    arms = cloud - door.anchor
+    arms -= np.outer(arms @ door.axis, door.axis)
+    reach = np.linalg.norm(arms, axis=1)
+    free = arms[int(np.argmax(reach))]
+    along = free / np.linalg.norm(free)
+    push = np.cross(sense, along)
+    outer = float((arms @ push).min())
+    point = door.anchor + 0.6 * float((arms @ along).max()) * along + (outer - 0.012) * push
+    point[2] = cloud[:, 2].max() - 0.025
+    return point

@@ -1,0 +1,286 @@
+"""The composed configs: the default is the method, an ablation is one field, nothing leaks, no typo."""
+
+import runpy
+import sys
+from dataclasses import fields
+from functools import cache
+from itertools import cycle
+from pathlib import Path
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from tests.synthetic_dataset import write_dataset
+from vega_policy.backbones import BACKBONES
+from vega_policy.cli.overrides import refuse_missing_fields, refuse_unknown_options
+from vega_policy.configuration_vega import VegaConfig
+from vega_policy.model.config import (
+    BASES,
+    ActionHeadConfig,
+    BackboneConfig,
+    BaseConfig,
+    FusionConfig,
+    PriorConfig,
+)
+from vega_policy.model.fusion import FUSIONS
+from vega_policy.priors import PRIORS
+from vega_policy.training.checkpoint import FREE_TO_CHANGE
+from vega_policy.training.config import GROUPS, decode, encode, from_hydra
+
+REPOSITORY = Path(__file__).parents[2]
+CONFIGS = REPOSITORY / "configs"
+PARTS = {
+    "prior": PriorConfig,
+    "fusion": FusionConfig,
+    "backbone": BackboneConfig,
+    "head": ActionHeadConfig,
+    "base": BaseConfig,
+}
+DATASET = "dataset.repo_id=tests/synthetic"
+
+
+@pytest.fixture(scope="module")
+def headline():
+    return run("experiment=libero_wan")
+
+
+def options(group):
+    return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
+
+
+@cache
+def composed(*overrides):
+    with initialize_config_dir(str(CONFIGS), version_base=None):
+        return compose("train", overrides=["policy.device=cpu", "output_dir=outputs/x", *overrides])
+
+
+def run(*overrides):
+    return from_hydra(composed(*overrides))
+
+
+def flat(node, path=""):
+    if not isinstance(node, dict):
+        return {path: node}
+    return {
+        key: value for name, child in node.items() for key, value in flat(child, f"{path}.{name}").items()
+    }
+
+
+def difference(first, second):
+    first, second = flat(encode(first)), flat(encode(second))
+    return {key[1:] for key in first.keys() | second.keys() if first.get(key) != second.get(key)}
+
+
+def test_the_default_config_is_the_method():
+    policy, method = run(DATASET).vega, VegaConfig(device="cpu")
+    for part in (*PARTS, "chunk_size", "n_action_steps", "frame_size", "optimizer_lr", "scheduler_decay_lr"):
+        assert getattr(policy, part) == getattr(method, part), part
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_every_option_lists_every_field_of_its_part(group):
+    for option in options(group):
+        listed = set(composed(DATASET, f"{group}={option}")[group])
+        assert listed == {field.name for field in fields(PARTS[group])} - {"fingerprint"}, option
+
+
+def test_every_prior_fusion_and_backbone_of_the_tables_is_an_option():
+    assert options("prior") == sorted(["none", *PRIORS])
+    assert options("fusion") == sorted(FUSIONS)
+    assert options("base") == sorted(["none", *BASES])
+    assert options("backbone") == sorted([*BACKBONES, "compact_small", "compact_blind"])
+
+
+@cache
+def alone(group, option):
+    """A group's node where nothing else was chosen."""
+    return composed(DATASET, f"{group}={option}")[group]
+
+
+@pytest.mark.parametrize("experiment", options("experiment"))
+def test_every_experiment_composes_with_every_prior_and_every_fusion_and_nothing_leaks(experiment):
+    priors, fusions = options("prior"), cycle(options("fusion"))
+    for prior, fusion in zip(priors, fusions, strict=False):  # there are more priors: each of both is met
+        both = composed(f"experiment={experiment}", f"prior={prior}", f"fusion={fusion}", DATASET)
+        assert both.prior == alone("prior", prior)
+        assert both.fusion == alone("fusion", fusion)
+        policy = from_hydra(both).vega
+        assert (policy.prior.name, policy.fusion.name) == (prior, fusion)
+
+
+@pytest.mark.parametrize("experiment", options("experiment"))
+def test_an_experiment_sets_no_field_that_belongs_to_a_group(experiment):
+    node = yaml.safe_load((CONFIGS / "experiment" / f"{experiment}.yaml").read_text())
+    groups = {path.name for path in CONFIGS.iterdir() if path.is_dir()}
+    assert not groups & node.keys()
+    assert not groups & node.get("policy", {}).keys()
+
+
+@pytest.mark.parametrize(
+    ("override", "field"),
+    [
+        ("prior=none", "policy.prior.name"),
+        ("fusion=add", "policy.fusion.name"),
+        ("prior.layer=1", "policy.prior.layer"),
+        ("fusion.blend=raw", "policy.fusion.blend"),
+        ("seed=7", "seed"),
+    ],
+)
+def test_an_ablation_is_one_field(override, field):
+    assert difference(run("experiment=demo"), run("experiment=demo", override)) == {field}
+
+
+def test_the_blind_experiment_is_the_demo_without_sight_and_without_a_prior():
+    changed = difference(run("experiment=demo"), run("experiment=blind"))
+    assert changed == {"policy.prior.name", "policy.backbone.sight"}
+
+
+TABLES = [
+    (path.stem, f"{field}={value}")
+    for path in sorted((CONFIGS / "ablation").glob("*.yaml"))
+    for field, values in yaml.safe_load(path.read_text())["hydra"]["sweeper"]["params"].items()
+    for value in values.split(",")
+]
+
+
+@pytest.mark.parametrize(("table", "override"), TABLES)
+def test_every_row_of_the_papers_tables_is_one_field_away_from_the_method(table, override, headline):
+    folder = f"outputs/ablation/{table}/{override.partition('=')[2]}"
+    row = run("experiment=libero_wan", override, f"output_dir={folder}")
+    field = override.partition("=")[0]
+    name = f"policy.{field}.name" if field in GROUPS else f"policy.{field}"
+    assert difference(headline, row) - {"output_dir"} <= {name}
+
+
+@pytest.mark.parametrize("table", sorted({table for table, _ in TABLES}))
+def test_every_run_of_an_ablation_has_a_folder_of_its_own(table):
+    rows = [override for name, override in TABLES if name == table]
+    with initialize_config_dir(str(CONFIGS), version_base=None):
+        composed_rows = [
+            compose("train", ["experiment=libero_wan", f"+ablation={table}", row]) for row in rows
+        ]
+    assert len({row.output_dir for row in composed_rows}) == len(rows)
+
+
+ABLATIONS = [path for path in options("experiment") if path.startswith("ablation_")]
+
+
+@pytest.mark.parametrize("ablation", ABLATIONS)
+def test_an_ablation_sweeps_one_field_over_seeds_and_every_value_composes(ablation):
+    node = yaml.safe_load((CONFIGS / "experiment" / f"{ablation}.yaml").read_text())
+    (field, values), (seed, seeds) = node["hydra"]["sweeper"]["params"].items()
+    assert node["hydra"]["mode"] == "MULTIRUN"
+    assert seed == "seed"
+    assert len(seeds.split(",")) >= 3
+    runs = [run(f"experiment={ablation}", f"{field}={value}") for value in str(values).split(",")]
+    assert len(runs) >= 2
+    first, group = runs[0], field.partition(".")[0]
+    for other in runs[1:]:
+        changed = difference(first, other)
+        assert changed
+        assert all(name.startswith(f"policy.{group}.") for name in changed)
+
+
+def test_a_saved_config_gives_the_same_run():
+    config = run("experiment=demo", "prior.layer=2")
+    assert decode(yaml.safe_load(yaml.safe_dump(encode(config)))) == config
+
+
+def test_fields_that_may_change_on_resuming_exist():
+    assert {f".{name}" for name in FREE_TO_CHANGE} <= flat(encode(run(DATASET))).keys()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "+policy.chunk_sise=8",
+            r"policy\.chunk_sise\. Did you mean policy\.chunk_size\? Known there: .*frame_size",
+        ),
+        ("+prior.noise_levle=0.1", r"policy\.prior\.noise_levle\. Did you mean policy\.prior\.noise_level"),
+        ("+step=3", r"Unknown config field step\. Did you mean steps"),
+        ("+dataset.chache=ram", r"dataset\.chache\. Did you mean dataset\.cached?\?"),
+        ("dataset.cache=memory", r"dataset\.cache: expected one of none, disk, ram, gpu; got 'memory'"),
+        ("dataset.cached=[prior,semantics]", r"dataset\.cached: expected one of .*; got 'semantics'"),
+        ("steps=many", r"steps.*'many'"),
+        ("steps=0", r"steps must be at least 1; got 0"),
+        ("policy.type=vegan", r"policy\.type: expected one of .*vega.*; got 'vegan'"),
+        ("prior.noise_level=1.5", r"noise_level.*\[0, 1\].*1\.5"),
+    ],
+)
+def test_a_wrong_field_or_value_ends_in_a_message(override, message):
+    with pytest.raises(ValueError, match=message):
+        run("experiment=demo", override)
+
+
+def test_a_run_without_a_dataset_says_how_to_name_one():
+    with pytest.raises(ValueError, match=r"No value for dataset\.repo_id.*experiment=demo"):
+        run()
+
+
+@pytest.fixture
+def script(tmp_path, monkeypatch, capsys):
+    """Runs `python scripts/train_policy.py ARGUMENTS` in an empty folder; gives what it printed."""
+
+    def call(*arguments):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["train_policy.py", *arguments])
+        runpy.run_path(str(REPOSITORY / "scripts" / "train_policy.py"), run_name="__main__")
+        return capsys.readouterr().out
+
+    return call
+
+
+def test_help_lists_groups_and_fields(script, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        script("--help")
+    assert stopped.value.code == 0
+    shown = capsys.readouterr().out
+    for word in ("experiment=demo prior=none", "wan_tiny", "token_gate", "noise_level: null", "optimizer_lr"):
+        assert word in shown
+
+
+@pytest.mark.parametrize("ablation", ["prior=none", "fusion=add", "prior.layer=1"])
+def test_the_script_trains_the_demos_ablations(script, tmp_path, ablation):
+    write_dataset(tmp_path / "data", lengths=(4, 3))
+    sizes = ["steps=2", "batch_size=2", "policy.frame_size=32", "policy.device=cpu"]
+    shown = script("experiment=demo", ablation, "dataset.root=data", *sizes, "output_dir=run")
+    assert shown.strip().endswith("checkpoint: run/checkpoints/000002")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "outputs", "run"]
+
+
+def test_the_script_meets_missing_demonstrations_with_one_message(script, tmp_path):
+    with pytest.raises(SystemExit) as stopped:
+        script("experiment=demo", "policy.device=cpu", "output_dir=run")
+    assert "No demonstrations in outputs/demo/demonstrations" in stopped.value.code
+    assert "scripts/collect_demos.py env=lift_wide" in stopped.value.code
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_suite_has_an_environment_config_of_its_name():
+    import envs
+
+    assert options("env") == sorted(envs.suite_names())
+    for name in options("env"):
+        config = yaml.safe_load((CONFIGS / "env" / f"{name}.yaml").read_text())
+        assert list(config) == ["suite", "frame_size", "rendering"]
+        assert config["suite"] == name
+
+
+def test_an_option_that_a_group_does_not_have_is_refused_with_the_near_ones():
+    with pytest.raises(
+        SystemExit, match=r"there is no env=lift_wid; did you mean env=lift_wide or env=lift\?"
+    ):
+        refuse_unknown_options(["checkpoint=x", "env=lift_wid"])
+    with pytest.raises(SystemExit, match=r"there is no prior=wan_tinny; did you mean prior=wan_tiny"):
+        refuse_unknown_options(["-m", "prior=none,wan_tinny"])
+    refuse_unknown_options(["env=lift_wide", "prior=null", "~experiment", "seed=3", "-cn", "other"])
+    refuse_unknown_options(["env=of_their_own", "--config-dir", "elsewhere"])  # Hydra's to judge
+
+
+def test_a_field_without_a_default_is_asked_for_by_its_name():
+    with pytest.raises(SystemExit, match=r"not given: checkpoint; add checkpoint=\.\.\. to the command line"):
+        refuse_missing_fields(OmegaConf.create({"checkpoint": "???", "seed": 0}))
+    refuse_missing_fields(OmegaConf.create({"checkpoint": "outputs/run", "seed": 0}))

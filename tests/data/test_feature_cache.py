@@ -1,0 +1,215 @@
+"""The feature cache: equal to the live model, keyed by all that matters, refused if it is something else."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.synthetic_dataset import CAMERAS, write_dataset
+from tests.training_runs import tiny_backbone, tiny_policy, tiny_run
+from vega_policy.data import feature_cache as features
+from vega_policy.data.dataset import DatasetError, match_features, read_table
+from vega_policy.data.feature_cache import CacheError, check_cacheable
+from vega_policy.data.loader import VideoSource
+from vega_policy.data.video import frames_in_order
+from vega_policy.model.config import BackboneConfig, PriorConfig
+from vega_policy.modeling_vega import VegaPolicy
+from vega_policy.training.train import load_data, make_source
+
+
+@pytest.fixture(scope="module")
+def loaded(root, tmp_path_factory):
+    """A policy and its data."""
+    config = tiny_run(root, tmp_path_factory.mktemp("runs") / "run")
+    data = load_data(config)
+    torch.manual_seed(0)
+    return config, VegaPolicy(config.vega), data
+
+
+def streams(policy, names, **changed):
+    dataset = {"repo_id": "tests/synthetic", "metadata": "0"} | changed
+    return features.streams_of(policy.model, dataset, list(CAMERAS), names)
+
+
+def build(policy, data, folder, names=("frames", "semantic", "prior")):
+    wanted = streams(policy, names)
+    clips = frames_in_order(data.dataset, list(CAMERAS), "pyav")
+    features.build_streams(folder, wanted, policy.model, clips, frames=len(data.table))
+    return wanted
+
+
+def test_cached_features_are_those_of_the_live_model(loaded, tmp_path):
+    config, policy, data = loaded
+    videos = VideoSource(data.dataset, list(CAMERAS), workers=0, seed=0)
+    cached, _ = make_source(config, policy, data, None)
+    rows = torch.tensor([3, 26, 11])
+    live, batch = policy.observe(videos.batch(rows)), cached.batch(rows)
+    with torch.no_grad():
+        semantic, prior = policy.model.semantic_features(live), policy.model.prior_features(live)
+    for expected, found in ((semantic, batch["vega.semantic"]), (prior, batch["vega.prior"])):
+        assert found.dtype == torch.bfloat16
+        torch.testing.assert_close(found.float(), expected, rtol=2**-7, atol=1e-3)
+    assert not torch.allclose(semantic[0], semantic[1], atol=1e-3)
+
+
+def test_cached_frames_give_the_batches_of_decoded_videos(root, tmp_path):
+    policy = tiny_policy(backbone=tiny_backbone(freeze_image_encoder=False))
+    config = tiny_run(
+        root, tmp_path / "run", policy=policy, dataset={"cached": ["frames", "prior"], "cache": "disk"}
+    )
+    data = load_data(config)
+    policy = VegaPolicy(config.vega)
+    cached, _ = make_source(config, policy, data, None)
+    videos = VideoSource(data.dataset, list(CAMERAS), workers=0, seed=0)
+    rows = torch.tensor([0, 8, 9, 20])
+    expected, found = videos.batch(rows), cached.batch(rows)
+    for key in ("observation.state", "action", "action_is_pad"):
+        assert torch.equal(expected[key], found[key])
+    assert expected["task"] == found["task"]
+    live, stored = policy.observe(expected).frames, policy.observe(found).frames
+    torch.testing.assert_close(stored, live, atol=0.51 / 255, rtol=0)
+
+
+def test_datasets_of_pictures_are_read_like_those_of_videos(tmp_path):
+    root = write_dataset(tmp_path / "pictures", use_videos=False, lengths=(3, 2))
+    data = load_data(tiny_run(root, tmp_path / "run"))
+    (first, second) = frames_in_order(data.dataset, list(CAMERAS), "pyav")
+    assert {key: (tuple(clip.shape), clip.dtype) for key, clip in second.items()} == {
+        CAMERAS[0]: ((2, 3, 48, 64), torch.uint8),
+        CAMERAS[1]: ((2, 3, 32, 32), torch.uint8),
+    }
+    assert first[CAMERAS[1]].unique().tolist() == [40, 60, 180, 220]
+
+
+def test_a_built_cache_is_not_built_again(loaded, tmp_path):
+    _, policy, data = loaded
+    wanted = build(policy, data, tmp_path)
+    features.build_streams(tmp_path, wanted, policy.model, iter(()), frames=0)
+    values = features.open_stream(tmp_path, wanted[0], len(data.table), None)
+    assert values.shape == (27, 2, 3, 32, 32)
+
+
+def test_a_missing_stream_is_added_to_a_cache(loaded, tmp_path):
+    _, policy, data = loaded
+    build(policy, data, tmp_path, ["semantic"])
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("semantic-*/*")}
+    build(policy, data, tmp_path)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("semantic-*/*")} == before
+    assert len(list(tmp_path.glob("*-*/manifest.json"))) == 3
+
+
+def test_a_build_that_is_killed_leaves_no_cache(loaded, tmp_path):
+    _, policy, data = loaded
+
+    def dying():
+        yield next(frames_in_order(data.dataset, list(CAMERAS), "pyav"))
+        raise KeyboardInterrupt
+
+    wanted = streams(policy, ["semantic"])
+    with pytest.raises(KeyboardInterrupt):
+        features.build_streams(tmp_path, wanted, policy.model, dying(), frames=27)
+    assert not list(tmp_path.glob("semantic-*"))
+    build(policy, data, tmp_path, ["semantic"])
+    assert features.open_stream(tmp_path, wanted[0], 27, torch.device("cpu")).shape[0] == 27
+
+
+def test_a_truncated_cache_is_refused(loaded, tmp_path):
+    _, policy, data = loaded
+    (stream,) = build(policy, data, tmp_path, ["semantic"])
+    values = tmp_path / stream.folder / "values.bin"
+    values.write_bytes(values.read_bytes()[:-2])
+    with pytest.raises(CacheError, match=r"truncated.*expected \d+ bytes for 27 frames, found \d+.*Delete"):
+        features.open_stream(tmp_path, stream, 27, None)
+
+
+def test_a_cache_of_other_inputs_is_refused(loaded, tmp_path):
+    _, policy, data = loaded
+    (stream,) = build(policy, data, tmp_path, ["semantic"])
+    other = streams(policy, ["semantic"], metadata="1")[0]
+    (tmp_path / stream.folder).rename(tmp_path / other.folder)
+    with pytest.raises(CacheError, match=r"other inputs: dataset differ"):
+        features.open_stream(tmp_path, other, 27, None)
+
+
+def test_another_prior_seed_frame_size_encoder_or_dataset_is_another_cache(loaded):
+    config, policy, _ = loaded
+
+    def folders(**changed):
+        other = VegaPolicy(replace_config(config.vega, **changed))
+        return [stream.folder for stream in streams(other, ["semantic", "prior"])]
+
+    torch.manual_seed(1)
+    semantic, prior = folders()
+    assert [semantic, prior] == [stream.folder for stream in streams(policy, ["semantic", "prior"])]
+    other_semantic, other_prior = folders(prior=PriorConfig(name="random", seed=1))
+    assert other_semantic == semantic  # an ablation of the prior keeps the semantic cache
+    assert other_prior != prior
+    assert folders(backbone=replace(config.vega.backbone, pretrained=False))[0] != semantic
+    assert semantic not in folders(frame_size=48)
+    assert semantic != streams(policy, ["semantic"], metadata="1")[0].folder
+
+
+def replace_config(config, **changed):
+    fields = {"backbone": config.backbone, "prior": config.prior, "frame_size": config.frame_size} | changed
+    made = tiny_policy(**fields)
+    made.input_features, made.output_features = config.input_features, config.output_features
+    return made
+
+
+FROZEN, LEARNING = BackboneConfig(freeze_image_encoder=True), BackboneConfig()
+
+
+def test_features_of_a_learning_encoder_are_refused():
+    with pytest.raises(ValueError, match=r"backbone\.freeze_image_encoder=false"):
+        check_cacheable(LEARNING, PriorConfig(), ["semantic", "prior"])
+
+
+def test_features_of_fresh_noise_are_refused():
+    with pytest.raises(ValueError, match=r"prior\.noise=fresh"):
+        check_cacheable(FROZEN, PriorConfig(noise="fresh"), ["semantic", "prior"])
+
+
+def test_features_of_a_history_of_frames_are_refused():
+    with pytest.raises(ValueError, match=r"prior\.clip=history"):
+        check_cacheable(FROZEN, PriorConfig(clip="history"), ["semantic", "prior"])
+
+
+def test_what_is_computed_live_needs_frames():
+    with pytest.raises(ValueError, match=r"leaves semantic to be computed.*Add 'frames'"):
+        check_cacheable(LEARNING, PriorConfig(), ["prior"])
+    assert check_cacheable(LEARNING, PriorConfig(), ["frames", "prior"]) == ["frames", "prior"]
+
+
+def test_without_a_prior_its_stream_is_not_needed():
+    assert check_cacheable(FROZEN, PriorConfig(name="none"), ["semantic", "prior"]) == ["semantic"]
+
+
+def test_a_missing_dataset_names_the_command_that_collects_it(tmp_path):
+    command = "python scripts/collect_demos.py env=lift_wide"
+    config = tiny_run(tmp_path / "nowhere", tmp_path / "run", dataset={"collect_command": command})
+    with pytest.raises(DatasetError, match=rf"No demonstrations in .*nowhere.*no such folder.*{command}"):
+        load_data(config)
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_dataset_without_state_is_refused(tmp_path):
+    root = write_dataset(tmp_path / "blind", state_width=0, lengths=(2,))
+    with pytest.raises(DatasetError, match=r"expects: .*observation\.state.*has: observation\.images\.image"):
+        load_data(tiny_run(root, tmp_path / "run"))
+
+
+def test_a_dataset_without_the_expected_camera_names_both_lists(loaded):
+    config, _, data = loaded
+    policy = replace_config(config.vega)
+    wrist = {"observation.images.wrist": config.vega.input_features[CAMERAS[0]]}
+    policy.input_features = wrist | {"observation.state": config.vega.input_features["observation.state"]}
+    with pytest.raises(DatasetError, match=r"expects: observation\.images\.wrist.*has: .*image .*image2"):
+        match_features(policy, data.dataset)
+
+
+def test_nan_actions_are_refused_before_anything_is_written(tmp_path):
+    root = write_dataset(tmp_path / "nan", nan_action_at=1, lengths=(3,))
+    with pytest.raises(ValueError, match="finite numbers in action"):
+        load_data(tiny_run(root, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+    assert len(read_table(root)) == 3

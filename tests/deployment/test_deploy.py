@@ -1,0 +1,241 @@
+"""From a composed configuration to a robot that moves, within limits, and is watched."""
+
+import math
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from lerobot.processor.factory import make_default_processors
+from lerobot.rollout.robot_wrapper import ThreadSafeRobot
+from lerobot.utils.feature_utils import hw_to_dataset_features
+from omegaconf import MissingMandatoryValue, OmegaConf
+
+from vega_policy.deployment.control_loop import SafeRollout, delayed, lays_out_scenes
+from vega_policy.deployment.deploy import read_rollout, read_safety
+from vega_policy.deployment.safety import JointLimits, SafetyFilter, safe_action_pipeline
+from vega_policy.resources import resource
+
+JOINTS = {"pan.pos": 0.0, "lift.pos": 0.5}
+LIMITS = [JointLimits(name, -1.0, 1.0, jump=0.5) for name in JOINTS]
+
+
+def composed(*overrides):
+    with initialize_config_dir(str(resource("configs")), version_base=None):
+        config = compose("deploy", ["task=lift it", *overrides])
+    return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+
+
+def test_the_safety_layer_is_a_step_of_lerobots_action_pipeline():
+    pipeline = safe_action_pipeline(SafetyFilter(LIMITS, period=0.05))
+    assert pipeline(({"pan.pos": 0.1, "lift.pos": 0.5}, JOINTS)) == {"pan.pos": 0.1, "lift.pos": 0.5}
+    assert pipeline(({"pan.pos": math.nan, "lift.pos": 0.5}, JOINTS)) == {"pan.pos": 0.1, "lift.pos": 0.5}
+
+
+def test_the_shipped_robots_have_limits_or_ask_for_a_dataset(tmp_path):
+    safety = read_safety(composed("robot=vega_sim"))
+    told = safety.command(
+        {**dict.fromkeys(safety.names, 3.0), "gripper.pos": 1.0},
+        {"x.pos": 0.0, "y.pos": 0.39, "z.pos": 1.0},
+        0.0,
+    )
+    assert told["x.vel"] == 1.0
+    assert told["y.vel"] == pytest.approx(0.2)  # 1 cm to the edge of the box
+    both = composed("robot=vega_sim", f"robot.safety.dataset.root={tmp_path}")
+    neither = composed("robot=vega_sim", "robot.safety.joints=null")
+    for config in (both, neither):
+        with pytest.raises(ValueError, match=r"give either robot\.safety\.joints"):
+            read_safety(config)
+    with pytest.raises(MissingMandatoryValue, match="port"):
+        composed("robot=so101")
+
+
+def test_only_a_simulated_robot_is_sent_to_its_initial_pose_between_episodes():
+    assert lays_out_scenes({"new_scenes": True, "device": {"type": "vega_sim"}})
+    assert not lays_out_scenes({"new_scenes": False, "device": {"type": "so101_follower"}})
+    with pytest.raises(ValueError, match="so101_follower would leap"):
+        lays_out_scenes({"new_scenes": True, "device": {"type": "so101_follower"}})
+    with pytest.raises(ValueError, match="got None"):
+        lays_out_scenes({"device": {"type": "vega_sim"}})
+
+
+def test_a_deployment_needs_one_policy():
+    with pytest.raises(ValueError, match="either a checkpoint or server"):
+        read_rollout(composed())
+    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+        read_rollout(composed("checkpoint=nowhere"))
+    remote = read_rollout(
+        composed("server.url=ws://127.0.0.1:1", "inference=rtc", "inference.queue_threshold=8")
+    )
+    assert (remote.policy.type, remote.policy.url) == ("vega_remote", "ws://127.0.0.1:1")
+    assert (remote.inference.type, remote.inference.queue_threshold) == ("rtc", 8)
+    assert (remote.robot.type, remote.fps, remote.task) == ("vega_sim", 20, "lift it")
+    assert remote.robot.log_file == Path("outputs/deploy/vega_sim.jsonl")
+
+
+def test_a_delayed_policy_says_the_same_later():
+    assert delayed(lambda one, two: one + two, 0.01)(1, two=2) == 3
+
+
+class Robot:
+    """Two joints that go where they are told at once."""
+
+    robot_type = name = "two joints"
+    action_features = observation_features = dict.fromkeys(JOINTS, float)
+
+    def __init__(self):
+        self.joints, self.sent, self.seconds = dict(JOINTS), [], 0.0
+
+    def get_observation(self):
+        seen = dict(self.joints)
+        time.sleep(self.seconds)
+        return seen
+
+    def send_action(self, action):
+        self.joints = dict(action)
+        self.sent.append(action)
+
+
+class Engine:
+    """Says what it is given, one action after another; then nothing."""
+
+    ready, failed = True, False
+
+    def __init__(self, actions):
+        self.actions, self.resets, self.seconds = list(actions), 0, 0.0
+
+    def get_action(self, frame):
+        time.sleep(self.seconds)
+        return torch.tensor(self.actions.pop(0)) if self.actions else None
+
+    def notify_observation(self, observation):
+        pass
+
+    def reset(self):
+        self.resets += 1
+
+    def start(self):
+        pass
+
+    stop = resume = start
+
+
+def play(actions, steps, teleop=None, on_step=lambda strategy, step: None, run=False, camera=None, **options):
+    """Play some steps; return robot, recorded frames, strategy and filter."""
+    robot, engine, frames = Robot() if camera is None else camera, Engine(actions), []
+    safety = SafetyFilter(LIMITS, period=0.05, **options)
+    features = {
+        **hw_to_dataset_features(robot.action_features, "action"),
+        **hw_to_dataset_features(robot.observation_features, "observation"),
+    }
+    to_teleop, _, to_observation = make_default_processors()
+    context = SimpleNamespace(
+        runtime=SimpleNamespace(
+            cfg=SimpleNamespace(fps=1000, task="test", interpolation_multiplier=1),
+            shutdown_event=threading.Event(),
+        ),
+        hardware=SimpleNamespace(robot_wrapper=ThreadSafeRobot(robot), teleop=teleop),
+        policy=SimpleNamespace(inference=engine),
+        processors=SimpleNamespace(
+            teleop_action_processor=to_teleop,
+            robot_action_processor=safe_action_pipeline(safety),
+            robot_observation_processor=to_observation,
+        ),
+        data=SimpleNamespace(dataset_features=features, ordered_action_keys=list(JOINTS)),
+    )
+    recorder = SimpleNamespace(add=frames.append, end_episode=lambda: None)
+    strategy = SafeRollout(safety, episodes=1, episode_seconds=1.0, recorder=recorder)
+    strategy.setup(context)
+    strategy._forget()
+    for step in range(steps):
+        on_step(strategy, step)
+        strategy._step(context)
+    if run:
+        context.runtime.shutdown_event.set()
+        strategy.run(context)
+    return robot, frames, engine, safety
+
+
+class Velocity(Robot):
+    """One joint that goes on at the speed it was told last."""
+
+    def __init__(self):
+        super().__init__()
+        self.joints = {"x.vel": 0.0}
+
+
+def test_a_robot_is_at_rest_before_it_is_let_go():
+    robot, order = Velocity(), []
+    safety = SafetyFilter([JointLimits("x.vel", -1.0, 1.0, speed=2.0, rest=0.0)], period=0.02)
+    context = SimpleNamespace(hardware=SimpleNamespace(robot_wrapper=robot))
+    for _ in range(20):
+        robot.send_action(safety.command({"x.vel": 1.0}, robot.joints))
+        time.sleep(0.02)
+    fast = robot.sent[-1]["x.vel"]
+    strategy = SafeRollout(safety, episodes=1, episode_seconds=1.0)
+    strategy._engine = SimpleNamespace(stop=lambda: order.append(len(robot.sent)))
+    strategy.come_to_rest(context)
+    assert order == [20]  # inference ended first
+    assert fast > 0.3
+    assert robot.sent[-1] == {"x.vel": 0.0}
+    assert len(robot.sent) > 25  # it was braked within its limits, not torn to a halt
+
+
+def test_a_robot_that_was_never_told_anything_is_told_nothing_at_the_end():
+    robot, safety = Robot(), SafetyFilter(LIMITS, period=0.05)
+    SafeRollout(safety, episodes=1, episode_seconds=1.0).come_to_rest(
+        SimpleNamespace(hardware=SimpleNamespace(robot_wrapper=robot))
+    )
+    assert robot.sent == []
+
+
+def test_an_engine_that_gave_up_is_no_success():
+    def give_up(strategy, step):
+        strategy._engine.failed = True
+
+    *_, safety = play([[0.1, 0.5]], steps=1, on_step=give_up, run=True)
+    assert "inference failed" in safety.stopped
+
+
+def test_what_is_recorded_is_what_the_robot_was_told_and_what_the_policy_wanted():
+    robot, frames, _, _ = play([[0.1, 0.5], [math.nan, 0.5], [0.2, 0.6]], steps=4)
+    assert len(robot.sent) == len(frames) == 3  # a step without a prediction commands and records nothing
+    assert [bool(frame["intervention"][0]) for frame in frames][:2] == [False, True]
+    np.testing.assert_allclose(frames[0]["action"], [0.1, 0.5])
+    np.testing.assert_allclose(frames[1]["action"], [0.1, 0.5])
+    np.testing.assert_allclose(frames[1]["policy_action"], [0.0, 0.5])
+    np.testing.assert_allclose(frames[1]["observation.state"], [0.1, 0.5])
+
+
+def test_a_person_takes_over_and_gives_back():
+    def turn(strategy, step):
+        if step in (1, 3):
+            strategy.toggle_human()
+
+    teleop = SimpleNamespace(get_action=lambda: {"pan.pos": -0.1, "lift.pos": 0.4})
+    robot, frames, engine, _ = play([[0.1, 0.5]] * 9, steps=5, teleop=teleop, on_step=turn)
+    assert [bool(frame["intervention"][0]) for frame in frames][:3] == [False, True, True]
+    np.testing.assert_allclose(frames[2]["policy_action"], [-0.1, 0.4])
+    assert engine.resets == 4  # at the start (twice), and at each change of hands
+    assert len(robot.sent) == 5
+
+
+@pytest.mark.parametrize("slow_part", ["policy", "camera"])
+def test_what_rests_on_an_old_view_is_refused_and_the_policy_asked_anew(slow_part):
+    robot = Robot()
+
+    def slow(strategy, step):
+        part = robot if slow_part == "camera" else strategy._engine
+        part.seconds = 0.6 if step == 1 else 0.0
+
+    robot, _, engine, safety = play(
+        [[0.1, 0.5], [0.2, 0.5], [0.15, 0.5]], steps=3, on_step=slow, camera=robot, max_observation_age=0.5
+    )
+    assert safety.counts["stale"] == 1
+    assert robot.sent[1] == robot.sent[0]
+    assert robot.sent[2]["pan.pos"] > robot.sent[1]["pan.pos"]
+    assert engine.resets == 3

@@ -1,0 +1,332 @@
+"""The robot is never told anything outside its limits, whatever a policy says."""
+
+import dataclasses
+import math
+import os
+import signal
+import threading
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vega_policy.deployment.safety import (
+    EmergencyStop,
+    JointLimits,
+    SafetyFilter,
+    UnsafeStartError,
+    Watchdog,
+    Workspace,
+    limits_from_episodes,
+    read_limits,
+)
+
+PERIOD = 0.05
+JOINTS = (
+    JointLimits("pan.pos", -1.5, 1.5, speed=2.0, acceleration=20.0, jump=1.0),
+    JointLimits("lift.pos", 0.0, 2.0, speed=1.0, acceleration=4.0),
+    JointLimits("grip.pos", 0.0, 1.0, jump=0.7),
+)
+START = {"pan.pos": 0.2, "lift.pos": 1.0, "grip.pos": 0.5}
+HAND = Workspace(
+    (-0.1, -0.1, 0.8), (0.1, 0.1, 1.1), ("x.pos", "y.pos", "z.pos"), ("x.vel", "y.vel", "z.vel"), 0.05
+)
+DELTAS = (
+    *(JointLimits(f"{axis}.vel", -1, 1, speed=40.0, rest=0.0) for axis in "xyz"),
+    JointLimits("gripper.pos", -1, 1, start=-1),
+)
+
+numbers = st.floats(allow_nan=True, allow_infinity=True, width=64)
+near = st.floats(-3, 3)
+names = st.sampled_from([limit.name for limit in JOINTS])
+actions = st.one_of(
+    st.fixed_dictionaries({limit.name: near for limit in JOINTS}),
+    st.fixed_dictionaries({limit.name: numbers for limit in JOINTS}),
+    st.dictionaries(names, numbers),
+)
+waits = st.sampled_from([0.0, 1e-6, 0.01, 0.049, 0.05, 0.051, 0.3, 5.0])
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.tuples(actions, waits), min_size=1, max_size=60))
+def test_no_stream_of_actions_leads_outside_position_speed_or_acceleration(stream):
+    safety = SafetyFilter(JOINTS, period=PERIOD)
+    low, high, speed, acceleration = (
+        np.array([vars(limit)[field] for limit in JOINTS])
+        for field in ("low", "high", "speed", "acceleration")
+    )
+    now, since, before, velocity = 100.0, None, np.array(list(START.values())), np.zeros(3)
+    for action, wait in stream:
+        now += wait
+        told = safety.command(action, START, now)
+        command = np.array([told[limit.name] for limit in JOINTS])
+        assert np.isfinite(command).all()
+        assert ((low <= command) & (command <= high)).all()
+        dt = PERIOD if since is None else min(now - since, PERIOD)
+        since = now
+        if dt == 0:
+            assert (command == before).all()
+            continue
+        new_velocity = (command - before) / dt
+        assert (np.abs(new_velocity) <= speed + 1e-6).all()
+        assert (np.abs(new_velocity - velocity) <= acceleration * dt + 1e-6).all()
+        before, velocity = command, new_velocity
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.lists(st.tuples(*[near] * 4), min_size=1, max_size=40),
+    st.tuples(st.floats(-0.2, 0.2), st.floats(-0.2, 0.2), st.floats(0.7, 1.2)),
+)
+def test_no_displacement_leads_the_hand_further_out_of_its_box(stream, start):
+    safety = SafetyFilter(DELTAS, period=PERIOD, workspace=HAND)
+    hand, now = np.array(start), 0.0
+    for values in stream:
+        now += PERIOD
+        observation = dict(zip(HAND.position, hand.tolist(), strict=True))
+        told = safety.command(dict(zip([j.name for j in DELTAS], values, strict=True)), observation, now)
+        moved = hand + HAND.metres_per_unit * np.array([told[name] for name in HAND.action])
+        assert (moved >= np.minimum(hand, HAND.low) - 1e-9).all()
+        assert (moved <= np.maximum(hand, HAND.high) + 1e-9).all()
+        hand = moved
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+def test_a_number_that_is_none_does_not_move_the_robot(poison):
+    safety = SafetyFilter(JOINTS, period=PERIOD)
+    for step in range(5):
+        assert safety.command(START | {"pan.pos": poison}, START, step * PERIOD) == START
+    assert safety.counts["finite"] == 5
+
+
+def test_a_jump_does_not_move_the_robot_and_many_stop_it_for_good():
+    safety = SafetyFilter(JOINTS, period=PERIOD, refusals_to_stop=3)
+    for step in range(3):
+        assert safety.command(START | {"pan.pos": -1.4}, START, step * PERIOD) == START
+    assert safety.counts["jump"] == 3
+    assert safety.stopped
+    assert safety.command(START | {"lift.pos": 1.5}, START, 1.0) == START
+
+
+def test_reversed_joints_and_other_joints_are_refused():
+    safety = SafetyFilter(JOINTS, period=PERIOD)
+    reversed_values = dict(zip(START, [0.5, 0.1, 1.9], strict=True))  # values in the wrong order: a jump
+    assert safety.command(reversed_values, START, 0.0) == START
+    assert safety.command({"elbow.pos": 0.1}, START, 0.05) == START
+    assert safety.counts == {"jump": 1, "keys": 1}
+
+
+def test_an_action_that_rests_on_an_old_observation_is_refused():
+    safety = SafetyFilter(JOINTS, period=PERIOD, max_observation_age=0.5)
+    safety.observed(10.0)
+    assert safety.command(START | {"pan.pos": 0.25}, START, 10.6) == START
+    assert safety.counts == {"stale": 1}
+    safety.observed(10.6)
+    assert safety.command(START | {"pan.pos": 0.25}, START, 10.65) != START
+
+
+def test_a_moving_robot_is_braked_not_torn_to_a_halt():
+    safety = SafetyFilter(JOINTS, period=PERIOD)
+    wanted = START | {"lift.pos": 2.0}
+    positions = [safety.command(wanted, START, step * PERIOD)["lift.pos"] for step in range(8)]
+    for step in range(8, 16):
+        positions.append(safety.command(wanted | {"grip.pos": math.nan}, START, step * PERIOD)["lift.pos"])
+    speeds = np.diff(positions) / PERIOD
+    assert speeds.max() > 0.9
+    assert np.abs(np.diff(speeds)).max() <= 4.0 * PERIOD + 1e-6
+    assert speeds[-1] == 0.0
+
+
+def test_degrees_for_radians_never_start_the_robot():
+    with pytest.raises(UnsafeStartError, match="units"):
+        SafetyFilter(JOINTS, period=PERIOD).command(START, START | {"pan.pos": 11.5}, 0.0)
+
+
+def test_a_robot_that_does_not_say_where_it_stands_is_not_started():
+    with pytest.raises(UnsafeStartError, match=r"does not report lift\.pos"):
+        SafetyFilter(JOINTS, period=PERIOD).command(START, {"pan.pos": 0.0}, 0.0)
+
+
+def test_a_person_can_release_a_stopped_robot():
+    safety = SafetyFilter(JOINTS, period=PERIOD)
+    safety.command(START, START, 0.0)
+    safety.stop("test")
+    assert safety.command(START | {"pan.pos": 0.3}, START, 0.05) == START
+    safety.restart()
+    assert safety.command(START | {"pan.pos": 0.3}, START, 0.1)["pan.pos"] > 0.2
+
+
+def test_what_is_allowed_passes_unchanged():
+    safety = SafetyFilter(DELTAS, period=PERIOD, workspace=HAND)
+    inside = dict.fromkeys(HAND.position, 0.0) | {"z.pos": 1.0}
+    wanted = {"x.vel": 0.5, "y.vel": -0.25, "z.vel": 0.125, "gripper.pos": 1.0}
+    assert safety.command(wanted, inside, 0.0) == wanted
+    assert not safety.counts
+
+
+class Robot:
+    """Takes commands from any thread and keeps when they came."""
+
+    def __init__(self):
+        self.commands = []
+
+    def send(self, command):
+        self.commands.append((time.monotonic(), command))
+
+
+def wait_until(condition, seconds=10.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.005)
+
+
+def test_the_watchdog_holds_a_robot_whose_policy_hangs_and_then_stops_it():
+    safety, robot, reasons = SafetyFilter(JOINTS, period=0.02), Robot(), []
+    with Watchdog(safety, robot.send, hold_after=0.1, stop_after=0.5, on_stop=reasons.append) as watchdog:
+        time.sleep(0.2)
+        assert not robot.commands  # never told anything: left alone
+        began = time.monotonic()
+        robot.send(safety.command(START | {"pan.pos": 0.3}, START))
+        wait_until(lambda: len(robot.commands) > 3)
+        assert robot.commands[1][0] - began >= 0.1
+        assert not reasons
+        wait_until(lambda: reasons)
+        assert time.monotonic() - began >= 0.5
+    assert "no action for 0.5 s" in reasons[0]
+    assert len(reasons) == 1
+    assert watchdog.holds > 3
+    last = robot.commands[-1][1]
+    assert safety.command(START | {"pan.pos": 1.0}, START) == last
+
+
+def test_holds_come_no_faster_than_commands_so_that_none_queues_up_before_the_next_action():
+    safety, robot = SafetyFilter(JOINTS, period=0.05), Robot()
+    with Watchdog(safety, robot.send, hold_after=0.06, stop_after=9.0, on_stop=robot.send):
+        safety.command(START | {"pan.pos": 0.3}, START)
+        wait_until(lambda: len(robot.commands) > 6)
+    times = [seconds for seconds, _ in robot.commands]
+    assert (times[6] - times[0]) / 6 > 0.037
+
+
+@pytest.mark.parametrize("error", [ConnectionError("gone"), OSError("closed"), RuntimeError()])
+def test_the_watchdog_goes_on_watching_when_the_robot_could_not_be_reached(error):
+    safety, robot, failures = SafetyFilter(JOINTS, period=0.02), Robot(), [error]
+
+    def send(command):
+        if failures:
+            raise failures.pop()
+        robot.send(command)
+
+    with Watchdog(safety, send, hold_after=0.05, stop_after=9.0, on_stop=robot.send):
+        safety.command(START | {"pan.pos": 0.3}, START)
+        wait_until(lambda: robot.commands)
+
+
+def test_the_watchdog_is_quiet_while_actions_come():
+    safety, robot = SafetyFilter(JOINTS, period=0.01), Robot()
+    with Watchdog(safety, robot.send, hold_after=5.0, stop_after=9.0, on_stop=robot.send):
+        for _ in range(10):
+            safety.command(START, START)
+            time.sleep(0.01)
+    assert not robot.commands
+
+
+def test_the_emergency_stop_does_not_wait_for_a_busy_main_thread():
+    safety, robot, seen = SafetyFilter(JOINTS, period=0.01), Robot(), threading.Event()
+    safety.command(START, START)
+    handler = signal.getsignal(signal.SIGUSR1)
+
+    def kick():
+        time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    def stop(reason):
+        safety.stop(reason)
+        seen.set()
+
+    with (
+        EmergencyStop(stop) as emergency,
+        Watchdog(safety, robot.send, hold_after=50, stop_after=60, on_stop=lambda _: None),
+    ):
+        kicker = threading.Thread(target=kick)
+        kicker.start()
+        sum(range(10_000_000))  # one C call: Python's own signal handlers wait until it is over
+        kicker.join()
+        assert seen.wait(10)
+        wait_until(lambda: robot.commands)
+        emergency.press("x")
+    assert safety.stopped == "emergency stop by signal SIGUSR1"
+    assert signal.getsignal(signal.SIGUSR1) is handler
+
+
+def test_the_emergency_stop_by_key():
+    reasons = []
+    EmergencyStop(reasons.append, key="space").press("a")
+    EmergencyStop(reasons.append, key="space").press("space")
+    EmergencyStop(reasons.append, key="Space").press("space")
+    assert reasons == ["emergency stop by key 'space'"] * 2
+
+
+@pytest.mark.parametrize(("key", "other"), [("spacebar", "c"), ("space", "shift"), ("C", "c")])
+def test_a_key_that_no_terminal_sends_or_that_means_two_things_is_refused(key, other):
+    with pytest.raises(ValueError, match=f"keys: expected different ones.*got {key}, {other}"):
+        EmergencyStop(print, key=key, others={other: print})
+
+
+def test_a_terminated_program_stops_the_robot_first():
+    reasons = []
+    handler = signal.getsignal(signal.SIGTERM)
+    with EmergencyStop(reasons.append):
+        os.kill(os.getpid(), signal.SIGTERM)
+        wait_until(lambda: reasons)
+    assert reasons == ["emergency stop by signal SIGTERM"]
+    assert signal.getsignal(signal.SIGTERM) is handler
+
+
+def test_a_velocity_without_a_rest_is_refused():
+    with pytest.raises(ValueError, match=r"x\.vel: a velocity that is held goes on driving"):
+        SafetyFilter([JointLimits("x.vel", -1.0, 1.0)], period=0.1)
+
+
+def test_measured_limits_hold_the_demonstrations_and_little_more():
+    seconds = np.linspace(0, 2 * np.pi, 200)
+    episodes = [np.stack([-scale * np.cos(seconds), 2 * np.cos(seconds)], axis=1) for scale in (1, 0.5)]
+    pan, lift = limits_from_episodes(["pan", "lift"], episodes, fps=20, margin=0.1)
+    assert -1.3 < pan.low < -1 < 1 < pan.high < 1.3
+    step = 2 * np.pi / 199
+    assert lift.speed == pytest.approx(2 * step * 20 * 1.1, rel=0.02)
+    assert lift.acceleration == pytest.approx(2 * step**2 * 400 * 1.1, rel=0.05)
+    safety = SafetyFilter([pan, lift], period=0.05)
+    start = dict(zip(["pan", "lift"], episodes[0][0].tolist(), strict=True))
+    for index, action in enumerate(episodes[0]):
+        safety.command(dict(zip(["pan", "lift"], action.tolist(), strict=True)), start, index * 0.05)
+    assert not safety.counts
+    tight = SafetyFilter([pan, dataclasses.replace(lift, speed=1.0)], period=0.05)
+    for index, action in enumerate(episodes[0]):
+        tight.command(dict(zip(["pan", "lift"], action.tolist(), strict=True)), start, index * 0.05)
+    assert tight.counts["speed"] > 10
+
+
+@pytest.mark.parametrize(
+    ("joints", "message"),
+    [
+        ({"a": {"low": 1, "high": 0}}, "low < high"),
+        ({"a": {"low": 0}}, "missing fields \\['high'\\]"),
+        ({"a": {"low": 0, "high": 1, "velocity": 3}}, "unknown fields \\['velocity'\\]"),
+        ({"a": {"low": 0, "high": 1, "speed": 0}}, "speed must be positive"),
+        ({"a": {"low": 0, "high": 1, "rest": 2}}, "rest must lie in"),
+    ],
+)
+def test_impossible_limits_are_refused_with_a_reason(joints, message):
+    with pytest.raises(ValueError, match=message):
+        read_limits(joints)
+
+
+def test_limits_of_a_config_are_read():
+    (limit,) = read_limits({"a.pos": {"low": 0, "high": 1, "speed": None, "jump": 0.5}})
+    assert limit == JointLimits("a.pos", 0.0, 1.0, jump=0.5)
+    with pytest.raises(ValueError, match="low < high in x, y, z"):
+        Workspace((0, 0, 1), (1, 1, 1), ("x",) * 3, ("x",) * 3, 1.0)

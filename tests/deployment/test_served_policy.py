@@ -1,0 +1,129 @@
+"""A checkpoint behind a server says what it says without one."""
+
+import numpy as np
+import pytest
+import torch
+from lerobot.policies.rtc.configuration_rtc import RTCConfig
+
+from tests.policies import batch, tiny_config
+from tests.policy_servers import address, observations, running
+from vega_policy.deployment.client import RemotePolicy
+from vega_policy.deployment.latency_benchmark import load_table as table
+from vega_policy.deployment.latency_benchmark import measure
+from vega_policy.deployment.protocol import RTCContext
+from vega_policy.deployment.server import load_served_policy, warm_up
+from vega_policy.model.config import ActionHeadConfig, PriorConfig
+from vega_policy.modeling_vega import VegaPolicy
+from vega_policy.processor_vega import make_vega_pre_post_processors
+
+
+def statistics():
+    rng = np.random.default_rng(0)
+    ranges = {"action": 7, "observation.state": 8}
+    return {
+        key: {
+            "mean": torch.from_numpy(rng.normal(size=size)).float(),
+            "std": torch.from_numpy(rng.uniform(1, 2, size)).float(),
+            "min": torch.from_numpy(rng.uniform(-3, -1, size)).float(),
+            "max": torch.from_numpy(rng.uniform(1, 3, size)).float(),
+        }
+        for key, size in ranges.items()
+    }
+
+
+def write_checkpoint(folder):
+    """A small policy with its processors; returns the folder."""
+    torch.manual_seed(0)
+    policy = VegaPolicy(tiny_config())
+    policy.save_pretrained(folder)
+    for processor in make_vega_pre_post_processors(policy.config, statistics()):
+        processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+def test_a_checkpoint_says_the_same_through_the_server_bit_for_bit(checkpoint):
+    local = load_served_policy(checkpoint, device="cpu")
+    warm_up(local, 64)
+    with running(load_served_policy(checkpoint, device="cpu")) as (_, port):
+        remote = RemotePolicy(address(port))
+        assert remote.description == local.description
+        assert remote.served.fingerprint == local.fingerprint
+        for seed in range(3):
+            seen, noise = observations(seed=seed, side=80), np.random.default_rng(seed).normal(size=(1, 4, 7))
+            noise = noise.astype(np.float32)
+            np.testing.assert_array_equal(remote.chunk(seen, noise), local.chunk(seen, noise))
+            going_on = RTCContext(local.chunk(seen, noise)[0, 1:], 1, 3, 10.0)
+            np.testing.assert_array_equal(
+                remote.ask(seen, noise, going_on), local.continue_chunk(seen, noise, going_on)
+            )
+        load = measure(address(port), clients=2, seconds=0.5, side=64)
+        assert load.requests_per_second > 1
+        assert load.p50 <= load.p95 <= load.p99
+        assert "| 2 |" in table([load])
+
+
+def test_a_continued_chunk_begins_with_what_is_being_executed(checkpoint):
+    policy = load_served_policy(checkpoint, device="cpu")
+    seen, rng = observations(side=64), np.random.default_rng(1)
+    noise = rng.normal(size=(1, 4, 7)).astype(np.float32)
+    left = rng.uniform(-1, 1, (3, 7)).astype(np.float32)
+    free = policy.chunk(seen, noise)[0]
+    guided = policy.continue_chunk(seen, noise, RTCContext(left, 2, 3, 10.0))[0]
+    assert np.abs(guided[:2] - left[:2]).mean() < 0.1 * np.abs(free[:2] - left[:2]).mean()
+    np.testing.assert_allclose(guided[3], free[3], atol=0.2)  # beyond the horizon nothing pulls
+
+
+def test_real_time_chunking_is_not_drawn_to_the_zeros_that_lerobot_pads_with():
+    policy = VegaPolicy(tiny_config()).eval()
+    assert policy.supports_rtc()
+    policy.config.rtc_config = RTCConfig(execution_horizon=4)
+    policy.init_rtc_processor()
+    seen, noise, left = batch(1), torch.randn(1, 4, 7), torch.rand(2, 7)
+    padded = torch.cat([left, torch.zeros(2, 7)])
+    kwargs = {"noise": noise, "inference_delay": 1}
+    guided = policy.predict_action_chunk(seen, prev_chunk_left_over=left, **kwargs)
+    assert torch.equal(guided, policy.predict_action_chunk(seen, prev_chunk_left_over=padded, **kwargs))
+    free = policy.predict_action_chunk(seen, noise=noise)
+    assert not torch.equal(guided, free)
+    assert torch.equal(free, policy.predict_action_chunk(seen, prev_chunk_left_over=None, **kwargs))
+    assert torch.equal(free, policy.predict_action_chunk(seen, prev_chunk_left_over=padded * 0, **kwargs))
+    assert not guided.requires_grad
+
+
+def test_without_a_flow_the_chunk_is_blended_with_what_is_left_of_the_last():
+    config = tiny_config()
+    config.head = ActionHeadConfig(name="l1", width=32, depth=1, heads=2)
+    policy = VegaPolicy(config).eval()
+    seen, left = batch(1), torch.rand(3, 7) + 5
+    free = policy.predict_action_chunk(seen)
+    assert torch.equal(free, policy.predict_action_chunk(seen, inference_delay=1, prev_chunk_left_over=left))
+    policy.use_rtc(RTCConfig(execution_horizon=3))
+    chunk = policy.predict_action_chunk(seen, inference_delay=1, prev_chunk_left_over=left)
+    share = ((chunk - free)[0, :3] / (left - free[0, :3])).mean(dim=-1)
+    torch.testing.assert_close(share, torch.tensor([1.0, 2 / 3, 1 / 3]))
+    assert torch.equal(chunk[:, 3], free[:, 3])
+
+
+def test_a_policy_with_a_history_refuses_real_time_chunking():
+    policy = VegaPolicy(tiny_config(PriorConfig(name="wan_tiny", clip="history")))
+    assert not policy.supports_rtc()
+    policy.config.rtc_config = RTCConfig()
+    with pytest.raises(ValueError, match=r"prior\.clip=history"):
+        policy.init_rtc_processor()
+
+
+def test_names_of_a_dataset_are_kept_in_the_checkpoint(tmp_path):
+    config = tiny_config()
+    config.set_dataset_feature_metadata(
+        {"action": {"names": list("abcdefg")}, "observation.state": {"names": None}}
+    )
+    config.save_pretrained(tmp_path)
+    loaded = type(config).from_pretrained(tmp_path)
+    assert loaded.action_feature_names == list("abcdefg")
+    assert loaded.state_feature_names is None
+    assert loaded.rtc_config is None

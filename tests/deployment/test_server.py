@@ -1,0 +1,289 @@
+"""The server lets the right ones in, keeps everybody else out, and goes on serving."""
+
+import http.client
+import socket
+import subprocess
+import threading
+import time
+
+import numpy as np
+import pytest
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.sync.client import connect
+
+from tests.policy_servers import TOKEN, ArithmeticPolicy, address, noises, observations, running
+from vega_policy.deployment import protocol
+from vega_policy.deployment.client import (
+    PolicyClient,
+    PolicyUnavailableError,
+    ProtocolError,
+    RemotePolicy,
+    ServerAddress,
+)
+from vega_policy.deployment.protocol import MessageLimits, Request, RTCContext, unpack
+from vega_policy.deployment.server import ServerSettings, read_token
+
+
+class Other(ArithmeticPolicy):
+    """Another checkpoint."""
+
+    fingerprint = "other"
+
+
+def raw(port, token=None, **options):
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    options = {"subprotocols": [protocol.SUBPROTOCOL], "compression": None, "proxy": None} | options
+    return connect(f"ws://127.0.0.1:{port}/v1", additional_headers=headers, **options)
+
+
+def get(port, path, **headers):
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    connection.request("GET", path, headers=headers)
+    response = connection.getresponse()
+    return response.status, response.read().decode()
+
+
+def request(connection, hello, sequence=0, **options):
+    connection.send(
+        protocol.encode_request(hello.session, Request(sequence, observations(**options), None, None))
+    )
+    return unpack(connection.recv(timeout=10), 2**24)
+
+
+def test_a_remote_policy_says_what_the_local_one_says_bit_for_bit():
+    local = ArithmeticPolicy()
+    with running() as (_, port):
+        remote = RemotePolicy(address(port))
+        assert remote.description == local.description
+        assert remote.noise_shape == local.noise_shape
+        for rows, seed in ((1, 0), (3, 1)):
+            batch, noise = observations(rows, seed), noises(rows, seed)
+            np.testing.assert_array_equal(remote.chunk(batch, noise), local.chunk(batch, noise))
+        np.testing.assert_array_equal(remote.chunk(observations(), None), local.chunk(observations(), None))
+        going_on = RTCContext(np.ones((2, 7), np.float32), 1, 2, 10.0)
+        assert (remote.ask(observations(), noises(), going_on)[0, :2] == 1).all()
+        remote.close()
+
+
+def test_without_the_token_nothing_but_health_is_told(tmp_path):
+    with running(token=TOKEN) as (server, port):
+        for wrong in (None, "", TOKEN[:-1], TOKEN + "x", TOKEN.upper(), "\u00e9" * 30):
+            with pytest.raises(InvalidStatus) as error:
+                raw(port, wrong)
+            assert error.value.response.status_code == 401
+        assert get(port, "/metrics")[0] == 401
+        assert get(port, "/healthz") == (200, '{"status": "ok", "protocol": 1}\n')
+        assert get(port, "/secret")[0] == 404
+        assert 'vega_connections_refused_total{reason="token"} 7.0' in server.metrics.text()
+        status, metrics = get(port, "/metrics", Authorization=f"Bearer {TOKEN}")
+        assert (status, "vega_sessions 0.0" in metrics) == (200, True)
+        with pytest.raises(PermissionError, match="does not accept the token"):
+            PolicyClient(address(port, tmp_path, "another-token-that-is-long-enough")).connect()
+        assert PolicyClient(address(port, tmp_path, TOKEN)).predict(observations()).actions.shape == (1, 4, 7)
+
+
+def test_a_web_page_cannot_talk_to_a_server_on_loopback():
+    with running() as (_, port):
+        with pytest.raises(InvalidStatus) as error:
+            raw(port, origin="https://evil.example")
+        assert error.value.response.status_code == 403
+
+
+def test_a_recorded_session_cannot_be_played_again():
+    with running() as (_, port):
+        with raw(port) as connection:
+            hello = protocol.decode_hello(connection.recv(timeout=10))
+            recorded = protocol.encode_request(hello.session, Request(0, observations(), None, None))
+            connection.send(recorded)
+            assert unpack(connection.recv(timeout=10), 2**20)["type"] == "actions"
+            connection.send(recorded)
+            assert unpack(connection.recv(timeout=10), 2**20)["code"] == "sequence"
+        with raw(port) as connection:
+            connection.recv(timeout=10)
+            connection.send(recorded)
+            assert unpack(connection.recv(timeout=10), 2**20)["code"] == "session"
+
+
+def test_a_client_that_only_sends_rubbish_is_hung_up_on_and_a_large_message_ends_at_once():
+    with running(faults=3, limits=MessageLimits(message_bytes=100_000, requests_per_second=1e6)) as (_, port):
+        with raw(port) as connection:
+            connection.recv(timeout=10)
+            for _ in range(3):
+                connection.send(b"rubbish")
+                assert unpack(connection.recv(timeout=10), 2**20)["code"] == "malformed"
+            with pytest.raises(ConnectionClosed) as error:
+                connection.recv(timeout=10)
+            assert error.value.rcvd.code == 1008
+        with raw(port) as connection:
+            connection.recv(timeout=10)
+            connection.send(b"x" * 100_001)
+            with pytest.raises(ConnectionClosed) as error:
+                connection.recv(timeout=10)
+            assert error.value.rcvd.code == 1009
+        assert RemotePolicy(address(port)).chunk(observations(), None).shape == (1, 4, 7)
+
+
+def test_a_flood_of_requests_is_slowed_down_to_the_rate_allowed():
+    with running(limits=MessageLimits(requests_per_second=4.0)) as (_, port), raw(port) as connection:
+        hello = protocol.decode_hello(connection.recv(timeout=10))
+        start = time.monotonic()
+        answers = [request(connection, hello, sequence) for sequence in range(12)]
+        assert time.monotonic() - start > 0.9
+        assert {answer.get("code") for answer in answers} == {None, "rate"}
+
+
+def test_who_dawdles_is_hung_up_on_while_others_are_served():
+    with running(handshake_seconds=0.5, idle_seconds=0.7) as (server, port):
+        client = PolicyClient(address(port))
+        with socket.create_connection(("127.0.0.1", port)) as half, raw(port) as dripping:
+            half.sendall(b"GET /v1 HTTP/1.1\r\nHost: x\r\n")
+            dripping.recv(timeout=10)
+            end, closed = time.monotonic() + 10, False
+            half.settimeout(0.01)
+            while not closed:
+                assert time.monotonic() < end, "dawdlers were never hung up on"
+                client.predict(observations())
+                try:
+                    half.sendall(b"X")
+                    dripping.ping()
+                    closed = half.recv(1) == b""
+                except TimeoutError:
+                    time.sleep(0.05)
+                except ConnectionError:
+                    closed = True
+            with pytest.raises(ConnectionClosed):
+                dripping.recv(timeout=10)
+        assert 'reason="idle"' in server.metrics.text()
+        client.close()
+
+
+def test_fifty_clients_at_once_each_get_their_own_answer_in_shared_batches():
+    policy, local, wrong = ArithmeticPolicy(0.01), ArithmeticPolicy(), []
+
+    def work(seed):
+        client = PolicyClient(address(port))
+        for turn in range(3):
+            batch, noise = observations(seed=seed + 100 * turn), noises(seed=seed)
+            if not np.allclose(client.predict(batch, noise).actions, local.chunk(batch, noise), atol=1e-4):
+                wrong.append(seed)
+        client.close()
+
+    with running(policy, sessions=50) as (server, port):
+        threads = [threading.Thread(target=work, args=(seed,)) for seed in range(50)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert not wrong
+        assert 'vega_requests_total{outcome="ok"} 150.0' in server.metrics.text()
+    assert sum(policy.rows) == 150
+    assert max(policy.rows) > 4
+
+
+def test_there_are_no_more_sessions_and_connections_than_allowed():
+    with running(sessions=2, connections=4) as (server, port):
+        taken = [raw(port) for _ in range(2)]
+        for connection in taken:
+            connection.recv(timeout=10)
+        with pytest.raises(InvalidStatus) as error:
+            raw(port)
+        assert error.value.response.status_code == 503
+        opened = [socket.create_connection(("127.0.0.1", port), timeout=5) for _ in range(3)]
+        assert opened[-1].recv(1) == b""
+        assert 'reason="connections"' in server.metrics.text()
+        for connection in [*taken, *opened]:
+            connection.close()
+
+
+def test_a_policy_that_fails_costs_one_answer_not_the_server():
+    with running() as (_, port):
+        client = PolicyClient(address(port))
+        with pytest.raises(ProtocolError, match="policy failed") as error:
+            client.predict(observations(instruction="fail"))
+        assert error.value.code == "policy"
+        assert client.predict(observations()).actions.shape == (1, 4, 7)
+
+
+def test_shutting_down_lets_running_requests_finish():
+    answers = []
+    with running(ArithmeticPolicy(0.5)) as (server, port):
+        idle = raw(port)
+        idle.recv(timeout=10)
+        client = PolicyClient(address(port))
+        client.connect()
+        thread = threading.Thread(target=lambda: answers.append(client.predict(observations())))
+        thread.start()
+        time.sleep(0.2)
+        server.stop()
+        with pytest.raises(ConnectionClosed) as error:
+            idle.recv(timeout=10)
+        assert error.value.rcvd.code == 1001
+        thread.join(10)
+    assert answers[0].actions.shape == (1, 4, 7)
+    with pytest.raises(PolicyUnavailableError):
+        PolicyClient(address(port, timeout_seconds=1.0)).connect()
+
+
+def test_a_client_finds_back_to_a_server_that_comes_back():
+    with running() as (_, port):
+        remote = RemotePolicy(address(port), patience_seconds=20)
+        before = remote.chunk(observations(), None)
+    answers = []
+    thread = threading.Thread(target=lambda: answers.append(remote.chunk(observations(), None)))
+    thread.start()
+    time.sleep(0.5)
+    assert not answers
+    with running(port=port):
+        thread.join(20)
+        np.testing.assert_array_equal(answers[0], before)
+        assert remote.reconnections == 1
+        remote.close()
+
+
+def test_another_policy_in_the_place_of_the_first_is_refused_however_often_it_is_asked():
+    with running() as (_, port):
+        remote = RemotePolicy(address(port), patience_seconds=5)
+        remote.chunk(observations(), None)
+    with running(Other(), port=port):
+        for _ in range(2):
+            with pytest.raises(ValueError, match="now offers another policy"):
+                remote.chunk(observations(), None)
+    remote.close()
+
+
+def test_a_server_that_others_can_reach_needs_a_good_token(tmp_path):
+    with pytest.raises(ValueError, match="needs a token"):
+        ServerSettings(host="0.0.0.0")
+    with pytest.raises(ValueError, match="needs a token"):
+        ServerSettings(host="robot.lab")
+    with pytest.raises(ValueError, match="at least 24"):
+        ServerSettings(token="short")
+    with pytest.raises(ValueError, match="TLS needs both"):
+        ServerSettings(certificate=tmp_path / "a.pem")
+    assert TOKEN not in repr(ServerSettings(host="0.0.0.0", token=TOKEN))
+    file = tmp_path / "token"
+    file.write_text(TOKEN + "\n")
+    file.chmod(0o644)
+    with pytest.raises(PermissionError, match="chmod 600"):
+        read_token(file)
+    file.chmod(0o600)
+    assert read_token(file) == TOKEN
+
+
+def test_with_tls_only_clients_that_trust_the_certificate_get_through(tmp_path):
+    certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
+         "-keyout", key, "-out", certificate, "-days", "2", "-subj", "/CN=localhost",
+         "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    with running(certificate=certificate, key=key) as (_, port):
+        trusting = ServerAddress(f"wss://127.0.0.1:{port}", ca_file=certificate, timeout_seconds=5)
+        assert PolicyClient(trusting).predict(observations()).actions.shape == (1, 4, 7)
+        with pytest.raises(PolicyUnavailableError, match="CERTIFICATE_VERIFY_FAILED"):
+            PolicyClient(ServerAddress(f"wss://127.0.0.1:{port}", timeout_seconds=5)).connect()
+        with pytest.raises(PolicyUnavailableError):
+            PolicyClient(ServerAddress(f"ws://127.0.0.1:{port}", timeout_seconds=5)).connect()
+    with pytest.raises(ValueError, match="is no ws://"):
+        PolicyClient(ServerAddress("http://127.0.0.1:1")).connect()

@@ -1,0 +1,286 @@
+"""Collecting demonstrations: what lies in the dataset, and what survives a kill, damage or a dying worker."""
+
+import json
+import logging
+import os
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
+from safetensors.numpy import load_file
+
+import envs
+from envs import rendering
+from envs.base import DEMONSTRATION_SEEDS, EVALUATION_SEED
+from envs.demos import DemonstrationOptions
+from envs.demos import collect as collection
+from envs.demos import collect as workers
+from envs.demos.collect import CollectionSettings, Job, Workers, collect
+from envs.demos.shards import FILE, Demonstrator, read_metadata, read_shard, record
+
+SETTINGS = CollectionSettings(
+    "lift_wide",
+    episodes_per_task=3,
+    episodes_per_shard=1,
+    frame_size=32,
+    demonstrator=Demonstrator(noise=0.2),
+)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demonstrations") / "lift_wide"
+    collect(SETTINGS, folder, processes=1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def dataset(root):
+    return LeRobotDataset(SETTINGS.repo_id, root=root, video_backend="pyav")
+
+
+@pytest.fixture(scope="module")
+def env():
+    env = envs.make("lift_wide", 0, frame_size=32, rendering="fast")
+    yield env
+    env.close()
+
+
+def table(root):
+    """All numbers of a dataset, by column."""
+    rows = LeRobotDataset(SETTINGS.repo_id, root=root, video_backend="pyav").hf_dataset.with_format("numpy")
+    return {name: np.stack(list(rows[name])) for name in ("action", "observation.state", "episode_index")}
+
+
+def assert_same_demonstrations(one, other):
+    for name, values in table(one).items():
+        assert np.array_equal(values, table(other)[name]), name
+
+
+def states_of(root):
+    episodes = {}
+    for path in (root / "states").iterdir():
+        episodes |= load_file(path)
+    return [episodes[name] for name in sorted(episodes)]
+
+
+def test_the_dataset_holds_what_was_asked_for(root, dataset):
+    assert dataset.num_episodes == 3
+    assert dataset.fps == 20
+    frame = dataset[0]
+    assert frame["observation.images.image"].shape == frame["observation.images.image2"].shape == (3, 32, 32)
+    assert frame["observation.state"].shape == (8,)
+    assert frame["action"].shape == (7,)
+    assert frame["task"] == "lift the red cube"
+    assert len(list(root.glob("videos/**/*.mp4"))) == 3 * 2  # each shard's own: merging is copying
+    assert np.abs(table(root)["action"]).max() <= 1.0
+
+
+def test_the_metadata_tells_seeds_settings_and_failures(root, dataset):
+    metadata = collection.read_metadata(root)
+    assert metadata["settings"]["rendering"] == "fast"
+    assert metadata["settings"]["demonstrator"]["noise"] == 0.2
+    assert metadata["versions"]["mujoco"] == "3.3.7"
+    counts = metadata["tasks"]["lift_wide"]
+    assert counts["demonstrations"] == 3 == counts["attempts"] - counts["failures"]
+    lengths = [episode["length"] for episode in metadata["episodes"]]
+    assert lengths == np.bincount(table(root)["episode_index"]).tolist()
+    assert all(episode["seed"] in DEMONSTRATION_SEEDS for episode in metadata["episodes"])
+    assert DEMONSTRATION_SEEDS.stop <= EVALUATION_SEED
+
+
+def test_every_frame_is_exactly_what_the_simulator_shows_of_its_state(root, dataset, env):
+    states, episodes = np.concatenate(states_of(root)), read_metadata(root)["episodes"]
+    assert len(states) == len(dataset)
+    for index in (0, len(dataset) // 2, len(dataset) - 1):
+        frame = dataset[index]
+        env.reset(seed=episodes[frame["episode_index"]]["seed"])  # decides the cube's size, too
+        env.restore(states[index])
+        expected = env.observe()
+        assert np.array_equal(frame["observation.state"].numpy(), expected["agent_pos"])
+        for camera, pixels in expected["pixels"].items():
+            stored = frame[f"observation.images.{camera}"].numpy().transpose(1, 2, 0) * 255
+            assert np.array_equal(stored.round(), pixels)
+
+
+def test_a_clean_demonstration_replays_to_success(env):
+    recording = record(env, 11, Demonstrator())
+    env.reset_blindly(seed=11)
+    for state, action in zip(recording.states, recording.actions, strict=True):
+        assert np.array_equal(env.simulator_state(), state)
+        success, _ = env.step_blindly(action)
+    assert success
+
+
+def test_noise_is_executed_and_the_clean_action_is_recorded(env):
+    noisy = record(env, 11, Demonstrator(noise=0.3))
+    never_noisy = record(env, 11, Demonstrator(noise=0.3, noisy_fraction=0.0))
+    assert not np.array_equal(noisy.states[5], never_noisy.states[5])
+    assert np.array_equal(noisy.actions[0], never_noisy.actions[0])
+
+
+def test_a_finished_dataset_is_left_alone(root, caplog):
+    before = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
+    with caplog.at_level(logging.INFO):
+        collect(SETTINGS, root, processes=1)
+    assert "nothing to collect" in caplog.text
+    assert before == {path: path.stat().st_mtime_ns for path in root.rglob("*")}
+
+
+def test_a_dataset_from_before_a_setting_existed_has_its_default(root, tmp_path, caplog):
+    folder = tmp_path / "older"
+    shutil.copytree(root, folder)
+    metadata = json.loads((folder / FILE).read_text())
+    del metadata["settings"]["demonstrator"]["options"]["missed_fraction"]
+    (folder / FILE).write_text(json.dumps(metadata))
+    with caplog.at_level(logging.INFO):
+        collect(SETTINGS, folder, processes=1)
+    assert "nothing to collect" in caplog.text
+    other = Demonstrator(noise=0.2, options=DemonstrationOptions(missed_fraction=0.5))
+    with pytest.raises(ValueError, match=r"missed_fraction is 0\.0 there, 0\.5 here"):
+        collect(replace(SETTINGS, demonstrator=other), folder, processes=1)
+
+
+def test_other_settings_are_refused_by_name(root):
+    other = replace(SETTINGS, frame_size=64, demonstrator=Demonstrator(noise=0.5))
+    with pytest.raises(
+        ValueError, match=r"frame_size is 32 there, 64 here; demonstrator\.noise is 0\.2 there"
+    ):
+        collect(other, root, processes=1)
+
+
+def test_a_folder_that_holds_something_else_is_refused(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="did not collect"):
+        collect(SETTINGS, tmp_path, processes=1)
+
+
+def test_a_killed_collection_goes_on_and_a_damaged_shard_is_collected_again(root, tmp_path, caplog, capsys):
+    target = tmp_path / "lift_wide"
+    shards = [target.with_name("lift_wide.partial") / f"000_lift_wide_0000{index}" for index in range(3)]
+    process = workers.context().Process(target=collect, args=(SETTINGS, target), kwargs={"processes": 1})
+    process.start()
+    try:
+        wait_for(shards[1].exists, process)
+        with pytest.raises(RuntimeError, match="another process is collecting"):
+            collect(SETTINGS, target, processes=1)
+    finally:
+        process.kill()
+        process.join()
+    assert not target.exists()
+    video = next(shards[0].rglob("*.mp4"))
+    video.write_bytes(video.read_bytes()[:-100])
+    assert read_shard(shards[0]) is None
+    with pytest.raises(ValueError, match="frame_size is 32 there, 64 here"):
+        collect(replace(SETTINGS, frame_size=64), target, processes=1)
+    with caplog.at_level(logging.INFO):
+        collect(SETTINGS, target, processes=1)
+    assert "damaged shards are collected again: 000_lift_wide_00000" in caplog.text
+    assert "of 3 shards are there" in caplog.text
+    assert "merging 3 shards into one dataset" in caplog.text
+    assert "Copy data and videos: 100%" in capsys.readouterr().err
+    assert_same_demonstrations(root, target)
+    assert not shards[0].parent.exists()
+
+
+def wait_for(happened, process, seconds=400):
+    deadline = time.monotonic() + seconds
+    while not happened():
+        assert process.is_alive(), f"the collection ended with {process.exitcode}"
+        assert time.monotonic() < deadline, "the collection made no shard"
+        time.sleep(0.05)
+
+
+@dataclass(frozen=True)
+class FatalOnce:
+    """Seeds that kill the worker process which first asks for them."""
+
+    marker: Path
+    seeds: range
+
+    def __getitem__(self, chosen):
+        if not self.marker.exists():
+            self.marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.seeds[chosen]
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_costs_no_more_than_its_shard(root, tmp_path, caplog):
+    jobs = [
+        Job(
+            task, tmp_path / str(shard), 1, seeds, 32, "fast", SETTINGS.demonstrator, SETTINGS.repo_id, "h264"
+        )
+        for task in envs.tasks("lift_wide")
+        for shard, seeds in enumerate((FatalOnce(tmp_path / "died", range(1000)), range(1000, 2000)))
+    ]
+    with Workers(2, total=2) as pool:
+        pool.run(jobs)
+    assert "a worker process died" in caplog.text
+    for job, expected in zip(jobs, states_of(root), strict=False):
+        assert read_shard(job.folder).lengths == (len(expected),)
+        assert np.array_equal(load_file(job.folder / "states.safetensors")["episode_000000"], expected)
+
+
+def test_a_demonstrator_that_never_succeeds_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(workers, "record", lambda env, seed, demonstrator: None)
+    monkeypatch.setattr(workers, "PATIENCE", 4)
+    with pytest.raises(RuntimeError, match=r"lift_wide succeeded in 0 of 4 episodes \(seeds 0 to 3\)"):
+        collect(SETTINGS, tmp_path / "none", processes=1)
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"episodes_per_task": 0}, "episodes_per_task of at least 1, got 0"),
+        ({"episodes_per_task": 2000, "episodes_per_shard": 1}, "suffice for 1000 episodes"),
+        ({"rendering": "quick"}, "unknown rendering profile 'quick'"),
+        ({"video": "gif"}, "unknown video 'gif'; known: lossless, h264"),
+    ],
+)
+def test_settings_out_of_range_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        replace(SETTINGS, **change)
+
+
+def test_another_mujoco_is_one_error_and_not_the_death_of_workers(tmp_path, monkeypatch):
+    monkeypatch.setattr(rendering.importlib.metadata, "version", lambda name: "3.9.9")
+    with pytest.raises(RuntimeError, match=r"mujoco.*3\.9\.9"):
+        collect(SETTINGS, tmp_path / "none", processes=2)
+    assert not (tmp_path / "none").exists()
+
+
+def test_tasks_that_the_suite_lacks_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"has no tasks \[7\]; its tasks are: 0 lift_wide"):
+        collect(replace(SETTINGS, tasks=(7,)), tmp_path / "none", processes=1)
+
+
+def test_the_script_skips_a_finished_dataset_and_reports_errors_in_one_line(root, monkeypatch, capsys):
+    asked = [
+        "env=lift_wide",
+        f"root={root}",
+        f"repo_id={SETTINGS.repo_id}",
+        "episodes_per_task=3",
+        "episodes_per_shard=1",
+        "demonstrator.noise=0.2",
+    ]
+    script = Path(__file__).parents[2] / "scripts" / "collect_demos.py"
+    monkeypatch.setattr(sys, "argv", [str(script), *asked, "env.frame_size=32"])
+    runpy.run_path(str(script), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert "nothing to collect" in printed
+    assert "lift_wide: 3 demonstrations" in printed
+    run = [sys.executable, str(script), *asked, "env.frame_size=64"]
+    refused = subprocess.run(run, capture_output=True, text=True, timeout=120)
+    assert refused.returncode == 1
+    assert refused.stderr.startswith(f"{root} was collected with other settings: frame_size is 32 there")
+    assert refused.stderr.count("\n") == 1

@@ -1,0 +1,79 @@
+"""Collected demonstrations as physics again: rendered anew, replayed open loop, refused when damaged."""
+
+import numpy as np
+import pytest
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+from envs.demos.collect import CollectionSettings, collect
+from envs.demos.render import render_again
+from envs.demos.replay import read_episodes
+from vega_policy.evaluation.env_pool import EnvironmentFactory, RecordedEpisode, WorkerPool, replay
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    root = tmp_path_factory.mktemp("collected") / "lift"
+    collect(CollectionSettings("lift", episodes_per_task=2, frame_size=32), root, processes=1)
+    return root
+
+
+def recorded(root):
+    return [
+        RecordedEpisode(
+            e.task.suite,
+            e.task.name,
+            e.task.index,
+            e.recording.seed,
+            e.recording.states[0],
+            e.recording.actions,
+        )
+        for e in read_episodes(root)
+    ]
+
+
+def test_recorded_actions_succeed_again_from_their_recorded_state_and_others_do_not(dataset):
+    episodes = recorded(dataset)
+    silent = RecordedEpisode(**{**vars(episodes[0]), "actions": np.zeros_like(episodes[0].actions)})
+    with WorkerPool(EnvironmentFactory("envs.make", 32, "fast"), 1) as pool:
+        outcomes = [success for _, success in replay([*episodes, silent], pool, num_envs=2)]
+    assert outcomes == [True, True, False]
+
+
+@pytest.mark.slow
+def test_a_dataset_is_rendered_again_at_another_size_with_the_same_states_and_actions(dataset, tmp_path):
+    metadata = render_again(
+        dataset, tmp_path / "larger", frame_size=64, rendering="full", video="lossless", processes=1
+    )
+    assert metadata["settings"]["frame_size"] == 64
+    assert metadata["settings"]["video"] == "lossless"
+    assert metadata["settings"]["rendering"] == "full"
+    for one, other in zip(read_episodes(dataset), read_episodes(tmp_path / "larger"), strict=True):
+        assert np.array_equal(one.recording.states, other.recording.states)
+        assert np.array_equal(one.recording.actions, other.recording.actions)
+        assert one.recording.seed == other.recording.seed
+    small, large = (
+        LeRobotDataset("vega/lift", root=root, video_backend="pyav")
+        for root in (dataset, tmp_path / "larger")
+    )
+    frame = large[0]["observation.images.image"]
+    assert frame.shape == (3, 64, 64)
+    coarse = frame.reshape(3, 32, 2, 32, 2).mean(dim=(2, 4))
+    assert (coarse - small[0]["observation.images.image"]).abs().mean() < 0.1
+
+
+def test_a_dataset_without_simulator_states_or_with_changed_ones_is_refused(dataset, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no meta/vega.json.*simulator states are not known"):
+        read_episodes(tmp_path)
+    with pytest.raises(ValueError, match=r"has the episodes 0 to 1, got \[7\]"):
+        read_episodes(dataset, [7])
+    (states,) = (dataset / "states").glob("*.safetensors")
+    content = states.read_bytes()
+    states.unlink()
+    with pytest.raises(ValueError, match=r"\d+ steps, but \d+ actions and 0 simulator states are stored"):
+        read_episodes(dataset)
+    states.write_bytes(content[: len(content) // 2])
+    with pytest.raises(
+        ValueError, match=r"safetensors is damaged or was not written to its end \(.*\); coll"
+    ):
+        read_episodes(dataset)
+    states.write_bytes(content)

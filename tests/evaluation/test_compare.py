@@ -1,0 +1,271 @@
+import json
+import shutil
+import sys
+
+import numpy as np
+import pytest
+
+from scripts import compare_runs as script
+from vega_policy.evaluation.compare import (
+    LIBERO,
+    UnpairedRunsError,
+    compare_policies,
+    compare_runs,
+    difference,
+    read_policies,
+    read_policy,
+    results_table,
+    success,
+)
+from vega_policy.evaluation.episodes import EpisodeResult, RunFolder
+from vega_policy.evaluation.stats import wilson_interval
+
+
+def write(folder, solved, control="none", tasks=2, suite=None, **settings):
+    """An evaluation of `folder`'s suite, its episodes shared out among the tasks."""
+    results = [
+        EpisodeResult(
+            control,
+            suite or folder.name,
+            f"task_{i % tasks}",
+            i % tasks,
+            i // tasks,
+            0,
+            bool(s),
+            9,
+            3,
+            f"{i}",
+            str(folder),
+        )
+        for i, s in enumerate(solved)
+    ]
+    run = RunFolder(folder, {"suite": folder.name, **settings})
+    run.add(results)
+    run.close()
+
+
+def one(folder, control="none"):
+    return read_policy(folder, control, folder.name)
+
+
+def first_of(episodes, count):
+    return [i < count for i in range(episodes)]
+
+
+@pytest.fixture
+def main_pair(tmp_path):
+    """Two policies, two seeds, four suites of 20 episodes; successes chosen by hand."""
+    counts = {"wan": {"seed_0": (20, 18, 16, 14), "seed_1": (20, 20, 16, 16)}, "none": {}}
+    counts["none"] = {"seed_0": (19, 18, 14, 10), "seed_1": (18, 17, 16, 15)}
+    for policy, seeds in counts.items():
+        for seed, solved in seeds.items():
+            for suite, count in zip(LIBERO, solved, strict=True):
+                write(tmp_path / policy / seed / suite, first_of(20, count))
+    return tmp_path
+
+
+def run(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr(sys, "argv", ["compare_runs.py", *map(str, arguments)])
+    script.main()
+    return capsys.readouterr().out
+
+
+def refusal(monkeypatch, capsys, *arguments):
+    with pytest.raises(SystemExit):
+        run(monkeypatch, capsys, *arguments)
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def test_averages_over_suites_and_seeds_are_those_computed_by_hand(main_pair):
+    wan, none = one(main_pair / "wan"), one(main_pair / "none")
+    value = difference(wan, none, "LIBERO average")
+    assert value.first.rate == pytest.approx(140 / 160)
+    assert value.second.rate == pytest.approx(127 / 160)
+    assert value.by_seed == {"seed_0": pytest.approx(7 / 80), "seed_1": pytest.approx(6 / 80)}
+    assert value.seed_deviation == pytest.approx(1 / 80 / 2**0.5)
+    assert value.difference == pytest.approx(13 / 160)
+    assert value.low < 13 / 160 < value.high
+    assert (value.only_first, value.only_second, value.first.episodes) == (13, 0, 160)
+    assert success(wan, "LIBERO average") == value.first
+
+
+def test_the_line_of_a_suite_with_one_seed_is_that_of_its_two_evaluations(tmp_path):
+    rng = np.random.default_rng(0)
+    for policy in ("a", "b"):
+        write(tmp_path / policy / "seed_0/libero_goal", rng.random(60) < 0.7)
+    value = difference(one(tmp_path / "a"), one(tmp_path / "b"), "libero_goal")
+    pair = compare_runs(*(tmp_path / policy / "seed_0/libero_goal" for policy in "ab"))["all"]
+    assert (value.low, value.high) == (pytest.approx(pair["ci_low"]), pytest.approx(pair["ci_high"]))
+    assert value.p == pytest.approx(pair["mcnemar_p"])
+    interval = wilson_interval(round(60 * value.first.rate), 60)
+    assert (value.first.low, value.first.high) == (pytest.approx(interval.low), pytest.approx(interval.high))
+    assert value.seed_deviation is None
+
+
+def test_the_same_episodes_in_every_seed_are_no_further_evidence(tmp_path):
+    rng = np.random.default_rng(1)
+    for policy, rate in (("a", 0.8), ("b", 0.6)):
+        solved = rng.random(40) < rate
+        write(tmp_path / f"{policy}_once/seed_0/lift", solved)
+        for seed in range(3):
+            write(tmp_path / policy / f"seed_{seed}/lift", solved)
+    thrice = difference(one(tmp_path / "a"), one(tmp_path / "b"), "lift")
+    once = difference(one(tmp_path / "a_once"), one(tmp_path / "b_once"), "lift")
+    assert thrice.p == pytest.approx(once.p)
+    assert (thrice.low, thrice.high) == (once.low, once.high)
+    assert (thrice.first.low, thrice.first.high) == (
+        pytest.approx(once.first.low),
+        pytest.approx(once.first.high),
+    )
+    assert thrice.first.episodes == 3 * once.first.episodes
+
+
+def test_an_average_needs_all_four_suites_in_the_same_seed_on_both_sides(main_pair):
+    (main_pair / "none/seed_1/libero_10/episodes.parquet").unlink()
+    comparison = compare_policies([one(main_pair / "wan"), one(main_pair / "none")])
+    assert set(comparison.differences["wan"]["LIBERO average"].by_seed) == {"seed_0"}
+    assert set(comparison.differences["wan"]["libero_10"].by_seed) == {"seed_0"}
+    text = results_table(comparison)
+    assert "in wan but not in none: seed_1/libero_10." in text
+    assert "LIBERO average, wan against none: without seed_1" in text
+    (main_pair / "none/seed_0/libero_10/episodes.parquet").unlink()
+    assert (
+        "LIBERO average"
+        not in compare_policies([one(main_pair / "wan"), one(main_pair / "none")]).differences["wan"]
+    )
+
+
+def test_the_script_prints_suites_averages_and_numbers(main_pair, monkeypatch, capsys):
+    wan, none, numbers = main_pair / "wan", main_pair / "none", main_pair / "numbers.json"
+    for policy, count in (("wan", 12), ("none", 9)):
+        for suite in LIBERO:
+            write(main_pair / policy / f"seed_0/{suite}_swap", first_of(20, count))
+    text = run(monkeypatch, capsys, wan, none, "--json", numbers)
+    lines = {line[:21].strip(): line for line in text.splitlines()}
+    assert "87.5 [" in lines["LIBERO average"]
+    assert "+8.1 [" in lines["LIBERO average"]
+    assert "+8.8, +7.5 (sd 0.9)" in lines["LIBERO average"]
+    assert "+15.0 [" in lines["LIBERO average swap"]
+    assert "1 x 80" in lines["LIBERO average swap"]
+    assert "(5:0)" in lines["libero_10"]
+    stored = json.loads(numbers.read_text())
+    assert stored["difference_to_reference"]["wan"]["LIBERO average"]["difference"] == pytest.approx(13 / 160)
+    page = run(monkeypatch, capsys, wan, none, "--markdown").splitlines()
+    assert page[0].startswith("| suite | seeds x episodes | wan | none |")
+    assert {line.count("|") for line in page if line.startswith("|")} == {8}
+
+
+def test_many_policies_are_each_compared_with_the_last(main_pair, monkeypatch, capsys):
+    write(main_pair / "vae/seed_0/libero_spatial", first_of(20, 15))
+    text = run(monkeypatch, capsys, main_pair / "wan", main_pair / "vae", main_pair / "none")
+    rows = [line.split("  ") for line in text.splitlines() if line.startswith("vae")]
+    assert "75.0 [53.1, 88.8] (1 x 20)" in [cell.strip() for cell in rows[0]]
+    assert rows[1][-1].strip() == "-"
+    assert any(cell.strip().startswith("-20.0 [") for cell in rows[1])
+    assert "difference to none" in text
+
+
+def test_a_control_is_compared_with_the_policy_as_it_is(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "wan/seed_0/lift"
+    write(folder, first_of(20, 15))
+    write(folder, first_of(20, 5), control="blind")
+    write(tmp_path / "wan/seed_1/lift", first_of(20, 15))
+    text = run(monkeypatch, capsys, tmp_path / "wan", tmp_path / "wan", "--second-control", "blind")
+    assert "wan (blind)" in text
+    assert "+50.0 [" in text
+    assert "not in wan (blind): seed_1/lift" in text
+
+
+def test_policies_of_the_same_name_are_called_by_their_paths(tmp_path):
+    for place in ("x", "y"):
+        write(tmp_path / place / "wan/seed_0/lift", first_of(4, 2))
+    folders = [tmp_path / place / "wan" for place in ("x", "y")]
+    assert [p.name for p in read_policies(folders, ["none", "none"])] == [str(folder) for folder in folders]
+
+
+def test_a_copied_evaluation_is_no_second_training(main_pair):
+    shutil.copytree(main_pair / "wan/seed_0/libero_10", main_pair / "wan/seed_2/libero_10")
+    with pytest.raises(ValueError, match=r"seed_0/libero_10 and .*seed_2/libero_10 are the same episodes"):
+        one(main_pair / "wan")
+
+
+def test_one_checkpoint_is_no_second_training_even_if_its_episodes_ended_otherwise(tmp_path):
+    for seed, count in (("seed_0", 3), ("seed_1", 2)):
+        write(tmp_path / "wan" / seed / "lift", first_of(4, count), checkpoint_sha256="9f8c")
+    with pytest.raises(ValueError, match=r"seed_0/lift and .*seed_1/lift are of one checkpoint"):
+        one(tmp_path / "wan")
+    write(tmp_path / "many/seed_0/lift", first_of(4, 2), checkpoint_sha256="9f8c")
+    write(tmp_path / "many/seed_0/stack", first_of(4, 2), checkpoint_sha256="9f8c")
+    assert len(one(tmp_path / "many").runs) == 2
+
+
+def test_what_was_not_played_alike_is_said(tmp_path, monkeypatch, capsys):
+    for policy, size in (("a", 128), ("b", 256)):
+        write(tmp_path / policy / "seed_0/lift", first_of(20, 9), frame_size=size, rendering="fast")
+    unlike = "Not played alike, frame_size: a 128, b 256 (seed_0/lift)."
+    table = run(monkeypatch, capsys, tmp_path / "a", tmp_path / "b")
+    assert unlike in table
+    assert "rendering" not in table
+    single = run(monkeypatch, capsys, *(tmp_path / policy / "seed_0/lift" for policy in "ab"))
+    assert "frame_size: first 128, second 256" in single
+    assert single.startswith(f"first: {tmp_path / 'a'}")
+    (tmp_path / "b/seed_0/lift/settings.json").unlink()
+    numbers = tmp_path / "numbers.json"
+    table = run(monkeypatch, capsys, tmp_path / "a", tmp_path / "b", "--json", numbers)
+    unknown = "Whether it was played alike is not known: b lacks settings.json (seed_0/lift)."
+    assert unknown in table
+    assert unknown in json.loads(numbers.read_text())["notes"]
+    assert "Not played alike" not in table
+
+
+def test_the_action_steps_that_were_executed_are_compared(tmp_path):
+    for policy, steps in (("a", 4), ("b", 8)):
+        write(tmp_path / policy / "seed_0/lift", first_of(20, 9), action_steps=None)
+        (tmp_path / policy / "seed_0/lift/summary.json").write_text(json.dumps({"action_steps": steps}))
+    notes = compare_policies([one(tmp_path / "a"), one(tmp_path / "b")]).numbers()["notes"]
+    assert "Not played alike, action_steps: a 4, b 8 (seed_0/lift)." in notes
+
+
+def test_a_folder_is_not_compared_with_itself(main_pair, monkeypatch, capsys):
+    for folder in (main_pair / "wan", main_pair / "wan/seed_0/libero_10"):
+        again = folder.parent / ".." / folder.parent.name / folder.name
+        assert "one folder under one control (none)" in refusal(monkeypatch, capsys, folder, again)
+
+
+def test_the_shards_of_an_evaluation_are_not_evaluations(tmp_path):
+    write(tmp_path / "wan/seed_0/lift", first_of(4, 2))
+    write(tmp_path / "wan/seed_0/lift/shards/0_of_2", first_of(2, 2), suite="lift")
+    assert set(one(tmp_path / "wan").runs) == {("seed_0", "lift")}
+
+
+def test_bad_folders_end_in_one_message(main_pair, monkeypatch, capsys):
+    wan = main_pair / "wan"
+    (main_pair / "empty").mkdir()
+    write(main_pair / "lift/seed_0/lift", first_of(4, 2))
+    write(main_pair / "misnamed/seed_0/lift", first_of(4, 2), suite="door")
+    write(main_pair / "damaged/seed_0/lift", first_of(4, 2))
+    (main_pair / "damaged/seed_0/lift/episodes.parquet").write_text("version https://git-lfs")
+    monkeypatch.chdir(main_pair)
+    for folder, message in {
+        "empty": "empty holds no evaluation; expected",
+        "nowhere": "nowhere holds no evaluation; expected",
+        "wan/seed_0/libero_10": "libero_10 is one evaluation itself",
+        "lift": "no <seed>/<suite> in common",
+        "misnamed": "holds episodes of door; expected the folder to be named as its suite",
+        "damaged": "episodes.parquet cannot be read",
+        ".": "expected <seed>/<suite>; give the folder of one policy",
+    }.items():
+        assert message in refusal(monkeypatch, capsys, wan, folder)
+    assert "at least two folders" in refusal(monkeypatch, capsys, wan)
+    assert "under the control 'zero'; it has none" in refusal(
+        monkeypatch, capsys, wan, wan, "--first-control", "zero"
+    )
+
+
+def test_unpaired_episodes_are_refused_with_suite_and_seed(main_pair):
+    write(main_pair / "few/seed_1/libero_goal", first_of(10, 5))
+    with pytest.raises(UnpairedRunsError, match=r"seed_1/libero_goal of wan .* few .* 10 only in the first"):
+        compare_policies([one(main_pair / "wan"), one(main_pair / "few")])
+    write(main_pair / "few/seed_0/libero_goal", first_of(20, 5))
+    with pytest.raises(UnpairedRunsError, match=r"few: seed_1/libero_goal has other episodes \(10\)"):
+        success(one(main_pair / "few"), "libero_goal")

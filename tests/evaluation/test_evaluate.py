@@ -1,0 +1,423 @@
+import json
+import os
+import runpy
+import shutil
+import signal
+import sys
+from collections import deque
+from dataclasses import replace
+from pathlib import Path
+
+import av
+import numpy as np
+import pyarrow.parquet
+import pytest
+from safetensors.numpy import save_file
+
+from tests.evaluation import test_world as world
+from vega_policy.evaluation.ablations import BlindPolicy, apply_control
+from vega_policy.evaluation.compare import UnpairedRunsError, compare_runs, comparison_table
+from vega_policy.evaluation.config import EvaluationSettings
+from vega_policy.evaluation.env_pool import EnvironmentFactory, WorkerError, WorkerPool
+from vega_policy.evaluation.env_worker import state_hash
+from vega_policy.evaluation.episodes import (
+    FIRST_SEED,
+    Episode,
+    OtherRunError,
+    plan_episodes,
+    read_episodes,
+    slot_queues,
+)
+from vega_policy.evaluation.evaluate import Evaluation
+from vega_policy.evaluation.policies import IncompatiblePolicyError, ObservationBatch, PolicyDescription
+from vega_policy.evaluation.report import table
+from vega_policy.evaluation.rollout import Rollout, episode_noise
+from vega_policy.evaluation.stats import wilson_interval
+
+FACTORY = EnvironmentFactory(
+    "tests.evaluation.test_world.make_without_torch", frame_size=32, rendering="fast"
+)
+MEAN_FRAME = np.full((32, 32, 3), 7, np.uint8)
+
+
+class GoalSeeker:
+    """Reads the goal from the camera and walks there, slowed and shaken by the noise it is given."""
+
+    reads_frames = True
+    noise_shape = (6, 2)
+
+    def __init__(self, action_steps=4):
+        self.description = PolicyDescription("seeker", "none", (world.CAMERA,), 2, 2, action_steps)
+        self.batches, self.noises = [], []
+
+    def reset(self):
+        self.batches, self.noises = [], []
+
+    def chunk(self, batch, noise):
+        self.batches.append(batch)
+        self.noises.append(noise)
+        size = batch.frames[world.CAMERA].shape[1]
+        brightest = batch.frames[world.CAMERA].max(axis=-1).reshape(len(batch.state), -1).argmax(axis=1)
+        goal = np.stack([brightest % size, brightest // size], axis=1) / (size - 1) * 2 - 1
+        toward = np.clip((goal - batch.state) / world.STEP / 4, -1, 1)[:, None]
+        return (toward + 0.35 * noise).astype(np.float32)
+
+
+def settings(**changes):
+    chosen = {"suite": "two_points", "episodes_per_task": 7, "num_envs": 4, "videos": 0, "latency_calls": 1}
+    chosen["video_frame_size"] = 64
+    return EvaluationSettings(**{**chosen, **changes})
+
+
+def evaluate(folder, *, policy=None, processes=1, provenance=None, **changes):
+    chosen = settings(**changes)
+    evaluation = Evaluation(chosen, world.tasks(chosen.suite), folder, provenance or {"checkpoint": "seeker"})
+    policy = policy or GoalSeeker()
+    means = dict.fromkeys(policy.description.cameras, MEAN_FRAME)
+    variants = {"none": policy, "blind": BlindPolicy(policy, means)}
+    with WorkerPool(FACTORY, processes) as pool:
+        return evaluation.run({name: variants[name] for name in chosen.controls}, pool)
+
+
+def play_alone(episode: Episode, policy):
+    """Return success, length, calls and last state of an episode played without the harness."""
+    env = world.make(episode.suite, episode.task_index, frame_size=32, rendering="fast", render=True)
+    observation, _ = env.reset(seed=episode.seed)
+    for call in range(100):
+        frames = {world.CAMERA: observation["pixels"]["image"][None]}
+        noise = episode_noise(episode.seed, call, policy.noise_shape)[None]
+        batch = observe(frames, observation["agent_pos"][None])
+        for step, action in enumerate(policy.chunk(batch, noise)[0, : policy.description.action_steps]):
+            _, truncated = env.step_blindly(action)
+            if env.reached() or truncated:
+                length = call * policy.description.action_steps + step + 1
+                return env.reached(), length, call + 1, state_hash(env.simulator_state())
+        observation = env.observe()
+    raise AssertionError("the episode never ended")
+
+
+def observe(frames, state):
+    return ObservationBatch(frames, state, ["go"] * len(state))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """An uninterrupted evaluation in one process, with blind control and films."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    summary = evaluate(folder, controls=("none", "blind"), videos=2)
+    return folder, summary
+
+
+def test_every_episode_ends_as_it_does_in_a_plain_loop(finished):
+    results = [result for result in read_episodes(finished[0]) if result.control == "none"]
+    plan = plan_episodes(world.tasks("two_points"), 7, 0, official_states=False)
+    assert [result.key for result in results] == [episode.key for episode in plan]
+    for result, episode in zip(results, plan, strict=True):
+        played = (result.success, result.length, result.policy_calls, result.final_hash)
+        assert played == play_alone(episode, GoalSeeker())
+    assert 0 < sum(result.success for result in results) < len(results)  # or the test would compare little
+
+
+def test_one_process_equals_two_in_every_field(finished, tmp_path):
+    evaluate(tmp_path / "run", processes=2, controls=("none", "blind"))
+    assert read_episodes(tmp_path / "run") == read_episodes(finished[0])
+
+
+@pytest.mark.parametrize("calls", [1, 4, 12])
+def test_an_interrupted_and_resumed_evaluation_equals_an_uninterrupted_one(finished, tmp_path, calls):
+    class Interrupted(GoalSeeker):
+        def chunk(self, batch, noise):
+            if len(self.batches) == calls:
+                raise KeyboardInterrupt
+            return super().chunk(batch, noise)
+
+    asked = {"controls": ("none", "blind"), "videos": 2 if calls == 12 else 0}
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(tmp_path / "run", policy=Interrupted(), processes=2, **asked)
+    played = (tmp_path / "run" / "episodes.parquet").is_file()
+    assert played == (calls == 12)
+    if played:
+        assert 0 < len(read_episodes(tmp_path / "run")) < 14
+    evaluate(tmp_path / "run", **asked)
+    assert read_episodes(tmp_path / "run") == read_episodes(finished[0])
+    if calls == 12:
+        films = sorted(path.name for path in (finished[0] / "videos").iterdir())
+        assert sorted(path.name for path in (tmp_path / "run" / "videos").iterdir()) == films
+
+
+def test_a_killed_worker_is_reported_and_its_evaluation_goes_on(finished, tmp_path):
+    chosen = settings(controls=("none", "blind"))
+    evaluation = Evaluation(chosen, world.tasks("two_points"), tmp_path / "run", {"checkpoint": "seeker"})
+    with WorkerPool(FACTORY, 2) as pool:
+
+        class Killer(GoalSeeker):
+            def chunk(self, batch, noise):
+                if len(self.batches) == 6:
+                    os.kill(pool._children[1][0].pid, signal.SIGKILL)
+                return super().chunk(batch, noise)
+
+        with pytest.raises(WorkerError, match=r"worker 1 died .*exit code -9"):
+            evaluation.run({"none": Killer(), "blind": Killer()}, pool)
+    evaluate(tmp_path / "run", processes=2, controls=("none", "blind"))
+    assert read_episodes(tmp_path / "run") == read_episodes(finished[0])
+
+
+def test_a_second_start_of_a_finished_evaluation_plays_nothing(finished, tmp_path):
+    class NeverAsked(GoalSeeker):
+        def chunk(self, batch, noise):
+            raise AssertionError("the policy was asked again")
+
+    folder, summary = shutil.copytree(finished[0], tmp_path / "run"), finished[1]
+    again = evaluate(folder, policy=NeverAsked(), controls=("none", "blind"), videos=2)
+    cost = {"seconds_total": 0, "latency": 0}
+    assert {**again, **cost} == {**summary, **cost}
+    assert again["latency"] == summary["latency"]
+    spent = [json.loads((run / "progress.json").read_text())["seconds"] for run in (finished[0], folder)]
+    assert spent[1] > spent[0]  # the summary tells milliseconds, and a second start may take less than one
+    assert again["seconds_total"] == round(spent[1], 3)
+
+
+def test_nothing_is_a_success_that_the_simulator_does_not_call_success(tmp_path):
+    # The point reaches its goal, but this simulator never says so.
+    summary = evaluate(tmp_path / "run", suite="stubborn", episodes_per_task=4)
+    assert summary["success_rate"] == 0
+    assert {result.length for result in read_episodes(tmp_path / "run")} == {world.HORIZON}
+
+
+def test_blind_sees_nothing_but_the_mean_frame_and_renders_nothing(tmp_path):
+    policy = GoalSeeker()
+    summary = evaluate(tmp_path / "run", policy=policy, controls=("blind",), episodes_per_task=3)
+    assert policy.batches
+    for batch in policy.batches:
+        assert batch.constant_frames
+        for frame in batch.frames[world.CAMERA]:
+            np.testing.assert_array_equal(frame, MEAN_FRAME)
+    assert summary["control"] == "blind"
+    assert summary["blind_success_rate"] == summary["success_rate"]
+
+
+def test_a_chunk_is_executed_as_predicted(tmp_path):
+    class Counting(GoalSeeker):
+        """Walks along a path that no simulator step hides: action k of the episode is k/100."""
+
+        noise_shape = None
+
+        def chunk(self, batch, noise):
+            start = 3 * len(self.batches)
+            super().chunk(batch, np.zeros((len(batch.state), 6, 2), np.float32))
+            return np.broadcast_to(np.arange(start, start + 6, dtype=np.float32)[:, None] / 100, (2, 6, 2))
+
+    policy = Counting(action_steps=3)
+    evaluate(tmp_path / "run", policy=policy, suite="stubborn", episodes_per_task=2, num_envs=2)
+    first, *later = (batch.state for batch in policy.batches[:3])
+    for call, state in enumerate(later, start=1):
+        executed = np.arange(3 * call) / 100
+        np.testing.assert_allclose(state, first + world.STEP * executed.sum(), atol=1e-5)
+
+
+def test_rows_keep_their_place_and_idle_rows_are_zero(tmp_path):
+    policy = GoalSeeker()
+    with WorkerPool(FACTORY, 1) as pool:
+        pool.open(render=True, keep_states=False)
+        plan = plan_episodes(world.tasks("near"), 3, 0, official_states=False)
+        queues = [deque([plan[0]]), deque(), deque(plan[1:])]
+        ended = [end.episode.index for end in Rollout(policy, pool, 4).play(queues)]
+    assert sorted(ended) == [0, 1, 2]
+    for batch, noise in zip(policy.batches, policy.noises, strict=True):
+        assert batch.state.shape == (3, 2)
+        assert not batch.state[1].any()
+        assert not batch.frames[world.CAMERA][1].any()
+        assert not noise[1].any()
+        assert batch.instructions[1] == ""
+    np.testing.assert_array_equal(policy.noises[0][2], episode_noise(FIRST_SEED + 1, 0, (6, 2)))
+    np.testing.assert_array_equal(policy.noises[1][2], episode_noise(FIRST_SEED + 1, 1, (6, 2)))
+
+
+def test_a_slot_plays_the_same_episodes_whatever_is_finished():
+    plan = plan_episodes(world.tasks("near"), 7, 0, official_states=False)
+    queues = slot_queues(plan, 3, finished={plan[0].key, plan[4].key})
+    assert [[episode.index for episode in queue] for queue in queues] == [[1, 2], [3], [5, 6]]
+
+
+def test_different_seeds_share_no_episode_and_official_states_are_passed_on():
+    tasks = [replace(task, official_states=10_000) for task in world.tasks("near")]
+    first, second = (plan_episodes(tasks, 10_000, seed, official_states=True) for seed in (0, 1))
+    assert not {episode.seed for episode in first} & {episode.seed for episode in second}
+    assert first[0].seed == FIRST_SEED
+    assert first[49].order()["initial_state"] == 49
+
+
+def test_official_states_that_do_not_exist_are_refused():
+    (near,) = world.tasks("near")
+    with pytest.raises(ValueError, match=r"near.*has no official initial states; set official_states=false"):
+        plan_episodes([near], 1, 0, official_states=True)
+    with pytest.raises(ValueError, match="has 50 official initial states, but episodes_per_task is 51"):
+        plan_episodes([replace(near, official_states=50)], 51, 0, official_states=True)
+
+
+def test_evaluation_seeds_begin_where_the_environments_say():
+    base = pytest.importorskip("envs.base")
+    assert base.EVALUATION_SEED == FIRST_SEED
+    assert FIRST_SEED not in base.DEMONSTRATION_SEEDS
+
+
+def test_the_summary_counts_what_the_episodes_say(finished):
+    folder, summary = finished
+    assert json.loads((folder / "summary.json").read_text()) == summary
+    rows = pyarrow.parquet.read_table(folder / "episodes.parquet").to_pylist()
+    for control in ("none", "blind"):
+        successes = [row["success"] for row in rows if row["control"] == control]
+        numbers = summary["controls"][control]
+        assert (numbers["successes"], numbers["episodes"]) == (sum(successes), 14)
+        interval = wilson_interval(sum(successes), 14)
+        assert (numbers["ci_low"], numbers["ci_high"]) == (interval.low, interval.high)
+        by_task = [row["success"] for row in rows if (row["control"], row["task"]) == (control, "far")]
+        assert numbers["tasks"]["far"]["success_rate"] == sum(by_task) / 7
+    assert summary["success_rate"] == summary["controls"]["none"]["success_rate"]
+    assert summary["blind_success_rate"] == summary["controls"]["blind"]["success_rate"]
+    assert summary["blind_success_rate"] < summary["success_rate"]
+    assert {"ci_low", "ci_high", "prior", "seconds_total", "episodes"} <= summary.keys()
+    assert summary["latency"]["batch_size"] == 4
+    assert "far" in table(summary)
+
+
+def test_films_show_the_whole_episode_and_the_page_links_what_exists(finished):
+    folder, _ = finished
+    page = (folder / "report.html").read_text()
+    films = list((folder / "videos").glob("*.mp4"))
+    assert len(films) == 4
+    assert sum("success" in film.name for film in films) == 2
+    lengths = {(r.task, r.index): r.length for r in read_episodes(folder) if r.control == "none"}
+    for film in films:
+        assert f"videos/{film.name}" in page
+        assert f"videos/{film.with_suffix('.png').name}" in page
+        assert film.with_suffix(".png").is_file()
+        _, task, index = film.stem.split("_")
+        with av.open(film) as container:
+            stream = container.streams.video[0]
+            assert stream.codec_context.name == "h264"
+            frames = sum(1 for _ in container.decode(stream))
+        assert frames == lengths[task, int(index)] + 1
+    assert "blind" in page
+    assert "McNemar" in page
+
+
+def test_other_settings_in_the_same_folder_are_refused_by_name(finished, tmp_path):
+    folder, _ = finished
+    with pytest.raises(OtherRunError, match=r"seed: 0 there, 5 now") as refusal:
+        evaluate(folder, controls=("none", "blind"), videos=2, seed=5, provenance={"checkpoint": "other"})
+    assert "checkpoint: 'seeker' there, 'other' now" in str(refusal.value)
+    assert "num_envs" not in str(refusal.value)
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(OtherRunError, match="choose another folder"):
+        evaluate(tmp_path)
+
+
+def test_an_error_of_the_simulator_reaches_the_user(tmp_path):
+    with pytest.raises(WorkerError, match="the solver diverged"):
+        evaluate(tmp_path / "run", suite="crash")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"cameras": ("observation.images.wrist",)}, r"images\.wrist.*images\.image"),
+        ({"state_size": 8}, "state of 8 values.*offers 2"),
+        ({"action_size": 7}, "actions of 7 values.*takes 2"),
+    ],
+)
+def test_a_policy_that_does_not_fit_the_environment_is_refused(tmp_path, change, message):
+    policy = GoalSeeker()
+    policy.description = PolicyDescription(**{**vars(policy.description), **change})
+    with pytest.raises(IncompatiblePolicyError, match=message):
+        evaluate(tmp_path / "run", policy=policy)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda chunk: chunk[:, :3], r"at least 4, 2\], got \[4, 3, 2\]"),
+        (lambda chunk: chunk * np.nan, r"not finite .* rows \[0, 1, 2, 3\]"),
+    ],
+)
+def test_a_bad_chunk_is_refused(tmp_path, spoil, message):
+    class Bad(GoalSeeker):
+        def chunk(self, batch, noise):
+            return spoil(super().chunk(batch, noise))
+
+    with pytest.raises(ValueError, match=message):
+        evaluate(tmp_path / "run", policy=Bad())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"controls": ("blnd",)}, "did you mean blind"),
+        ({"controls": ()}, "one or more"),
+        ({"num_envs": 0}, "slots of at least 1, got 0"),
+        ({"tasks": (0, 4)}, r"index \[4\].*0 near, 1 far"),
+        ({"seed": -1}, "seed of at least 0"),
+        ({"episodes_per_task": 0}, "episodes_per_task in"),
+    ],
+)
+def test_bad_settings_are_refused(tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate(tmp_path / "run", **change)
+
+
+def test_the_blind_control_reads_the_mean_frames_of_the_checkpoint(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"mean_frames\.safetensors"):
+        apply_control("blind", GoalSeeker(), tmp_path)
+    mean = np.random.default_rng(0).random((3, 4, 5), np.float32)
+    save_file({"observation.images.other": mean}, tmp_path / "mean_frames.safetensors")
+    with pytest.raises(ValueError, match=r"no mean frame for .*images\.image.*images\.other"):
+        apply_control("blind", GoalSeeker(), tmp_path)
+    save_file({world.CAMERA: mean}, tmp_path / "mean_frames.safetensors")
+    seen = GoalSeeker()
+    batch = observe({}, np.zeros((2, 2), np.float32))
+    apply_control("blind", seen, tmp_path).chunk(batch, np.zeros((2, 6, 2), np.float32))
+    shown = seen.batches[0].frames[world.CAMERA]
+    assert shown.shape == (2, 4, 5, 3)
+    np.testing.assert_allclose(shown[1] / 255, mean.transpose(1, 2, 0), atol=0.5 / 255 + 1e-6)
+    save_file({world.CAMERA: mean * 255}, tmp_path / "mean_frames.safetensors")
+    with pytest.raises(ValueError, match=r"in \[0, 1\]"):
+        apply_control("blind", GoalSeeker(), tmp_path)
+
+
+def test_a_comparison_pairs_the_same_episodes(finished, tmp_path):
+    folder, summary = finished
+    with pytest.raises(ValueError, match="one folder under one control"):
+        compare_runs(folder, folder)
+    against_blind = compare_runs(folder, folder, second_control="blind")
+    assert against_blind["all"]["difference"] == pytest.approx(
+        summary["success_rate"] - summary["blind_success_rate"]
+    )
+    assert {"near", "far"} <= against_blind.keys()
+    assert "far" in comparison_table(against_blind)
+    with pytest.raises(UnpairedRunsError, match=r"under the control 'zero'.*blind"):
+        compare_runs(folder, folder, second_control="zero")
+
+
+def test_runs_of_other_episodes_are_not_compared(finished, tmp_path):
+    evaluate(tmp_path / "seed", seed=1, episodes_per_task=7)
+    with pytest.raises(UnpairedRunsError, match="did not start alike"):
+        compare_runs(finished[0], tmp_path / "seed")
+    evaluate(tmp_path / "few", tasks=(1,))
+    with pytest.raises(UnpairedRunsError, match="7 only in the first"):
+        compare_runs(finished[0], tmp_path / "few")
+    with pytest.raises(FileNotFoundError, match=r"nothing is no folder; evaluate first"):
+        compare_runs(finished[0], Path(tmp_path / "nothing"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="holds no evaluation"):
+        compare_runs(finished[0], tmp_path / "empty")
+
+
+def test_the_script_ends_a_mistake_in_one_line(tmp_path, monkeypatch):
+    script = Path(__file__).resolve().parents[2] / "scripts" / "eval_policy.py"
+    arguments = [f"checkpoint={tmp_path / 'none'}", f"output_dir={tmp_path / 'eval'}"]
+    monkeypatch.setattr(sys, "argv", [str(script), *arguments])
+    with pytest.raises(SystemExit) as ended:  # a process prints such a code to stderr and returns 1
+        runpy.run_path(str(script), run_name="__main__")
+    assert isinstance(ended.value.code, str)
+    assert str(tmp_path / "none") in ended.value.code
+    assert "\n" not in ended.value.code

@@ -1,0 +1,98 @@
+"""An evaluation in several parts: shards equal the whole, one writer a folder, a kill costs nothing."""
+
+from dataclasses import replace
+
+import pytest
+
+from tests.evaluation import test_world as world
+from tests.evaluation.test_evaluate import FACTORY, MEAN_FRAME, GoalSeeker, evaluate, settings
+from vega_policy.evaluation.ablations import BlindPolicy
+from vega_policy.evaluation.env_pool import Shard, WorkerPool
+from vega_policy.evaluation.episodes import FolderInUseError, OtherRunError, read_episodes
+from vega_policy.evaluation.evaluate import Evaluation
+from vega_policy.evaluation.report import table
+
+PROVENANCE = {"checkpoint": "seeker"}
+
+
+def play(folder, shard=None, **changes):
+    chosen = settings(controls=("none", "blind"), **changes)
+    evaluation = Evaluation(chosen, world.tasks(chosen.suite), folder, PROVENANCE, shard)
+    policy = GoalSeeker()
+    means = dict.fromkeys(policy.description.cameras, MEAN_FRAME)
+    with WorkerPool(FACTORY, 1) as pool:
+        return evaluation.run({"none": policy, "blind": BlindPolicy(policy, means)}, pool)
+
+
+@pytest.mark.slow
+def test_shards_gathered_are_the_evaluation_in_one_piece(tmp_path):
+    whole = play(tmp_path / "whole", videos=1)
+    for index in (0, 1):
+        part = play(tmp_path / "parts", Shard(index, 2), videos=1)
+        assert 0 < part["episodes"] < whole["episodes"]
+    gathered = play(tmp_path / "parts", videos=1)
+    assert read_episodes(tmp_path / "parts") == read_episodes(tmp_path / "whole")
+    assert gathered["controls"] == whole["controls"]
+    films = {path.name for path in (tmp_path / "whole" / "videos").iterdir()}
+    assert {path.name for path in (tmp_path / "parts" / "videos").iterdir()} == films
+
+
+def test_both_averages_of_a_grouped_suite_are_reported(tmp_path):
+    chosen = settings(suite="two_points", episodes_per_task=6)
+    near, far = world.tasks("two_points")
+    tasks = [replace(near, group="easy"), replace(far, group="hard")]
+    evaluation = Evaluation(chosen, tasks, tmp_path / "run", PROVENANCE)
+    with WorkerPool(FACTORY, 1) as pool:
+        summary = evaluation.run({"none": GoalSeeker()}, pool)
+    numbers = summary["controls"]["none"]
+    rates = [row["success_rate"] for row in numbers["tasks"].values()]
+    assert numbers["mean_of_tasks"] == numbers["mean_of_groups"] == sum(rates) / 2
+    assert "mean of difficulty groups" in table(summary)
+    assert "mean of difficulty groups" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_shards_of_other_settings_are_not_gathered(tmp_path):
+    play(tmp_path / "parts", Shard(0, 2))
+    with pytest.raises(OtherRunError, match="episodes_per_task: 7 there, 3 now"):
+        play(tmp_path / "parts", episodes_per_task=3)
+
+
+def test_a_shard_that_does_not_exist_and_a_control_across_rows_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"expected shard in \[0, 1\] with shards=2, got 2"):
+        Shard(2, 2)
+    chosen = settings(controls=("prior_batch",))
+    with pytest.raises(ValueError, match=r"\['prior_batch'\].*cannot be played in shards"):
+        Evaluation(chosen, world.tasks(chosen.suite), tmp_path, PROVENANCE, Shard(0, 2))
+
+
+def test_two_evaluations_do_not_write_into_one_folder(tmp_path):
+    chosen = settings()
+    holder = Evaluation(chosen, world.tasks(chosen.suite), tmp_path / "run", PROVENANCE)
+    with pytest.raises(FolderInUseError, match=r"another process is evaluating into .*run"):
+        evaluate(tmp_path / "run")
+    with WorkerPool(FACTORY, 1) as pool:
+        holder.run({"none": GoalSeeker()}, pool)
+    evaluate(tmp_path / "run")
+
+
+def test_a_control_across_rows_is_played_from_its_beginning_after_an_interruption(tmp_path):
+    class Interrupted(GoalSeeker):
+        def chunk(self, batch, noise):
+            if len(self.batches) == 6:
+                raise KeyboardInterrupt
+            return super().chunk(batch, noise)
+
+    chosen = settings(controls=("prior_batch",))
+    tasks = world.tasks(chosen.suite)
+    with WorkerPool(FACTORY, 1) as pool:
+        evaluation = Evaluation(chosen, tasks, tmp_path / "run", PROVENANCE)
+        with pytest.raises(KeyboardInterrupt):
+            evaluation.run({"prior_batch": Interrupted()}, pool)
+        assert 0 < len(read_episodes(tmp_path / "run")) < 14
+        again = GoalSeeker()
+        Evaluation(chosen, tasks, tmp_path / "run", PROVENANCE).run({"prior_batch": again}, pool)
+        whole = GoalSeeker()
+        Evaluation(chosen, tasks, tmp_path / "whole", PROVENANCE).run({"prior_batch": whole}, pool)
+    calls = [sum(len(batch.state) == 4 for batch in seeker.batches) for seeker in (again, whole)]
+    assert calls[0] == calls[1]  # those with one row time the policy
+    assert read_episodes(tmp_path / "run") == read_episodes(tmp_path / "whole")

@@ -1,0 +1,164 @@
+import pytest
+import torch
+
+from tests.policies import batch, tiny_config
+from vega_policy.model import flow
+from vega_policy.model import rtc as real_time_chunking
+from vega_policy.model.action_head import make_action_head
+from vega_policy.model.config import ActionHeadConfig
+from vega_policy.modeling_vega import VegaPolicy
+
+
+def head(**config):
+    torch.manual_seed(0)
+    made = make_action_head(
+        ActionHeadConfig(**{"width": 32, "depth": 2, "heads": 2, "steps": 4} | config), 24, 5, 3
+    )
+    for block in made.blocks:  # away from adaLN-zero's identity, so that every input can matter
+        torch.nn.init.normal_(block.modulation.weight, std=0.1)
+        torch.nn.init.normal_(block.modulation.bias, std=0.1)
+    return made
+
+
+def context(batch=2):
+    return torch.randn(batch, 7, 24), torch.ones(batch, 7, dtype=torch.bool)
+
+
+@torch.no_grad()
+def test_the_same_noise_gives_the_same_chunk():
+    made, seen, noise = head(), context(), torch.randn(2, 5, 3)
+    assert torch.equal(made.sample(*seen, noise, flow.euler), made.sample(*seen, noise, flow.euler))
+    assert not torch.equal(made.sample(*seen, noise, flow.euler), made.sample(*seen, -noise, flow.euler))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("integrate", [flow.euler, real_time_chunking.integrate])
+def test_what_is_computed_once_for_all_steps_gives_the_chunk_of_each_step_anew(integrate):
+    made, seen, noise, rows = head(steps=10), context(), torch.randn(4, 5, 3), []
+    made.blocks[0].modulation.register_forward_hook(lambda _, times, __: rows.append(len(times[0])))
+    found = made.sample(*seen, noise, integrate)
+    assert rows == [10]
+    made.recompute_context = True
+    torch.testing.assert_close(found, made.sample(*seen, noise, integrate), atol=1e-5, rtol=1e-5)
+    assert rows == [10] + 10 * [4]
+
+
+@torch.no_grad()
+def test_an_integrator_of_other_times_gets_their_velocity():
+    made, seen, noise = head(), context(), torch.randn(2, 5, 3)
+
+    def once(velocity, x, steps):
+        return velocity(x, torch.tensor([0.123, 0.456]))
+
+    expected = made.velocity(made.norm_context(seen[0]), seen[1], noise, torch.tensor([0.123, 0.456]))
+    torch.testing.assert_close(made.sample(*seen, noise, once), expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_the_chunk_depends_on_the_context_but_not_on_what_is_masked():
+    made, (seen, mask), noise = head(), context(), torch.randn(2, 5, 3)
+    base = made.sample(seen, mask, noise, flow.euler)
+    assert not torch.allclose(base, made.sample(seen.flip(0), mask, noise, flow.euler), atol=1e-5)
+    mask[:, -1] = False
+    masked = made.sample(seen, mask, noise, flow.euler)
+    seen[:, -1] = 100
+    torch.testing.assert_close(masked, made.sample(seen, mask, noise, flow.euler))
+
+
+def test_the_loss_draws_from_the_callers_generator_and_leaves_padding_out():
+    made, seen, actions = head(), context(), torch.randn(2, 5, 3)
+    is_pad = torch.zeros(2, 5, dtype=torch.bool)
+    is_pad[0, 3:] = True
+
+    def loss(values):
+        return made.loss(*seen, values, is_pad, torch.Generator().manual_seed(0))
+
+    assert torch.equal(loss(actions), loss(actions))
+    torch.nn.init.zeros_(made.head[1].weight)  # a constant prediction: the loss is that of its targets alone
+    padded, seen_step = actions.clone(), actions.clone()
+    padded[0, 3:] += 5
+    seen_step[0, 2] += 5
+    assert torch.equal(loss(padded), loss(actions))
+    assert loss(seen_step)[0] != loss(actions)[0]
+    assert loss(seen_step)[1] == loss(actions)[1]
+
+
+def test_a_few_steps_of_training_learn_to_tell_two_contexts_apart():
+    made, (seen, mask) = head(steps=10), context()
+    actions = torch.stack([torch.ones(5, 3), -torch.ones(5, 3)])
+    optimizer = torch.optim.Adam(made.parameters(), lr=3e-3)
+    generator = torch.Generator().manual_seed(0)
+    repeated = (seen.repeat(16, 1, 1), mask.repeat(16, 1))
+    for _ in range(120):
+        optimizer.zero_grad()
+        made.loss(*repeated, actions.repeat(16, 1, 1), None, generator).mean().backward()
+        optimizer.step()
+    with torch.no_grad():
+        sampled = made.sample(seen, mask, torch.randn(2, 5, 3, generator=generator), flow.euler)
+    assert sampled[0].mean() > 0.5
+    assert sampled[1].mean() < -0.5
+
+
+def regression(**config):
+    torch.manual_seed(0)
+    return make_action_head(
+        ActionHeadConfig(**{"name": "l1", "width": 32, "depth": 2, "heads": 2} | config), 24, 5, 3
+    )
+
+
+@torch.no_grad()
+def test_l1_regression_needs_no_noise_and_reads_what_is_not_masked():
+    made, (seen, mask) = regression(), context()
+    base = made.sample(seen, mask, torch.randn(2, 5, 3), flow.euler)
+    assert torch.equal(base, made.sample(seen, mask, torch.randn(2, 5, 3), flow.euler))
+    assert not torch.allclose(
+        base, made.sample(seen.flip(0), mask, torch.zeros(2, 5, 3), flow.euler), atol=1e-5
+    )
+    assert made.sample(seen, mask, torch.zeros(6, 5, 3), flow.euler).shape == (6, 5, 3)
+    mask[:, -1] = False
+    masked = made.sample(seen, mask, torch.zeros(2, 5, 3), flow.euler)
+    seen[:, -1] = 100
+    torch.testing.assert_close(masked, made.sample(seen, mask, torch.zeros(2, 5, 3), flow.euler))
+
+
+def test_the_l1_loss_is_the_mean_absolute_error_of_the_steps_that_exist():
+    made, (seen, mask), actions = regression(), context(), torch.randn(2, 5, 3)
+    is_pad = torch.zeros(2, 5, dtype=torch.bool)
+    is_pad[0, 3:] = True
+    error = (made.predict(seen, mask) - actions).abs()
+    expected = torch.stack([error[0, :3].mean(), error[1].mean()])
+    torch.testing.assert_close(made.loss(seen, mask, actions, is_pad, None), expected)
+    torch.testing.assert_close(made.loss(seen, mask, actions, None, None), error.mean(dim=(1, 2)))
+
+
+def test_l1_regression_learns_to_tell_two_contexts_apart():
+    made, (seen, mask) = regression(), context()
+    actions = torch.stack([torch.ones(5, 3), -torch.ones(5, 3)])
+    optimizer = torch.optim.Adam(made.parameters(), lr=3e-3)
+    for _ in range(60):
+        optimizer.zero_grad()
+        made.loss(seen, mask, actions, None, None).mean().backward()
+        optimizer.step()
+    assert made.loss(seen, mask, actions, None, None).mean() < 0.3
+
+
+def test_l1_regression_trains_a_policy_and_the_state_can_be_kept_from_it():
+    for state in (True, False):
+        torch.manual_seed(0)
+        config = tiny_config()
+        config.head = ActionHeadConfig(name="l1", width=32, depth=1, heads=2, state=state)
+        policy = VegaPolicy(config)
+        loss, _ = policy(batch())
+        loss.backward()
+        assert policy.model.head.queries.grad.abs().max() > 0
+        seen = batch()
+        chunk = policy.eval().predict_action_chunk(seen)
+        moved = policy.predict_action_chunk(seen | {"observation.state": seen["observation.state"] + 1})
+        assert torch.equal(chunk, moved) != state
+
+
+def test_an_unknown_expert_and_bad_sizes_are_refused():
+    with pytest.raises(ValueError, match=r"Unknown head 'flw'. Known: flow"):
+        head(name="flw")
+    with pytest.raises(ValueError, match="at least 1; got 0"):
+        ActionHeadConfig(steps=0)

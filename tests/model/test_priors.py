@@ -1,0 +1,239 @@
+import shutil
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, AutoencoderKLWan, WanTransformer3DModel
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, processors
+from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+from tests.policies import frames
+from tests.tiny_wan import TRANSFORMER
+from vega_policy.model.config import PriorConfig
+from vega_policy.priors import PRIORS, has_trained_weights, make_prior, resolve
+from vega_policy.priors.weights import encode_empty_prompt
+
+GRID = (4, 4)
+
+
+def wan(wan_checkpoint, **config):
+    values = {"layer": 1, "dtype": "float32"} | config
+    return make_prior(PriorConfig(name="wan2.1_t2v_1.3b", path=str(wan_checkpoint), **values), GRID)
+
+
+def plain_feature(wan_checkpoint, picture, layer, prompt, noise):
+    """The paper's equations with unmodified diffusers modules, one picture [3 h w] at a time."""
+    vae = AutoencoderKLWan.from_pretrained(wan_checkpoint / "vae").eval()
+    transformer = WanTransformer3DModel.from_pretrained(wan_checkpoint / "transformer").eval()
+    mean = torch.tensor(vae.config["latents_mean"])[None, :, None, None, None]
+    std = torch.tensor(vae.config["latents_std"])[None, :, None, None, None]
+    clean = (vae.encode(picture[None, :, None] * 2 - 1).latent_dist.mean - mean) / std
+    noised = 0.7 * clean + 0.3 * noise
+    seen = {}
+    transformer.blocks[layer].register_forward_hook(lambda module, inputs, output: seen.update(block=output))
+    padded = torch.zeros(1, 512, prompt.shape[1])
+    padded[0, : len(prompt)] = prompt
+    transformer(noised, torch.tensor([300.0]), padded)
+    return seen["block"].transpose(1, 2).reshape(-1, *GRID)
+
+
+@torch.no_grad()
+def test_the_prior_feature_is_block_k_of_the_papers_equations(wan_checkpoint):
+    prior = wan(wan_checkpoint)
+    pictures = frames(views=2)
+    features = prior(pictures)
+    assert features.shape == (1, 2, 48, *GRID)
+    noise = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    prompt = load_file(wan_checkpoint / "empty_prompt.safetensors")["prompt"]
+    for view in range(2):
+        expected = plain_feature(wan_checkpoint, pictures[0, view, 0], 1, prompt, noise)
+        torch.testing.assert_close(features[0, view], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_priors_default_is_the_papers_layer_20_and_noise_level_exactly_three_tenths():
+    resolved = resolve(PriorConfig())
+    assert (resolved.name, resolved.layer, resolved.noise_level) == ("wan2.1_t2v_1.3b", 20, 0.3)
+    assert resolved.path == "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+
+
+def test_no_prior_block_after_the_read_layer_exists_or_runs(wan_checkpoint):
+    prior = wan(wan_checkpoint, layer=1, engine="plain")
+    ran = []
+    for block in prior.transformer.blocks:
+        block.register_forward_hook(lambda *_: ran.append(1))
+    prior(frames())
+    assert len(prior.transformer.blocks) == 2
+    assert len(ran) == 2
+    assert not hasattr(prior.vae.decoder, "parameters")
+
+
+def test_the_same_seed_gives_the_same_prior_features_and_another_seed_others():
+    first = make_prior(PriorConfig(name="wan_tiny_untrained"), GRID)
+    torch.randn(7)  # the global random state plays no part
+    again = make_prior(PriorConfig(name="wan_tiny_untrained"), GRID)
+    other = make_prior(PriorConfig(name="wan_tiny_untrained", seed=1), GRID)
+    picture = frames()
+    weights = [next(prior.transformer.parameters()) for prior in (first, again, other)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+    assert torch.equal(first(picture), again(picture))
+    assert first.fingerprint == again.fingerprint
+    assert not torch.equal(first(picture), other(picture))
+    assert first.fingerprint != other.fingerprint
+
+
+def test_a_policy_trained_with_weights_that_shipped_before_is_told_where_they_are():
+    (former, commit) = next(iter(PRIORS["wan_tiny"].former.items()))
+    with pytest.raises(ValueError, match=f"{former}.*until commit {commit}"):
+        make_prior(PriorConfig(name="wan_tiny", fingerprint=former), GRID)
+
+
+def test_building_a_seeded_prior_leaves_the_callers_random_state_alone():
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    make_prior(PriorConfig(name="wan_tiny_untrained"), GRID)
+    assert torch.equal(torch.rand(1), expected)
+
+
+@torch.no_grad()
+def test_a_frames_prior_features_do_not_depend_on_its_batch(wan_checkpoint):
+    prior = wan(wan_checkpoint)
+    pictures = frames(views=3)
+    torch.testing.assert_close(prior(pictures)[:, 1:2], prior(pictures[:, 1:2]), atol=1e-5, rtol=1e-5)
+
+
+def test_fresh_prior_noise_comes_from_the_callers_generator(wan_checkpoint):
+    prior = wan(wan_checkpoint)
+    draws = [prior(frames(), torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
+
+
+@pytest.mark.parametrize("name", ["wan_tiny", "wan_tiny_untrained", "random"])
+def test_a_bright_square_changes_the_prior_token_that_holds_it_most(name):
+    prior = make_prior(PriorConfig(name=name), (8, 8))
+    dark = torch.full((1, 1, 1, 3, 128, 128), 0.3)
+    base = prior(dark)
+    for row in (0, 3, 7):
+        for column in (0, 4, 7):
+            lit = dark.clone()
+            lit[..., 16 * row + 4 : 16 * row + 12, 16 * column + 4 : 16 * column + 12] = 1.0
+            change = (prior(lit) - base)[0, 0].norm(dim=0)
+            assert divmod(change.argmax().item(), 8) == (row, column)
+
+
+def test_prior_tokens_off_the_grid_are_pooled_to_it(wan_checkpoint):
+    assert wan(wan_checkpoint, input_size=128)(frames()).shape == (1, 1, 48, *GRID)
+    with pytest.raises(ValueError, match="multiple of 16; got 100"):
+        wan(wan_checkpoint, input_size=100)
+
+
+def test_the_prior_is_frozen(wan_checkpoint):
+    prior = wan(wan_checkpoint)
+    assert not any(parameter.requires_grad for parameter in prior.parameters())
+    assert not prior(frames().requires_grad_()).requires_grad
+
+
+def test_a_prior_layer_outside_the_network_is_refused(wan_checkpoint):
+    for layer in (3, -1):
+        with pytest.raises(ValueError, match=f"blocks 0 to 2; got {layer}"):
+            wan(wan_checkpoint, layer=layer)
+
+
+def test_a_prior_noise_level_outside_zero_to_one_is_refused():
+    for level in (-0.1, 1.2):
+        with pytest.raises(ValueError, match=rf"noise_level .* got {level}"):
+            PriorConfig(noise_level=level)
+
+
+def test_an_unknown_prior_names_the_nearest_and_the_known():
+    with pytest.raises(
+        ValueError, match=r"'wan_tny'. Did you mean 'wan_tiny'\? Known: none, dinov3, precomputed"
+    ):
+        make_prior(PriorConfig(name="wan_tny"), GRID)
+
+
+def test_prior_weights_with_another_fingerprint_are_refused(wan_checkpoint, tmp_path):
+    trained_with = wan(wan_checkpoint).fingerprint
+    other = tmp_path / "other"
+    shutil.copytree(wan_checkpoint, other)
+    torch.manual_seed(1)
+    WanTransformer3DModel(**TRANSFORMER).save_pretrained(other / "transformer")
+    assert wan(wan_checkpoint, fingerprint=trained_with) is not None
+    with pytest.raises(ValueError, match=rf"other weights .* expected fingerprint {trained_with}, got"):
+        wan(other, fingerprint=trained_with)
+
+
+def test_a_folder_with_another_architecture_is_refused(wan_checkpoint, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(wan_checkpoint, other)
+    shutil.rmtree(other / "vae")
+    AutoencoderKL(block_out_channels=(32,)).save_pretrained(other / "vae")
+    with pytest.raises(ValueError, match="holds AutoencoderKL; this prior needs AutoencoderKLWan"):
+        wan(other)
+
+
+def test_missing_prior_files_are_named_with_the_way_out(wan_checkpoint, tmp_path):
+    partial = tmp_path / "partial"
+    shutil.copytree(wan_checkpoint / "vae", partial / "vae")
+    with pytest.raises(FileNotFoundError, match=r"transformer/config.json.*It holds: vae.*prior=wan_tiny"):
+        wan(partial)
+
+
+def test_offline_the_default_prior_names_the_missing_files_and_the_way_out(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(FileNotFoundError, match=r"Missing: vae/, transformer/.*prior.path.*wan_tiny"):
+        make_prior(PriorConfig(revision="0" * 40), GRID)
+
+
+def test_the_empty_prompt_comes_from_the_checkpoints_own_text_encoder(wan_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr("vega_policy.priors.weights.CACHE", tmp_path / "cache")
+    folder = tmp_path / "wan"
+    shutil.copytree(wan_checkpoint, folder)
+    (folder / "empty_prompt.safetensors").unlink()
+    tokenizer = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1, "<unk>": 2}, unk_token="<unk>"))
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(folder / "tokenizer")
+    torch.manual_seed(0)
+    UMT5EncoderModel(
+        UMT5Config(vocab_size=3, d_model=20, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    ).save_pretrained(folder / "text_encoder")
+    prompt = encode_empty_prompt(folder)
+    assert prompt.shape == (1, 20)  # the end token alone; padding is added as zeros
+    prior = wan(folder)
+    torch.testing.assert_close(prior.prompt[0, :1], prompt)
+    assert prior.prompt.shape == (1, 512, 20)
+    assert prior.prompt[0, 1:].abs().max() == 0
+    shutil.rmtree(folder / "text_encoder")  # needed once at most
+    assert torch.equal(wan(folder).prompt, prior.prompt)
+
+
+def test_a_prompt_file_of_another_width_is_refused(wan_checkpoint, tmp_path):
+    save_file({"prompt": torch.zeros(2, 7)}, tmp_path / "prompt.safetensors")
+    with pytest.raises(ValueError, match=r"shape \[n 20\].*got shape \(2, 7\)"):
+        wan(wan_checkpoint, prompt_file=str(tmp_path / "prompt.safetensors"))
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        wan(wan_checkpoint, prompt_file=str(tmp_path / "nothing.safetensors"))
+
+
+def test_the_tiny_prior_has_a_few_million_parameters_and_says_that_it_is_untrained():
+    prior = make_prior(PriorConfig(name="wan_tiny_untrained"), GRID)
+    whole = WanTransformer3DModel(**PRIORS["wan_tiny"].architecture["transformer"])
+    assert 2e6 < sum(parameter.numel() for parameter in whole.parameters()) < 12e6
+    assert prior.untrained
+
+
+def test_wan_tiny_is_the_prior_that_was_trained_and_its_control_is_not():
+    shipped, control = (
+        make_prior(PriorConfig(name=name), GRID) for name in ("wan_tiny", "wan_tiny_untrained")
+    )
+    assert (shipped.untrained, control.untrained) == (False, True)
+    assert has_trained_weights(PriorConfig(name="wan_tiny"))
+    assert not has_trained_weights(PriorConfig(name="wan_tiny_untrained"))
+    assert not torch.equal(next(shipped.transformer.parameters()), next(control.transformer.parameters()))
+    older = PriorConfig(name="wan_tiny", fingerprint=control.fingerprint)
+    with pytest.raises(ValueError, match="takes wan_tiny_untrained"):
+        make_prior(older, GRID)

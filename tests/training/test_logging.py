@@ -1,0 +1,141 @@
+"""What a user can look at: curves, films, closed-loop success, model card, what made the run."""
+
+import json
+import re
+from importlib.metadata import version
+
+import pytest
+from huggingface_hub import ModelCard
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.synthetic_dataset import CAMERAS, write_dataset
+from tests.training_runs import assert_bitwise_equal, tiny_run
+from vega_policy.evaluation.episodes import read_episodes
+from vega_policy.training.checkpoint import FREE_TO_CHANGE, add_scores, checkpoint_of, read_scores
+from vega_policy.training.config import EnvironmentConfig, SimulationConfig, WandbConfig
+from vega_policy.training.train import train
+
+WORLD = "tests.evaluation.test_world"
+
+
+def simulation(every):
+    return SimulationConfig(
+        every=every,
+        env=EnvironmentConfig(suite="near", frame_size=32),
+        episodes_per_task=3,
+        num_envs=2,
+        make=f"{WORLD}.make",
+        tasks=f"{WORLD}.tasks",
+    )
+
+
+@pytest.fixture(scope="module")
+def points(tmp_path_factory):
+    """A dataset with the sizes of the point world: one camera, two state values, two action values."""
+    return write_dataset(
+        tmp_path_factory.mktemp("points") / "data",
+        lengths=(6, 5, 4),
+        frame_shapes=((32, 32),),
+        cameras=CAMERAS[:1],
+        state_width=2,
+        action_width=2,
+    )
+
+
+@pytest.fixture(scope="module")
+def watched(points, tmp_path_factory):
+    """A run with held-out episodes, played in closed loop after every second step."""
+    output = tmp_path_factory.mktemp("runs") / "watched"
+    train(tiny_run(points, output, simulation=simulation(2), dataset={"held_out": 0.3}))
+    return output
+
+
+def test_success_is_what_the_simulator_says_and_reaches_scores_and_log(watched):
+    scores = read_scores(watched)
+    assert sorted(scores) == [2, 4]
+    for step, row in scores.items():
+        episodes = read_episodes(watched / "simulation" / f"{step:06d}" / "0")
+        assert [episode.seed for episode in episodes] == [1_990_000, 1_990_001, 1_990_002]
+        assert row["success"] == sum(episode.success for episode in episodes) / 3
+        assert row["episodes"] == 3
+        assert {"held_out_loss", "held_out_action_error"} <= row.keys()
+    logged = [json.loads(line) for line in (watched / "metrics.jsonl").read_text().splitlines()]
+    assert [line["success"] for line in logged if "success" in line] == [
+        scores[2]["success"],
+        scores[4]["success"],
+    ]
+
+
+def test_playing_changes_no_bit_of_the_training(points, watched, tmp_path):
+    silent = train(tiny_run(points, tmp_path / "silent", dataset={"held_out": 0.3}))
+    assert_bitwise_equal(silent, checkpoint_of(watched, 4))
+
+
+def test_curves_and_films_are_on_tensorboard(watched):
+    board = EventAccumulator(str(watched / "tensorboard")).Reload()
+    curves = set(board.Tags()["scalars"])
+    assert {"train/loss", "train/gate/image", "held_out/held_out_loss", "simulation/success"} <= curves
+    assert [event.step for event in board.Scalars("train/loss")] == [1, 2, 3, 4]
+    (film,) = {tag for tag in board.Tags()["images"] if tag.startswith("simulation/")}
+    assert board.Images(film)[0].encoded_image_string.startswith(b"GIF89a")
+
+
+@pytest.mark.slow
+def test_a_kill_between_saving_and_playing_loses_no_score(points, watched, tmp_path):
+    output = tmp_path / "run"
+    train(tiny_run(points, output, dataset={"held_out": 0.3}, stop_after=2))
+    assert "success" not in read_scores(output)[2]
+    train(tiny_run(points, output, dataset={"held_out": 0.3}, simulation=simulation(2), resume=True))
+    assert read_scores(output)[2]["success"] == read_scores(watched)[2]["success"]
+
+
+def test_the_action_error_is_in_the_datasets_units(watched):
+    """A policy that knows nothing is off by about the spread of the actions, which lie in [-1, 1]."""
+    error = read_scores(watched)[4]["held_out_action_error"]
+    assert 0.2 < error < 2.0
+
+
+def test_a_card_says_what_was_learned_from_how_and_what_was_measured(watched):
+    card = ModelCard.load(checkpoint_of(watched, 4) / "pretrained_model" / "README.md")
+    assert card.data.datasets == ["tests/synthetic"]
+    assert card.data.library_name == "lerobot"
+    for part in ("4 of 4, seed 3", "random, layer", "fusion | token_gate", "loss on held-out episodes | "):
+        assert part in card.text
+    assert 'path = "FOLDER/pretrained_model"' in card.text
+    assert re.search(r"`observation` holds `observation\..+`observation\.state`.* and `task`", card.text)
+
+
+def test_a_card_without_a_measurement_says_so(points, tmp_path):
+    checkpoint = train(tiny_run(points, tmp_path / "run", steps=2))
+    card = ModelCard.load(checkpoint / "pretrained_model" / "README.md")
+    assert "Nothing was measured while it learned" in card.text
+
+
+def test_each_start_notes_code_packages_and_hardware(points, tmp_path):
+    for fields in ({"stop_after": 2}, {"resume": True}):
+        train(tiny_run(points, tmp_path / "run", **fields))
+    first, second = json.loads((tmp_path / "run" / "provenance.json").read_text())
+    assert (first["from_step"], second["from_step"]) == (0, 2)
+    assert first["packages"]["torch"] == version("torch")
+    assert first["hardware"]["cores"] >= 1
+    assert first["code"]["revision"] is None or len(first["code"]["revision"]) == 40
+
+
+def test_what_only_changes_looking_may_change_on_resuming():
+    assert {"simulation.every", "wandb.project", "keep_last", "evaluate_every"} <= set(FREE_TO_CHANGE)
+
+
+@pytest.mark.slow
+def test_one_field_turns_weights_and_biases_on_and_a_resumed_run_goes_on_there(points, tmp_path):
+    fields = {"wandb": WandbConfig(project="tests", mode="offline")}
+    train(tiny_run(points, tmp_path / "run", stop_after=2, **fields))
+    known = (tmp_path / "run" / "wandb_run.txt").read_text()
+    train(tiny_run(points, tmp_path / "run", resume=True, **fields))
+    assert (tmp_path / "run" / "wandb_run.txt").read_text() == known
+    assert len(list((tmp_path / "run" / "wandb").glob(f"offline-run-*-{known.strip()}"))) == 2
+
+
+def test_scores_of_one_step_are_added_up(tmp_path):
+    add_scores(tmp_path, 3, {"held_out_loss": 1.0})
+    add_scores(tmp_path, 3, {"success": 0.5})
+    assert read_scores(tmp_path) == {3: {"held_out_loss": 1.0, "success": 0.5}}

@@ -1,0 +1,291 @@
+"""A small Wan is trained, stopped at any moment, written as the hub has it, and read as a prior."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from safetensors.torch import load_file
+
+from tests.pretraining_runs import CPU, TINY, WIDTH, moving_square, settings, write_shards
+from vega_policy.model.config import PriorConfig
+from vega_policy.pretraining import autoencoder, transformer
+from vega_policy.pretraining import autoencoder as pictures
+from vega_policy.pretraining import export as report
+from vega_policy.pretraining import trainer as learner
+from vega_policy.pretraining import transformer as matching
+from vega_policy.pretraining import transformer as prompts
+from vega_policy.pretraining.autoencoder import normalised, posterior_means
+from vega_policy.pretraining.clips import Clips
+from vega_policy.pretraining.config import decode
+from vega_policy.pretraining.pretrain import pretrain
+from vega_policy.priors import PRIORS, make_prior
+from vega_policy.priors.weights import fingerprint_files
+
+
+@pytest.fixture(autouse=True)
+def smaller_still(monkeypatch):
+    entry = replace(PRIORS["wan_tiny"], architecture=TINY, shipped=None, layer=1)
+    monkeypatch.setitem(PRIORS, "wan_tiny", entry)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A finished run with its report."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(
+            PRIORS, "wan_tiny", replace(PRIORS["wan_tiny"], architecture=TINY, shipped=None, layer=1)
+        )
+        return pretrain(settings(folder, stages=["vae", "transformer", "report", "film"]))
+
+
+def test_a_few_steps_lower_both_losses_on_a_moving_square(tmp_path):
+    write_shards(tmp_path / "clips")
+    clips, _ = Clips.open(tmp_path / "clips", 0.3)
+    run = settings(tmp_path / "run")
+    torch.manual_seed(0)
+    vae = AutoencoderKLWan(**TINY["vae"])
+    small = replace(run.vae.learning, steps=12, batch_size=4)
+    losses = fit(
+        vae, autoencoder.autoencoder_loss(vae, clips, replace(run.vae, learning=small, lengths=[1]), CPU),
+        small, tmp_path / "vae",
+    )  # fmt: skip
+    assert losses[-1] < 0.8 * losses[0]
+    network = WanTransformer3DModel(**TINY["transformer"])
+    latents = torch.randn(1, 4, 2, 4, 4, generator=torch.Generator().manual_seed(0)).expand(8, -1, -1, -1, -1)
+    table, singles = prompts.PromptTable({"": torch.ones(2, WIDTH)}, CPU), latents[:, None, :, :1]
+    measure = transformer.watch(network, latents.numpy(), [""] * 8, table, CPU)
+    before = measure()
+    small = replace(small, steps=30, learning_rate=1e-2)
+    learned = replace(run.transformer, learning=small)
+    fit(
+        network,
+        transformer.matching_loss(
+            network, latents.numpy(), singles.numpy(), [""] * 8, table, learned, CPU
+        ),
+        small, tmp_path / "transformer",
+    )  # fmt: skip
+    after = measure()
+    assert all(after[name] < 0.8 * before[name] for name in before)
+
+
+def fit(network, loss, learning, folder):
+    """Loss before each step."""
+    learns, losses = learner.StageTrainer(network, learning, folder), []
+    for step in range(learning.steps):
+        value, _ = loss(learner.Draws.of(0, step, CPU))
+        learns.update(value)
+        losses.append(value.item())
+    return losses
+
+
+@pytest.mark.parametrize("frames", [1, 5])
+def test_pictures_in_two_dimensions_and_channels_last_change_neither_numbers_nor_gradients(frames):
+    video, found = torch.rand(1, 3, frames, 16, 16, generator=torch.Generator().manual_seed(0)), []
+    for change in (lambda plain: plain, pictures.pictures_in_two_dimensions, pictures.channels_last):
+        torch.manual_seed(0)
+        vae = change(AutoencoderKLWan(**TINY["vae"]))
+        decoded = vae.decode(vae.encode(video).latent_dist.mode()).sample
+        decoded.square().mean().backward()
+        found.append([decoded, *(weight.grad for weight in vae.parameters() if weight.grad is not None)])
+    for changed in found[1:]:
+        torch.testing.assert_close(changed, found[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_run_sets_out_from_the_weights_of_another(trained, tmp_path):
+    still = {"steps": 1, "batch_size": 2, "learning_rate": 0.0, "warmup": 1, "average_decay": 0.0}
+    folder = pretrain(
+        settings(
+            tmp_path,
+            start=str(trained),
+            stages=["vae", "transformer", "report"],
+            vae={"learning": still, "lengths": [1], "channels_last": True},
+            transformer={"learning": still},
+        )
+    )
+    for part in ("vae", "transformer"):
+        before, after = (
+            load_file(one / part / "diffusion_pytorch_model.safetensors") for one in (trained, folder)
+        )
+        torch.testing.assert_close(after, before, rtol=0, atol=0)
+    mark = fingerprint_files(trained, ["vae", "transformer"])
+    assert f"set out from the weights {mark}" in (folder / "README.md").read_text()
+
+
+def test_a_start_of_another_architecture_or_place_is_refused(trained, tmp_path):
+    with pytest.raises(FileNotFoundError, match="start"):
+        pretrain(settings(tmp_path, start=str(tmp_path / "nowhere")))
+    PRIORS["wan_tiny"].architecture["vae"]["base_dim"] = 4
+    try:
+        with pytest.raises(ValueError, match="another architecture"):
+            pretrain(settings(tmp_path, start=str(trained)))
+    finally:
+        PRIORS["wan_tiny"].architecture["vae"]["base_dim"] = 8
+
+
+def test_a_run_killed_between_two_checkpoints_ends_in_the_same_weights(trained, tmp_path, monkeypatch):
+    update, made = learner.StageTrainer.update, []
+
+    def dying(self, loss):
+        made.append(self.step)
+        if len(made) in (3, 7):  # once in each training, after the checkpoint of step 2
+            raise KeyboardInterrupt
+        return update(self, loss)
+
+    monkeypatch.setattr(learner.StageTrainer, "update", dying)
+    run = settings(tmp_path)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(run)
+    folder = pretrain(run)
+    assert made == [0, 1, 2, 2, 0, 1, 2, 2]
+    parts = ["vae", "transformer"]
+    assert fingerprint_files(folder, parts) == fingerprint_files(trained, parts)
+    for part in parts:
+        rows = [json.loads(line) for line in (tmp_path / part / "metrics.jsonl").read_text().splitlines()]
+        assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3]
+
+
+def test_a_run_whose_time_is_up_says_so_and_leaves_a_checkpoint(tmp_path):
+    assert pretrain(settings(tmp_path, max_seconds=0)) is None
+    assert not (tmp_path / "wan_tiny" / "vae").exists()
+    assert (tmp_path / "vae" / "checkpoints" / "last" / "weights.safetensors").is_file()
+
+
+def test_the_folder_is_a_prior_whose_weights_are_not_the_untrained_ones(trained):
+    grid = (2, 2)
+    prior = make_prior(PriorConfig(name="wan_tiny", path=str(trained)), grid)
+    untrained = make_prior(PriorConfig(name="wan_tiny_untrained"), grid)
+    assert not prior.untrained
+    assert prior.fingerprint != untrained.fingerprint
+    features = prior(torch.rand(1, 1, 1, 3, 32, 32))
+    assert features.shape == (1, 1, 24, 2, 2)
+    assert features.isfinite().all()
+    empty = prompts.read_prompts(trained.parent / "prompts.safetensors")[""]
+    assert torch.equal(prior.prompt[0, :2], empty)
+    assert not prior.prompt[0, 2:].any()
+
+
+def test_the_reader_noises_and_tells_time_as_the_training_does(trained):
+    prior = make_prior(
+        PriorConfig(name="wan_tiny", path=str(trained), noise_level=0.3, engine="plain"), (2, 2)
+    )
+    seen = {}
+    network = prior.transformer
+    network.patch_embedding.register_forward_hook(lambda _m, given, _o: seen.update(latent=given[0]))
+    network.condition_embedder.register_forward_hook(lambda _m, given, _o: seen.update(time=given[0]))
+    picture = torch.rand(1, 1, 1, 3, 32, 32)
+    prior(picture)
+    frames = (picture[0, 0].permute(0, 2, 3, 1)[None] * 255).round().to(torch.uint8).numpy()
+    latent = normalised(prior.vae, posterior_means(prior.vae, frames, CPU))
+    noise = prior.noise(latent, None).expand_as(latent)
+    torch.testing.assert_close(seen["latent"], 0.7 * latent + 0.3 * noise, atol=0.05, rtol=0)
+    time = torch.tensor([0.3])
+    torch.testing.assert_close(matching.noised(latent, noise, time), 0.7 * latent + 0.3 * noise)
+    told = {}
+
+    def network_like_wans(_latent, moment, _prompt, return_dict):
+        told.update(time=moment)
+        return (torch.zeros_like(latent),)
+
+    transformer.predict(network_like_wans, latent, time, prior.prompt)
+    torch.testing.assert_close(told["time"], torch.tensor([300.0]))
+    torch.testing.assert_close(seen["time"], torch.tensor([300.0]))
+
+
+def test_the_velocity_leads_from_any_point_of_the_path_back_to_the_data():
+    data, noise, time = torch.randn(5, 4, 2, 3, 3), torch.randn(5, 4, 2, 3, 3), torch.linspace(0, 1, 5)
+    at = matching.noised(data, noise, time)
+    target = matching.velocity(data, noise)
+    torch.testing.assert_close(at - time[:, None, None, None, None] * target, data)
+    step = 1e-3
+    there = matching.noised(data.double(), noise.double(), time.double() + step)
+    torch.testing.assert_close((there - at.double()) / step, target.double(), atol=1e-3, rtol=1e-3)
+
+
+def test_times_are_logit_normal_and_a_shift_moves_them_towards_noise():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.logit(matching.sample_time(20_000, 0.5, 0.8, 1.0, generator))
+    assert abs(logits.mean() - 0.5) < 0.03
+    assert abs(logits.std() - 0.8) < 0.03
+    torch.testing.assert_close(
+        matching.shifted(torch.tensor([0.0, 0.5, 1.0]), 3.0), torch.tensor([0, 0.75, 1.0])
+    )
+
+
+def test_the_report_has_intervals_pictures_a_film_and_a_card(trained):
+    told = json.loads((trained.parent / "report" / "report.json").read_text())
+    for level in ("0.1", "0.3", "0.9"):
+        assert (
+            told["figures"]["loss"][level]["clips"]["low"] < told["figures"]["loss"][level]["clips"]["high"]
+        )
+    assert (trained.parent / "report" / "reconstructions.png").stat().st_size
+    assert (trained.parent / "report" / "sample.mp4").stat().st_size
+    text = (trained / "README.md").read_text()
+    assert "autoencoder 3, transformer 3" in text
+    assert f"{told['figures']['psnr_clips']['mean']:.3f} [" in text
+
+
+def test_signal_to_noise_has_its_closed_form():
+    frames = np.full((1, 1, 16, 16, 3), 100, np.uint8)
+
+    class OffByTen:
+        def encode(self, video):
+            return SimpleNamespace(latent_dist=SimpleNamespace(mode=lambda: video))
+
+        def decode(self, latent):
+            return SimpleNamespace(sample=latent + 10 / 127.5)
+
+    vae = OffByTen()
+    measured = autoencoder.peak_signal_to_noise(vae, frames, CPU)
+    torch.testing.assert_close(measured, torch.tensor([20 * np.log10(25.5)], dtype=torch.float32))
+
+
+def test_a_mistyped_field_names_the_near_one():
+    with pytest.raises(ValueError, match=r"field vae\.learning\.step\. Did you mean vae\.learning\.steps"):
+        decode({"vae": {"learning": {"step": 1}}})
+
+
+def test_an_instruction_without_embedding_is_named():
+    table = prompts.PromptTable({"": torch.ones(2, WIDTH)}, CPU)
+    with pytest.raises(ValueError, match="'fly'"):
+        table(["", "fly"])
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_its_last_checkpoint(tmp_path):
+    run = settings(tmp_path, save_every=1)
+    learns = learner.StageTrainer(torch.nn.Linear(2, 1), run.vae.learning, tmp_path / "run")
+
+    def broken(draws):
+        value = learns.network(torch.ones(1, 2)).sum() * (torch.nan if learns.step == 2 else 1.0)
+        return value, {}
+
+    with pytest.raises(FloatingPointError, match="step 3"):
+        learner.learn(learns, broken, dict, run, None)
+    again = learner.StageTrainer(torch.nn.Linear(2, 1), run.vae.learning, tmp_path / "run")
+    assert again.step == 2
+    assert all(weight.isfinite().all() for weight in again.weights)
+
+
+def test_frames_survive_the_way_to_the_network_and_back():
+    frames = moving_square(2, 0)
+    assert np.array_equal(report.as_frames(autoencoder.as_video(frames, CPU)), frames)
+
+
+@pytest.mark.slow
+def test_pretraining_needs_neither_lerobot_nor_hydra():
+    program = """
+import importlib.util, sys
+for name in ("lerobot", "hydra", "omegaconf", "draccus", "timm", "av", "tensorboard"):
+    sys.modules[name] = None
+real = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "lerobot" else real(name, *rest)
+import vega_policy.pretraining.__main__, envs.clips
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=300)

@@ -1,0 +1,1 @@
+"""LeRobot datasets: opening and checking, video decoding, cached features, batches, augmentation."""

@@ -1,0 +1,297 @@
+"""The on-disk cache of what never changes in training: frames at the policy's size, features of frozen parts.
+
+One folder a stream, named by a hash over everything that determines its values:
+
+    <cache_root>/<stream>-<hash>/manifest.json   the key in full, shape and type
+                                 values.bin      one row a dataset frame, memory-mapped
+                                 mean_frames.safetensors
+
+A folder is complete or absent (it is written beside its place and renamed). This module imports no lerobot.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from vega_policy.model.config import BackboneConfig, PriorConfig
+from vega_policy.model.observation import stack_views
+from vega_policy.model.vega import VegaModel
+from vega_policy.priors import resolve
+from vega_policy.run_dir import atomic_folder, exclusive
+
+FORMAT = 1
+MANIFEST, VALUES, MEAN_FRAMES = "manifest.json", "values.bin", "mean_frames.safetensors"
+BATCH = {"cpu": 8, "accelerator": 64}
+"""Instants encoded at once. On a CPU, 32 of them took 1.6 times as long for each (measured at 128 pixels)."""
+TYPES = {"frames": torch.uint8, "semantic": torch.bfloat16, "prior": torch.bfloat16}
+
+Clips = Iterable[dict[str, Tensor]]
+"""All frames of a dataset, in order, some consecutive ones at a time: by camera, uint8 [t 3 h w]."""
+
+
+class CacheError(ValueError):
+    """A cache that does not hold what its name says."""
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One kind of cached value and all that determines it.
+
+    Attributes:
+        name: `frames` [v 3 h w] uint8, `semantic` [v c gh gw] or `prior` [v d gh gw], both bfloat16.
+        key: Plain values; another key is another cache.
+    """
+
+    name: str
+    key: dict[str, Any]
+
+    @property
+    def folder(self) -> str:
+        """Folder name below the cache's root."""
+        return f"{self.name}-{_hash(json.dumps(self.key, sort_keys=True).encode())}"
+
+
+def check_cacheable(backbone: BackboneConfig, prior: PriorConfig, cached: Sequence[str]) -> list[str]:
+    """Streams that a cache has to hold, after refusing those that training would change.
+
+    Args:
+        backbone: The policy's backbone.
+        prior: The policy's prior; without one its stream is not needed.
+        cached: Streams asked for (`dataset.cached`).
+
+    Returns:
+        The streams asked for, less the prior's where there is none.
+
+    Raises:
+        ValueError: If a stream changes during training (names the field that makes it so), or if something
+            has to be computed live and there would be no frames to compute it from.
+    """
+    wanted = [name for name in cached if name != "prior" or prior.name != "none"]
+    if "semantic" in wanted and not backbone.frozen_features:
+        learning = "freeze_connector" if backbone.freeze_image_encoder else "freeze_image_encoder"
+        raise ValueError(
+            f"dataset.cached holds 'semantic', but backbone.{learning}=false lets these features "
+            "change in training. Set it to true, or cache the frames instead: "
+            "dataset.cached=[frames,prior]."
+        )
+    if "prior" in wanted and prior.noise != "fixed":
+        raise ValueError(
+            f"dataset.cached holds 'prior', but prior.noise={prior.noise} gives other features in each step. "
+            "Set prior.noise=fixed, or dataset.cached=[frames] or [frames,semantic]."
+        )
+    if prior.clip == "history" and {"prior", "frames"} & set(wanted):
+        raise ValueError(
+            "prior.clip=history reads several instants at once; a cache holds single ones. Set "
+            "dataset.cache=none, or prior.clip=frame or views."
+        )
+    live = [name for name in ("semantic", "prior") if name not in wanted]
+    live = [name for name in live if name != "prior" or prior.name != "none"]
+    if live and "frames" not in wanted:
+        raise ValueError(
+            f"dataset.cached={list(cached)} leaves {' and '.join(live)} to be computed in each step, from "
+            "frames that the cache does not hold. Add 'frames' to dataset.cached."
+        )
+    return wanted
+
+
+def dataset_hash(root: Path) -> str:
+    """Hash over the metadata of a LeRobot dataset on disk: `meta/info.json` and the episodes' files."""
+    episodes = sorted((root / "meta" / "episodes").rglob("*.parquet"))
+    content = b"".join(path.read_bytes() for path in [root / "meta" / "info.json", *episodes])
+    return _hash(content)
+
+
+def streams_of(
+    model: VegaModel, dataset: dict[str, str], cameras: Sequence[str], names: Sequence[str]
+) -> list[Stream]:
+    """The streams of one policy on one dataset.
+
+    Args:
+        model: The policy's model; its frozen weights are part of the key.
+        dataset: The dataset's name and `dataset_hash`.
+        cameras: Camera keys in the order of views.
+        names: Stream names that `check_cacheable` let pass.
+    """
+    common = {
+        "format": FORMAT,
+        "dataset": dataset,
+        "cameras": list(cameras),
+        "frame_size": model.config.frame_size,
+    }
+    return [Stream(name, common | _own_key(model, name)) for name in names]
+
+
+def _own_key(model: VegaModel, name: str) -> dict[str, Any]:
+    if name == "semantic":
+        return {"encoder": model.backbone.encoder_name, "weights": fingerprint(model.backbone.image_encoder)}
+    if name == "prior":
+        config = asdict(resolve(model.config.prior)) | {"fingerprint": model.prior.fingerprint}
+        places = ("path", "revision")  # the fingerprint says what was loaded
+        places += ("engine",) if config["engine"] != "fp8" else ()  # all other engines agree
+        kept = {field: value for field, value in config.items() if field not in places}
+        return {"prior": kept, "grid": list(model.backbone.grid)}
+    return {}
+
+
+def fingerprint(module: nn.Module) -> str:
+    """Hash over the names and bytes of a module's weights, 16 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def open_stream(root: Path, stream: Stream, rows: int, place: torch.device | None) -> Tensor:
+    """Values of a stream that has been built.
+
+    Args:
+        root: Root of all caches.
+        stream: What is expected.
+        rows: Frames of the dataset n.
+        place: Device to read everything to now; None maps it, to be read where it is touched.
+
+    Returns:
+        Values [n ...], not to be written to.
+
+    Raises:
+        CacheError: If the folder is truncated or holds something else; says which folder to delete.
+    """
+    folder = root / stream.folder
+    advice = f"Delete {folder} to have it built again."
+    manifest = json.loads((folder / MANIFEST).read_text())
+    if manifest["key"] != stream.key:
+        differing = [name for name in stream.key if manifest["key"].get(name) != stream.key[name]]
+        raise CacheError(f"{folder} was built from other inputs: {', '.join(differing)} differ. {advice}")
+    shape, dtype = [rows, *manifest["shape"]], TYPES[stream.name]
+    count = int(torch.tensor(shape).prod())
+    expected, found = count * dtype.itemsize, (folder / VALUES).stat().st_size
+    if expected != found:
+        raise CacheError(
+            f"{folder / VALUES} is truncated or of another dataset: expected {expected} bytes for {rows} "
+            f"frames, found {found}. {advice}"
+        )
+    values = torch.from_file(str(folder / VALUES), shared=False, size=count, dtype=dtype).reshape(shape)
+    return values if place is None else values.to(place, copy=True)
+
+
+def open_mean_frames(root: Path, stream: Stream) -> dict[str, Tensor]:
+    """Mean frame of each camera over the dataset a stream was built from, float32 [3 h w] in [0, 1]."""
+    return load_file(root / stream.folder / MEAN_FRAMES)
+
+
+def build_streams(root: Path, streams: Sequence[Stream], model: VegaModel, clips: Clips, frames: int) -> None:
+    """Builds the streams that are missing, in one pass over the videos.
+
+    Processes that share `root` take turns; the later ones find the work done. A kill leaves nothing that
+    could be mistaken for a cache.
+
+    Args:
+        root: Root of all caches.
+        streams: What is needed.
+        model: The policy's model, on the device that is to compute; it is left in evaluation mode.
+        clips: All frames; read only if something is missing.
+        frames: Frames of the dataset, for the progress bar.
+    """
+    with exclusive(root), ExitStack() as stack:
+        missing = [stream for stream in streams if not (root / stream.folder).exists()]
+        if not missing:
+            return
+        model.eval()
+        batch = BATCH["cpu" if next(model.parameters()).device.type == "cpu" else "accelerator"]
+        writers = [stack.enter_context(_Writer(root, stream)) for stream in missing]
+        mean = MeanFrames()
+        bar = stack.enter_context(
+            tqdm(total=frames, desc="Caching " + ", ".join(s.name for s in missing), unit="frame")
+        )
+        for clip in clips:
+            mean.add(clip)
+            for instants in _batches(clip, batch):
+                values = _encode(model, instants, [stream.name for stream in missing])
+                for writer in writers:
+                    writer.append(values[writer.stream.name])
+                bar.update(len(next(iter(instants.values()))))
+        for writer in writers:
+            save_file(mean.result(), writer.folder / MEAN_FRAMES)
+
+
+class MeanFrames:
+    """Running mean of each camera's frames."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._count = 0
+
+    def add(self, frames: dict[str, Tensor]) -> None:
+        """Adds frames by camera, uint8 [t 3 h w]."""
+        for camera, clip in frames.items():
+            total = clip.sum(dim=0, dtype=torch.int32).long()  # a seventh of int64's time, and exact
+            self._sums[camera] = self._sums[camera] + total if camera in self._sums else total
+        self._count += len(next(iter(frames.values())))
+
+    def result(self) -> dict[str, Tensor]:
+        """Mean frame of each camera, float32 [3 h w] in [0, 1]."""
+        return {camera: (total / (255 * self._count)).float() for camera, total in self._sums.items()}
+
+
+class _Writer:
+    """Appends rows to one stream's folder; leaving it without an error makes the folder appear."""
+
+    def __init__(self, root: Path, stream: Stream) -> None:
+        self.stream = stream
+        self._shape: list[int] | None = None
+        self._stack = ExitStack()
+        self._target = root / stream.folder
+
+    def __enter__(self) -> "_Writer":
+        self.folder = self._stack.enter_context(atomic_folder(self._target))
+        self._file = self._stack.enter_context((self.folder / VALUES).open("wb"))
+        return self
+
+    def append(self, values: Tensor) -> None:
+        """Rows [b ...] of the stream's type."""
+        self._shape = list(values.shape[1:])
+        self._file.write(values.contiguous().reshape(-1).view(torch.uint8).numpy())
+
+    def __exit__(self, *error: Any) -> None:
+        if error[0] is None:
+            manifest = {"key": self.stream.key, "shape": self._shape, "dtype": str(TYPES[self.stream.name])}
+            (self.folder / MANIFEST).write_text(json.dumps(manifest, indent=2))
+        self._stack.__exit__(*error)
+
+
+def _batches(clips: dict[str, Tensor], size: int) -> Iterator[dict[str, Tensor]]:
+    for start in range(0, len(next(iter(clips.values()))), size):
+        yield {camera: clip[start : start + size] for camera, clip in clips.items()}
+
+
+@torch.no_grad()
+def _encode(model: VegaModel, instants: dict[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
+    """Values of one batch of instants by stream, on the CPU in the stream's type."""
+    side = model.config.frame_size
+    if list(names) == ["frames"] and all(clip.shape[-2:] == (side, side) for clip in instants.values()):
+        return {"frames": torch.stack(list(instants.values()), dim=1)}  # the bytes that the way below gives
+    device = next(model.parameters()).device
+    views = {camera: clip.to(device).float() / 255 for camera, clip in instants.items()}
+    frames = stack_views(views, side)  # [b v 1 3 h w]
+    values = {}
+    if "frames" in names:
+        values["frames"] = (frames[:, :, -1] * 255).round()
+    if "semantic" in names:
+        values["semantic"] = model.backbone.encode(frames[:, :, -1])
+    if "prior" in names:
+        values["prior"] = model.prior(frames)
+    return {name: value.to(TYPES[name]).cpu() for name, value in values.items()}
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]

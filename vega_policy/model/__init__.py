@@ -1,0 +1,1 @@
+"""The policy network: observation, fusion, backbone context and action head. Imports no LeRobot."""

@@ -1,0 +1,284 @@
+"""What a training step has to be for its loss and gradient to be one CUDA graph.
+
+A graph replays kernels on memory that stays in its place, and nothing of it happens on the host. So batches
+are copied to places of their own, noise and times are drawn before and written there, and instructions are
+told by number out of all there are.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from vega_policy.backbones.compact import TextEncoder
+from vega_policy.model.action_head import FlowHead, placed
+from vega_policy.training.optim import clip_gradient
+
+if TYPE_CHECKING:
+    from vega_policy.training.config import TrainConfig
+
+WARM_UP = 3
+"""Steps before a capture; in them libraries choose their kernels."""
+
+
+class CapturedGradient:
+    """Loss, gradient and its norm of batches that always lie at the same place.
+
+    The same kernels run as without a graph, so that the numbers are the same. What is drawn or decided on
+    the host is frozen in the graph: noise and the numbers of words have to be written to their places
+    before each call.
+
+    Args:
+        loss: Reads the batch where it lies and gives the mean loss, a scalar, without waiting for the device.
+        weights: What learns.
+        most: Norm that the gradient is clipped to.
+
+    Raises:
+        ValueError: If the weights are not on a CUDA device.
+    """
+
+    def __init__(self, loss: Callable[[], Tensor], weights: Sequence[nn.Parameter], most: float) -> None:
+        if not weights[0].is_cuda:
+            raise ValueError(f"A CUDA graph needs a GPU; the weights are on {weights[0].device}.")
+        self._compute, self._weights, self._most = loss, list(weights), most
+        beside = torch.cuda.Stream()
+        beside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(beside):
+            for _ in range(WARM_UP):
+                self._run()
+        torch.cuda.current_stream().wait_stream(beside)
+        self._graph = torch.cuda.CUDAGraph()
+        for weight in self._weights:
+            weight.grad = None
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            self._loss, self._norm = self._run()
+        self._gradients = [weight.grad for weight in self._weights]
+
+    def __call__(self) -> tuple[Tensor, Tensor]:
+        """Loss and norm of the gradient, scalars; the gradient lies in the weights until the next call."""
+        self._graph.replay()
+        for weight, gradient in zip(self._weights, self._gradients, strict=True):
+            weight.grad = gradient
+        return self._loss, self._norm
+
+    def _run(self) -> tuple[Tensor, Tensor]:
+        for weight in self._weights:
+            weight.grad = None
+        loss = self._compute()
+        loss.backward()
+        return loss.detach(), clip_gradient(self._weights, self._most)
+
+
+MOST_INSTRUCTIONS = 64
+"""A text encoder that learns reads all instructions in each step; beyond so many that costs too much."""
+
+Forward = Callable[[dict[str, Any]], tuple[Tensor, dict[str, Tensor]]]
+"""Batch -> mean loss, and scalars worth logging."""
+
+Gradient = Callable[[], tuple[Tensor, Tensor]]
+"""() -> loss and norm of the gradient that then lies, clipped, in the weights."""
+
+
+def check_capturable(config: "TrainConfig", device: torch.device, instructions: Sequence[str]) -> None:
+    """Refuses a run whose steps cannot be captured.
+
+    Args:
+        config: The run.
+        device: Where it trains.
+        instructions: All instructions of the training rows.
+
+    Raises:
+        ValueError: At the first thing that is in the way; says what to set.
+    """
+    vega, data = config.vega, config.dataset
+    streams = data.cached if data.cache != "none" else []
+    seen = vega.prior.name == "none" or "prior" in streams
+    few = vega.backbone.freeze_text_encoder or len(instructions) <= MOST_INSTRUCTIONS
+    needs = (
+        (device.type == "cuda", "a GPU", f"the device {device}"),
+        (not torch.distributed.is_initialized(), "a single process, without a launcher", "one of several"),
+        (config.sharding == "none", "sharding=none", f"sharding={config.sharding}"),
+        (config.accumulate == 1, "accumulate=1", f"accumulate={config.accumulate}"),
+        (vega.base.name == "none", "base=none", f"base={vega.base.name}"),
+        (vega.backbone.name == "compact", "backbone=compact", f"backbone={vega.backbone.name}"),
+        (data.cache != "none", "frames or features of a cache (dataset.cache=gpu)", "dataset.cache=none"),
+        (seen, "the prior's features in the cache (dataset.cached=[frames,prior])", f"{list(streams)}"),
+        (
+            few,
+            f"backbone.freeze_text_encoder=true for more than {MOST_INSTRUCTIONS} instructions",
+            f"{len(instructions)} of them and a text encoder that learns",
+        ),
+    )
+    for met, needed, found in needs:
+        if not met:
+            raise ValueError(f"capture=true needs {needed}; got {found}. Set that, or capture=false.")
+
+
+class CapturedStep:
+    """Loss, clipped gradient and what is worth logging of one batch after the other, all of one shape.
+
+    Numbers are those of a step as it is written, up to the order of sums, but for the dropout of a text
+    encoder that learns: it reads all instructions at once, not those of the batch, so its draws are others.
+
+    Args:
+        forward: The policy as the trainer calls it.
+        policy: The policy, in training.
+        autocast: Makes the context in which it is called.
+        instructions: All that may come.
+        most: Norm that the gradient is clipped to.
+        capture: Makes the graph of a loss, of the weights that learn, and of that norm.
+    """
+
+    def __init__(
+        self,
+        forward: Forward,
+        policy: Any,
+        autocast: Callable[..., AbstractContextManager[Any]],
+        instructions: Sequence[str],
+        most: float,
+        capture: Callable[..., Gradient] | None = None,
+    ) -> None:
+        self._forward, self._policy, self._autocast = forward, policy, autocast
+        self._instructions, self._most = list(instructions), most
+        self._capture = capture or CapturedGradient
+        self._gradient: Gradient | None = None
+        self._logged: dict[str, Tensor] = {}
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Leaves the gradient of a pre-processed batch in the weights; it is captured at the first one.
+
+        Returns:
+            Scalars on the device, overwritten by the next call: what the policy logs, and `gradient_norm`.
+
+        Raises:
+            ValueError: If shapes differ from the first batch's, or an instruction is unknown.
+        """
+        if self._gradient is None:
+            self._place(batch)
+            self._gradient = self._captured()
+        self._write(batch)
+        _, norm = self._gradient()
+        return self._logged | {"gradient_norm": norm}
+
+    def _place(self, batch: dict[str, Any]) -> None:
+        """Makes the places that the graph reads."""
+        self._places = {name: value.clone() for name, value in _tensors(batch).items()}
+        action, head = self._places["action"], self._policy.model.head
+        with self._autocast():
+            encoder = self._policy.model.backbone.text_encoder
+            self._words = WordTable(encoder, self._instructions, len(action), action.device)
+        self._drawn: tuple[Tensor, ...] = ()
+        if isinstance(head, FlowHead):
+            self._drawn = head.draw(action, torch.Generator())
+        self._batch = batch | self._places | {"task": [""] * len(action)}
+
+    def _captured(self) -> Gradient:
+        """The graph; warming up for it leaves random states as they were."""
+        weights = [weight for weight in self._policy.parameters() if weight.requires_grad]
+        devices = {weight.device for weight in weights if weight.is_cuda}
+        with torch.random.fork_rng(devices):
+            return self._capture(self._loss, weights, self._most)
+
+    def _loss(self) -> Tensor:
+        with self._in_place(), self._autocast():
+            loss, self._logged = self._forward(self._batch)
+        return loss
+
+    def _write(self, batch: dict[str, Any]) -> None:
+        """Brings a batch, its words and its noise to their places."""
+        tensors = _tensors(batch)
+        shapes, expected = _shapes(tensors), _shapes(self._places)
+        if shapes != expected:
+            raise ValueError(
+                f"capture=true: this step was captured for {expected}; got {shapes}. Set capture=false."
+            )
+        for name, place in self._places.items():
+            place.copy_(tensors[name], non_blocking=True)
+        self._words.choose(batch["task"])
+        if self._drawn:
+            fresh = self._policy.model.head.draw(self._places["action"], self._policy.draws)
+            for place, drawn in zip(self._drawn, fresh, strict=True):
+                place.copy_(drawn)
+
+    @contextmanager
+    def _in_place(self) -> Iterator[None]:
+        """Lets the policy meet words and noise where they lie; the host's part of both is done before."""
+        backbone, head = self._policy.model.backbone, self._policy.model.head
+        encoder, backbone.text_encoder = backbone.text_encoder, self._words
+        if self._drawn:
+            head.draw = lambda *_: self._drawn
+        try:
+            yield
+        finally:
+            backbone.text_encoder = encoder
+            if self._drawn:
+                del head.draw  # the method is back
+
+
+class WordTable(nn.Module):
+    """Stands in for a text encoder: of sentences that are known beforehand, those with the chosen numbers.
+
+    Args:
+        encoder: The text encoder; one that is frozen is read here, one that learns in each call.
+        sentences: All sentences, u of them.
+        batch: Samples b of a batch.
+        device: Where they are.
+    """
+
+    def __init__(
+        self, encoder: TextEncoder, sentences: Sequence[str], batch: int, device: torch.device
+    ) -> None:
+        super().__init__()
+        self._numbers = {sentence: number for number, sentence in enumerate(dict.fromkeys(sentences))}
+        self._chosen = torch.zeros(batch, dtype=torch.int64, device=device)
+        reader = _frozen if encoder.frozen else _learning
+        self._read = reader(encoder, list(self._numbers))
+
+    def choose(self, sentences: list[str]) -> None:
+        """Says which sentence each sample has, b of them.
+
+        Raises:
+            ValueError: If one is unknown.
+        """
+        unknown = [sentence for sentence in sentences if sentence not in self._numbers]
+        if unknown:
+            raise ValueError(
+                f"capture=true: {unknown[0]!r} is none of the {len(self._numbers)} instructions that this "
+                "step was captured for. Set capture=false."
+            )
+        numbers = torch.tensor([self._numbers[sentence] for sentence in sentences])
+        self._chosen.copy_(placed(numbers, self._chosen))
+
+    def forward(self, sentences: list[str]) -> tuple[Tensor, Tensor]:
+        """Token features and their mask of the chosen sentences, whatever is asked for -> [b l c], [b l]."""
+        words, is_word = self._read()
+        return words[self._chosen], is_word[self._chosen]
+
+
+def _frozen(encoder: TextEncoder, sentences: list[str]) -> Callable[[], tuple[Tensor, Tensor]]:
+    words, is_word = encoder(sentences)
+    return lambda: (words, is_word)
+
+
+def _learning(encoder: TextEncoder, sentences: list[str]) -> Callable[[], tuple[Tensor, Tensor]]:
+    # One place more than there are words: transformers asks the device whether a mask hides anything, but not
+    # in a capture; where it always does, warming up and capture run the same kernels.
+    tokens = {name: functional.pad(value, (0, 1)) for name, value in encoder.tokenize(sentences).items()}
+    is_word = tokens["attention_mask"][:, :-1].bool()
+
+    def read() -> tuple[Tensor, Tensor]:
+        hidden = encoder.network(**tokens).last_hidden_state[:, :-1]
+        return hidden.masked_fill(~is_word[..., None], 0.0), is_word
+
+    return read
+
+
+def _tensors(batch: dict[str, Any]) -> dict[str, Tensor]:
+    return {name: value for name, value in batch.items() if isinstance(value, Tensor)}
+
+
+def _shapes(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in tensors.items()}

@@ -1,0 +1,261 @@
+"""From a run's config to its parts, and the one call that trains: `train`."""
+
+import logging
+from copy import copy
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, set_seed
+from lerobot.configs import PreTrainedConfig
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
+from safetensors.torch import load_file
+from torch import Tensor
+
+from vega_policy.data import feature_cache as features
+from vega_policy.data.dataset import FrameTable, check_finite, match_features, open_dataset, read_table
+from vega_policy.data.loader import CachedSource, ShuffledRows, Source, VideoSource
+from vega_policy.data.video import frames_in_order, sampled_mean_frames
+from vega_policy.model.torch_compile import compile_blocks
+from vega_policy.modeling_vega import VegaPolicy
+from vega_policy.processor_vega import make_vega_pre_post_processors
+from vega_policy.training import checkpoint as checkpoints
+from vega_policy.training.checkpoint import (
+    MEAN_FRAMES,
+    PRETRAINED,
+    Origin,
+    TrainState,
+    check_folder,
+    claim,
+    newest_sound,
+    require_sound,
+)
+from vega_policy.training.config import TrainConfig, encode
+from vega_policy.training.cuda_graph import check_capturable
+from vega_policy.training.distributed import make_accelerator, shard, use_cores
+from vega_policy.training.failure_guards import NonFiniteGuard, check_space
+from vega_policy.training.logging import note_start, push
+from vega_policy.training.optim import EMA, make_optimizer
+from vega_policy.training.trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+
+def train(config: TrainConfig) -> Path:
+    """Trains a policy, or goes on with a run that was stopped.
+
+    Args:
+        config: The run. Its policy's features are filled in from the dataset.
+
+    Returns:
+        Folder of the last checkpoint; its `pretrained_model` loads with `from_pretrained`.
+
+    Raises:
+        ValueError: If the output folder, the dataset or the cache does not fit; each says what to do.
+        TrainingStoppedError: If too many steps were not finite, or disk or memory is full.
+    """
+    use_cores()
+    accelerator = make_accelerator(cpu=config.vega.device == "cpu", precision=config.precision)
+    checkpoint = choose_checkpoint(config, accelerator)
+    if checkpoint is not None and checkpoints.step_of(checkpoint) >= config.last_step:
+        logger.info("%s is complete up to step %d; nothing to do.", config.output_dir, config.last_step)
+        return checkpoint
+    trainer = make_trainer(config, accelerator, checkpoint)
+    last = trainer.fit()
+    if config.vega.push_to_hub and config.last_step == config.steps and accelerator.is_main_process:
+        push(config, trainer.data)
+    return last
+
+
+def choose_checkpoint(config: TrainConfig, accelerator: Accelerator) -> Path | None:
+    """The checkpoint a run goes on from, after refusing an output folder that does not fit.
+
+    One process looks and tells the others.
+    """
+    found: list[Path | None] = [None]
+    if accelerator.is_main_process:
+        check_folder(config)
+        found = [newest_sound(Path(config.output_dir))]
+    return broadcast_object_list(found)[0]
+
+
+def make_trainer(config: TrainConfig, accelerator: Accelerator, checkpoint: Path | None) -> Trainer:
+    """Builds all parts of a run, as a checkpoint left them if one is given, and takes its folder.
+
+    Args:
+        config: The run. Its policy's features are filled in from the dataset.
+        accelerator: The processes.
+        checkpoint: What to go on from.
+    """
+    saved = encode(config)  # before the policy resolves its own config
+    rank, world = accelerator.process_index, accelerator.num_processes
+    if config.dataset.cache == "gpu" and accelerator.device.type == "cpu":
+        raise ValueError("dataset.cache=gpu needs a GPU; this run trains on the cpu. Take dataset.cache=ram.")
+    data = load_data(config)
+    if config.capture:
+        check_capturable(config, accelerator.device, data.instructions)
+    origin: Origin = {"num_processes": world, "batch_size": config.batch_size, "dataset": data.metadata}
+    if checkpoint is not None:
+        checkpoints.check_origin(checkpoint, origin)
+    set_seed(config.seed)
+    policy = make_policy(config, checkpoint, accelerator.device)
+    source, mean_frames = make_source(config, policy, data, checkpoint)
+    if config.sharding == "full":
+        shard(accelerator, policy)
+    learner = make_learner(config, policy, mean_frames, data.dataset, checkpoint)
+    if accelerator.is_main_process:
+        run = Path(config.output_dir)
+        claim(config, saved, learner.step)
+        check_space(run, checkpoints.size_of(learner))
+        note_start(run, learner.step, world)
+        logger.info(_summary(config, policy, data, learner.step))
+    accelerator.wait_for_everyone()
+    if config.compile:
+        compile_blocks(policy.model)
+    sampler = ShuffledRows(data.rows, config.batch_size, seed=config.seed, rank=rank, world=world)
+    trainer = Trainer(
+        config,
+        accelerator,
+        learner,
+        source,
+        sampler,
+        data.held_out,
+        origin,
+        data.words(config),
+        data.instructions,
+    )
+    set_seed(config.seed + 1 + rank)
+    if checkpoint is not None:
+        checkpoints.load_rng_state(checkpoint, rank, learner.draws)
+    return trainer
+
+
+@dataclass(frozen=True)
+class Data:
+    """An opened dataset.
+
+    Attributes:
+        dataset: LeRobot's view of it.
+        table: Its states, actions and instructions.
+        rows: Rows to learn from [n].
+        held_out: Rows of the held-out episodes [m].
+        metadata: Hash over the dataset's metadata: another one, another dataset.
+    """
+
+    dataset: LeRobotDataset
+    table: FrameTable
+    rows: Tensor
+    held_out: Tensor
+    metadata: str
+
+    @property
+    def instructions(self) -> list[str]:
+        """All instructions of the rows to learn from, each once."""
+        return [self.table.tasks[task] for task in self.table.task[self.rows].unique().tolist()]
+
+    def words(self, config: TrainConfig) -> str:
+        """The dataset in a few words."""
+        held = f", {len(self.held_out)} held out" if len(self.held_out) else ""
+        return f"{config.dataset.repo_id}, {len(self.rows)} frames{held}, metadata {self.metadata}"
+
+
+def load_data(config: TrainConfig) -> Data:
+    """Opens the dataset and refuses one that the policy cannot learn from."""
+    if config.dataset.cache != "none":
+        if config.vega.base.name != "none":
+            raise ValueError("dataset.cache: a base embeds pictures by itself; set dataset.cache=none.")
+        features.check_cacheable(config.vega.backbone, config.vega.prior, config.dataset.cached)
+    dataset = open_dataset(config.dataset, config.vega)
+    match_features(config.vega, dataset)
+    table = read_table(Path(dataset.root))
+    learned, held_out = table.split(config.dataset.held_out, config.dataset.episodes)
+    metadata = features.dataset_hash(Path(dataset.root))
+    data = Data(dataset, table, table.rows_of(learned), table.rows_of(held_out), metadata)
+    check_finite(table, torch.cat([data.rows, data.held_out]), dataset.root)
+    return data
+
+
+def make_policy(config: TrainConfig, checkpoint: Path | None, device: torch.device) -> VegaPolicy:
+    """A new policy, one that starts from `policy.pretrained_path`, or that of a checkpoint.
+
+    Args:
+        config: The run.
+        checkpoint: Checkpoint to go on from; its averaged weights are loaded.
+        device: Where the policy goes.
+    """
+    if checkpoint is not None:
+        saved = PreTrainedConfig.from_pretrained(checkpoint / PRETRAINED)
+        saved.device = config.vega.device
+        return VegaPolicy.from_pretrained(checkpoint / PRETRAINED, config=saved, strict=True).to(device)
+    if config.vega.pretrained_path is not None:
+        path = config.vega.pretrained_path
+        if Path(path).is_dir():
+            require_sound(Path(path))
+        saved: Any = PreTrainedConfig.from_pretrained(path)
+        vega = copy(config.vega)  # the weights of the prior that it was trained with are required
+        vega.prior = replace(vega.prior, fingerprint=saved.prior.fingerprint)
+        return VegaPolicy.from_pretrained(path, config=vega, strict=True).to(device)
+    return VegaPolicy(config.vega).to(device)
+
+
+def make_source(
+    config: TrainConfig, policy: VegaPolicy, data: Data, checkpoint: Path | None
+) -> tuple[Source, dict[str, Tensor]]:
+    """Where batches come from, and the mean frame of each camera.
+
+    Builds the cache that the config asks for, where it is missing.
+    """
+    cameras, backend = list(policy.config.image_features), config.dataset.video_backend
+    if config.dataset.cache == "none":
+        workers, seed = config.dataset.workers, config.seed
+        source = VideoSource(data.dataset, cameras, workers=workers, seed=seed)
+        if checkpoint is not None:
+            return source, load_file(checkpoint / PRETRAINED / MEAN_FRAMES)
+        return source, sampled_mean_frames(data.dataset, cameras, backend)
+    root, model = Path(config.dataset.cache_root), policy.model
+    names = features.check_cacheable(model.config.backbone, model.config.prior, config.dataset.cached)
+    key = {"repo_id": config.dataset.repo_id, "metadata": data.metadata}
+    streams = features.streams_of(model, key, cameras, names)
+    clips = frames_in_order(data.dataset, cameras, backend)
+    features.build_streams(root, streams, model, clips, frames=len(data.table))
+    place = {"disk": None, "ram": torch.device("cpu"), "gpu": next(policy.parameters()).device}
+    values = {
+        stream.name: features.open_stream(root, stream, len(data.table), place[config.dataset.cache])
+        for stream in streams
+    }
+    source = CachedSource(data.table, values, policy.config.chunk_size)
+    return source, features.open_mean_frames(root, streams[0])
+
+
+def make_learner(
+    config: TrainConfig,
+    policy: VegaPolicy,
+    mean_frames: dict[str, Tensor],
+    dataset: LeRobotDataset,
+    checkpoint: Path | None,
+) -> TrainState:
+    """Optimizer, averaged weights and processors around a policy, as a checkpoint left them if given."""
+    average = EMA(policy, config.average_decay)  # a checkpoint's policy holds the averaged weights
+    if checkpoint is not None:
+        checkpoints.load_raw_weights(checkpoint, policy)
+    optimizer, scheduler = make_optimizer(policy, config.steps)
+    stats: Any = dataset.meta.stats
+    processors = make_vega_pre_post_processors(policy.config, stats)
+    draws = torch.Generator().manual_seed(config.seed + 1)  # alike in all processes; each takes its share
+    skips = NonFiniteGuard(config.max_skipped_steps)
+    learner = TrainState(policy, average, optimizer, scheduler, processors, mean_frames, draws, skips)
+    if checkpoint is not None:
+        checkpoints.load_training_state(checkpoint, learner)
+    return learner
+
+
+def _summary(config: TrainConfig, policy: VegaPolicy, data: Data, step: int) -> str:
+    learned = sum(weight.numel() for weight in policy.parameters() if weight.requires_grad)
+    frozen = sum(weight.numel() for weight in policy.parameters() if not weight.requires_grad)
+    return (
+        f"Training {learned / 1e6:.1f}M weights ({frozen / 1e6:.1f}M frozen) on {len(data.rows)} frames of "
+        f"{config.dataset.repo_id} ({len(data.held_out)} held out), steps {step} to {config.steps}, into "
+        f"{config.output_dir}"
+    )
