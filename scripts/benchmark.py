@@ -43,7 +43,7 @@ def main() -> None:
         print("\n".join(cost_of_prior(rows)))
     if options.part == "prior":
         for baseline in ("released", "all_blocks", "early_stop"):
-            print("\n".join(ratios(rows, baseline, "fast") + ratios(rows, baseline, "fp8")))
+            print("\n".join(ratios(rows, baseline, "fast")))
 
 
 if __name__ == "__main__":

@@ -30,7 +30,6 @@ from vega_policy.model.config import ActionHeadConfig, BackboneConfig, ModelConf
 from vega_policy.model.cuda_graph import CapturedAct
 from vega_policy.model.observation import Observation
 from vega_policy.model.vega import VegaModel
-from vega_policy.training.cuda_graph import CapturedGradient
 
 CPU = torch.device("cpu")
 TINY = {
@@ -137,17 +136,16 @@ def test_the_train_part_compares_a_live_a_cached_and_no_prior():
         assert row["samples_per_s"] == pytest.approx(2000 / row["step_ms"])
 
 
-def test_the_cost_of_a_cached_prior_is_told_for_each_variant_measured_without_one():
-    times = {("cached", "eager"): 20.0, ("cached", "shifted"): 5.0, ("none", "eager"): 19.0}
+def test_the_cost_of_a_cached_prior_is_reported_for_each_variant_measured_without_one():
+    times = {("cached", "eager"): 20.0, ("cached", "compiled"): 5.0, ("none", "eager"): 19.0}
     rows = [{"prior": case, "variant": name, "step_ms": time} for (case, name), time in times.items()]
     assert cost_of_prior(rows) == ["prior cached, eager: 0.95 of the steps a second without a prior"]
 
 
-def test_a_captured_training_step_without_a_gpu_is_refused():
-    with pytest.raises(ValueError, match="--variants: CUDA graphs need a GPU; got captured on cpu"):
-        next(benchmark_train(model_config(), CPU, batch=2, seconds=0.01, variants=("captured",)))
-    with pytest.raises(ValueError, match="A CUDA graph needs a GPU; the weights are on cpu"):
-        CapturedGradient(lambda: torch.zeros(()), [torch.nn.Parameter(torch.zeros(1))], most=1.0)
+@pytest.mark.parametrize("option", ["cases", "variants"])
+def test_an_unknown_case_or_variant_of_the_train_part_is_refused(option):
+    with pytest.raises(ValueError, match=f"{option}: expected some of .*; got shifted"):
+        next(benchmark_train(model_config(), CPU, batch=2, seconds=0.01, **{option: ("shifted",)}))
 
 
 def test_the_script_prints_and_writes_what_it_measured(tiny, monkeypatch, tmp_path, capsys):
@@ -179,9 +177,9 @@ def test_a_prior_without_a_fast_form_is_measured_as_a_policy_reads_it():
     [
         (["--sizes", "100x96"], "multiples of 16, such as 256x256; got '100x96'"),
         (["--sizes", "256"], "HEIGHTxWIDTH .*; got '256'"),
-        (["--paths", "slow"], "known are released, all_blocks, early_stop, fast, fp8, .*; got slow"),
+        (["--paths", "slow"], "known are released, all_blocks, early_stop, fast, .*; got slow"),
         (["--paths", "fast/speed=9"], "such as fast/encode=8; got fast/speed=9"),
-        (["--paths", "released/encode=2"], "the last two also with .*; got released/encode=2"),
+        (["--paths", "released/encode=2"], "the last also with .*; got released/encode=2"),
     ],
 )
 def test_the_script_refuses_sizes_and_paths_that_it_cannot_measure(arguments, message, monkeypatch, capsys):
@@ -197,14 +195,13 @@ def test_the_product_with_an_activation_counts_as_a_product():
     assert counter.get_total_flops() == 2 * 3 * 5 * 7
 
 
-def test_fewer_blocks_and_eight_bits_are_measured_with_their_error(tiny):
-    paths = ["fast/encode=1/attention=flash", "fast/layer=2", "fp8"]
+def test_fewer_blocks_are_measured_with_their_error(tiny):
+    paths = ["fast/encode=1/attention=flash", "fast/layer=2"]
     rows = {
         row["path"]: row for row in benchmark_prior("wan_tiny", CPU, [(32, 32)], [2], paths, seconds=0.01)
     }
     assert rows["fast/encode=1/attention=flash"]["error"] < 1e-5
     assert rows["fast/layer=2"]["error"] > 0.01
-    assert 1e-3 < rows["fp8"]["error"] < 0.2
 
 
 def test_kernels_are_counted_by_kind_and_the_longest_are_kept():

@@ -178,11 +178,6 @@ def _tiny_unet(folder):
     return UNet2DConditionModel.from_pretrained(folder("sd21") / "unet").eval().requires_grad_(False)
 
 
-def test_products_in_eight_bits_are_refused_where_there_are_none(folder):
-    with pytest.raises(ValueError, match=r"fp8: 'sd21' has no form .* Take prior.engine=auto"):
-        load("sd21", folder("sd21"), engine="fp8")
-
-
 def test_the_empty_prompt_of_stable_diffusion_keeps_its_padding(tmp_path):
     vocabulary = {"<pad>": 0, "</s>": 1, "<unk>": 2}
     PreTrainedTokenizerFast(

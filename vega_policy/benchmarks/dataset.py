@@ -96,9 +96,9 @@ def _steps_a_second(config: TrainConfig, device: torch.device, seconds: float) -
     return progress.interval()
 
 
-PATHS = ("released", "all_blocks", "early_stop", "fast", "fp8")
+PATHS = ("released", "all_blocks", "early_stop", "fast")
 """As the released code runs; as a user of diffusers would write it, with all blocks or up to the layer; the
-exact reductions; those with products in eight bits.
+exact reductions.
 """
 
 CHOICES = ("encode", "read", "attention", "layer")
@@ -110,12 +110,10 @@ class FastPath:
 
     Attributes:
         plan: How the batch is gone about on a GPU.
-        float8: Whether products are rounded to eight bits.
         layer: Block that is read, for fewer blocks than the prior's own; None reads the prior's own.
     """
 
     plan: Plan
-    float8: bool
     layer: int | None
 
     def prior(self, prior: Any) -> Any:
@@ -129,7 +127,7 @@ class FastPath:
 
 
 def fast_path(name: str) -> FastPath | None:
-    """What a name such as `fp8/encode=8/read=16/attention=flash/layer=12` stands for; None if it is not fast.
+    """Parse a name such as `fast/encode=8/read=16/attention=flash/layer=12`; None if it is not fast.
 
     Raises:
         ValueError: If path or choice is unknown.
@@ -137,14 +135,14 @@ def fast_path(name: str) -> FastPath | None:
     path, *choices = name.split("/")
     pairs = [choice.partition("=") for choice in choices]
     unknown = [key for key, _, value in pairs if key not in CHOICES or not value]
-    if path not in PATHS or unknown or (choices and path not in ("fast", "fp8")):
+    if path not in PATHS or unknown or (choices and path != "fast"):
         raise ValueError(
-            f"--paths: known are {', '.join(PATHS)}, the last two also with {', '.join(CHOICES)}, such as "
+            f"--paths: known are {', '.join(PATHS)}, the last also with {', '.join(CHOICES)}, such as "
             f"fast/encode=8; got {name}."
         )
-    if path not in ("fast", "fp8"):
+    if path != "fast":
         return None
     given = {key: value for key, _, value in pairs}
     counts = {key: int(given[key]) for key in ("encode", "read", "layer") if key in given}
     plan = Plan(counts.get("encode"), counts.get("read"), given.get("attention", "cudnn"))
-    return FastPath(plan, path == "fp8", counts.get("layer"))
+    return FastPath(plan, counts.get("layer"))

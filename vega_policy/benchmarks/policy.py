@@ -149,7 +149,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     prior.add_argument("--prior", default="wan2.1_t2v_1.3b" if gpu else "wan_tiny", help="random weights")
     prior.add_argument("--sizes", nargs="+", default=["256x256"], help="frames, HEIGHTxWIDTH")
     prior.add_argument("--frames", nargs="+", type=int, default=[2], help="frames encoded at once")
-    prior.add_argument("--paths", nargs="+", default=None, help="released all_blocks early_stop fast fp8")
+    prior.add_argument("--paths", nargs="+", default=None, help="released all_blocks early_stop fast")
     policy = parser.add_argument_group("policy, train")
     policy.add_argument("--views", type=int, default=2)
     policy.add_argument("--frame-size", type=int, default=128)
@@ -160,7 +160,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     policy.add_argument(
         "--cases", nargs="+", default=["live", "cached", "none"], help="of the prior's features"
     )
-    policy.add_argument("--variants", nargs="+", default=None, help="eager captured compiled ...")
+    policy.add_argument("--variants", nargs="+", default=None, help="eager compiled")
     dataset = parser.add_argument_group("dataset")
     dataset.add_argument("--root", default="outputs/demo/demonstrations", help="a LeRobot dataset on disk")
     dataset.add_argument("--repo-id", default="vega/lift_wide", help="its name, part of a cache's key")

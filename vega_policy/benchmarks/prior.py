@@ -40,12 +40,7 @@ def _product_flops(bias: Any, first: Any, second: Any, **_: Any) -> int:
     return 2 * first[0] * first[1] * second[1]
 
 
-def _rounded_flops(first: Any, second: Any, *_: Any, **__: Any) -> int:
-    """Operations of a product in eight bits, given shapes [m k], [k d]."""
-    return 2 * first[0] * first[1] * second[1]
-
-
-FLOPS = {torch.ops.aten._addmm_activation: _product_flops, torch.ops.aten._scaled_mm: _rounded_flops}
+FLOPS = {torch.ops.aten._addmm_activation: _product_flops}
 """What torch's counter does not know."""
 
 Read = Callable[[Tensor], Tensor]
@@ -129,7 +124,7 @@ class Fast:
     """
 
     def __init__(self, subject: Subject, frames: Tensor, path: FastPath) -> None:
-        fast, self._device = FastWan(path.prior(subject.prior), path.float8), subject.device
+        fast, self._device = FastWan(path.prior(subject.prior)), subject.device
         self.noise = subject.prior.noise(torch.empty(len(frames), *fast.latent, device=subject.device), None)
         self._fast = fast
         on_gpu = subject.device.type == "cuda"

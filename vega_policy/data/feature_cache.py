@@ -135,8 +135,7 @@ def _own_key(model: VegaModel, name: str) -> dict[str, Any]:
         return {"encoder": model.backbone.encoder_name, "weights": fingerprint(model.backbone.image_encoder)}
     if name == "prior":
         config = asdict(resolve(model.config.prior)) | {"fingerprint": model.prior.fingerprint}
-        places = ("path", "revision")  # the fingerprint says what was loaded
-        places += ("engine",) if config["engine"] != "fp8" else ()  # all other engines agree
+        places = ("path", "revision", "engine")  # the fingerprint says what was loaded, and engines agree
         kept = {field: value for field, value in config.items() if field not in places}
         return {"prior": kept, "grid": list(model.backbone.grid)}
     return {}

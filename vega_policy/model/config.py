@@ -36,8 +36,7 @@ class PriorConfig:
             others.
         engine: How features are computed, which changes them by no more than rounding: `plain` (diffusers'
             own modules), `fast` (exact reductions; on CUDA compiled and captured for the first batch size,
-            others are refused), `auto` (fast where it exists; other batch sizes run uncompiled), or, not
-            exact and therefore never chosen by `auto`, `fp8` (fast with products in eight bits).
+            others are refused) or `auto` (fast where it exists; other batch sizes run uncompiled).
     """
 
     name: str = "wan2.1_t2v_1.3b"
@@ -70,9 +69,9 @@ class PriorConfig:
             )
         if self.noise not in ("fixed", "fresh"):
             raise ValueError(f"prior.noise is 'fixed' or 'fresh'; got {self.noise!r}.")
-        if self.engine not in ("plain", "fast", "auto", "fp8"):
-            raise ValueError(f"prior.engine is 'plain', 'fast', 'auto' or 'fp8'; got {self.engine!r}.")
-        if self.engine in ("fast", "fp8") and self.clip != "frame":
+        if self.engine not in ("plain", "fast", "auto"):
+            raise ValueError(f"prior.engine is 'plain', 'fast' or 'auto'; got {self.engine!r}.")
+        if self.engine == "fast" and self.clip != "frame":
             raise ValueError(
                 f"prior.engine={self.engine} reads single frames; prior.clip={self.clip} needs "
                 "prior.engine=auto or plain."

@@ -81,18 +81,11 @@ class PriorReader(nn.Module):
 
     width: int
     untrained = False
-    rounds = False
-    """Whether there is a form of it with products in eight bits (`prior.engine=fp8`)."""
 
     def __init__(
         self, config: PriorConfig, grid: tuple[int, int], size: tuple[int, int], fingerprint: str
     ) -> None:
         super().__init__()
-        if config.engine == "fp8" and not self.rounds:
-            raise ValueError(
-                f"prior.engine=fp8: {config.name!r} has no form with products in eight bits. Take "
-                "prior.engine=auto."
-            )
         self.layer, self.noise_level, self.seed = config.layer, config.noise_level or 0.0, config.seed
         self.clip, self.grid, self.input_size, self.fingerprint = config.clip, grid, size, fingerprint
         self.clip_frames = config.clip_frames

@@ -55,7 +55,6 @@ class LatentWorldSimulator(PriorReader):
     prompt: Tensor
     latents_mean: Tensor
     latents_std: Tensor
-    rounds = True
 
     def __init__(
         self,
@@ -68,11 +67,6 @@ class LatentWorldSimulator(PriorReader):
         untrained: bool = False,
     ) -> None:
         layer = check_layer(config, len(transformer.blocks))
-        if config.engine in ("fast", "fp8") and config.clip != "frame":
-            raise ValueError(
-                f"prior.engine={config.engine} reads single frames, not clip={config.clip}. Take plain or "
-                "auto."
-            )
         patch: int = vae.spatial_compression_ratio * transformer.config.patch_size[-1]
         super().__init__(config, grid, fitting_size(config, grid, patch), fingerprint)
         self.untrained, self.engine, self.patch = untrained, config.engine, patch
@@ -161,7 +155,7 @@ class LatentWorldSimulator(PriorReader):
         return self.__dict__ | {"_engine": None, "_engine_chosen": False}
 
     def use_engine(self, engine: str) -> None:
-        """Read with another engine from now on, `plain`, `fast`, `auto` or `fp8`."""
+        """Read with another engine from now on, `plain`, `fast` or `auto`."""
         self.engine = engine
         self._forget_engine()
 

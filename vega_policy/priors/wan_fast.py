@@ -53,7 +53,7 @@ class SelfAttention(nn.Module):
         weights = [query.weight.detach()[order], key.weight.detach()[order], value.weight.detach()]
         biases = [query.bias.detach()[order], key.bias.detach()[order], value.bias.detach()]
         gains = [norm.weight.detach().float()[order] for norm in (attention.norm_q, attention.norm_k)]
-        self.product: nn.Module = linear(torch.cat(weights), torch.cat(biases))
+        self.product = linear(torch.cat(weights), torch.cat(biases))
         self.register_buffer("norms", torch.stack(gains))
         self.out = attention.to_out[0]
 
@@ -208,7 +208,7 @@ def gated_sum(tokens: Tensor, update: Tensor, gate: Tensor) -> Tensor:
 
 def widened(tokens: Tensor, layer: Any) -> Tensor:
     """Linear layer and approximate GELU; on CUDA in one product whose result is written once."""
-    if not tokens.is_cuda or not isinstance(layer, nn.Linear):
+    if not tokens.is_cuda:
         return functional.gelu(layer(tokens), approximate="tanh")
     flat = torch._addmm_activation(layer.bias, tokens.flatten(0, 1), layer.weight.t(), use_gelu=True)
     return flat.unflatten(0, tokens.shape[:2])
@@ -453,74 +453,6 @@ class FrameEncoder(nn.Module):
         return self.layers(pixels.contiguous(memory_format=torch.channels_last))
 
 
-LARGEST = torch.finfo(torch.float8_e4m3fn).max
-CAPABILITY = (8, 9)
-"""First compute capability with products in float8."""
-
-
-class Float8Linear(nn.Module):
-    """A linear layer whose weight and input are rounded to float8, row by row.
-
-    Args:
-        layer: The layer; its bias is kept.
-    """
-
-    weight: Tensor
-    scale: Tensor
-    bias: Tensor
-
-    def __init__(self, layer: nn.Linear) -> None:
-        super().__init__()
-        weight, scale = rounded(layer.weight.detach())
-        self.register_buffer("weight", weight)
-        self.register_buffer("scale", scale.t().contiguous())  # [1 out]
-        self.register_buffer("bias", layer.bias.detach())
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[b n in] -> [b n out] in the input's type."""
-        rows, scale = rounded(x.flatten(0, -2))
-        if x.is_cuda:
-            out = torch._scaled_mm(
-                rows, self.weight.t(), scale, self.scale, self.bias, out_dtype=x.dtype, use_fast_accum=True
-            )
-        else:
-            out = ((rows.float() @ self.weight.float().t()) * scale * self.scale + self.bias).to(x.dtype)
-        return out.unflatten(0, x.shape[:-1])
-
-
-def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows rounded to float8 and what each is to be multiplied by, [m k] -> [m k], [m 1] float32."""
-    values = x.float()
-    scale = (values.abs().amax(dim=1, keepdim=True) / LARGEST).clamp(min=1e-12)
-    return (values / scale).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn), scale
-
-
-def round_products(transformer: FixedTransformer, device: torch.device) -> None:
-    """Round the products of all blocks to float8, in place.
-
-    Args:
-        transformer: The fixed transformer.
-        device: Where it runs.
-
-    Raises:
-        ValueError: If the GPU has no products in float8, or the weights are not bfloat16 on it.
-    """
-    if device.type == "cuda":
-        found = torch.cuda.get_device_capability(device)
-        if found < CAPABILITY or transformer.dtype != torch.bfloat16:
-            raise ValueError(
-                f"prior.engine=fp8 needs bfloat16 weights and a GPU of compute capability {CAPABILITY[0]}."
-                f"{CAPABILITY[1]} or higher; got {transformer.dtype} and {found[0]}.{found[1]}. Take "
-                "prior.engine=fast."
-            )
-    block: Any
-    for block in transformer.blocks:
-        block.attention.product = Float8Linear(block.attention.product)
-        block.attention.out = Float8Linear(block.attention.out)
-        block.prompt.query = Float8Linear(block.prompt.query)
-        block.widen, block.narrow = Float8Linear(block.widen), Float8Linear(block.narrow)
-
-
 def obstacle(prior: Any) -> str | None:
     """Why a prior has no fast form, or None if it has one.
 
@@ -546,17 +478,16 @@ class FastWan(nn.Module):
 
     Args:
         prior: A `LatentWorldSimulator` that `obstacle` finds nothing wrong with.
-        float8: Round the transformer's products to eight bits, which is not exact.
 
     Raises:
-        ValueError: If the prior has no fast form, or the device no such products.
+        ValueError: If the prior has no fast form.
     """
 
     mean: Tensor
     std: Tensor
 
     @torch.no_grad()
-    def __init__(self, prior: Any, float8: bool = False) -> None:
+    def __init__(self, prior: Any) -> None:
         super().__init__()
         reason = obstacle(prior)
         if reason is not None:
@@ -569,8 +500,6 @@ class FastWan(nn.Module):
         size = (self.frame[0] // scale, self.frame[1] // scale)
         self.encoder = FrameEncoder(prior.vae)
         self.transformer = FixedTransformer(prior.transformer, prior.prompt[0], self.noise_level, size)
-        if float8:
-            round_products(self.transformer, prior.prompt.device)
         self.latent: tuple[int, ...] = (len(prior.latents_mean), 1, *size)
         self.rows = size[0] // self.transformer.patch[0]
         self.register_buffer("mean", prior.latents_mean[:, 0])
@@ -768,11 +697,10 @@ class Engine:
     Args:
         prior: A `LatentWorldSimulator`.
         strict: Whether other batch sizes are refused on CUDA.
-        float8: As for `FastWan`.
     """
 
-    def __init__(self, prior: Any, strict: bool, float8: bool = False) -> None:
-        self.fast = FastWan(prior, float8)
+    def __init__(self, prior: Any, strict: bool) -> None:
+        self.fast = FastWan(prior)
         self.latent = self.fast.latent
         self.nested = False  # inside somebody else's capture a graph cannot be replayed
         self._strict = strict
@@ -795,10 +723,10 @@ def make_engine(prior: Any, engine: str) -> Engine | None:
 
     Args:
         prior: A `LatentWorldSimulator`.
-        engine: `plain`, `fast`, `auto` or `fp8`.
+        engine: `plain`, `fast` or `auto`.
 
     Raises:
-        ValueError: If `fast` or `fp8` is asked for and the prior has no fast form.
+        ValueError: If `fast` is required and the prior has no fast form.
     """
     if engine == "plain":
         return None
@@ -806,11 +734,10 @@ def make_engine(prior: Any, engine: str) -> Engine | None:
     if engine == "auto" and reason is not None:
         logger.info("prior.engine=auto takes the plain path: %s.", reason)
         return None
-    made = Engine(prior, strict=engine != "auto", float8=engine == "fp8")
+    made = Engine(prior, strict=engine == "fast")
     logger.info(
-        "prior.engine=%s: %s for frames of %dx%d, noise level %g.",
+        "prior.engine=%s: exact reductions for frames of %dx%d, noise level %g.",
         engine,
-        "products rounded to eight bits" if engine == "fp8" else "exact reductions",
         *made.fast.frame,
         made.fast.noise_level,
     )
