@@ -1,12 +1,26 @@
-"""VEGA-3D vision-language-action policy; importing it registers the policy type `vega` with LeRobot.
+"""Vision-language-action policy with VEGA-3D as its observation encoder.
 
-The method itself (`model`, `flow`, `fusion`, `heads`, `backbones`, `priors`) needs no LeRobot; where
-LeRobot is not installed, nothing is registered.
+`from vega_policy import VegaConfig, VegaPolicy` registers the policy type `vega` with LeRobot, as
+does LeRobot's own plugin discovery. The method itself (`model`, `backbones`, `priors`) requires no LeRobot.
 """
 
-from importlib.util import find_spec
+from importlib import import_module
+from typing import Any
 
 __version__ = "0.1.0"
 
-if find_spec("lerobot") is not None:
-    from vega_policy.configuration_vega import VegaConfig as VegaConfig
+_EXPORTS = {
+    "VegaConfig": "vega_policy.configuration_vega",
+    "VegaPolicy": "vega_policy.modeling_vega",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import an exported class when it is first used, so that `--help` loads neither torch nor LeRobot."""
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_EXPORTS[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_EXPORTS])

@@ -18,13 +18,13 @@ from vega_policy.cli.overrides import refuse_missing_fields, refuse_unknown_opti
 from vega_policy.configuration_vega import VegaConfig
 from vega_policy.model.config import (
     BASES,
+    FUSIONS,
     ActionHeadConfig,
     BackboneConfig,
     BaseConfig,
     FusionConfig,
     PriorConfig,
 )
-from vega_policy.model.fusion import FUSIONS
 from vega_policy.priors import PRIORS
 from vega_policy.training.checkpoint import FREE_TO_CHANGE
 from vega_policy.training.config import GROUPS, decode, encode, from_hydra

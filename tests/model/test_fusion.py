@@ -3,8 +3,8 @@ import torch
 from torch.nn import functional
 
 from tests.policies import batch, tiny_config
-from vega_policy.model.config import FusionConfig, PriorConfig
-from vega_policy.model.fusion import FUSIONS, make_fusion
+from vega_policy.model.config import FUSIONS, FusionConfig, PriorConfig
+from vega_policy.model.fusion import make_fusion
 from vega_policy.modeling_vega import VegaPolicy
 
 WIDTH = 16

@@ -9,8 +9,8 @@ from tests.model.test_priors_protocol import LAST
 from tests.policies import CAMERAS, SIZE, batch, tiny_config
 from tests.prior_checkpoints import WRITERS, write_checkpoint, write_wan
 from vega_policy.backbones import make_backbone
-from vega_policy.model.config import FusionConfig, PriorConfig
-from vega_policy.model.fusion import FUSIONS, make_fusion
+from vega_policy.model.config import FUSIONS, FusionConfig, PriorConfig
+from vega_policy.model.fusion import make_fusion
 from vega_policy.model.observation import Observation
 from vega_policy.model.vega import VegaModel
 from vega_policy.priors import PRIORS, make_prior

@@ -7,9 +7,10 @@ from typing import Any, get_type_hints
 import draccus
 from draccus.utils import ParsingError
 
-from vega_policy.analysis.sweep import COMPARED
-from vega_policy.backbones.compact import STRIDE
-from vega_policy.model.config import BackboneConfig, FusionConfig, PriorConfig
+from vega_policy.model.config import STRIDE, BackboneConfig, FusionConfig, PriorConfig
+
+COMPARED = ("semantic", "vae", "random", "pixels", "position")
+"""Readers beside the prior."""
 
 
 @dataclass(frozen=True)

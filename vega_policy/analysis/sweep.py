@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
+from vega_policy.analysis.config import COMPARED
 from vega_policy.analysis.correspondence import Estimate
 from vega_policy.analysis.features import token_geometry
 from vega_policy.analysis.linear_probes import (
@@ -134,9 +135,6 @@ def _key(scenes: SceneSet, reader: Reader, readout: Readout, setup: Setup) -> st
         readout=asdict(readout),
         setup=asdict(setup),
     )
-
-
-COMPARED = ("semantic", "vae", "random", "pixels", "position")
 
 
 def comparison_readers(

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers.utils import logging
 
 from vega_policy.backbones import BackboneEntry
-from vega_policy.model.config import BackboneConfig
+from vega_policy.model.config import STRIDE, BackboneConfig
 from vega_policy.model.layers import Attention, Block, Mlp, grid_positions
 
 
@@ -132,7 +132,6 @@ PACKAGED = "tf_efficientnet_lite0"
 but pads in another way, and each token then looks half a cell up and left of its place.
 """
 
-STRIDE = 16
 MAX_WORDS = 64
 
 

@@ -2,6 +2,6 @@
 
 import envs.config_sim_robot
 import envs.lerobot_configs
-import vega_policy
+import vega_policy.configuration_vega
 
 __all__ = ["envs", "vega_policy"]

@@ -7,6 +7,9 @@ token gate.
 
 from dataclasses import dataclass, field, fields
 
+STRIDE = 16
+"""Pixels of a token of the compact backbone."""
+
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """Linear layers of a decoder block under the names that Llama, Gemma and Qwen share."""
 
@@ -78,6 +81,21 @@ class PriorConfig:
             )
         if self.dtype not in (None, "float32", "bfloat16", "float16"):
             raise ValueError(f"prior.dtype is float32, bfloat16, float16 or null; got {self.dtype!r}.")
+
+
+FUSIONS = {
+    "token_gate": "vega_policy.model.fusion:TokenGate",
+    "channel_gate": "vega_policy.model.fusion:ChannelGate",
+    "instruction_gate": "vega_policy.model.fusion:InstructionGate",
+    "add": "vega_policy.model.fusion:Add",
+    "weighted": "vega_policy.model.fusion:Weighted",
+    "concat": "vega_policy.model.fusion:Concat",
+    "sequence_concat": "vega_policy.model.fusion:SequenceConcat",
+    "cross_attention": "vega_policy.model.fusion:CrossAttention",
+    "prior_only": "vega_policy.model.fusion:PriorOnly",
+    "semantic_only": "vega_policy.model.fusion:SemanticOnly",
+}
+"""Name -> "module:class", constructed with (width, config, grid). Adding a fusion is one class and one line."""
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,13 @@ near the semantic stream (`residual`).
 """
 
 from difflib import get_close_matches
+from importlib import import_module
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from vega_policy.model.config import FusionConfig
+from vega_policy.model.config import FUSIONS, FusionConfig
 from vega_policy.model.layers import Attention, Mlp, grid_positions
 
 
@@ -249,21 +250,6 @@ class SemanticOnly(_PerToken):
         return semantic
 
 
-FUSIONS: dict[str, type[_PerToken]] = {
-    "token_gate": TokenGate,
-    "channel_gate": ChannelGate,
-    "instruction_gate": InstructionGate,
-    "add": Add,
-    "weighted": Weighted,
-    "concat": Concat,
-    "sequence_concat": SequenceConcat,
-    "cross_attention": CrossAttention,
-    "prior_only": PriorOnly,
-    "semantic_only": SemanticOnly,
-}
-"""Name -> class, constructed with (width, config, grid)."""
-
-
 def make_fusion(width: int, config: FusionConfig, grid: tuple[int, int]) -> nn.Module:
     """Build the fusion that a config names.
 
@@ -282,4 +268,5 @@ def make_fusion(width: int, config: FusionConfig, grid: tuple[int, int]) -> nn.M
         near = get_close_matches(config.name, FUSIONS, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"Unknown fusion {config.name!r}.{hint} Known: {', '.join(sorted(FUSIONS))}.")
-    return FUSIONS[config.name](width, config, grid)
+    module, name = FUSIONS[config.name].split(":")
+    return getattr(import_module(module), name)(width, config, grid)

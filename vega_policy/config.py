@@ -1,0 +1,68 @@
+"""Decode plain nested values, such as a composed Hydra config, into nested frozen dataclasses."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import MISSING, fields, is_dataclass
+from typing import Any, get_type_hints
+
+import draccus
+from draccus.utils import DecodingError, ParsingError
+
+
+def from_config[T](cls: type[T], node: Mapping[str, Any]) -> T:
+    """Build a dataclass from plain values; nested dataclasses from nested mappings.
+
+    Args:
+        cls: The dataclass. A field whose type is a draccus choice class, such as LeRobot's `PreTrainedConfig`,
+            takes the class that its key `type` names.
+        node: Resolved values, field by field. Fields with a default may be missing.
+
+    Raises:
+        ValueError: If a field is unknown or missing, or a value does not fit its field.
+    """
+    check_fields(cls, node)
+    try:
+        return draccus.decode(cls, dict(node))
+    except ParsingError as error:
+        # Where draccus only says that it could not build a part, the part's own message is the cause.
+        cause = None if isinstance(error, DecodingError) else error.__cause__
+        raise ValueError(f"Config: {cause or error}") from error
+
+
+def check_fields(cls: type, node: Mapping[str, Any], path: str = "") -> None:
+    """Refuse unknown and missing fields.
+
+    Raises:
+        ValueError: At the first such field, with its path; an unknown one with near and known names.
+    """
+    types, known = get_type_hints(cls), [field.name for field in fields(cls) if field.init]
+    for key in node:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f" Did you mean {path}{near[0]}?" if near else ""
+            raise ValueError(f"Unknown config field {path}{key}.{hint} Known there: {', '.join(known)}.")
+    required = [
+        field.name for field in fields(cls) if field.default is MISSING and field.default_factory is MISSING
+    ]
+    missing = [f"{path}{name}" for name in required if name not in node]
+    if missing:
+        raise ValueError(f"Config: no value for {', '.join(missing)}.")
+    for key, value in node.items():
+        _check_nested(types[key], value, f"{path}{key}")
+
+
+def _check_nested(cls: Any, value: Any, path: str) -> None:
+    if isinstance(cls, type) and issubclass(cls, draccus.ChoiceRegistry):
+        choices = cls.get_known_choices()
+        if value.get("type") not in choices:
+            known = ", ".join(sorted(choices))
+            raise ValueError(f"{path}.type: expected one of {known}; got {value.get('type')!r}.")
+        rest = {name: kept for name, kept in value.items() if name != "type"}
+        check_fields(cls.get_choice_class(value["type"]), rest, f"{path}.")
+    elif is_dataclass(cls):
+        if not isinstance(value, Mapping):
+            known = ", ".join(field.name for field in fields(cls))
+            raise ValueError(f"{path}: expected a group of fields ({known}); got {value!r}.")
+        check_fields(cls, value, f"{path}.")
