@@ -15,8 +15,8 @@ def from_config[T](cls: type[T], node: Mapping[str, Any]) -> T:
     """Build a dataclass from plain values; nested dataclasses from nested mappings.
 
     Args:
-        cls: The dataclass. A field whose type is a draccus choice class, such as LeRobot's `PreTrainedConfig`,
-            takes the class that its key `type` names.
+        cls: The dataclass. A field whose type is a draccus choice class (LeRobot's `PreTrainedConfig`) takes
+            the class that its key `type` names.
         node: Resolved values, field by field. Fields with a default may be missing.
 
     Raises:

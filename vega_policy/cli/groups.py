@@ -1,7 +1,7 @@
-"""Config groups that are generated from the registries: `prior`, `fusion`, `base`, `env`, `scenes`, `dataset`.
+"""Config groups generated from the registries: `prior`, `fusion`, `base`, `env`, `scenes`, `dataset`.
 
-A prior, a fusion or a suite is registered in one place of the code. Its option on the command line follows from
-there, with the defaults of the frozen dataclasses; no YAML file repeats them.
+A prior, a fusion or a suite is registered in one place of the code. Its command-line option follows from there,
+with the defaults of the frozen dataclasses; no YAML file repeats them.
 """
 
 from __future__ import annotations
@@ -34,9 +34,7 @@ def register_groups() -> None:
 def generated_groups() -> dict[str, Options]:
     """Return group -> option -> plain values."""
     return {
-        "prior": {
-            name: _without(asdict(PriorConfig(name=name)), "fingerprint") for name in ("none", *PRIORS)
-        },
+        "prior": {name: _prior(name) for name in ("none", *PRIORS)},
         "fusion": {name: asdict(FusionConfig(name=name)) for name in FUSIONS},
         "base": {name: asdict(BaseConfig(name=name)) for name in ("none", *BASES)},
         "env": dict(_environments()),
@@ -55,7 +53,7 @@ def _environments() -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _demonstrations() -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the datasets that `collect_demos.py env=SUITE` writes; other fields are those of dataset/lerobot.yaml."""
+    """Yield the datasets that collect_demos.py writes; other fields are those of dataset/lerobot.yaml."""
     for suite in import_module("envs").suite_names():
         root, command = f"outputs/demonstrations/{suite}", f"python scripts/collect_demos.py env={suite}"
         node = {"repo_id": f"vega/{suite}", "root": root, "collect_command": command}
@@ -71,5 +69,7 @@ def _scenes() -> Options:
     return options
 
 
-def _without(node: dict[str, Any], name: str) -> dict[str, Any]:
-    return {key: value for key, value in node.items() if key != name}
+def _prior(name: str) -> dict[str, Any]:
+    node = asdict(PriorConfig(name=name))
+    del node["fingerprint"]  # follows from the weights
+    return node

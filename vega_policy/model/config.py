@@ -95,7 +95,7 @@ FUSIONS = {
     "prior_only": "vega_policy.model.fusion:PriorOnly",
     "semantic_only": "vega_policy.model.fusion:SemanticOnly",
 }
-"""Name -> "module:class", constructed with (width, config, grid). Adding a fusion is one class and one line."""
+"""Name -> "module:class", constructed with (width, config, grid). A new fusion is one class and one line."""
 
 
 @dataclass(frozen=True)
