@@ -1,6 +1,6 @@
 """Posed RGB-D pictures of a simulation, with the body under each pixel: for analysis, never for a policy.
 
-Cameras follow the conventions of `vega_policy.analysis.scenes`. Pictures are the ones that policies get,
+Cameras follow the conventions of `vega_policy.data.scenes`. Pictures are the ones that policies get,
 mirrored where a family mirrors them; the camera matrices say so.
 """
 
@@ -23,7 +23,7 @@ import envs
 from envs.demos import demonstrate
 from envs.rendering import UNSEEN_GROUP, apply_profile, load_mujoco, profile
 from envs.robosuite import COLLISION_GROUP, PandaEnv
-from vega_policy.analysis.scenes import NOTHING, Scene, Thing, Views, save_scene
+from vega_policy.data.scenes import NO_OBJECT, Scene, SceneObject, Views, save_scene
 
 OPENGL = np.diag([1.0, -1.0, -1.0])  # MuJoCo's cameras look along -z with y upwards
 FARTHEST = 20.0  # m; beyond it depth counts as unknown
@@ -132,7 +132,7 @@ class PosedCamera:
             viewpoints: From where.
             middle: Point [3] of the simulator's world that viewpoints are relative to.
             base: Pose [4 4] of the robot's base; the views' world is its frame.
-            thing_of_geom: Index of the thing to which each geom belongs, [geoms], or `NOTHING`.
+            thing_of_geom: Index of the thing to which each geom belongs, [geoms], or `NO_OBJECT`.
         """
         refresh(self._env)
         from_base, shots = np.linalg.inv(base), []
@@ -173,7 +173,7 @@ class PosedCamera:
             renderer.enable_segmentation_rendering()
             geoms, kinds = np.moveaxis(renderer.render(), -1, 0)
             renderer.disable_segmentation_rendering()
-        segments = np.where(kinds == self._geom, thing_of_geom[geoms], NOTHING).astype(np.int16)
+        segments = np.where(kinds == self._geom, thing_of_geom[geoms], NO_OBJECT).astype(np.int16)
         depth[depth > FARTHEST] = 0.0
         focal = self._size / 2 / math.tan(fovy / 2)
         signs = [-1.0 if axis in flipped else 1.0 for axis in (1, 0)]
@@ -269,9 +269,9 @@ def bodies(env: PandaEnv) -> list[Body]:
 
 
 def thing_of_geom(env: PandaEnv, things: list[Body]) -> np.ndarray:
-    """Index of the thing that each geom belongs to, [geoms], or `NOTHING`."""
+    """Index of the thing that each geom belongs to, [geoms], or `NO_OBJECT`."""
     model, _ = model_and_data(env)
-    owner = np.full(model.ngeom, NOTHING)
+    owner = np.full(model.ngeom, NO_OBJECT)
     for index, thing in enumerate(things):
         owner[list(thing.geoms)] = index
     return owner
@@ -306,7 +306,7 @@ def vertices(env: PandaEnv, thing: Body) -> np.ndarray:
     return np.concatenate(clouds)
 
 
-def boxes(env: PandaEnv, things: list[Body]) -> list[Thing]:
+def boxes(env: PandaEnv, things: list[Body]) -> list[SceneObject]:
     """Bounding boxes of things where they are now, in the frame of the robot's base."""
     _, data = model_and_data(env)
     base, described = base_pose(env), []
@@ -316,7 +316,7 @@ def boxes(env: PandaEnv, things: list[Body]) -> list[Thing]:
         low, high = seen.min(axis=0), seen.max(axis=0)
         own = cloud @ data.xmat[thing.root].reshape(3, 3)
         described.append(
-            Thing(
+            SceneObject(
                 thing.name,
                 thing.category,
                 _triple((low + high) / 2),

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from vega_policy.analysis.scenes import NOTHING, Scene, Thing, Views
+from vega_policy.data.scenes import NO_OBJECT, Scene, SceneObject, Views
 
 CATEGORIES = {"bowl": 0.11, "plate": 0.14, "ramekin": 0.09, "cookie box": 0.08, "mug": 0.07}
 SIZE = 32
@@ -16,7 +16,7 @@ def scene(rng, name="synthetic", presence=0.75):
     wanted = [("bowl", 1), ("bowl", 2), *((category, 1) for category in list(CATEGORIES)[1:])]
     there = [(category, number) for category, number in wanted if rng.random() < presence]
     things = [
-        Thing(
+        SceneObject(
             f"{category} {number}",
             category,
             (float(rng.uniform(0.3, 0.8)), float(rng.uniform(-0.3, 0.3)), 0.02),
@@ -27,11 +27,11 @@ def scene(rng, name="synthetic", presence=0.75):
         for category, number in there
     ]
     things += [
-        Thing("stove 1", "stove", (0.35, -0.13, 0.01), (0.3, 0.2, 0.07), 0.3, False),
-        Thing("cabinet 1", "cabinet", (0.7, -0.29, 0.1), (0.3, 0.3, 0.2), 0.26, False),
+        SceneObject("stove 1", "stove", (0.35, -0.13, 0.01), (0.3, 0.2, 0.07), 0.3, False),
+        SceneObject("cabinet 1", "cabinet", (0.7, -0.29, 0.1), (0.3, 0.3, 0.2), 0.26, False),
     ]
     first_seen = rng.integers(0, 3, len(things))
-    segments = np.full((4, SIZE, SIZE), NOTHING, np.int16)
+    segments = np.full((4, SIZE, SIZE), NO_OBJECT, np.int16)
     for index in range(len(things)):
         segments[0, 3 * index : 3 * index + 2, :24] = index
         for view in range(1 + first_seen[index], 4):

@@ -55,10 +55,10 @@ def test_an_answer_head_reads_a_planted_count_in_unseen_scenes_and_guesses_when_
 
 def planted_prior(shown, width=256):
     """Tokens of a prior that knows space: what stands in a cell of a map of the table, and where exactly."""
-    names = sorted({thing.category for one in shown for thing in one.things})
+    names = sorted({thing.category for one in shown for thing in one.objects})
     tokens = torch.zeros(len(shown), 4, width, 8, 8)
     for index, one in enumerate(shown):
-        for thing in one.things:
+        for thing in one.objects:
             place = [(thing.centre[axis] - low) / (high - low) for axis, (low, high) in enumerate(REACH)]
             row, column = (min(7, max(0, int(8 * share))) for share in place)
             kind = names.index(thing.category)

@@ -12,18 +12,8 @@ from torch.nn import functional
 from vega_policy.analysis.correspondence import correspondence, difference, estimate, explained
 from vega_policy.analysis.features import TokenGeometry, token_geometry
 from vega_policy.analysis.linear_probes import ProbeData, probe
-from vega_policy.analysis.scenes import (
-    Scene,
-    Thing,
-    Views,
-    load_scene,
-    normals,
-    pose_change,
-    project,
-    read_folder,
-    save_scene,
-    world_points,
-)
+from vega_policy.analysis.scenes import normals, pose_change, project, read_folder, world_points
+from vega_policy.data.scenes import Scene, SceneObject, Views, load_scene, save_scene
 
 SIZE = 28
 
@@ -234,10 +224,10 @@ def test_intervals_are_over_scenes_and_differences_are_paired():
 
 def test_a_scene_survives_the_disk(tmp_path):
     views = floor_views([looking_down(tilt=0.3), looking_down()], lens())
-    bowl = Thing("black bowl 1", "black bowl", (0.1, 0.2, 0.3), (0.1, 0.1, 0.05), 0.1, True)
+    bowl = SceneObject("black bowl 1", "black bowl", (0.1, 0.2, 0.3), (0.1, 0.1, 0.05), 0.1, True)
     save_scene(Scene("first", views, (bowl,)), tmp_path / "first.npz")
     loaded = load_scene(tmp_path / "first.npz")
-    assert loaded.things == (bowl,)
+    assert loaded.objects == (bowl,)
     assert loaded.name == "first"
     np.testing.assert_array_equal(loaded.views.poses, views.poses)
     np.testing.assert_allclose(loaded.views.depth, views.depth, rtol=1e-3)

@@ -22,8 +22,8 @@ from vega_policy.analysis.linear_probes import (
     value,
 )
 from vega_policy.analysis.report import match, principal_colours
-from vega_policy.analysis.scenes import Scene
 from vega_policy.analysis.sweep import SceneSet, Sweep, comparison_readers, sweep
+from vega_policy.data.scenes import Scene
 from vega_policy.model.config import BackboneConfig, PriorConfig
 from vega_policy.priors import make_prior
 
@@ -58,7 +58,7 @@ def turned(one, seed):
             depth=depth.astype(np.float32),
             intrinsics=np.repeat(lens[None], len(views), axis=0),
         ),
-        one.things,
+        one.objects,
     )
 
 
@@ -164,7 +164,7 @@ def test_the_verdict_is_by_intervals_and_says_what_is_untrained(found):
 
 
 def test_planted_geometry_is_found_by_the_measures(few):
-    geometry = [token_geometry(scene.views, GRID, len(scene.things)) for scene in few.scenes]
+    geometry = [token_geometry(scene.views, GRID, len(scene.objects)) for scene in few.scenes]
     depth = torch.cat([place.depth for place in geometry])
     mixed = torch.cat([depth[..., None], torch.ones(*depth.shape, 1), depth[..., None] ** 2], dim=-1)
     planted = measure(mixed.float(), few.scenes, geometry, Setup(GRID))

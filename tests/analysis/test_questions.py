@@ -35,7 +35,7 @@ def known(one):
             thing.movable,
             int((one.views.segments[1:] == index).any(axis=(1, 2)).argmax()),
         )
-        for index, thing in enumerate(one.things)
+        for index, thing in enumerate(one.objects)
     ]
 
 
@@ -57,7 +57,7 @@ def test_all_seven_types_are_asked():
 def test_nothing_is_asked_about_what_no_camera_sees():
     one = scene(np.random.default_rng(0), presence=1.0)
     one.views.segments[one.views.segments == 2] = -1  # the plate
-    assert one.things[2].category == "plate"
+    assert one.objects[2].category == "plate"
     asked = ask(0, one, ["plate"])
     assert asked
     assert not [question for question in asked if "plate" in question.text]

@@ -21,8 +21,9 @@ from envs.posed_views import (
     write_scenes,
 )
 from tests.question_checks import Known, agree
-from vega_policy.analysis.scenes import Scene, load_scene, project, world_points
+from vega_policy.analysis.scenes import project, world_points
 from vega_policy.analysis.spatial_qa import KINDS, SEEN, ask, seen_shares
+from vega_policy.data.scenes import Scene, load_scene
 
 SIZE = 96
 
@@ -50,7 +51,7 @@ def test_depth_and_cameras_put_every_thing_into_its_box(table):
     numbers = (scene.views.depth, scene.views.intrinsics, scene.views.poses)
     points = world_points(*(torch.from_numpy(part).double() for part in numbers)).numpy()
     checked = 0
-    for index, thing in enumerate(scene.things):
+    for index, thing in enumerate(scene.objects):
         seen = points[scene.views.segments == index]
         outside = np.abs(seen - thing.centre) - np.array(thing.size) / 2
         assert len(seen) == 0 or outside.max() < 0.006, thing.name
@@ -132,7 +133,7 @@ def raw_state(env, names):
 @settings(max_examples=6, deadline=None, derandomize=True)
 def test_answers_agree_with_a_second_computation_from_the_raw_simulator_state(table, seed):
     scene = photographed(table, seed, overview_and_pan(4, np.random.default_rng(seed)))
-    state = raw_state(table[0], {thing.name for thing in scene.things})
+    state = raw_state(table[0], {thing.name for thing in scene.objects})
     shares = seen_shares(scene)[1:]
     for index, thing in enumerate(state):
         views = np.flatnonzero(shares[:, index] >= 2 * SEEN)
@@ -146,7 +147,7 @@ def test_answers_agree_with_a_second_computation_from_the_raw_simulator_state(ta
 def test_a_thing_is_in_the_overview_where_its_box_projects(table):
     scene = photographed(table, 3, [Viewpoint()])
     pose, lens = torch.from_numpy(scene.views.poses[0]), torch.from_numpy(scene.views.intrinsics[0])
-    for index, thing in enumerate(scene.things):
+    for index, thing in enumerate(scene.objects):
         rows, columns = np.nonzero(scene.views.segments[0] == index)
         if len(rows) < 60 or not thing.movable:
             continue
@@ -165,8 +166,8 @@ def test_scenes_on_disk_do_not_depend_on_interruptions(tmp_path):
     again = [load_scene(path) for path in write_scenes(tmp_path, **order)]
     for one, other in zip(first, again, strict=True):
         np.testing.assert_array_equal(one.views.segments, other.views.segments)
-        assert one.things == other.things
-    assert {thing.category for one in first for thing in one.things} == {"cube"}
+        assert one.objects == other.objects
+    assert {thing.category for one in first for thing in one.objects} == {"cube"}
     assert (first[0].views.poses != first[1].views.poses).any()
 
 

@@ -7,7 +7,8 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional
 
-from vega_policy.analysis.scenes import Views, camera_points, normals, to_world
+from vega_policy.analysis.scenes import camera_points, normals, to_world
+from vega_policy.data.scenes import Views
 
 KNOWN_SHARE = 0.1
 """Share of a token's pixels that need depth for the token to count (VEGA-3D's released score)."""

@@ -30,7 +30,8 @@ from vega_policy.analysis.correspondence import (
     ratio_of_sums,
 )
 from vega_policy.analysis.features import TokenGeometry
-from vega_policy.analysis.scenes import Scene, pose_change
+from vega_policy.analysis.scenes import pose_change
+from vega_policy.data.scenes import Scene
 from vega_policy.model.config import PriorConfig
 from vega_policy.model.observation import resize
 from vega_policy.priors import PRIORS, has_trained_weights, make_prior, resolve
@@ -521,7 +522,7 @@ def _object_probe(
         seen = place.cover.sum(dim=-1) >= LEAST_COVER  # [n k]
         weight = place.cover / place.cover.sum(dim=-1, keepdim=True).clamp_min(1e-9)
         means = weight.to(part) @ part  # [n k d]
-        centres = torch.tensor([thing.centre for thing in scene.things]).reshape(-1, 3).double()
+        centres = torch.tensor([thing.centre for thing in scene.objects]).reshape(-1, 3).double()
         data.append(ProbeData(means[seen], centres.expand(len(part), -1, 3)[seen]))
     return _summed("object", _probe(data), len(tokens), slice(0, 3))
 

@@ -29,7 +29,7 @@ from vega_policy.analysis.linear_probes import (
     prior_readers,
 )
 from vega_policy.analysis.report import Episode, load_episode, write_recording
-from vega_policy.analysis.scenes import TRANSFORMS, Scene, load_scene, read_folder
+from vega_policy.analysis.scenes import TRANSFORMS, read_folder
 from vega_policy.analysis.spatial_qa import KINDS, Features
 from vega_policy.analysis.spatial_qa_model import (
     AnswerModel,
@@ -41,6 +41,7 @@ from vega_policy.analysis.spatial_qa_model import (
     question_set,
 )
 from vega_policy.analysis.sweep import SceneSet, Sweep, comparison_readers, sweep
+from vega_policy.data.scenes import Scene, load_scene
 from vega_policy.evaluation.report import encode
 from vega_policy.model.observation import resize
 from vega_policy.priors import has_trained_weights, resolve

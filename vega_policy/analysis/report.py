@@ -17,10 +17,11 @@ from torch.nn import functional
 from vega_policy.analysis.correspondence import Estimate
 from vega_policy.analysis.features import TokenGeometry
 from vega_policy.analysis.linear_probes import HEADLINE, METRICS, Readout
-from vega_policy.analysis.scenes import Scene, Views, load_scene, world_points
+from vega_policy.analysis.scenes import world_points
 from vega_policy.analysis.spatial_qa import KINDS
 from vega_policy.analysis.spatial_qa_model import WORDS, Answers, QuestionSet
 from vega_policy.analysis.sweep import Sweep
+from vega_policy.data.scenes import Scene, Views, load_scene
 
 PAGE = "report.html"
 _STYLE = """

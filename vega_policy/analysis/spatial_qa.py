@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vega_policy.analysis.scenes import Scene, Thing
+from vega_policy.data.scenes import Scene, SceneObject
 
 KINDS = (
     "object_count",
@@ -81,8 +81,8 @@ def ask(index: int, scene: Scene, categories: Sequence[str]) -> list[Question]:
         categories: Movable things that may stand in any of the scenes; a count may be zero.
     """
     shares = seen_shares(scene)
-    visible = [thing for thing, share in zip(scene.things, shares[0], strict=True) if share >= SEEN]
-    single = _single(scene.things)
+    visible = [thing for thing, share in zip(scene.objects, shares[0], strict=True) if share >= SEEN]
+    single = _single(scene.objects)
     unique = sorted((thing for thing in visible if thing.category in single), key=lambda t: t.category)
     return [
         *_counts(index, scene, visible, categories),
@@ -98,23 +98,23 @@ def ask(index: int, scene: Scene, categories: Sequence[str]) -> list[Question]:
 def seen_shares(scene: Scene) -> np.ndarray:
     """Share of each view's pixels that show each thing, [n k]."""
     segments = scene.views.segments.reshape(len(scene.views), -1)
-    return np.stack([(segments == k).mean(axis=1) for k in range(len(scene.things))], axis=1)
+    return np.stack([(segments == k).mean(axis=1) for k in range(len(scene.objects))], axis=1)
 
 
-def distance(first: Thing, second: Thing) -> float:
+def distance(first: SceneObject, second: SceneObject) -> float:
     """Distance between the middles of two things (m)."""
     return math.dist(first.centre, second.centre)
 
 
-def _single(things: Sequence[Thing]) -> set[str]:
+def _single(things: Sequence[SceneObject]) -> set[str]:
     names = [thing.category for thing in things]
     return {name for name in names if names.count(name) == 1}
 
 
 def _counts(
-    index: int, scene: Scene, visible: Sequence[Thing], categories: Sequence[str]
+    index: int, scene: Scene, visible: Sequence[SceneObject], categories: Sequence[str]
 ) -> Iterator[Question]:
-    movable = [thing for thing in scene.things if thing.movable]
+    movable = [thing for thing in scene.objects if thing.movable]
     if any(thing not in visible for thing in movable):
         return  # a hidden thing would make the picture's answer a wrong one
     for category in categories:
@@ -129,7 +129,7 @@ def _counts(
 _NUMBERS = tuple(str(number) for number in range(10))
 
 
-def _distances(index: int, unique: Sequence[Thing]) -> Iterator[Question]:
+def _distances(index: int, unique: Sequence[SceneObject]) -> Iterator[Question]:
     for first, second in itertools.combinations(unique, 2):
         number = 100 * distance(first, second)
         label = f"{BIN * (number // BIN):.0f} cm"
@@ -138,9 +138,9 @@ def _distances(index: int, unique: Sequence[Thing]) -> Iterator[Question]:
             yield Question(index, "absolute_distance", text, number=number, label=label)
 
 
-def _sizes(index: int, scene: Scene, visible: Sequence[Thing]) -> Iterator[Question]:
+def _sizes(index: int, scene: Scene, visible: Sequence[SceneObject]) -> Iterator[Question]:
     """The longest side of a thing that is told by its place: by its name, it would need no picture."""
-    movable = [thing for thing in scene.things if thing.movable]
+    movable = [thing for thing in scene.objects if thing.movable]
     if len(movable) < 2 or any(thing not in visible for thing in movable):
         return
     for words, (axis, sign) in EXTREMES.items():
@@ -151,7 +151,7 @@ def _sizes(index: int, scene: Scene, visible: Sequence[Thing]) -> Iterator[Quest
             yield Question(index, "object_size", text, number=number, label=label)
 
 
-def _nearest(index: int, unique: Sequence[Thing]) -> Iterator[Question]:
+def _nearest(index: int, unique: Sequence[SceneObject]) -> Iterator[Question]:
     for reference in unique:
         others = [thing for thing in unique if thing is not reference]
         for options in itertools.combinations(others, 3):
@@ -163,7 +163,7 @@ def _nearest(index: int, unique: Sequence[Thing]) -> Iterator[Question]:
                 yield _choice(index, "relative_distance", text, names, near[0].category)
 
 
-def _directions(index: int, unique: Sequence[Thing]) -> Iterator[Question]:
+def _directions(index: int, unique: Sequence[SceneObject]) -> Iterator[Question]:
     for stand, face, target in itertools.permutations(unique, 3):
         ahead = np.subtract(face.centre, stand.centre)[:2]
         there = np.subtract(target.centre, stand.centre)[:2]
@@ -179,7 +179,7 @@ def _directions(index: int, unique: Sequence[Thing]) -> Iterator[Question]:
 
 def _appearances(index: int, scene: Scene, shares: np.ndarray, single: set[str]) -> Iterator[Question]:
     first_seen: dict[str, int] = {}
-    for thing, share in zip(scene.things, shares.T, strict=True):
+    for thing, share in zip(scene.objects, shares.T, strict=True):
         views = np.flatnonzero(share[1:] >= 2 * SEEN)
         hardly = np.flatnonzero(share[1:] > 0)
         if thing.category in single and len(views) and views[0] == hardly[0]:
@@ -196,7 +196,9 @@ def _choice(index: int, kind: str, text: str, options: tuple[str, ...], answer: 
     return Question(index, kind, text, options, choice=answer, label=answer)
 
 
-def _groundings(index: int, visible: Sequence[Thing], unique: Sequence[Thing]) -> Iterator[Question]:
+def _groundings(
+    index: int, visible: Sequence[SceneObject], unique: Sequence[SceneObject]
+) -> Iterator[Question]:
     for thing in unique:
         if thing.movable:
             yield _box(index, f"Where is the {thing.category}?", thing)
@@ -216,7 +218,7 @@ def _groundings(index: int, visible: Sequence[Thing], unique: Sequence[Thing]) -
                 yield _box(index, f"Where is the {category} farther from {anchor.category}?", far)
 
 
-def _box(index: int, text: str, thing: Thing) -> Question:
+def _box(index: int, text: str, thing: SceneObject) -> Question:
     return Question(index, "grounding", text, box=(*thing.centre, *thing.size))
 
 

@@ -18,7 +18,6 @@ from tqdm import tqdm
 
 from vega_policy.analysis.correspondence import Estimate, difference, estimate
 from vega_policy.analysis.linear_probes import cache_key, has_untrained_copy, untrained_copy
-from vega_policy.analysis.scenes import Scene
 from vega_policy.analysis.spatial_qa import (
     KINDS,
     STATE,
@@ -33,6 +32,7 @@ from vega_policy.analysis.spatial_qa import (
     without_looking,
 )
 from vega_policy.backbones import make_backbone
+from vega_policy.data.scenes import Scene
 from vega_policy.model.config import ActionHeadConfig, BackboneConfig, FusionConfig, ModelConfig, PriorConfig
 from vega_policy.model.layers import Attention, Mlp
 from vega_policy.model.observation import Observation, resize
@@ -422,7 +422,7 @@ def question_set(
         texts: Most texts of one kind.
         seed: Decides which questions are kept.
     """
-    names = {thing.category for scene in scenes for thing in scene.things if thing.movable}
+    names = {thing.category for scene in scenes for thing in scene.objects if thing.movable}
     asked = [ask(index, scene, sorted(names)) for index, scene in enumerate(scenes)]
     rng = np.random.default_rng(seed)
     seen = [q for index, group in enumerate(asked) if index % TEST_SHARE for q in group]

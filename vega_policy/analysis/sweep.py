@@ -30,9 +30,9 @@ from vega_policy.analysis.linear_probes import (
     save_sums,
     value,
 )
-from vega_policy.analysis.scenes import Scene
 from vega_policy.backbones.compact import STRIDE, ImageEncoder
 from vega_policy.data.feature_cache import fingerprint
+from vega_policy.data.scenes import Scene
 from vega_policy.model.config import BackboneConfig, PriorConfig
 from vega_policy.model.layers import grid_positions
 from vega_policy.model.observation import resize
@@ -108,7 +108,8 @@ def sweep(scenes: SceneSet, readers: Sequence[Reader], default: Readout, setup: 
         cache: Folder of kept numbers.
     """
     geometry = [
-        token_geometry(scene.views, setup.grid, len(scene.things), scenes.farthest) for scene in scenes.scenes
+        token_geometry(scene.views, setup.grid, len(scene.objects), scenes.farthest)
+        for scene in scenes.scenes
     ]
     pictures = scenes.pictures()
     sums: dict[Readout, Sums] = {}

@@ -1,0 +1,88 @@
+"""Scenes: several posed RGB-D views of one still world and the objects in it; their file format."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+NO_OBJECT = -1
+"""Value of `Views.segments` where a pixel belongs to none of the scene's objects."""
+
+
+@dataclass(frozen=True)
+class Views:
+    """Posed RGB-D frames in the order in which a camera would take them.
+
+    A camera's frame has x to the right, y down and z along the optical axis. Pixel coordinates (0, 0) are the
+    image's upper left corner. A mirrored image has a negative focal length.
+    """
+
+    frames: np.ndarray  # uint8 [n h w 3]
+    depth: np.ndarray  # float32 [n h w], m along the optical axis; 0 where unknown
+    intrinsics: np.ndarray  # float64 [n 3 3], pixels
+    poses: np.ndarray  # float64 [n 4 4], camera to world; a simulated world is the frame of the robot's base
+    segments: np.ndarray  # int16 [n h w], index of the scene's object under each pixel, or `NO_OBJECT`
+
+    def __post_init__(self) -> None:
+        if self.frames.ndim != 4 or self.frames.shape[-1] != 3 or self.frames.dtype != np.uint8:
+            raise ValueError(f"frames must be uint8 [n h w 3]; got {self.frames.dtype} {self.frames.shape}")
+        n, h, w, _ = self.frames.shape
+        expected = {"depth": (n, h, w), "intrinsics": (n, 3, 3), "poses": (n, 4, 4), "segments": (n, h, w)}
+        for name, shape in expected.items():
+            if getattr(self, name).shape != shape:
+                raise ValueError(f"{name} must have shape {shape}; got {getattr(self, name).shape}")
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    def pick(self, indices: list[int]) -> Views:
+        """Return some of the views, in this order."""
+        return Views(*(getattr(self, field.name)[indices] for field in fields(self)))
+
+
+@dataclass(frozen=True)
+class SceneObject:
+    """An object of a scene; lengths in metres, in the frame of the robot's base."""
+
+    name: str  # unique in the scene, such as "black bowl 1"
+    category: str  # such as "black bowl"
+    centre: tuple[float, float, float]  # of its axis-aligned bounding box
+    size: tuple[float, float, float]  # sides of that box
+    longest: float  # longest side of its box in its own frame, however it is turned
+    movable: bool  # False for furniture
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A still world, the views taken of it and its objects (empty where they are unknown)."""
+
+    name: str  # unique among the scenes of one measurement
+    views: Views
+    objects: tuple[SceneObject, ...] = ()
+
+
+def save_scene(scene: Scene, path: Path) -> None:
+    """Write a scene as one npz file; depth is rounded to half precision (under 1 mm at 1 m)."""
+    views = {field.name: getattr(scene.views, field.name) for field in fields(Views)}
+    views["depth"] = scene.views.depth.astype(np.float16)
+    description = json.dumps({"name": scene.name, "objects": [asdict(one) for one in scene.objects]})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        np.savez_compressed(file, description=np.array(description), **views)
+
+
+def load_scene(path: Path) -> Scene:
+    """Read what `save_scene` wrote."""
+    with np.load(path) as stored:
+        description: dict[str, Any] = json.loads(str(stored["description"]))
+        views = {field.name: stored[field.name] for field in fields(Views)}
+    views["depth"] = views["depth"].astype(np.float32)
+    objects = [
+        SceneObject(**{**one, "centre": tuple(one["centre"]), "size": tuple(one["size"])})
+        for one in description["objects"]
+    ]
+    return Scene(description["name"], Views(**views), tuple(objects))
