@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vega_policy.configuration_vega import VegaConfig
 from vega_policy.model.cuda_graph import CapturedSteps
-from vega_policy.model.observation import Observation, sentences, stack_views, stored_frames
+from vega_policy.model.observation import Observation, stack_views
 from vega_policy.model.rtc import RTCQueueAdapter, go_on, integrate, left_over
 from vega_policy.model.vega import VegaModel
 from vega_policy.priors import resolve
@@ -49,10 +49,6 @@ class VegaPolicy(PreTrainedPolicy):
     config_class = VegaConfig  # pyright: ignore[reportAssignmentType]
     name = "vega"  # pyright: ignore[reportAssignmentType]
     config: VegaConfig
-    draws: torch.Generator | None = None
-    """Where training noise comes from, on the CPU; None takes torch's own."""
-    lazy_log = False
-    """Whether `forward` leaves what is worth logging on the device, as scalars: nothing waits for it then."""
 
     def __init__(
         self, config: VegaConfig, dataset_stats: Any = None, dataset_meta: Any = None, **kwargs: Any
@@ -136,39 +132,64 @@ class VegaPolicy(PreTrainedPolicy):
         if self.base is not None:
             self.base.reset()
 
-    def forward(self, batch: dict[str, Any], reduction: str = "mean") -> tuple[Tensor, dict[str, Any]]:
-        """Training loss.
+    def forward(
+        self,
+        batch: dict[str, Any],
+        reduction: str = "mean",
+        noise: Tensor | None = None,
+        time: Tensor | None = None,
+        *,
+        metrics_as_tensors: bool = False,
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Return the training loss and metrics.
 
         Args:
             batch: Normalised batch with `action` [b t a] and, if there is padding, `action_is_pad` [b t].
-            reduction: `mean` for a scalar, `none` for one loss a sample [b].
+            reduction: `mean` for a scalar, `none` for one loss per sample [b].
+            noise: Noise [b t a] and time [b] of a flow head, from `sample_noise_and_time`; None samples them
+                from torch's default generator.
+            time: See `noise`.
+            metrics_as_tensors: Return metrics as scalars on the device, which waits for nothing, instead of
+                numbers.
 
         Returns:
-            The loss, and what is worth logging, as numbers or (`lazy_log`) scalars: `loss`, and for gates the
-            mean `gate` (weight of the semantic stream) over all views and of each, `gate/<camera>`.
+            The loss, and metrics: `loss`, and with a gate its mean `gate` (weight of the semantic stream)
+            over all views and per view, `gate/<camera>`.
         """
         if self.base is not None:
-            return self._logged(*self.base(batch, reduction=reduction))
-        fresh = torch.default_generator if self.training and self.config.prior.noise == "fresh" else None
-        losses = self.model.loss(
-            self.observe(batch), batch[ACTION], batch.get("action_is_pad"), self.draws, prior_generator=fresh
-        )
-        loss = losses.mean()
-        return self._logged(loss if reduction == "mean" else losses, {"loss": loss.detach()})
-
-    def _logged(self, loss: Tensor, log: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
-        """Numbers worth logging, the gates among them; read off the device at once, or not at all."""
-        scalars = {name: value for name, value in log.items() if isinstance(value, Tensor)} | self._gates()
-        numbers = {name: value for name, value in log.items() if isinstance(value, float)}
-        if scalars and not self.lazy_log:
+            loss, metrics = self.base(batch, reduction=reduction)
+        else:
+            if noise is None:
+                noise, time = self.sample_noise_and_time(batch[ACTION])
+            fresh = torch.default_generator if self.training and self.config.prior.noise == "fresh" else None
+            losses = self.model.loss(
+                self.observe(batch), batch[ACTION], batch.get("action_is_pad"), noise, time, fresh
+            )
+            mean = losses.mean()
+            loss, metrics = mean if reduction == "mean" else losses, {"loss": mean.detach()}
+        numbers = {name: value for name, value in metrics.items() if isinstance(value, float)}
+        scalars = {name: value for name, value in metrics.items() if isinstance(value, Tensor)}
+        scalars |= self._gates()
+        if scalars and not metrics_as_tensors:
             values = torch.stack([value.float() for value in scalars.values()]).tolist()
             scalars = dict(zip(scalars, values, strict=True))
         return loss, numbers | scalars
 
-    def _gates(self) -> dict[str, Tensor]:
-        """Mean of the last gate, over all views and of each; empty without a gate.
+    def sample_noise_and_time(
+        self, actions: Tensor, generator: torch.Generator | None = None, rank: int = 0, world_size: int = 1
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Sample noise [b t a] and time [b] for the loss of actions [b t a]; see `ActionHead`.
 
-        A base embeds one view after the other, so its gate is that of the last one and stands alone.
+        Both are None for an L1 head and for a base, which samples its own.
+        """
+        if self.base is not None:
+            return None, None
+        return self.model.head.sample_noise_and_time(actions, generator, rank, world_size)
+
+    def _gates(self) -> dict[str, Tensor]:
+        """Return the mean of the last gate over all views and per view; empty without a gate.
+
+        A base embeds one view after the other, so its gate is that of the last view.
         """
         if self.model.gate is None:
             return {}
@@ -201,9 +222,9 @@ class VegaPolicy(PreTrainedPolicy):
         noise, processor = noise.to(observation.state), self.rtc_processor
         left = left_over(rtc.pop("prev_chunk_left_over", None), self.config.chunk_size)
         if processor is None or left is None:
-            plain = partial(self.model.act, integrate=integrate)
-            return self._captured.act(self.model, observation, noise, plain)
-        act = partial(self.model.act, observation, noise)
+            plain = partial(self.model.sample_actions, integrate=integrate)
+            return self._captured.sample_actions(self.model, observation, noise, plain)
+        act = partial(self.model.sample_actions, observation, noise)
         return go_on(act, processor, left, flows=self.config.head.name == "flow", **rtc)
 
     @property
@@ -259,21 +280,22 @@ class VegaPolicy(PreTrainedPolicy):
         state = state[:, -1] if state.ndim == 3 else state  # of a clip, the present
         frames = {key: batch[key] for key in needed}
         return Observation(
-            frames=stack_views(frames, self.config.frame_size) if needed else stored_frames(stored),
+            frames=stack_views(frames, self.config.frame_size) if needed else _cached_frames(stored),
             state=state,
-            instruction=sentences(batch.get("task"), len(state)),
+            instruction=_sentences(batch.get("task"), len(state)),
+            words=batch.get("vega.words"),
             **cached,
         )
 
     def train(self, mode: bool = True) -> Self:
         """Forget captured steps: what they hold of the instruction may learn now."""
-        self._captured.forget()
+        self._captured.clear()
         return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Forget captured steps where the weights move or change their type."""
         if "_captured" in self.__dict__:
-            self._captured.forget()
+            self._captured.clear()
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -302,3 +324,19 @@ class VegaPolicy(PreTrainedPolicy):
             refuse_misfits(model, saved.keys(), model_file)
         model.load_state_dict(saved, strict=False)
         return model
+
+
+def _cached_frames(frames: Tensor | None) -> Tensor | None:
+    """Return a cache's frames with a time axis, uint8 [b v 3 h w] -> [b v 1 3 h w]."""
+    if frames is None:
+        return None
+    if frames.dtype != torch.uint8:
+        raise TypeError(f"vega.frames: expected uint8 frames of a cache, got {frames.dtype}.")
+    return frames[:, :, None]
+
+
+def _sentences(task: str | list[str] | None, batch: int) -> list[str]:
+    """Return one sentence per sample; LeRobot gives a string, a list, or nothing."""
+    if task is None:
+        return [""] * batch
+    return [task] * batch if isinstance(task, str) else list(task)

@@ -27,7 +27,7 @@ from vega_policy.benchmarks.timing import (
 from vega_policy.benchmarks.train import benchmark_train
 from vega_policy.model import cuda_graph as captured
 from vega_policy.model.config import ActionHeadConfig, BackboneConfig, ModelConfig, PriorConfig
-from vega_policy.model.cuda_graph import CapturedAct
+from vega_policy.model.cuda_graph import CapturedControlStep
 from vega_policy.model.observation import Observation
 from vega_policy.model.vega import VegaModel
 
@@ -260,7 +260,7 @@ def test_a_backbone_whose_pictures_need_its_own_processor_is_refused():
 def test_a_captured_step_without_a_gpu_is_refused():
     seen = Observation(torch.rand(1, 2, 1, 3, 32, 32), torch.randn(1, 8), ["lift the red cube"])
     with pytest.raises(ValueError, match="needs frames and a CUDA device"):
-        CapturedAct(VegaModel(model_config()).eval(), seen, torch.randn(1, 4, 7))
+        CapturedControlStep(VegaModel(model_config()).eval(), seen, torch.randn(1, 4, 7))
 
 
 class Counted:
@@ -271,20 +271,22 @@ class Counted:
         self.model.made.append(observation.instruction)
 
     def __call__(self, observation, noise):
-        return self.model.act(observation, noise)
+        return self.model.sample_actions(observation, noise)
 
 
 def test_a_step_is_captured_when_its_kind_is_met_again_and_agrees_with_the_plain_one(monkeypatch):
     model = VegaModel(model_config()).eval()
     model.made = []
-    monkeypatch.setattr(captured, "obstacle", lambda *_: None)
-    steps, plain = captured.CapturedSteps(True, Counted, kept=2), []
+    monkeypatch.setattr(captured, "capture_obstacle", lambda *_: None)
+    steps, plain = captured.CapturedSteps(True, Counted, capacity=2), []
 
     def act(instruction, views=2):
         seen = Observation(torch.rand(1, views, 1, 3, 32, 32), torch.randn(1, 8), [instruction])
         noise = torch.randn(1, 4, 7)
-        found = steps.act(model, seen, noise, lambda *given: plain.append(instruction) or model.act(*given))
-        torch.testing.assert_close(found, model.act(seen, noise))
+        found = steps.sample_actions(
+            model, seen, noise, lambda *given: plain.append(instruction) or model.sample_actions(*given)
+        )
+        torch.testing.assert_close(found, model.sample_actions(seen, noise))
 
     with torch.no_grad():
         for instruction in ("a", "a", "a", "b", "c", "b", "c", "c", "a"):
@@ -297,7 +299,7 @@ def test_a_step_is_captured_when_its_kind_is_met_again_and_agrees_with_the_plain
         next(model.backbone.text_encoder.parameters()).add_(1.0)
         act("a")
         assert plain[5:] == ["d", "d", "a"]  # no room for d; a's words are no longer those
-        steps.forget()
+        steps.clear()
         act("c")
     assert plain[-1] == "c"
 
@@ -308,7 +310,7 @@ def test_nothing_is_captured_unless_it_is_asked_for():
     model.made = []
     with torch.no_grad():
         for _ in range(3):
-            steps.act(model, seen, torch.randn(1, 4, 7), model.act)
+            steps.sample_actions(model, seen, torch.randn(1, 4, 7), model.sample_actions)
     assert not model.made
 
 
@@ -318,7 +320,10 @@ def test_what_cannot_be_captured_runs_as_it_is_and_the_log_says_once_why(caplog)
     noise = torch.randn(1, 4, 7)
     with caplog.at_level("INFO"), torch.no_grad():
         for _ in range(2):
-            assert torch.equal(steps.act(model, seen, noise, model.act), model.act(seen, noise))
+            assert torch.equal(
+                steps.sample_actions(model, seen, noise, model.sample_actions),
+                model.sample_actions(seen, noise),
+            )
     assert caplog.text.count("are not captured: a CUDA graph needs a GPU, and this is cpu") == 1
 
 
@@ -330,8 +335,8 @@ def test_a_captured_step_gives_the_plain_chunk():
         seen = Observation(torch.rand(1, 2, 1, 3, 32, 32).cuda(), torch.randn(1, 8).cuda(), ["lift"])
         noise = torch.randn(1, 4, 7).cuda()
         with torch.no_grad():
-            found = steps.act(model, seen, noise, model.act)
-            torch.testing.assert_close(found, model.act(seen, noise), atol=1e-3, rtol=1e-3)
+            found = steps.sample_actions(model, seen, noise, model.sample_actions)
+            torch.testing.assert_close(found, model.sample_actions(seen, noise), atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.slow

@@ -33,13 +33,14 @@ def test_the_same_noise_gives_the_same_chunk():
 
 @torch.no_grad()
 @pytest.mark.parametrize("integrate", [flow.euler, real_time_chunking.integrate])
-def test_what_is_computed_once_for_all_steps_gives_the_chunk_of_each_step_anew(integrate):
+def test_modulations_and_keys_computed_once_give_the_chunk_of_recomputed_ones(integrate):
     made, seen, noise, rows = head(steps=10), context(), torch.randn(4, 5, 3), []
     made.blocks[0].modulation.register_forward_hook(lambda _, times, __: rows.append(len(times[0])))
     found = made.sample(*seen, noise, integrate)
     assert rows == [10]
-    made.recompute_context = True
-    torch.testing.assert_close(found, made.sample(*seen, noise, integrate), atol=1e-5, rtol=1e-5)
+    repeated, mask = (part.repeat_interleave(2, dim=0) for part in (made.norm_context(seen[0]), seen[1]))
+    expected = integrate(lambda x, time: made.velocity(repeated, mask, x, time), noise, 10)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     assert rows == [10] + 10 * [4]
 
 
@@ -65,16 +66,22 @@ def test_the_chunk_depends_on_the_context_but_not_on_what_is_masked():
     torch.testing.assert_close(masked, made.sample(seen, mask, noise, flow.euler))
 
 
-def test_the_loss_draws_from_the_callers_generator_and_leaves_padding_out():
+def test_the_loss_is_a_function_of_noise_and_time_and_leaves_padding_out():
     made, seen, actions = head(), context(), torch.randn(2, 5, 3)
     is_pad = torch.zeros(2, 5, dtype=torch.bool)
     is_pad[0, 3:] = True
 
+    noise, time = made.sample_noise_and_time(actions)
+
     def loss(values):
-        return made.loss(*seen, values, is_pad, torch.Generator().manual_seed(0))
+        return made.loss(*seen, values, is_pad, noise, time)
 
     assert torch.equal(loss(actions), loss(actions))
-    torch.nn.init.zeros_(made.head[1].weight)  # a constant prediction: the loss is that of its targets alone
+    with pytest.raises(ValueError, match="needs noise"):
+        made.loss(*seen, actions, is_pad)
+    torch.nn.init.zeros_(
+        made.output[1].weight
+    )  # a constant prediction: the loss is that of its targets alone
     padded, seen_step = actions.clone(), actions.clone()
     padded[0, 3:] += 5
     seen_step[0, 2] += 5
@@ -91,12 +98,23 @@ def test_a_few_steps_of_training_learn_to_tell_two_contexts_apart():
     repeated = (seen.repeat(16, 1, 1), mask.repeat(16, 1))
     for _ in range(120):
         optimizer.zero_grad()
-        made.loss(*repeated, actions.repeat(16, 1, 1), None, generator).mean().backward()
+        targets = actions.repeat(16, 1, 1)
+        noise, time = made.sample_noise_and_time(targets, generator)
+        made.loss(*repeated, targets, None, noise, time).mean().backward()
         optimizer.step()
     with torch.no_grad():
         sampled = made.sample(seen, mask, torch.randn(2, 5, 3, generator=generator), flow.euler)
     assert sampled[0].mean() > 0.5
     assert sampled[1].mean() < -0.5
+
+
+def test_processes_sample_the_noise_that_one_process_samples_for_all():
+    made, actions = head(), torch.zeros(4, 5, 3)
+    whole = made.sample_noise_and_time(actions, torch.Generator().manual_seed(7))
+    for rank in range(2):
+        part = made.sample_noise_and_time(actions[:2], torch.Generator().manual_seed(7), rank, 2)
+        for sampled, expected in zip(part, whole, strict=True):
+            assert torch.equal(sampled, expected[2 * rank : 2 * rank + 2])
 
 
 def regression(**config):
@@ -127,8 +145,8 @@ def test_the_l1_loss_is_the_mean_absolute_error_of_the_steps_that_exist():
     is_pad[0, 3:] = True
     error = (made.predict(seen, mask) - actions).abs()
     expected = torch.stack([error[0, :3].mean(), error[1].mean()])
-    torch.testing.assert_close(made.loss(seen, mask, actions, is_pad, None), expected)
-    torch.testing.assert_close(made.loss(seen, mask, actions, None, None), error.mean(dim=(1, 2)))
+    torch.testing.assert_close(made.loss(seen, mask, actions, is_pad), expected)
+    torch.testing.assert_close(made.loss(seen, mask, actions), error.mean(dim=(1, 2)))
 
 
 def test_l1_regression_learns_to_tell_two_contexts_apart():
@@ -137,9 +155,9 @@ def test_l1_regression_learns_to_tell_two_contexts_apart():
     optimizer = torch.optim.Adam(made.parameters(), lr=3e-3)
     for _ in range(60):
         optimizer.zero_grad()
-        made.loss(seen, mask, actions, None, None).mean().backward()
+        made.loss(seen, mask, actions).mean().backward()
         optimizer.step()
-    assert made.loss(seen, mask, actions, None, None).mean() < 0.3
+    assert made.loss(seen, mask, actions).mean() < 0.3
 
 
 def test_l1_regression_trains_a_policy_and_the_state_can_be_kept_from_it():

@@ -49,7 +49,7 @@ def test_the_packaged_image_weights_know_a_military_uniform_when_they_see_one(fr
 @torch.no_grad()
 def test_context_covers_all_views_state_and_words_and_masks_padding(frozen):
     tokens = torch.randn(2, 2, 64, 32)
-    context, mask = frozen.read(
+    context, mask = frozen.encode_context(
         tokens, ["lift the cube", "put the can into the right bin"], torch.zeros(2, 8)
     )
     assert context.shape[:2] == mask.shape
@@ -61,27 +61,27 @@ def test_context_covers_all_views_state_and_words_and_masks_padding(frozen):
 @torch.no_grad()
 def test_padding_words_of_a_longer_sentence_change_nothing(frozen):
     tokens, state = torch.randn(2, 2, 64, 32), torch.zeros(2, 8)
-    alone, mask = frozen.read(tokens[:1], ["lift the cube"], state[:1])
-    padded, _ = frozen.read(tokens, ["lift the cube", "put the can into the right bin"], state)
+    alone, mask = frozen.encode_context(tokens[:1], ["lift the cube"], state[:1])
+    padded, _ = frozen.encode_context(tokens, ["lift the cube", "put the can into the right bin"], state)
     torch.testing.assert_close(alone[0, mask[0]], padded[0, : mask.sum()], atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
 def test_words_state_view_and_place_all_matter(frozen):
     tokens, state = torch.randn(1, 2, 64, 32), torch.zeros(1, 8)
-    base, _ = frozen.read(tokens, ["lift the cube"], state)
+    base, _ = frozen.encode_context(tokens, ["lift the cube"], state)
     for changed in (
-        frozen.read(tokens, ["drop the cube"], state),
-        frozen.read(tokens, ["lift the cube"], state + 1),
-        frozen.read(tokens.flip(1), ["lift the cube"], state),
-        frozen.read(tokens.flip(2), ["lift the cube"], state),
+        frozen.encode_context(tokens, ["drop the cube"], state),
+        frozen.encode_context(tokens, ["lift the cube"], state + 1),
+        frozen.encode_context(tokens.flip(1), ["lift the cube"], state),
+        frozen.encode_context(tokens.flip(2), ["lift the cube"], state),
     ):
         assert not torch.allclose(base[:, 128], changed[0][:, 128], atol=1e-4)
 
 
 def test_a_resampler_shortens_each_view_to_its_latents():
     short = backbone(latents=5, pretrained=False)
-    context, _ = short.read(torch.randn(1, 2, 64, 32), ["lift"], torch.zeros(1, 8))
+    context, _ = short.encode_context(torch.randn(1, 2, 64, 32), ["lift"], torch.zeros(1, 8))
     words = short.text_encoder(["lift"])[0].shape[1]
     assert context.shape[1] == 2 * 5 + 1 + words
 
@@ -122,7 +122,7 @@ def test_frame_sizes_off_the_stride_other_camera_counts_and_unknown_backbones_ar
     with pytest.raises(ValueError, match="divisible by 16; got 100"):
         backbone(size=100)
     with pytest.raises(ValueError, match="built for 2 cameras; the observation has 3"):
-        frozen.read(torch.randn(1, 3, 64, 32), ["lift"], torch.zeros(1, 8))
+        frozen.encode_context(torch.randn(1, 3, 64, 32), ["lift"], torch.zeros(1, 8))
     with pytest.raises(ValueError, match=r"Unknown backbone 'compct'. Did you mean 'compact'"):
         backbone(name="compct")
     with pytest.raises(ValueError, match=r"width 30, heads 4"):

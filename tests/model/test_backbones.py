@@ -78,7 +78,7 @@ def unmodified(path, layer=None):
 def test_with_the_identity_as_fusion_the_context_is_the_unmodified_models_bit_by_bit(family, folders):
     hidden, mask = unmodified(folders(family))
     for fusion in ({"name": "semantic_only"}, {"blend": "residual", "residual_scale": 0.0}):
-        context, seen = model_of(vlm(folders(family)), **fusion).read(observation())
+        context, seen = model_of(vlm(folders(family)), **fusion).encode_context(observation())
         assert torch.equal(context[:, :-1], hidden), fusion
         assert torch.equal(seen[:, :-1], mask)
         assert seen[:, -1].all()
@@ -88,7 +88,7 @@ def test_with_the_identity_as_fusion_the_context_is_the_unmodified_models_bit_by
 def test_the_context_is_the_output_of_the_chosen_layer_and_later_ones_are_gone(family, folders):
     hidden, _ = unmodified(folders(family), layer=1)
     model = model_of(vlm(folders(family), layer=1), name="semantic_only")
-    context, _ = model.read(observation())
+    context, _ = model.encode_context(observation())
     assert torch.equal(context[:, :-1], hidden)
     assert len(model.backbone.model.get_decoder().layers) == 2
 
@@ -97,10 +97,10 @@ def test_the_context_is_the_output_of_the_chosen_layer_and_later_ones_are_gone(f
 def test_the_prior_reaches_the_context_through_the_fusion(family, folders):
     model = model_of(vlm(folders(family)), name="add")
     seen = observation()
-    context, _ = model.read(seen)
+    context, _ = model.encode_context(seen)
     with torch.no_grad():
         model.project[2].weight += 0.1
-    changed, _ = model.read(seen)
+    changed, _ = model.encode_context(seen)
     assert not torch.equal(changed[:, :-1], context[:, :-1])
 
 
@@ -135,10 +135,10 @@ def test_deepstack_features_bypass_the_fusion_and_stay_the_models_own(folders):
     features = model.semantic_features(seen)
     assert features.shape[2] == 3 * model.backbone.width
     tokens = model.fuse(features, seen)
-    context, _ = model.backbone.read(tokens, seen.instruction, seen.state, features)
+    context, _ = model.backbone.encode_context(tokens, seen.instruction, seen.state, features)
     other = features.clone()
     other[:, :, model.backbone.width :] += 1
-    moved, _ = model.backbone.read(tokens, seen.instruction, seen.state, other)
+    moved, _ = model.backbone.encode_context(tokens, seen.instruction, seen.state, other)
     assert not torch.equal(context[:, :-1], moved[:, :-1])
 
 
@@ -163,7 +163,7 @@ def test_gradients_pass_through_a_frozen_language_model_to_the_fusion(folders):
     model = model_of(
         vlm(folders("smolvlm"), freeze_image_encoder=True, freeze_connector=True, freeze_language_model=True)
     )
-    context, _ = model.read(observation())
+    context, _ = model.encode_context(observation())
     context[:, :-1].square().mean().backward()
     assert not learning(model.backbone.model)
     assert all(weight.grad.abs().sum() > 0 for weight in model.project.parameters())
@@ -174,7 +174,7 @@ def test_adapters_start_as_the_identity_and_alone_learn(folders):
     seen = observation()
     features = plain.encode(seen.frames[:, :, 0])
     contexts = [
-        backbone.read(backbone.project(features), SENTENCES, seen.state, features)[0][:, :-1]
+        backbone.encode_context(backbone.project(features), SENTENCES, seen.state, features)[0][:, :-1]
         for backbone in (plain, adapted)
     ]
     assert torch.equal(*contexts)
@@ -186,7 +186,7 @@ def test_adapters_start_as_the_identity_and_alone_learn(folders):
 
 def test_adapters_learn_in_full_precision_on_a_model_in_half(folders):
     model = model_of(vlm(folders("smolvlm"), lora_rank=2, dtype="bfloat16"))
-    model.read(observation())[0].square().mean().backward()
+    model.encode_context(observation())[0].square().mean().backward()
     for name, weight in model.backbone.model.get_decoder().named_parameters():
         assert weight.dtype == (torch.float32 if "lora_" in name else torch.bfloat16), name
 
@@ -197,7 +197,7 @@ def test_recomputed_blocks_give_the_same_gradients_even_where_they_are_frozen(fo
         torch.manual_seed(0)
         backbone = vlm(folders("paligemma"), freeze_language_model=True, gradient_checkpointing=recompute)
         model = model_of(backbone).train()
-        model.read(observation())[0].square().mean().backward()
+        model.encode_context(observation())[0].square().mean().backward()
         gradients.append(model.project[0].weight.grad)
     assert gradients[0].abs().sum() > 0
     torch.testing.assert_close(*gradients)
@@ -209,7 +209,7 @@ def test_type_and_attention_are_fields(folders):
     for name, fields in {"sdpa": {}, "eager": {"attention": "eager"}, "half": {"dtype": "bfloat16"}}.items():
         torch.manual_seed(0)
         model = model_of(vlm(folders("smolvlm"), **fields))
-        contexts[name] = model.read(seen)[0].detach()
+        contexts[name] = model.encode_context(seen)[0].detach()
         assert contexts[name].dtype == torch.float32
     assert model.backbone.model.dtype == torch.bfloat16
     assert not torch.equal(contexts["sdpa"], contexts["half"])

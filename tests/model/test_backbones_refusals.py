@@ -40,7 +40,7 @@ def test_more_views_than_were_trained_are_refused(folders):
     backbone = build(folders("smolvlm"), views=1)
     features = backbone.encode(torch.rand(1, 2, 3, 64, 64))
     with pytest.raises(ValueError, match="built for 1 cameras; the observation has 2"):
-        backbone.read(backbone.project(features), [""], torch.zeros(1, 8), features)
+        backbone.encode_context(backbone.project(features), [""], torch.zeros(1, 8), features)
 
 
 def test_a_layer_that_does_not_exist_is_refused(folders):

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from vega_policy.model.observation import Observation, resize, stack_views
+from vega_policy.model.observation import Observation, resize, stack_views, to_float
 
 
 def test_frames_of_0_to_255_are_refused_with_the_values_seen():
@@ -16,9 +16,19 @@ def test_frames_below_zero_and_not_a_number_are_refused():
             stack_views({"camera": torch.full((1, 3, 2, 2), value)}, 2)
 
 
-def test_integer_frames_are_refused():
-    with pytest.raises(TypeError, match=r"torch.uint8. Divide uint8 frames by 255"):
-        stack_views({"camera": torch.zeros(1, 3, 2, 2, dtype=torch.uint8)}, 2)
+def test_integers_other_than_uint8_are_refused():
+    with pytest.raises(
+        TypeError, match=r"expected uint8 or floating-point frames in \[0, 1\], got torch.int64"
+    ):
+        stack_views({"camera": torch.zeros(1, 3, 2, 2, dtype=torch.int64)}, 2)
+
+
+def test_uint8_frames_of_the_policys_size_stay_uint8_and_mean_their_255th():
+    pixels = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
+    stacked = stack_views({"camera": pixels}, 8)
+    assert stacked.dtype == torch.uint8
+    assert torch.equal(to_float(stacked), stack_views({"camera": pixels / 255}, 8))
+    assert torch.equal(stack_views({"camera": pixels}, 4), stack_views({"camera": pixels / 255}, 4))
 
 
 def test_a_wide_frame_is_stretched_not_cropped():

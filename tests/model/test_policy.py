@@ -163,7 +163,7 @@ def test_without_sight_frames_and_cached_features_change_nothing_and_the_state_d
 
     def context(**changed):
         with torch.no_grad():
-            return blind.model.read(blind.observe({**batch(), **changed}))[0]
+            return blind.model.encode_context(blind.observe({**batch(), **changed}))[0]
 
     assert torch.equal(context(), context(**{key: 1.0 - batch()[key] for key in CAMERAS}))
     features = blind.model.backbone.encode(torch.rand(2, 2, 3, 64, 64))

@@ -61,7 +61,8 @@ def test_every_prior_trains_a_step_with_every_fusion(name, backbone, tmp_path):
     for fusion in sorted(FUSIONS):
         model.fusion = make_fusion(backbone.width, FusionConfig(name=fusion), backbone.grid)
         model.zero_grad()
-        loss = model.loss(read_once, given["action"]).mean()
+        drawn = model.head.sample_noise_and_time(given["action"])
+        loss = model.loss(read_once, given["action"], None, *drawn).mean()
         loss.backward()
         assert loss.isfinite(), fusion
         learns = [parameter.grad is not None for parameter in model.project.parameters()]

@@ -3,14 +3,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from timm.layers.conv2d_same import Conv2dSame
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from tests.cli.test_benchmark import model_config
 from tests.training_runs import saved_weights, tiny_run
-from vega_policy.backbones.compact import ImageEncoder, PaddedConv, pad_in_words
-from vega_policy.backbones.depthwise import ShiftedDepthwise, shift_depthwise
+from vega_policy.backbones.compact import ImageEncoder
 from vega_policy.model.observation import Observation
 from vega_policy.model.torch_compile import compile_blocks, uncompiled
 from vega_policy.model.vega import VegaModel
@@ -33,7 +31,9 @@ def model():
 def loss_and_gradients(model):
     torch.manual_seed(1)
     seen = Observation(torch.rand(3, 2, 1, 3, 32, 32), torch.randn(3, 8), ["lift", "lift the cube", "go"])
-    loss = model.loss(seen, torch.randn(3, 4, 7), generator=torch.Generator().manual_seed(2)).mean()
+    actions, generator = torch.randn(3, 4, 7), torch.Generator().manual_seed(2)
+    noise, time = model.head.sample_noise_and_time(actions, generator)
+    loss = model.loss(seen, actions, None, noise, time).mean()
     model.zero_grad()
     loss.backward()
     weights = [weight for weight in model.parameters() if weight.grad is not None]
@@ -76,64 +76,8 @@ def test_channels_last_changes_the_order_of_memory_and_nothing_else(model):
     assert seen == [True]
 
 
-def test_shifted_products_are_the_depthwise_convolutions_they_replace():
-    torch.manual_seed(0)
-    encoder = ImageEncoder("tf_efficientnet_lite0", pretrained=False, frozen=False)
-    twin = copy.deepcopy(encoder)
-    assert shift_depthwise(twin) == 8
-    assert list(twin.state_dict()) == list(encoder.state_dict())
-    frames = torch.rand(2, 3, 32, 32)
-    expected, found = encoder(frames), twin(frames)
-    torch.testing.assert_close(found, expected, **TIGHT)
-    for part, features in ((encoder, expected), (twin, found)):
-        features.square().sum().backward()
-        assert all(weight.grad is not None for weight in part.parameters())
-    for weight, other in zip(encoder.parameters(), twin.parameters(), strict=True):
-        assert (weight.grad - other.grad).norm() <= 1e-4 * weight.grad.norm()
-
-
-def test_only_depthwise_convolutions_of_stride_one_are_replaced():
-    kept = nn.Sequential(
-        nn.Conv2d(4, 4, 3, padding=1),
-        nn.Conv2d(4, 4, 3, stride=2, padding=1, groups=4, bias=False),
-        nn.Conv2d(4, 4, 1, groups=4, bias=False),
-    )
-    assert shift_depthwise(kept) == 0
-    conv = nn.Conv2d(4, 4, 5, padding=2, groups=4, bias=False).double()
-    x = torch.randn(2, 4, 6, 7, dtype=torch.double)
-    torch.testing.assert_close(ShiftedDepthwise(conv)(x), conv(x), **TIGHT)
-
-
-def test_under_autocast_shifted_products_take_its_type():
-    conv = nn.Conv2d(4, 4, 3, padding=1, groups=4, bias=False)
-    with torch.autocast("cpu", torch.bfloat16):
-        found, expected = ShiftedDepthwise(conv)(torch.ones(1, 4, 5, 5)), conv(torch.ones(1, 4, 5, 5))
-    assert found.dtype == torch.bfloat16
-    torch.testing.assert_close(found, expected, atol=1e-2, rtol=1e-2)
-
-
-@pytest.mark.parametrize(
-    ("side", "size", "dtype"), [(8, 3, "bfloat16"), (7, 5, "float32"), (6, 2, "float32")]
-)
-def test_padding_in_words_is_timms_padding_bit_by_bit(side, size, dtype):
-    conv = Conv2dSame(8, 8, size, stride=2, groups=8, bias=False).to(getattr(torch, dtype))
-    network = nn.Sequential(conv)
-    x = torch.randn(2, 8, side, side + 2, dtype=conv.weight.dtype).to(memory_format=torch.channels_last)
-    found = []
-    for _ in range(2):
-        conv.weight.grad, seen = None, x.clone().requires_grad_()
-        y = network(seen)
-        y.square().sum().backward()
-        found.append([y.detach(), seen.grad, conv.weight.grad])
-        replaced = pad_in_words(network)
-    assert replaced == 0  # the second time there is none left
-    assert list(network.state_dict()) == ["0.weight"]
-    assert all(torch.equal(first, second) for first, second in zip(*found, strict=True))
-
-
-def test_the_compact_encoder_pads_in_words_and_copies_no_input():
+def test_no_activation_of_the_compact_encoder_overwrites_its_input():
     network = ImageEncoder("tf_efficientnet_lite0", pretrained=False, frozen=False).network
-    assert sum(isinstance(module, PaddedConv) for module in network.modules()) == 4
     assert not any(module.inplace for module in network.modules() if isinstance(module, nn.ReLU6))
 
 

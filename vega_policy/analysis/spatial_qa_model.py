@@ -155,7 +155,7 @@ class AnswerModel(nn.Module):
             scenes, back, words = batch.scene, torch.arange(len(batch)), batch.texts  # tokens hang on words
         tokens = self.see(features[scenes], words)
         state = torch.zeros(len(scenes), STATE)
-        return *self.eyes.backbone.read(tokens, words, state, features.semantic[scenes]), back
+        return *self.eyes.backbone.encode_context(tokens, words, state, features.semantic[scenes]), back
 
     def see(self, features: Features, words: list[str]) -> Tensor:
         """Fused tokens of some scenes, [s v n d]."""

@@ -9,8 +9,8 @@ A backbone offers
 - `encode(frames [b v 3 h w]) -> [b v c gh gw]`: the image encoder,
 - `project(features) -> [b v n d]`: the semantic stream's own projector,
 - `pool(instruction) -> [b d]`: the instruction as one vector, for fusions that read it,
-- `read(tokens [b v n d], instruction, state [b s], features) -> (context [b s d], mask [b s])`; `features` is
-  what `encode` gave, for the part of it that bypasses the fusion.
+- `encode_context(tokens [b v n d], instruction, state [b s], features) -> (context [b s d], mask [b s])`;
+  `features` is the output of `encode`, for the part of it that bypasses the fusion.
 """
 
 import logging

@@ -1,6 +1,6 @@
 """The compact backbone: small pre-trained encoders and a transformer trunk, with no model hub involved."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
@@ -9,123 +9,14 @@ from typing import Any
 import timm
 import torch
 from einops import rearrange, repeat
-from timm.layers.conv2d_same import Conv2dSame
-from timm.layers.padding import get_same_padding
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers.utils import logging
 
 from vega_policy.backbones import BackboneEntry
 from vega_policy.model.config import STRIDE, BackboneConfig
 from vega_policy.model.layers import Attention, Block, Mlp, grid_positions
-
-
-def replace_layers(network: nn.Module, fits: Callable[[Any], bool], make: Callable[[Any], nn.Module]) -> int:
-    """Put other layers in the place of those that fit.
-
-    Args:
-        network: Any network, which is changed.
-        fits: Whether a layer is replaced.
-        make: Makes what stands in its place; it keeps the weights under their names.
-
-    Returns:
-        How many there were.
-    """
-    found = [
-        (parent, name, child)
-        for parent in network.modules()
-        for name, child in parent.named_children()
-        if fits(child)
-    ]
-    for parent, name, child in found:
-        setattr(parent, name, make(child))
-    return len(found)
-
-
-WORD = torch.int64
-
-
-class _PaddedWords(torch.autograd.Function):
-    """Zeros around channels-last activations."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, sides: tuple[int, int, int, int]) -> Tensor:
-        """[n c h w], (left, right, top, bottom) -> [n c h+top+bottom w+left+right]."""
-        ctx.size, (left, right, top, bottom) = x.shape[-2:], sides
-        ctx.first = (top, left)
-        n, c, h, w = x.shape
-        padded = x.new_zeros(n, h + top + bottom, w + left + right, c)
-        _inside(padded, ctx.first, ctx.size).copy_(x.permute(0, 2, 3, 1).view(WORD))
-        return padded.permute(0, 3, 1, 2)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Gradient of the activations."""
-        gradient = gradients[0].permute(0, 2, 3, 1).contiguous()
-        inside = _inside(gradient, ctx.first, ctx.size).contiguous()
-        return inside.view(gradient.dtype).permute(0, 3, 1, 2), None
-
-
-def _inside(padded: Tensor, first: tuple[int, int], size: torch.Size) -> Tensor:
-    """The activations within their padding as words, [n h' w' c] -> [n h w c/k]."""
-    (top, left), (height, width) = first, size
-    return padded.view(WORD)[:, top : top + height, left : left + width]
-
-
-def pad(x: Tensor, sides: tuple[int, int, int, int]) -> Tensor:
-    """Zeros around activations, as `functional.pad`; in whole words where channels lie together.
-
-    Args:
-        x: Activations [n c h w].
-        sides: Pixels left, right, top and bottom.
-    """
-    words = x.shape[1] * x.element_size() % WORD.itemsize == 0
-    together = x.is_contiguous(memory_format=torch.channels_last)
-    if (
-        not words or not together or torch.compiler.is_compiling()
-    ):  # a compiler joins it with what stands around
-        return functional.pad(x, sides)
-    return _PaddedWords.apply(x, sides)  # pyright: ignore[reportReturnType]
-
-
-class PaddedConv(nn.Module):
-    """A convolution with TensorFlow's padding, its weights and their names in checkpoints kept.
-
-    Args:
-        conv: timm's `Conv2dSame`.
-    """
-
-    stride: tuple[int, int]
-    dilation: tuple[int, int]
-    groups: int
-
-    def __init__(self, conv: Any) -> None:
-        super().__init__()
-        self.weight: nn.Parameter = conv.weight
-        self.bias: nn.Parameter | None = conv.bias
-        self.stride, self.dilation, self.groups = conv.stride, conv.dilation, conv.groups
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[n c h w] -> [n c' h' w']."""
-        across = zip(x.shape[-2:], self.weight.shape[-2:], self.stride, self.dilation, strict=True)
-        down, right = (int(get_same_padding(*sizes)) for sizes in across)
-        sides = (right // 2, right - right // 2, down // 2, down - down // 2)
-        padded = pad(x, sides) if any(sides) else x
-        return functional.conv2d(padded, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
-
-
-def pad_in_words(network: nn.Module) -> int:
-    """Replace a network's convolutions with TensorFlow's padding, in place.
-
-    Args:
-        network: Any network of timm's; weights keep their names.
-
-    Returns:
-        How many there were.
-    """
-    return replace_layers(network, lambda layer: type(layer) is Conv2dSame, PaddedConv)
-
+from vega_policy.model.observation import EncodedText
 
 PACKAGED = "tf_efficientnet_lite0"
 """The packaged weights were trained with TensorFlow's padding. timm's `efficientnet_lite0` takes them too,
@@ -162,7 +53,6 @@ class ImageEncoder(nn.Module):
         super().__init__()
         self.frozen = frozen
         self.network = _timm_features(name, pretrained)
-        pad_in_words(self.network)
         _keep_inputs(self.network)
         self.channels: int = self.network.feature_info.channels()[-1]
         self.register_buffer("mean", _channels(self.network.pretrained_cfg["mean"]), persistent=False)
@@ -393,20 +283,20 @@ class CompactBackbone(nn.Module):
         """Semantic tokens, [b v c gh gw] -> [b v n d]."""
         return self.project_image(rearrange(features, "b v c h w -> b v (h w) c"))
 
-    def pool(self, instruction: list[str]) -> Tensor:
-        """Mean of the instruction's projected words, b sentences -> [b d]."""
-        words, is_word = self.text_encoder(instruction)
+    def pool(self, text: list[str] | EncodedText) -> Tensor:
+        """Return the mean of the instruction's projected tokens, [b d]."""
+        words, is_word = self._encode_text(text)
         words = self.project_text(words) * is_word[..., None]
         return words.sum(dim=1) / is_word.sum(dim=1, keepdim=True)
 
-    def read(
-        self, tokens: Tensor, instruction: list[str], state: Tensor, features: Tensor | None = None
+    def encode_context(
+        self, tokens: Tensor, text: list[str] | EncodedText, state: Tensor, features: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Read fused tokens with the instruction and the state.
+        """Encode fused tokens with the instruction and the state.
 
         Args:
             tokens: Fused tokens [b v m d], m the grid's tokens or a multiple (streams one after the other).
-            instruction: One sentence a sample.
+            text: One sentence a sample, or what the text encoder returned for them.
             state: Normalised proprioception [b s].
             features: Not needed: nothing bypasses the fusion here.
 
@@ -419,13 +309,16 @@ class CompactBackbone(nn.Module):
         tokens = tokens + position + self.view
         if self.resample is not None:
             tokens = self.resample(tokens.flatten(0, 1)).unflatten(0, (batch, views))
-        words, is_word = self.text_encoder(instruction)
+        words, is_word = self._encode_text(text)
         seen = torch.cat([tokens.flatten(1, 2), self.project_state(state)[:, None]], dim=1)
         context = torch.cat([seen, self.project_text(words)], dim=1)
         mask = torch.cat([is_word.new_ones(seen.shape[:2]), is_word], dim=1)
         for block in self.blocks:
             context = block(context, mask)
         return context, mask
+
+    def _encode_text(self, text: list[str] | EncodedText) -> EncodedText:
+        return text if isinstance(text, tuple) else self.text_encoder(text)
 
     def _check_views(self, views: int) -> None:
         if views != len(self.view):

@@ -380,7 +380,7 @@ class VisionLanguageBackbone(nn.Module):
         pooled = torch.stack([embed(ids.to(embed.weight.device)).mean(dim=0) for ids in words])
         return pooled.to(self.project_state[0].weight.dtype)
 
-    def read(
+    def encode_context(
         self, tokens: Tensor, instruction: list[str], state: Tensor, features: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Read fused tokens with the instruction; the state's token follows.

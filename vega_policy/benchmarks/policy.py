@@ -11,7 +11,7 @@ from vega_policy.backbones.sizes import ARCHITECTURES, PROMPT_TOKENS, Placeholde
 from vega_policy.benchmarks.timing import measure
 from vega_policy.model import flow
 from vega_policy.model.config import ModelConfig
-from vega_policy.model.cuda_graph import CapturedAct, obstacle
+from vega_policy.model.cuda_graph import CapturedControlStep, capture_obstacle
 from vega_policy.model.observation import Observation, resize
 from vega_policy.model.vega import VegaModel
 from vega_policy.priors.sizes import reader_without_weights
@@ -109,27 +109,27 @@ def benchmark_policy(config: ModelConfig, device: torch.device, seconds: float) 
     for stage, call in _stages(model, seen, noise).items():
         latency = measure(call, device, seconds)
         yield {"stage": stage, "p50_ms": latency.p50, "p95_ms": latency.p95}
-    if obstacle(model, seen, noise) is None:
-        captured = CapturedAct(model, seen, noise)
+    if capture_obstacle(model, seen, noise) is None:
+        captured = CapturedControlStep(model, seen, noise)
         latency = measure(lambda: captured(seen, noise), device, seconds)
-        error = (captured(seen, noise) - model.act(seen, noise)).abs().max().item()
+        error = (captured(seen, noise) - model.sample_actions(seen, noise)).abs().max().item()
         yield {"stage": "whole, captured", "p50_ms": latency.p50, "p95_ms": latency.p95, "error": error}
 
 
 def _stages(model: Any, seen: Observation, noise: torch.Tensor) -> dict[str, Callable[[], Any]]:
-    """The stages of `VegaModel.act`, each with what the one before it gave."""
+    """The stages of `VegaModel.sample_actions`, each with what the one before it gave."""
     semantic = model.semantic_features(seen)
     prior = None if model.prior is None else model.prior_features(seen)
     cached = Observation(None, seen.state, seen.instruction, semantic, prior)
-    tokens = model.see(cached)
-    context, mask = model.backbone.read(tokens, seen.instruction, seen.state, semantic)
+    tokens = model.encode_observation(cached)
+    context, mask = model.backbone.encode_context(tokens, seen.instruction, seen.state, semantic)
     stages: dict[str, Callable[[], Any]] = {
         "semantic encoder": lambda: model.semantic_features(seen),
         "prior": lambda: model.prior_features(seen),
-        "projectors and fusion": lambda: model.see(cached),
-        "backbone": lambda: model.backbone.read(tokens, seen.instruction, seen.state, semantic),
+        "projectors and fusion": lambda: model.encode_observation(cached),
+        "backbone": lambda: model.backbone.encode_context(tokens, seen.instruction, seen.state, semantic),
         "head": lambda: model.head.sample(context, mask, noise, flow.euler),
-        "whole": lambda: model.act(seen, noise),
+        "whole": lambda: model.sample_actions(seen, noise),
     }
     if model.prior is None:
         del stages["prior"]

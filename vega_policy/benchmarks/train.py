@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vega_policy.benchmarks.timing import busy_time, by_kind, kernel_times, longest, operator_times
 from vega_policy.model.config import ModelConfig, PriorConfig
-from vega_policy.model.observation import Observation, stored_frames
+from vega_policy.model.observation import Observation, to_float
 from vega_policy.model.torch_compile import compile_blocks
 from vega_policy.model.vega import VegaModel
 from vega_policy.training.optim import EMA, clip_gradient, read_scalars
@@ -106,7 +106,9 @@ class TrainingStep:
 
     def loss(self) -> Tensor:
         """Return the mean loss of the batch."""
-        return self._autocast(lambda: self.model.loss(self._observation(), self.actions).mean())
+        noise, time = self.model.head.sample_noise_and_time(self.actions)
+        observation = self._observation()
+        return self._autocast(lambda: self.model.loss(observation, self.actions, None, noise, time).mean())
 
     def update(self) -> None:
         """Step the optimizer and the average of the weights."""
@@ -128,12 +130,10 @@ class TrainingStep:
         return stages | {"update_ms": self.update}
 
     def _observation(self) -> Observation:
-        return Observation(self._float_frames(), self.state, self.instruction, prior=self.prior)
+        return Observation(self.frames[:, :, None], self.state, self.instruction, prior=self.prior)
 
     def _float_frames(self) -> Tensor:
-        frames = stored_frames(self.frames)
-        assert frames is not None  # frames were given
-        return frames
+        return to_float(self.frames[:, :, None])
 
     def _autocast(self, call: Callable[[], Tensor]) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):

@@ -29,19 +29,19 @@ class Attention(nn.Module):
 
     def forward(self, tokens: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Attend, [b n d], context [b m c], mask [b m] (True: may be read) -> [b n d]."""
-        return self.attend(tokens, self.memory(tokens if context is None else context), mask)
+        return self.attend(tokens, self.kv_cache(tokens if context is None else context), mask)
 
-    def memory(self, context: Tensor) -> KVCache:
-        """Keys and values of a context, to be read more than once, [b m c] -> [b k m d] each."""
-        # taken apart before heads and tokens change places: the gradient is then put together in one go
+    def kv_cache(self, context: Tensor) -> KVCache:
+        """Return keys and values of a context, [b m c] -> [b k m d] each."""
+        # Unbinding before the transpose lets the backward pass assemble the gradient in one operation.
         both = rearrange(self.key_value(context), "b m (two k d) -> b m two k d", two=2, k=self.heads)
         key, value = both.unbind(dim=2)
         return key.transpose(1, 2), value.transpose(1, 2)
 
-    def attend(self, tokens: Tensor, memory: KVCache, mask: Tensor | None = None) -> Tensor:
-        """Attend to what `memory` gave, [b n d], mask [b m] (True: may be read) -> [b n d]."""
+    def attend(self, tokens: Tensor, cache: KVCache, mask: Tensor | None = None) -> Tensor:
+        """Attend to cached keys and values, [b n d], mask [b m] (True: may be read) -> [b n d]."""
         query = rearrange(self.query(tokens), "b n (k d) -> b k n d", k=self.heads)
-        key, value = memory
+        key, value = cache
         readable = None if mask is None else mask[:, None, None, :]
         mixed = functional.scaled_dot_product_attention(query, key, value, attn_mask=readable)
         return self.out(rearrange(mixed, "b k n d -> b n (k d)"))

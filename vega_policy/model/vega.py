@@ -1,8 +1,10 @@
-"""VegaModel: see, read, act, in the paper's order (VEGA-3D, arXiv 2603.19235).
+"""VegaModel: a policy on features of a semantic encoder fused with those of a frozen video diffusion model.
 
-frames -> image encoder of the backbone -> projector -> semantic tokens --+
-                                                                          +-> fusion -> backbone -> head
-frames -> prior (noised latent, middle block) -> projector -> prior tokens +
+VEGA-3D (arXiv 2603.19235), in the paper's order:
+
+    frames -> image encoder of the backbone -> projector -> semantic tokens --+
+                                                                              +-> fusion -> backbone -> head
+    frames -> prior (noised latent, middle block) -> projector -> prior tokens +
 """
 
 from collections.abc import Callable
@@ -18,119 +20,125 @@ from vega_policy.model.action_head import make_action_head
 from vega_policy.model.config import ModelConfig
 from vega_policy.model.fusion import make_fusion
 from vega_policy.model.layers import Mlp
-from vega_policy.model.observation import Observation
+from vega_policy.model.observation import Observation, to_float
 from vega_policy.priors import make_prior
 
 
 class VegaModel(nn.Module):
-    """A policy whose eyes are the fused features of a semantic encoder and a frozen video diffusion model.
+    """Observation -> fused tokens -> context -> chunk of normalised actions.
 
-    The prior is frozen and travels with the model from device to device, but it is no sub-module: it is in no
-    optimizer, no checkpoint and no sharded state.
+    The prior is frozen. It moves between devices with the model but is no sub-module, so that it is in no
+    optimizer, checkpoint or shard.
 
     Args:
-        config: The four parts and the sizes that the data dictates.
-        built: Backbone and prior where they exist already (sizes are read off ones without weights); None
-            builds those that the config names.
+        config: Prior, fusion, backbone and head, and the sizes that the data dictates.
+        parts: Backbone and prior if they exist already; None builds those of the config.
     """
 
     backbone: Any
     prior: Any
-    fusion: Any
     project: Mlp
+    fusion: Any
+    head: Any
 
-    def __init__(self, config: ModelConfig, built: tuple[Any, Any] | None = None) -> None:
+    def __init__(self, config: ModelConfig, parts: tuple[Any, Any] | None = None) -> None:
         super().__init__()
         self.config = config
-        backbone, prior = built or _build(config)
-        self.backbone, width = backbone, backbone.width
+        if parts is None:
+            backbone = make_backbone(config.backbone, config.state_dim, config.views, config.frame_size)
+            parts = backbone, make_prior(config.prior, backbone.grid)
+        self.backbone, prior = parts
         self.__dict__["prior"] = prior  # not a sub-module
-        if self.prior is not None:
-            self.project = Mlp(self.prior.width, width, width)
+        width = self.backbone.width
+        if prior is not None:
+            self.project = Mlp(prior.width, width, width)
             self.fusion = make_fusion(width, config.fusion, self.backbone.grid)
-            self._check_tokens()
+            self._check_token_count()
         self.head = make_action_head(config.head, width, config.chunk_size, config.action_dim)
-
-    def see(self, observation: Observation, generator: torch.Generator | None = None) -> Tensor:
-        """Fused tokens of each view, [b v n d]; reads cached features where the observation brings them."""
-        return self.fuse(self.semantic_features(observation), observation, generator)
-
-    def fuse(
-        self, features: Tensor, observation: Observation, generator: torch.Generator | None = None
-    ) -> Tensor:
-        """Mix the prior into the backbone's image features, [b v c gh gw] -> tokens [b v n d]."""
-        semantic = self.backbone.project(features)
-        if self.prior is None:
-            return semantic
-        read = self.prior_features(observation, generator)
-        prior = self.project(rearrange(read, "b v d h w -> b v (h w) d"))
-        views = semantic.shape[1]
-        context = None
-        if self.fusion.reads_instruction:
-            context = repeat(self.backbone.pool(observation.instruction), "b d -> (b v) d", v=views)
-        fused = self.fusion(semantic.flatten(0, 1), prior.flatten(0, 1), context)
-        return rearrange(fused, "(b v) m d -> b v m d", v=views)
-
-    def read(
-        self, observation: Observation, generator: torch.Generator | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """What the backbone makes of the fused tokens: context [b s d] and its mask [b s]."""
-        features = self.semantic_features(observation)
-        tokens = self.fuse(features, observation, generator)
-        state = observation.state if self.config.head.state else torch.zeros_like(observation.state)
-        return self.backbone.read(tokens, observation.instruction, state, features)
 
     def loss(
         self,
         observation: Observation,
-        actions: Tensor,
-        is_pad: Tensor | None = None,
-        generator: torch.Generator | None = None,
+        actions: Tensor,  # [b t a], normalised
+        is_pad: Tensor | None = None,  # [b t], True after the end of the episode
+        noise: Tensor | None = None,  # [b t a] and [b], as `head.sample_noise_and_time` gives them
+        time: Tensor | None = None,
         prior_generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Loss of each sample, normalised actions [b t a], is_pad [b t] (True: no such step) -> [b]."""
-        context, mask = self.read(observation, prior_generator)
-        return self.head.loss(context, mask, actions, is_pad, generator)
+        """Return the loss of each sample, [b]."""
+        context, mask = self.encode_context(observation, prior_generator)
+        return self.head.loss(context, mask, actions, is_pad, noise, time)
 
-    def act(self, observation: Observation, noise: Tensor, integrate: flow.Integrator = flow.euler) -> Tensor:
-        """A chunk of normalised actions, noise [b t a] -> [b t a]; the same noise gives the same chunk."""
-        context, mask = self.read(observation)
+    def sample_actions(
+        self, observation: Observation, noise: Tensor, integrate: flow.Integrator = flow.euler
+    ) -> Tensor:
+        """Return a chunk of normalised actions from noise, [b t a] -> [b t a]; equal noise, equal chunk."""
+        context, mask = self.encode_context(observation)
         return self.head.sample(context, mask, noise, integrate)
 
-    def semantic_features(self, observation: Observation) -> Tensor:
-        """Output of the backbone's image encoder, [b v c gh gw], from the cache or from the last frames.
+    def encode_context(
+        self, observation: Observation, prior_generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the backbone's context of tokens, instruction and state, [b s d], and its mask [b s]."""
+        features = self.semantic_features(observation)
+        tokens = self.fuse(features, observation, prior_generator)
+        state = observation.state if self.config.head.state else torch.zeros_like(observation.state)
+        return self.backbone.encode_context(tokens, observation.text, state, features)
 
-        Zeros of that shape in a policy without sight.
+    def encode_observation(
+        self, observation: Observation, prior_generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Return the fused tokens of each view, [b v m d]."""
+        return self.fuse(self.semantic_features(observation), observation, prior_generator)
+
+    def fuse(
+        self, features: Tensor, observation: Observation, prior_generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Fuse the image features with those of the prior, [b v c gh gw] -> tokens [b v m d]."""
+        semantic = self.backbone.project(features)  # [b v n d]
+        if self.prior is None:
+            return semantic
+        views = semantic.shape[1]
+        prior = self.prior_features(observation, prior_generator)
+        prior = self.project(rearrange(prior, "b v d gh gw -> b v (gh gw) d"))
+        instruction = None
+        if self.fusion.reads_instruction:
+            instruction = repeat(self.backbone.pool(observation.text), "b d -> (b v) d", v=views)
+        fused = self.fusion(semantic.flatten(0, 1), prior.flatten(0, 1), instruction)
+        return rearrange(fused, "(b v) m d -> b v m d", v=views)
+
+    def semantic_features(self, observation: Observation) -> Tensor:
+        """Return the features of the backbone's image encoder, [b v c gh gw], cached or of the last frames.
+
+        They are zeros in a policy without vision (`backbone.sight=false`).
         """
         features = observation.semantic
         if features is None:
-            features = self.backbone.encode(_frames(observation, "semantic")[:, :, -1])
+            features = self.backbone.encode(to_float(observation.require_frames("semantic")[:, :, -1]))
         return features if self.config.backbone.sight else torch.zeros_like(features)
 
     def prior_features(self, observation: Observation, generator: torch.Generator | None = None) -> Tensor:
-        """Output of the prior, [b v d gh gw], from the cache or from the frames.
+        """Return the prior's features, [b v d gh gw], cached or computed from the frames.
 
-        Args:
-            observation: What is seen.
-            generator: Source of fresh noise; None takes the prior's fixed noise.
+        Their noise comes from `generator`; None takes the prior's fixed noise.
         """
         if observation.prior is not None:
             return observation.prior
-        return self.prior(_frames(observation, "prior"), generator).to(self.project[0].weight.dtype)
+        features = self.prior(to_float(observation.require_frames("prior")), generator)
+        return features.to(self.project[0].weight.dtype)
 
     @property
     def gate(self) -> Tensor | None:
         """Weight of the semantic stream in the last forward pass, [b*v n 1]; None without a gate."""
         return None if self.prior is None else self.fusion.gate
 
-    def _check_tokens(self) -> None:
+    def _check_token_count(self) -> None:
         n = self.backbone.grid[0] * self.backbone.grid[1]
         m = self.fusion.tokens(n)
         if self.backbone.one_token_a_place and m != n:
             raise ValueError(
-                f"fusion={self.config.fusion.name} makes {m} tokens of {n}; the backbone "
-                f"{self.config.backbone.name!r} has a place for {n} of each frame. Take another fusion, or "
-                "backbone=compact."
+                f"backbone={self.config.backbone.name} takes {n} tokens of each view; fusion="
+                f"{self.config.fusion.name} returns {m}. Take another fusion, or backbone=compact."
             )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -140,16 +148,3 @@ class VegaModel(nn.Module):
         if prior is not None:
             prior._apply(fn, recurse)
         return self
-
-
-def _build(config: ModelConfig) -> tuple[Any, Any]:
-    backbone = make_backbone(config.backbone, config.state_dim, config.views, config.frame_size)
-    return backbone, make_prior(config.prior, backbone.grid)
-
-
-def _frames(observation: Observation, stream: str) -> Tensor:
-    if observation.frames is None:
-        raise ValueError(
-            f"The observation holds neither frames nor cached {stream} features; one of the two is needed."
-        )
-    return observation.frames

@@ -5,8 +5,8 @@ are copied to places of their own, noise and times are drawn before and written 
 told by number out of all there are.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vega_policy.backbones.compact import TextEncoder
-from vega_policy.model.action_head import FlowHead, placed
+from vega_policy.model.action_head import copy_to
 from vega_policy.training.optim import clip_gradient
 
 if TYPE_CHECKING:
@@ -75,8 +75,8 @@ class CapturedGradient:
 MOST_INSTRUCTIONS = 64
 """A text encoder that learns reads all instructions in each step; beyond so many that costs too much."""
 
-Forward = Callable[[dict[str, Any]], tuple[Tensor, dict[str, Tensor]]]
-"""Batch -> mean loss, and scalars worth logging."""
+Forward = Callable[..., tuple[Tensor, dict[str, Tensor]]]
+"""Batch, noise and time -> mean loss and metrics, as `VegaPolicy.forward`."""
 
 Gradient = Callable[[], tuple[Tensor, Tensor]]
 """() -> loss and norm of the gradient that then lies, clipped, in the weights."""
@@ -147,79 +147,63 @@ class CapturedStep:
         self._gradient: Gradient | None = None
         self._logged: dict[str, Tensor] = {}
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Leaves the gradient of a pre-processed batch in the weights; it is captured at the first one.
+    def __call__(
+        self, batch: dict[str, Any], noise: Tensor | None = None, time: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Leave the gradient of a pre-processed batch in the weights; the first batch is captured.
 
         Returns:
-            Scalars on the device, overwritten by the next call: what the policy logs, and `gradient_norm`.
+            Scalars on the device, overwritten by the next call: the policy's metrics, and `gradient_norm`.
 
         Raises:
             ValueError: If shapes differ from the first batch's, or an instruction is unknown.
         """
+        inputs = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
+        inputs |= {} if noise is None or time is None else {"noise": noise, "time": time}
         if self._gradient is None:
-            self._place(batch)
+            self._allocate(batch, inputs)
             self._gradient = self._captured()
-        self._write(batch)
+        self._write(batch["task"], inputs)
         _, norm = self._gradient()
         return self._logged | {"gradient_norm": norm}
 
-    def _place(self, batch: dict[str, Any]) -> None:
-        """Makes the places that the graph reads."""
-        self._places = {name: value.clone() for name, value in _tensors(batch).items()}
-        action, head = self._places["action"], self._policy.model.head
+    def _allocate(self, batch: dict[str, Any], inputs: dict[str, Tensor]) -> None:
+        """Allocate the memory that the graph reads."""
+        self._inputs = {name: value.clone() for name, value in inputs.items()}
+        action = inputs["action"]
         with self._autocast():
             encoder = self._policy.model.backbone.text_encoder
             self._words = WordTable(encoder, self._instructions, len(action), action.device)
-        self._drawn: tuple[Tensor, ...] = ()
-        if isinstance(head, FlowHead):
-            self._drawn = head.draw(action, torch.Generator())
-        self._batch = batch | self._places | {"task": [""] * len(action)}
+        self._batch = batch | self._inputs | {"task": [""] * len(action)}
 
     def _captured(self) -> Gradient:
-        """The graph; warming up for it leaves random states as they were."""
+        """Capture the graph; warming up for it leaves random states as they were."""
         weights = [weight for weight in self._policy.parameters() if weight.requires_grad]
         devices = {weight.device for weight in weights if weight.is_cuda}
         with torch.random.fork_rng(devices):
             return self._capture(self._loss, weights, self._most)
 
     def _loss(self) -> Tensor:
-        with self._in_place(), self._autocast():
-            loss, self._logged = self._forward(self._batch)
+        noise, time = self._inputs.get("noise"), self._inputs.get("time")
+        with self._autocast():
+            batch = self._batch | {"vega.words": self._words()}
+            loss, self._logged = self._forward(batch, noise=noise, time=time, metrics_as_tensors=True)
         return loss
 
-    def _write(self, batch: dict[str, Any]) -> None:
-        """Brings a batch, its words and its noise to their places."""
-        tensors = _tensors(batch)
-        shapes, expected = _shapes(tensors), _shapes(self._places)
+    def _write(self, instructions: list[str], inputs: dict[str, Tensor]) -> None:
+        """Copy a batch to the memory that the graph reads."""
+        shapes, expected = _shapes(inputs), _shapes(self._inputs)
         if shapes != expected:
             raise ValueError(
                 f"capture=true: this step was captured for {expected}; got {shapes}. Set capture=false."
             )
-        for name, place in self._places.items():
-            place.copy_(tensors[name], non_blocking=True)
-        self._words.choose(batch["task"])
-        if self._drawn:
-            fresh = self._policy.model.head.draw(self._places["action"], self._policy.draws)
-            for place, drawn in zip(self._drawn, fresh, strict=True):
-                place.copy_(drawn)
-
-    @contextmanager
-    def _in_place(self) -> Iterator[None]:
-        """Lets the policy meet words and noise where they lie; the host's part of both is done before."""
-        backbone, head = self._policy.model.backbone, self._policy.model.head
-        encoder, backbone.text_encoder = backbone.text_encoder, self._words
-        if self._drawn:
-            head.draw = lambda *_: self._drawn
-        try:
-            yield
-        finally:
-            backbone.text_encoder = encoder
-            if self._drawn:
-                del head.draw  # the method is back
+        for name, held in self._inputs.items():
+            held.copy_(inputs[name], non_blocking=True)
+        self._words.choose(instructions)
 
 
-class WordTable(nn.Module):
-    """Stands in for a text encoder: of sentences that are known beforehand, those with the chosen numbers.
+class WordTable:
+    """Encoded instructions of a batch, chosen by number from all instructions.
 
     Args:
         encoder: The text encoder; one that is frozen is read here, one that learns in each call.
@@ -231,7 +215,6 @@ class WordTable(nn.Module):
     def __init__(
         self, encoder: TextEncoder, sentences: Sequence[str], batch: int, device: torch.device
     ) -> None:
-        super().__init__()
         self._numbers = {sentence: number for number, sentence in enumerate(dict.fromkeys(sentences))}
         self._chosen = torch.zeros(batch, dtype=torch.int64, device=device)
         reader = _frozen if encoder.frozen else _learning
@@ -250,10 +233,10 @@ class WordTable(nn.Module):
                 "step was captured for. Set capture=false."
             )
         numbers = torch.tensor([self._numbers[sentence] for sentence in sentences])
-        self._chosen.copy_(placed(numbers, self._chosen))
+        self._chosen.copy_(copy_to(numbers, self._chosen))
 
-    def forward(self, sentences: list[str]) -> tuple[Tensor, Tensor]:
-        """Token features and their mask of the chosen sentences, whatever is asked for -> [b l c], [b l]."""
+    def __call__(self) -> tuple[Tensor, Tensor]:
+        """Return token features [b l c] and their mask [b l] of the chosen sentences."""
         words, is_word = self._read()
         return words[self._chosen], is_word[self._chosen]
 
@@ -274,10 +257,6 @@ def _learning(encoder: TextEncoder, sentences: list[str]) -> Callable[[], tuple[
         return hidden.masked_fill(~is_word[..., None], 0.0), is_word
 
     return read
-
-
-def _tensors(batch: dict[str, Any]) -> dict[str, Tensor]:
-    return {name: value for name, value in batch.items() if isinstance(value, Tensor)}
 
 
 def _shapes(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:

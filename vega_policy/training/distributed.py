@@ -65,7 +65,6 @@ def shard(accelerator: Accelerator, policy: "VegaPolicy") -> None:
     # Gathered weights never outlive a forward pass: the average is lent to the shards in between.
     fully_shard(policy, reshard_after_forward=True, **options)
     register_fsdp_forward_method(policy, "predict_action_chunk")
-    policy.model.head.recompute_context = True
 
 
 def _blocks(policy: "VegaPolicy") -> list[nn.Module]:
@@ -78,12 +77,10 @@ def _blocks(policy: "VegaPolicy") -> list[nn.Module]:
 def without_gradient(policy: "VegaPolicy", batch: dict[str, Any]) -> list[str]:
     """Names of the weights that a batch's loss does not reach, such as the projector of an unread stream.
 
-    Of the random states only torch's own is left elsewhere.
+    Of the random states only torch's default generator may advance.
     """
-    draws = policy.draws
-    policy.draws = torch.Generator()
-    policy(batch)[0].backward()
-    policy.draws = draws
+    noise, time = policy.sample_noise_and_time(batch["action"], torch.Generator())
+    policy(batch, noise=noise, time=time)[0].backward()
     weights = [(name, weight) for name, weight in policy.named_parameters() if weight.requires_grad]
     unused = [name for name, weight in weights if weight.grad is None]
     policy.zero_grad()

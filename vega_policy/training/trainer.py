@@ -67,8 +67,6 @@ class Trainer:
         self.clip_norm = learner.policy.config.get_optimizer_preset().grad_clip_norm
         self.shift = self._random_shift()
         learner.policy.train()
-        learner.policy.draws, learner.policy.lazy_log = learner.draws, True
-        learner.policy.model.head.share = (accelerator.process_index, accelerator.num_processes)
         self.model = self._wrap()
         self.captured: CapturedStep | None = None
         if config.capture:
@@ -149,12 +147,18 @@ class Trainer:
                 batch = self.prepare(next(batches))
             if self.shift is not None:
                 batch = self.shift(batch, (step - 1) * rounds + number)
+            noise, time = self.learner.policy.sample_noise_and_time(
+                batch["action"],
+                self.learner.draws,
+                self.accelerator.process_index,
+                self.accelerator.num_processes,
+            )
             if self.captured is not None:  # of a single round, or it is refused at the start
-                return self.captured(batch)
+                return self.captured(batch, noise, time)
             last = number == rounds - 1
             with nullcontext() if last else self.accelerator.no_sync(self.model):
                 with self.accelerator.autocast():
-                    loss, logged = self.model(batch)
+                    loss, logged = self.model(batch, noise=noise, time=time, metrics_as_tensors=True)
                 self.accelerator.backward(loss / rounds)
             for name, value in logged.items():
                 sums[name] = sums.get(name, 0.0) + torch.as_tensor(value) / rounds

@@ -81,28 +81,25 @@ def _measure(
     raw = source.batch(rows)
     actions, is_pad = raw["action"].clone(), raw["action_is_pad"]
     batch = prepare(raw)
-    policy.draws = torch.Generator().manual_seed(seed)
-    noise = torch.randn(actions.shape, generator=policy.draws)
+    generator = torch.Generator().manual_seed(seed)
+    start = torch.randn(actions.shape, generator=generator)
+    noise, time = policy.sample_noise_and_time(batch["action"], generator)
     with accelerator.autocast():
-        loss, _ = policy(batch)
-        predicted = policy.predict_action_chunk(batch, noise=noise)
+        loss, _ = policy(batch, noise=noise, time=time)
+        predicted = policy.predict_action_chunk(batch, noise=start)
     error = (learner.processors[1](predicted).float().cpu() - actions).abs()[~is_pad]
     return torch.tensor([loss.item() * len(rows), len(rows), error.sum().item(), error.numel()])
 
 
 @contextmanager
 def _lent(learner: TrainState) -> Iterator[None]:
-    """The policy with averaged weights, in evaluation mode, drawing for itself alone."""
-    policy, head = learner.policy, learner.policy.model.head
-    share, lazy, policy.lazy_log = head.share, policy.lazy_log, False
+    """The policy with averaged weights, in evaluation mode."""
+    policy = learner.policy
     policy.eval()
-    head.share = (0, 1)
     try:
         with learner.average.applied(), uncompiled(policy):
             yield
     finally:
-        policy.lazy_log = lazy
-        policy.draws, head.share = learner.draws, share
         policy.train()
 
 
