@@ -1,4 +1,4 @@
-"""The whole loop: demonstrations, training, closed-loop evaluation with the blind control, in one command.
+"""The whole loop: demonstrations, training, closed-loop evaluation with the blind ablation, in one command.
 
 `make demo` calls this. Each stage is a command that can be run by itself, and is skipped or gone on with
 where its output is there already.
@@ -27,7 +27,7 @@ STAGES = {
         "eval_policy.py",
         f"checkpoint={OUTPUT}/train/checkpoints/last",
         "env=lift_wide",
-        "control=[none,blind]",
+        "ablation=[none,blind]",
         f"output_dir={OUTPUT}/eval",
     ],
 }

@@ -1,7 +1,7 @@
 """Evaluate a checkpoint in closed loop: `scripts/eval_policy.py checkpoint=outputs/run/checkpoints/last`.
 
 Every field of configs/eval.yaml can be set on the command line, such as `env=lift_wide episodes_per_task=50
-control=[none,blind]`. Started again with the same settings, it goes on with the missing episodes.
+ablation=[none,blind]`. Started again with the same settings, it goes on with the missing episodes.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Controls inside a VEGA policy: each takes away what it says, and nothing else."""
+"""Ablations inside a VEGA policy: each takes away what it says, and nothing else."""
 
 import logging
 
@@ -11,11 +11,11 @@ from tests.evaluation.test_evaluate import GoalSeeker
 from tests.evaluation.test_policies import STATISTICS, noise_for, observe, save_checkpoint
 from tests.policies import tiny_config
 from vega_policy.evaluation.ablations import (
-    CONTROLS,
+    ABLATIONS,
     Features,
     NeighboursPrior,
     NoisePrior,
-    apply_control,
+    apply_ablation,
     shuffle_tokens,
 )
 from vega_policy.evaluation.env_pool import EnvironmentFactory
@@ -24,7 +24,7 @@ from vega_policy.evaluation.policies import find_checkpoint, load_lerobot_policy
 from vega_policy.model.config import PriorConfig
 from vega_policy.modeling_vega import VegaPolicy
 
-INSIDE = [name for name in CONTROLS if name not in ("none", "blind")]
+INSIDE = [name for name in ABLATIONS if name not in ("none", "blind")]
 
 
 @pytest.fixture(scope="module")
@@ -48,24 +48,24 @@ def features(rows=3, seed=0):
 
 
 @pytest.mark.parametrize("name", INSIDE)
-def test_every_control_changes_the_actions_and_is_repeated_exactly_after_a_reset(folders, name):
+def test_every_ablation_changes_the_actions_and_is_repeated_exactly_after_a_reset(folders, name):
     plain = load_lerobot_policy(folders["random"], device="cpu")
     batch, noise = observe(3), noise_for(plain, 3)
-    controlled = apply_control(name, plain, folders["random"])
-    controlled.reset()
-    first = [controlled.chunk(batch, noise), controlled.chunk(observe(3, seed=1), noise)]
-    controlled.reset()
-    again = [controlled.chunk(batch, noise), controlled.chunk(observe(3, seed=1), noise)]
+    ablated = apply_ablation(name, plain, folders["random"])
+    ablated.reset()
+    first = [ablated.chunk(batch, noise), ablated.chunk(observe(3, seed=1), noise)]
+    ablated.reset()
+    again = [ablated.chunk(batch, noise), ablated.chunk(observe(3, seed=1), noise)]
     np.testing.assert_array_equal(first, again)
     assert not np.allclose(first[0], plain.chunk(batch, noise), atol=1e-4)
 
 
 def test_an_unchanged_feature_gives_the_actions_of_the_policy_as_it_is(folders):
-    from vega_policy.evaluation.ablations import Change, FeatureControl
+    from vega_policy.evaluation.ablations import Change, FeatureAblation
 
     plain = load_lerobot_policy(folders["random"], device="cpu")
     batch, noise = observe(2), noise_for(plain, 2)
-    same = FeatureControl(plain, "same", Change(lambda features: None), needs_prior=True)
+    same = FeatureAblation(plain, "same", Change(lambda features: None), needs_prior=True)
     np.testing.assert_array_equal(same.chunk(batch, noise), plain.chunk(batch, noise))
 
 
@@ -117,10 +117,10 @@ def test_a_row_is_given_the_features_of_another_episode_now_or_from_its_beginnin
 def test_a_policy_without_a_prior_or_of_another_kind_is_refused(folders):
     plain = load_lerobot_policy(folders["none"], device="cpu")
     with pytest.raises(ValueError, match=r"'prior_zero' changes .*, but the checkpoint has no"):
-        apply_control("prior_zero", plain, folders["none"])
-    apply_control("tokens_shuffled", plain, folders["none"])
+        apply_ablation("prior_zero", plain, folders["none"])
+    apply_ablation("tokens_shuffled", plain, folders["none"])
     with pytest.raises(ValueError, match="features of a vega policy; this one is 'seeker'"):
-        apply_control("prior_zero", GoalSeeker(), folders["none"])
+        apply_ablation("prior_zero", GoalSeeker(), folders["none"])
 
 
 def test_pictures_other_than_those_trained_on_are_warned_of(tmp_path, caplog):

@@ -21,11 +21,11 @@ from vega_policy.evaluation.episodes import EpisodeResult, RunFolder
 from vega_policy.evaluation.stats import wilson_interval
 
 
-def write(folder, solved, control="none", tasks=2, suite=None, **settings):
+def write(folder, solved, ablation="none", tasks=2, suite=None, **settings):
     """An evaluation of `folder`'s suite, its episodes shared out among the tasks."""
     results = [
         EpisodeResult(
-            control,
+            ablation,
             suite or folder.name,
             f"task_{i % tasks}",
             i % tasks,
@@ -44,8 +44,8 @@ def write(folder, solved, control="none", tasks=2, suite=None, **settings):
     run.close()
 
 
-def one(folder, control="none"):
-    return read_policy(folder, control, folder.name)
+def one(folder, ablation="none"):
+    return read_policy(folder, ablation, folder.name)
 
 
 def first_of(episodes, count):
@@ -165,12 +165,12 @@ def test_many_policies_are_each_compared_with_the_last(main_pair, monkeypatch, c
     assert "difference to none" in text
 
 
-def test_a_control_is_compared_with_the_policy_as_it_is(tmp_path, monkeypatch, capsys):
+def test_an_ablation_is_compared_with_the_policy_as_it_is(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "wan/seed_0/lift"
     write(folder, first_of(20, 15))
-    write(folder, first_of(20, 5), control="blind")
+    write(folder, first_of(20, 5), ablation="blind")
     write(tmp_path / "wan/seed_1/lift", first_of(20, 15))
-    text = run(monkeypatch, capsys, tmp_path / "wan", tmp_path / "wan", "--second-control", "blind")
+    text = run(monkeypatch, capsys, tmp_path / "wan", tmp_path / "wan", "--second-ablation", "blind")
     assert "wan (blind)" in text
     assert "+50.0 [" in text
     assert "not in wan (blind): seed_1/lift" in text
@@ -229,7 +229,7 @@ def test_the_action_steps_that_were_executed_are_compared(tmp_path):
 def test_a_folder_is_not_compared_with_itself(main_pair, monkeypatch, capsys):
     for folder in (main_pair / "wan", main_pair / "wan/seed_0/libero_10"):
         again = folder.parent / ".." / folder.parent.name / folder.name
-        assert "one folder under one control (none)" in refusal(monkeypatch, capsys, folder, again)
+        assert "one folder under one ablation (none)" in refusal(monkeypatch, capsys, folder, again)
 
 
 def test_the_shards_of_an_evaluation_are_not_evaluations(tmp_path):
@@ -257,8 +257,8 @@ def test_bad_folders_end_in_one_message(main_pair, monkeypatch, capsys):
     }.items():
         assert message in refusal(monkeypatch, capsys, wan, folder)
     assert "at least two folders" in refusal(monkeypatch, capsys, wan)
-    assert "under the control 'zero'; it has none" in refusal(
-        monkeypatch, capsys, wan, wan, "--first-control", "zero"
+    assert "under the ablation 'zero'; it has none" in refusal(
+        monkeypatch, capsys, wan, wan, "--first-ablation", "zero"
     )
 
 

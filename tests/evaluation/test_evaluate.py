@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from tests.evaluation import test_world as world
-from vega_policy.evaluation.ablations import BlindPolicy, apply_control
+from vega_policy.evaluation.ablations import BlindPolicy, apply_ablation
 from vega_policy.evaluation.compare import UnpairedRunsError, compare_runs, comparison_table
 from vega_policy.evaluation.config import EvaluationSettings
 from vega_policy.evaluation.env_pool import EnvironmentFactory, WorkerError, WorkerPool
@@ -76,7 +76,7 @@ def evaluate(folder, *, policy=None, processes=1, provenance=None, **changes):
     means = dict.fromkeys(policy.description.cameras, MEAN_FRAME)
     variants = {"none": policy, "blind": BlindPolicy(policy, means)}
     with WorkerPool(FACTORY, processes) as pool:
-        return evaluation.run({name: variants[name] for name in chosen.controls}, pool)
+        return evaluation.run({name: variants[name] for name in chosen.ablations}, pool)
 
 
 def play_alone(episode: Episode, policy):
@@ -102,14 +102,14 @@ def observe(frames, state):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """An uninterrupted evaluation in one process, with blind control and films."""
+    """An uninterrupted evaluation in one process, with blind ablation and films."""
     folder = tmp_path_factory.mktemp("finished") / "run"
-    summary = evaluate(folder, controls=("none", "blind"), videos=2)
+    summary = evaluate(folder, ablations=("none", "blind"), videos=2)
     return folder, summary
 
 
 def test_every_episode_ends_as_it_does_in_a_plain_loop(finished):
-    results = [result for result in read_episodes(finished[0]) if result.control == "none"]
+    results = [result for result in read_episodes(finished[0]) if result.ablation == "none"]
     plan = plan_episodes(world.tasks("two_points"), 7, 0, official_states=False)
     assert [result.key for result in results] == [episode.key for episode in plan]
     for result, episode in zip(results, plan, strict=True):
@@ -119,7 +119,7 @@ def test_every_episode_ends_as_it_does_in_a_plain_loop(finished):
 
 
 def test_one_process_equals_two_in_every_field(finished, tmp_path):
-    evaluate(tmp_path / "run", processes=2, controls=("none", "blind"))
+    evaluate(tmp_path / "run", processes=2, ablations=("none", "blind"))
     assert read_episodes(tmp_path / "run") == read_episodes(finished[0])
 
 
@@ -131,7 +131,7 @@ def test_an_interrupted_and_resumed_evaluation_equals_an_uninterrupted_one(finis
                 raise KeyboardInterrupt
             return super().chunk(batch, noise)
 
-    asked = {"controls": ("none", "blind"), "videos": 2 if calls == 12 else 0}
+    asked = {"ablations": ("none", "blind"), "videos": 2 if calls == 12 else 0}
     with pytest.raises(KeyboardInterrupt):
         evaluate(tmp_path / "run", policy=Interrupted(), processes=2, **asked)
     played = (tmp_path / "run" / "episodes.parquet").is_file()
@@ -146,7 +146,7 @@ def test_an_interrupted_and_resumed_evaluation_equals_an_uninterrupted_one(finis
 
 
 def test_a_killed_worker_is_reported_and_its_evaluation_goes_on(finished, tmp_path):
-    chosen = settings(controls=("none", "blind"))
+    chosen = settings(ablations=("none", "blind"))
     evaluation = Evaluation(chosen, world.tasks("two_points"), tmp_path / "run", {"checkpoint": "seeker"})
     with WorkerPool(FACTORY, 2) as pool:
 
@@ -158,7 +158,7 @@ def test_a_killed_worker_is_reported_and_its_evaluation_goes_on(finished, tmp_pa
 
         with pytest.raises(WorkerError, match=r"worker 1 died .*exit code -9"):
             evaluation.run({"none": Killer(), "blind": Killer()}, pool)
-    evaluate(tmp_path / "run", processes=2, controls=("none", "blind"))
+    evaluate(tmp_path / "run", processes=2, ablations=("none", "blind"))
     assert read_episodes(tmp_path / "run") == read_episodes(finished[0])
 
 
@@ -168,7 +168,7 @@ def test_a_second_start_of_a_finished_evaluation_plays_nothing(finished, tmp_pat
             raise AssertionError("the policy was asked again")
 
     folder, summary = shutil.copytree(finished[0], tmp_path / "run"), finished[1]
-    again = evaluate(folder, policy=NeverAsked(), controls=("none", "blind"), videos=2)
+    again = evaluate(folder, policy=NeverAsked(), ablations=("none", "blind"), videos=2)
     cost = {"seconds_total": 0, "latency": 0}
     assert {**again, **cost} == {**summary, **cost}
     assert again["latency"] == summary["latency"]
@@ -186,13 +186,13 @@ def test_nothing_is_a_success_that_the_simulator_does_not_call_success(tmp_path)
 
 def test_blind_sees_nothing_but_the_mean_frame_and_renders_nothing(tmp_path):
     policy = GoalSeeker()
-    summary = evaluate(tmp_path / "run", policy=policy, controls=("blind",), episodes_per_task=3)
+    summary = evaluate(tmp_path / "run", policy=policy, ablations=("blind",), episodes_per_task=3)
     assert policy.batches
     for batch in policy.batches:
         assert batch.constant_frames
         for frame in batch.frames[world.CAMERA]:
             np.testing.assert_array_equal(frame, MEAN_FRAME)
-    assert summary["control"] == "blind"
+    assert summary["ablation"] == "blind"
     assert summary["blind_success_rate"] == summary["success_rate"]
 
 
@@ -265,16 +265,16 @@ def test_the_summary_counts_what_the_episodes_say(finished):
     folder, summary = finished
     assert json.loads((folder / "summary.json").read_text()) == summary
     rows = pyarrow.parquet.read_table(folder / "episodes.parquet").to_pylist()
-    for control in ("none", "blind"):
-        successes = [row["success"] for row in rows if row["control"] == control]
-        numbers = summary["controls"][control]
+    for ablation in ("none", "blind"):
+        successes = [row["success"] for row in rows if row["ablation"] == ablation]
+        numbers = summary["ablations"][ablation]
         assert (numbers["successes"], numbers["episodes"]) == (sum(successes), 14)
         interval = wilson_interval(sum(successes), 14)
         assert (numbers["ci_low"], numbers["ci_high"]) == (interval.low, interval.high)
-        by_task = [row["success"] for row in rows if (row["control"], row["task"]) == (control, "far")]
+        by_task = [row["success"] for row in rows if (row["ablation"], row["task"]) == (ablation, "far")]
         assert numbers["tasks"]["far"]["success_rate"] == sum(by_task) / 7
-    assert summary["success_rate"] == summary["controls"]["none"]["success_rate"]
-    assert summary["blind_success_rate"] == summary["controls"]["blind"]["success_rate"]
+    assert summary["success_rate"] == summary["ablations"]["none"]["success_rate"]
+    assert summary["blind_success_rate"] == summary["ablations"]["blind"]["success_rate"]
     assert summary["blind_success_rate"] < summary["success_rate"]
     assert {"ci_low", "ci_high", "prior", "seconds_total", "episodes"} <= summary.keys()
     assert summary["latency"]["batch_size"] == 4
@@ -287,7 +287,7 @@ def test_films_show_the_whole_episode_and_the_page_links_what_exists(finished):
     films = list((folder / "videos").glob("*.mp4"))
     assert len(films) == 4
     assert sum("success" in film.name for film in films) == 2
-    lengths = {(r.task, r.index): r.length for r in read_episodes(folder) if r.control == "none"}
+    lengths = {(r.task, r.index): r.length for r in read_episodes(folder) if r.ablation == "none"}
     for film in films:
         assert f"videos/{film.name}" in page
         assert f"videos/{film.with_suffix('.png').name}" in page
@@ -305,7 +305,7 @@ def test_films_show_the_whole_episode_and_the_page_links_what_exists(finished):
 def test_other_settings_in_the_same_folder_are_refused_by_name(finished, tmp_path):
     folder, _ = finished
     with pytest.raises(OtherRunError, match=r"seed: 0 there, 5 now") as refusal:
-        evaluate(folder, controls=("none", "blind"), videos=2, seed=5, provenance={"checkpoint": "other"})
+        evaluate(folder, ablations=("none", "blind"), videos=2, seed=5, provenance={"checkpoint": "other"})
     assert "checkpoint: 'seeker' there, 'other' now" in str(refusal.value)
     assert "num_envs" not in str(refusal.value)
     (tmp_path / "notes.txt").write_text("mine")
@@ -352,8 +352,8 @@ def test_a_bad_chunk_is_refused(tmp_path, spoil, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"controls": ("blnd",)}, "did you mean blind"),
-        ({"controls": ()}, "one or more"),
+        ({"ablations": ("blnd",)}, "did you mean blind"),
+        ({"ablations": ()}, "one or more"),
         ({"num_envs": 0}, "slots of at least 1, got 0"),
         ({"tasks": (0, 4)}, r"index \[4\].*0 near, 1 far"),
         ({"seed": -1}, "seed of at least 0"),
@@ -365,37 +365,37 @@ def test_bad_settings_are_refused(tmp_path, change, message):
         evaluate(tmp_path / "run", **change)
 
 
-def test_the_blind_control_reads_the_mean_frames_of_the_checkpoint(tmp_path):
+def test_the_blind_ablation_reads_the_mean_frames_of_the_checkpoint(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"mean_frames\.safetensors"):
-        apply_control("blind", GoalSeeker(), tmp_path)
+        apply_ablation("blind", GoalSeeker(), tmp_path)
     mean = np.random.default_rng(0).random((3, 4, 5), np.float32)
     save_file({"observation.images.other": mean}, tmp_path / "mean_frames.safetensors")
     with pytest.raises(ValueError, match=r"no mean frame for .*images\.image.*images\.other"):
-        apply_control("blind", GoalSeeker(), tmp_path)
+        apply_ablation("blind", GoalSeeker(), tmp_path)
     save_file({world.CAMERA: mean}, tmp_path / "mean_frames.safetensors")
     seen = GoalSeeker()
     batch = observe({}, np.zeros((2, 2), np.float32))
-    apply_control("blind", seen, tmp_path).chunk(batch, np.zeros((2, 6, 2), np.float32))
+    apply_ablation("blind", seen, tmp_path).chunk(batch, np.zeros((2, 6, 2), np.float32))
     shown = seen.batches[0].frames[world.CAMERA]
     assert shown.shape == (2, 4, 5, 3)
     np.testing.assert_allclose(shown[1] / 255, mean.transpose(1, 2, 0), atol=0.5 / 255 + 1e-6)
     save_file({world.CAMERA: mean * 255}, tmp_path / "mean_frames.safetensors")
     with pytest.raises(ValueError, match=r"in \[0, 1\]"):
-        apply_control("blind", GoalSeeker(), tmp_path)
+        apply_ablation("blind", GoalSeeker(), tmp_path)
 
 
 def test_a_comparison_pairs_the_same_episodes(finished, tmp_path):
     folder, summary = finished
-    with pytest.raises(ValueError, match="one folder under one control"):
+    with pytest.raises(ValueError, match="one folder under one ablation"):
         compare_runs(folder, folder)
-    against_blind = compare_runs(folder, folder, second_control="blind")
+    against_blind = compare_runs(folder, folder, second_ablation="blind")
     assert against_blind["all"]["difference"] == pytest.approx(
         summary["success_rate"] - summary["blind_success_rate"]
     )
     assert {"near", "far"} <= against_blind.keys()
     assert "far" in comparison_table(against_blind)
-    with pytest.raises(UnpairedRunsError, match=r"under the control 'zero'.*blind"):
-        compare_runs(folder, folder, second_control="zero")
+    with pytest.raises(UnpairedRunsError, match=r"under the ablation 'zero'.*blind"):
+        compare_runs(folder, folder, second_ablation="zero")
 
 
 def test_runs_of_other_episodes_are_not_compared(finished, tmp_path):

@@ -52,7 +52,7 @@ def vega(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def act(tmp_path_factory):
-    """An ACT policy for the point world of these tests, with a mean frame for its blind control."""
+    """An ACT policy for the point world of these tests, with a mean frame for its blind ablation."""
     torch.manual_seed(0)
     config = ACTConfig(
         device="cpu",
@@ -204,10 +204,10 @@ def test_a_policy_that_draws_its_own_noise_is_repeatable_and_leaves_the_global_g
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_the_command_evaluates_a_checkpoint_and_its_blind_control(act, tmp_path):
-    summary = launch(evaluation_config(act, tmp_path / "run", "control=[none,blind]", "processes=2"))
+def test_the_command_evaluates_a_checkpoint_and_its_blind_ablation(act, tmp_path):
+    summary = launch(evaluation_config(act, tmp_path / "run", "ablation=[none,blind]", "processes=2"))
     assert summary["policy"] == "act"
-    assert {result.control for result in read_episodes(tmp_path / "run")} == {"none", "blind"}
+    assert {result.ablation for result in read_episodes(tmp_path / "run")} == {"none", "blind"}
     assert len(read_episodes(tmp_path / "run")) == 12
     assert summary["settings"]["action_steps"] is None
     assert all(result.length <= 3 * result.policy_calls for result in read_episodes(tmp_path / "run"))

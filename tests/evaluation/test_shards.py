@@ -16,7 +16,7 @@ PROVENANCE = {"checkpoint": "seeker"}
 
 
 def play(folder, shard=None, **changes):
-    chosen = settings(controls=("none", "blind"), **changes)
+    chosen = settings(ablations=("none", "blind"), **changes)
     evaluation = Evaluation(chosen, world.tasks(chosen.suite), folder, PROVENANCE, shard)
     policy = GoalSeeker()
     means = dict.fromkeys(policy.description.cameras, MEAN_FRAME)
@@ -32,7 +32,7 @@ def test_shards_gathered_are_the_evaluation_in_one_piece(tmp_path):
         assert 0 < part["episodes"] < whole["episodes"]
     gathered = play(tmp_path / "parts", videos=1)
     assert read_episodes(tmp_path / "parts") == read_episodes(tmp_path / "whole")
-    assert gathered["controls"] == whole["controls"]
+    assert gathered["ablations"] == whole["ablations"]
     films = {path.name for path in (tmp_path / "whole" / "videos").iterdir()}
     assert {path.name for path in (tmp_path / "parts" / "videos").iterdir()} == films
 
@@ -44,7 +44,7 @@ def test_both_averages_of_a_grouped_suite_are_reported(tmp_path):
     evaluation = Evaluation(chosen, tasks, tmp_path / "run", PROVENANCE)
     with WorkerPool(FACTORY, 1) as pool:
         summary = evaluation.run({"none": GoalSeeker()}, pool)
-    numbers = summary["controls"]["none"]
+    numbers = summary["ablations"]["none"]
     rates = [row["success_rate"] for row in numbers["tasks"].values()]
     assert numbers["mean_of_tasks"] == numbers["mean_of_groups"] == sum(rates) / 2
     assert "mean of difficulty groups" in table(summary)
@@ -57,10 +57,10 @@ def test_shards_of_other_settings_are_not_gathered(tmp_path):
         play(tmp_path / "parts", episodes_per_task=3)
 
 
-def test_a_shard_that_does_not_exist_and_a_control_across_rows_are_refused(tmp_path):
+def test_a_shard_that_does_not_exist_and_an_ablation_across_rows_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"expected shard in \[0, 1\] with shards=2, got 2"):
         Shard(2, 2)
-    chosen = settings(controls=("prior_batch",))
+    chosen = settings(ablations=("prior_batch",))
     with pytest.raises(ValueError, match=r"\['prior_batch'\].*cannot be played in shards"):
         Evaluation(chosen, world.tasks(chosen.suite), tmp_path, PROVENANCE, Shard(0, 2))
 
@@ -75,14 +75,14 @@ def test_two_evaluations_do_not_write_into_one_folder(tmp_path):
     evaluate(tmp_path / "run")
 
 
-def test_a_control_across_rows_is_played_from_its_beginning_after_an_interruption(tmp_path):
+def test_an_ablation_across_rows_is_played_from_its_beginning_after_an_interruption(tmp_path):
     class Interrupted(GoalSeeker):
         def chunk(self, batch, noise):
             if len(self.batches) == 6:
                 raise KeyboardInterrupt
             return super().chunk(batch, noise)
 
-    chosen = settings(controls=("prior_batch",))
+    chosen = settings(ablations=("prior_batch",))
     tasks = world.tasks(chosen.suite)
     with WorkerPool(FACTORY, 1) as pool:
         evaluation = Evaluation(chosen, tasks, tmp_path / "run", PROVENANCE)

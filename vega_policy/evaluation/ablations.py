@@ -1,7 +1,6 @@
-"""Controls: the same checkpoint with something taken away, to learn what its success rests on.
+"""Ablations of a trained policy: the same checkpoint evaluated with one part of its input removed.
 
-A control turns a policy into a policy. To add one, write a function `(policy, checkpoint) -> policy` and give
-it a line in `CONTROLS`. Those that reach into the features are in `feature_controls.py`.
+To add one, write a function `(policy, checkpoint) -> policy` and give it a line in `ABLATIONS`.
 """
 
 from __future__ import annotations
@@ -95,8 +94,8 @@ def read_mean_frames(checkpoint: Path) -> dict[str, np.ndarray]:
     path = checkpoint / MEAN_FRAMES_FILE
     if not path.is_file():
         raise FileNotFoundError(
-            f"the blind control needs the dataset's mean frames, but {path} does not exist; train with "
-            "scripts/train_policy.py, which writes it, or evaluate with control=none"
+            f"the blind ablation needs the dataset's mean frames, but {path} does not exist; train with "
+            "scripts/train_policy.py, which writes it, or evaluate with ablation=none"
         )
     return {camera: _as_picture(camera, mean) for camera, mean in load_file(path).items()}
 
@@ -119,7 +118,7 @@ def _blind(policy: ChunkPolicy, checkpoint: Path) -> ChunkPolicy:
 
 
 def _features(name: str, *, needs_prior: bool = True) -> Callable[[ChunkPolicy, Path], ChunkPolicy]:
-    def control(policy: ChunkPolicy, checkpoint: Path) -> ChunkPolicy:
+    def ablation(policy: ChunkPolicy, checkpoint: Path) -> ChunkPolicy:
         from vega_policy.evaluation import ablations as features
 
         changes = {
@@ -129,20 +128,20 @@ def _features(name: str, *, needs_prior: bool = True) -> Callable[[ChunkPolicy, 
             "prior_batch": lambda: features.NeighboursPrior(first_frames=False),
             "prior_episode": lambda: features.NeighboursPrior(first_frames=True),
         }
-        return features.FeatureControl(policy, name, changes[name](), needs_prior=needs_prior)
+        return features.FeatureAblation(policy, name, changes[name](), needs_prior=needs_prior)
 
-    return control
+    return ablation
 
 
 @dataclass(frozen=True)
-class Control:
+class Ablation:
     """What is taken away.
 
     Attributes:
         apply: Changes a policy, given the folder of its checkpoint.
         meaning: In words, for the report.
         rows_apart: Whether a row of the batch is played without a look at the others. Where it is not, an
-            interrupted evaluation plays the control from its beginning, and shards are refused.
+            interrupted evaluation plays the ablation from its beginning, and shards are refused.
     """
 
     apply: Callable[[ChunkPolicy, Path], ChunkPolicy]
@@ -150,59 +149,59 @@ class Control:
     rows_apart: bool = True
 
 
-CONTROLS = {
-    "none": Control(_unchanged, "the policy as it is"),
-    "blind": Control(_blind, "every frame replaced by the dataset's mean frame"),
-    "tokens_shuffled": Control(
+ABLATIONS = {
+    "none": Ablation(_unchanged, "the policy as it is"),
+    "blind": Ablation(_blind, "every frame replaced by the dataset's mean frame"),
+    "tokens_shuffled": Ablation(
         _features("tokens_shuffled", needs_prior=False), "image tokens in another order, always the same"
     ),
-    "prior_zero": Control(_features("prior_zero"), "the prior's features set to zero"),
-    "prior_noise": Control(
+    "prior_zero": Ablation(_features("prior_zero"), "the prior's features set to zero"),
+    "prior_noise": Ablation(
         _features("prior_noise"),
         "the prior's features replaced by noise of their statistics",
         rows_apart=False,
     ),
-    "prior_batch": Control(
+    "prior_batch": Ablation(
         _features("prior_batch"), "the prior's features of another episode at the same time", rows_apart=False
     ),
-    "prior_episode": Control(
+    "prior_episode": Ablation(
         _features("prior_episode"),
         "the prior's features of the first frames of another episode",
         rows_apart=False,
     ),
 }
-"""Every control by name."""
+"""Every ablation by name."""
 
 
-def check_controls(names: Sequence[str]) -> None:
-    """Refuse unknown, repeated or no controls.
+def check_ablations(names: Sequence[str]) -> None:
+    """Refuse unknown, repeated or no ablations.
 
     Raises:
         ValueError: With the near and all known names.
     """
     for name in names:
-        if name not in CONTROLS:
-            near = difflib.get_close_matches(name, CONTROLS, n=3)
+        if name not in ABLATIONS:
+            near = difflib.get_close_matches(name, ABLATIONS, n=3)
             hint = f"did you mean {' or '.join(near)}? " if near else ""
-            raise ValueError(f"unknown control {name!r}; {hint}Known controls: {', '.join(CONTROLS)}")
+            raise ValueError(f"unknown ablation {name!r}; {hint}Known ablations: {', '.join(ABLATIONS)}")
     if not names or len(set(names)) < len(names):
-        raise ValueError(f"expected one or more different controls, got {list(names)}")
+        raise ValueError(f"expected one or more different ablations, got {list(names)}")
 
 
-def apply_control(name: str, policy: ChunkPolicy, checkpoint: Path) -> ChunkPolicy:
-    """Return the policy under a control.
+def apply_ablation(name: str, policy: ChunkPolicy, checkpoint: Path) -> ChunkPolicy:
+    """Return the policy under an ablation.
 
     Args:
-        name: A key of `CONTROLS`.
+        name: A key of `ABLATIONS`.
         policy: The policy.
         checkpoint: Folder of the checkpoint's `config.json`.
 
     Raises:
-        ValueError: If there is no such control.
-        FileNotFoundError: If the checkpoint lacks a file that the control needs.
+        ValueError: If there is no such ablation.
+        FileNotFoundError: If the checkpoint lacks a file that the ablation needs.
     """
-    check_controls([name])
-    return CONTROLS[name].apply(policy, checkpoint)
+    check_ablations([name])
+    return ABLATIONS[name].apply(policy, checkpoint)
 
 
 SEED = 0  # of permutations and noise
@@ -223,7 +222,7 @@ class Features:
     active: list[int]
 
 
-class FeatureControl:
+class FeatureAblation:
     """A policy whose features are changed between its eyes and its fusion."""
 
     reads_frames = True
@@ -233,7 +232,7 @@ class FeatureControl:
 
         Args:
             policy: The policy.
-            name: Name of the control, for messages.
+            name: Name of the ablation, for messages.
             change: What is done to the features; called once a chunk.
             needs_prior: Whether a policy without a prior is refused.
 
@@ -242,12 +241,12 @@ class FeatureControl:
         """
         if not isinstance(policy, LeRobotChunkPolicy) or not isinstance(policy.policy, VegaPolicy):
             raise ValueError(
-                f"control {name!r} reaches into the features of a vega policy; this one is "
+                f"ablation {name!r} reaches into the features of a vega policy; this one is "
                 f"{policy.description.name!r}. Evaluate it with none or blind."
             )
         if needs_prior and policy.policy.model.prior is None:
             raise ValueError(
-                f"control {name!r} changes the prior's features, but the checkpoint has no prior"
+                f"ablation {name!r} changes the prior's features, but the checkpoint has no prior"
             )
         self._policy, self._vega, self._change = policy, policy.policy, change
 
@@ -381,5 +380,5 @@ class NeighboursPrior(Change):
 
 
 def _prior(features: Features) -> Tensor:
-    assert features.prior is not None  # FeatureControl refuses policies without a prior
+    assert features.prior is not None  # FeatureAblation refuses policies without a prior
     return features.prior

@@ -62,19 +62,19 @@ def _read(path: Path) -> dict[str, Any]:
     return values
 
 
-def require_two(folders: Sequence[Path], controls: Sequence[str]) -> None:
+def require_two(folders: Sequence[Path], ablations: Sequence[str]) -> None:
     """Refuse to compare a folder with itself.
 
     Raises:
-        ValueError: If two of the folders are one and the same, under the same control.
+        ValueError: If two of the folders are one and the same, under the same ablation.
     """
     seen: dict[tuple[Path, str], Path] = {}
-    for folder, control in zip(folders, controls, strict=True):
-        place = (folder.resolve(), control)
+    for folder, ablation in zip(folders, ablations, strict=True):
+        place = (folder.resolve(), ablation)
         if twin := seen.get(place):
             raise ValueError(
-                f"{twin} and {folder} are one folder under one control ({control}): every difference would "
-                "be zero; give other folders, or other controls (--first-control, --second-control)"
+                f"{twin} and {folder} are one folder under one ablation ({ablation}): every difference would "
+                "be zero; give other folders, or other ablations (--first-ablation, --second-ablation)"
             )
         seen[place] = folder
 
@@ -110,15 +110,15 @@ class UnpairedRunsError(ValueError):
 
 
 def compare_runs(
-    first: Path, second: Path, *, first_control: str = "none", second_control: str = "none"
+    first: Path, second: Path, *, first_ablation: str = "none", second_ablation: str = "none"
 ) -> dict[str, dict[str, Any]]:
     """Compare two evaluations episode by episode.
 
     Args:
         first: Folder of the first evaluation.
-        second: Folder of the second evaluation; may be the same one, under another control.
-        first_control: Control of the first evaluation.
-        second_control: Control of the second evaluation.
+        second: Folder of the second evaluation; may be the same one, under another ablation.
+        first_ablation: Ablation of the first evaluation.
+        second_ablation: Ablation of the second evaluation.
 
     Returns:
         `summary.paired_difference` for each task, and under `all` for all of them.
@@ -126,10 +126,10 @@ def compare_runs(
     Raises:
         FileNotFoundError: If a folder holds no finished episode.
         UnpairedRunsError: If they did not play the same episodes from the same initial states.
-        ValueError: If both are one folder under one control.
+        ValueError: If both are one folder under one ablation.
     """
-    require_two([first, second], [first_control, second_control])
-    one, two = _episodes(first, first_control), _episodes(second, second_control)
+    require_two([first, second], [first_ablation, second_ablation])
+    one, two = _episodes(first, first_ablation), _episodes(second, second_ablation)
     require_same_episodes(one, two)
     tasks = dict.fromkeys(result.task for result in one)
     comparison = {
@@ -140,17 +140,17 @@ def compare_runs(
 
 
 def comparison_notes(
-    first: Path, second: Path, *, first_control: str = "none", second_control: str = "none"
+    first: Path, second: Path, *, first_ablation: str = "none", second_ablation: str = "none"
 ) -> list[str]:
     """Return what a reader of a comparison must know: which is which, and what was not alike.
 
     Args:
         first: Folder of the first evaluation.
         second: Folder of the second evaluation.
-        first_control: Control of the first evaluation.
-        second_control: Control of the second evaluation.
+        first_ablation: Ablation of the first evaluation.
+        second_ablation: Ablation of the second evaluation.
     """
-    sides = (("first", first, first_control), ("second", second, second_control))
+    sides = (("first", first, first_ablation), ("second", second, second_ablation))
     named = [f"{side}: {place}{'' if of == 'none' else f' ({of})'}" for side, place, of in sides]
     settings = (read_conditions(first), read_conditions(second))
     alike = unlike_conditions(("first", "second"), {f"{first} and {second}": settings})
@@ -203,12 +203,12 @@ def _markdown(shown: dict[str, dict[str, Any]]) -> str:
     return markdown_table(cells)
 
 
-def _episodes(folder: Path, control: str) -> list[EpisodeResult]:
+def _episodes(folder: Path, ablation: str) -> list[EpisodeResult]:
     episodes = read_episodes(folder)
-    chosen = [result for result in episodes if result.control == control]
+    chosen = [result for result in episodes if result.ablation == ablation]
     if not chosen:
-        played = sorted({result.control for result in episodes})
-        raise UnpairedRunsError(f"{folder} has no episodes under the control {control!r}; it has {played}")
+        played = sorted({result.ablation for result in episodes})
+        raise UnpairedRunsError(f"{folder} has no episodes under the ablation {ablation!r}; it has {played}")
     return sorted(chosen, key=lambda result: result.key)
 
 
@@ -249,14 +249,14 @@ class PolicyRuns:
     Attributes:
         name: How the policy is called in tables.
         folder: Where its evaluations lie.
-        control: Control under which they were played.
+        ablation: Ablation under which they were played.
         runs: Episodes of each evaluation, sorted by their keys.
         settings: Settings of each evaluation, empty where they are not known.
     """
 
     name: str
     folder: str
-    control: str
+    ablation: str
     runs: Mapping[RunKey, Sequence[EpisodeResult]]
     settings: Mapping[RunKey, Settings]
 
@@ -274,37 +274,37 @@ def evaluations_below(folder: Path) -> list[Path]:
     return [file.parent for file in files if SHARD_FOLDER not in file.relative_to(folder).parts]
 
 
-def read_policies(folders: Sequence[Path], controls: Sequence[str]) -> list[PolicyRuns]:
+def read_policies(folders: Sequence[Path], ablations: Sequence[str]) -> list[PolicyRuns]:
     """Read several policies, called by their folders' names, or by the paths where two names are the same.
 
     Args:
         folders: Folder of each policy.
-        controls: Control of each policy; named where it is not `none`.
+        ablations: Ablation of each policy; named where it is not `none`.
 
     Raises:
         FileNotFoundError: If a folder holds no evaluation.
-        ValueError: If two are one folder under one control, and as `read_policy` says.
+        ValueError: If two are one folder under one ablation, and as `read_policy` says.
     """
-    require_two(folders, controls)
-    of = ["" if control == "none" else f" ({control})" for control in controls]
-    names = [folder.resolve().name + control for folder, control in zip(folders, of, strict=True)]
+    require_two(folders, ablations)
+    of = ["" if ablation == "none" else f" ({ablation})" for ablation in ablations]
+    names = [folder.resolve().name + ablation for folder, ablation in zip(folders, of, strict=True)]
     if len(set(names)) < len(names):
-        names = [f"{folder}{control}" for folder, control in zip(folders, of, strict=True)]
-    return [read_policy(*policy) for policy in zip(folders, controls, names, strict=True)]
+        names = [f"{folder}{ablation}" for folder, ablation in zip(folders, of, strict=True)]
+    return [read_policy(*policy) for policy in zip(folders, ablations, names, strict=True)]
 
 
-def read_policy(folder: Path, control: str, name: str) -> PolicyRuns:
+def read_policy(folder: Path, ablation: str, name: str) -> PolicyRuns:
     """Read all evaluations of a policy.
 
     Args:
         folder: Holds `<seed>/<suite>/episodes.parquet`, or `<suite>/episodes.parquet` for a single seed.
-        control: The control whose episodes are taken; evaluations without it are passed over.
+        ablation: The ablation whose episodes are taken; evaluations without it are passed over.
         name: How the policy is called in tables.
 
     Raises:
         FileNotFoundError: If it holds no evaluation.
         ValueError: If an evaluation lies elsewhere, cannot be read or is of another suite than its folder's
-            name, if two seeds are one and the same evaluation or of one checkpoint, or none has the control.
+            name, if two seeds are one and the same evaluation or of one checkpoint, or none has the ablation.
     """
     evaluations = evaluations_below(folder)
     if not evaluations:
@@ -317,14 +317,14 @@ def read_policy(folder: Path, control: str, name: str) -> PolicyRuns:
     played: set[str] = set()
     for evaluation in evaluations:
         key, episodes = _read_evaluation(folder, evaluation)
-        played |= {result.control for result in episodes}
-        if chosen := [result for result in episodes if result.control == control]:
+        played |= {result.ablation for result in episodes}
+        if chosen := [result for result in episodes if result.ablation == ablation]:
             runs[key], settings[key] = sorted(chosen, key=lambda r: r.key), read_conditions(evaluation)
     if not runs:
         raise ValueError(
-            f"{folder} has no episodes under the control {control!r}; it has {', '.join(sorted(played))}"
+            f"{folder} has no episodes under the ablation {ablation!r}; it has {', '.join(sorted(played))}"
         )
-    policy = PolicyRuns(name, str(folder), control, runs, settings)
+    policy = PolicyRuns(name, str(folder), ablation, runs, settings)
     _require_own_trainings(policy)
     return policy
 
@@ -556,7 +556,7 @@ class Comparison:
         *others, reference = self.policies
         return {
             "reference": reference.name,
-            "policies": {p.name: {"folder": p.folder, "control": p.control} for p in self.policies},
+            "policies": {p.name: {"folder": p.folder, "ablation": p.ablation} for p in self.policies},
             "success": {
                 name: {row: asdict(value) for row, value in rows.items()}
                 for name, rows in self.successes.items()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from vega_policy.evaluation.ablations import check_controls
+from vega_policy.evaluation.ablations import check_ablations
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class EvaluationSettings:
         episodes_per_task: Episodes of each task.
         seed: Seed of the evaluation; different seeds share no episode.
         official_states: Whether episode i starts from the suite's official initial state i.
-        controls: Controls played, `none` being the policy as it is.
+        ablations: Ablations played, `none` being the policy as it is.
         num_envs: Rows of the policy's batch, each with an environment of its own.
         processes: Worker processes; they decide how long it takes, not what comes out.
         videos: How many successes and how many failures of the policy as it is are filmed.
@@ -31,7 +31,7 @@ class EvaluationSettings:
     episodes_per_task: int = 50
     seed: int = 0
     official_states: bool = False
-    controls: tuple[str, ...] = ("none",)
+    ablations: tuple[str, ...] = ("none",)
     num_envs: int = 10
     processes: int = 2
     videos: int = 3
@@ -42,9 +42,9 @@ class EvaluationSettings:
         """Check what can be checked without simulator or policy.
 
         Raises:
-            ValueError: If a control is unknown, or a number is out of range.
+            ValueError: If an ablation is unknown, or a number is out of range.
         """
-        check_controls(self.controls)
+        check_ablations(self.ablations)
         for name, least in (("num_envs", 1), ("processes", 1), ("videos", 0), ("latency_calls", 1)):
             value = vars(self)[name]
             if value < least:

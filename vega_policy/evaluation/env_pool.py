@@ -244,13 +244,13 @@ class Shard:
         return slot % self.count == self.index
 
 
-def gather(folder: RunFolder, trajectories: Trajectories, kept_control: str) -> int:
+def gather(folder: RunFolder, trajectories: Trajectories, kept_ablation: str) -> int:
     """Take over what shards have finished; return the number of episodes.
 
     Args:
         folder: The whole evaluation.
         trajectories: Its simulator states.
-        kept_control: Control whose states are kept.
+        kept_ablation: Ablation whose states are kept.
 
     Raises:
         OtherRunError: If a shard was played with other settings.
@@ -265,7 +265,7 @@ def gather(folder: RunFolder, trajectories: Trajectories, kept_control: str) -> 
             continue
         states = Trajectories(path / TRAJECTORY_FOLDER, 0)
         for result in fresh:
-            if result.control == kept_control:
+            if result.ablation == kept_ablation:
                 trajectories.offer(result, states.load(result))
         folder.progress.absorb(Progress(path / PROGRESS_FILE))
         folder.add(fresh)

@@ -99,7 +99,7 @@ class EpisodeResult:
     """How one episode went: a row of episodes.parquet.
 
     Attributes:
-        control: Name of the control it was played under.
+        ablation: Name of the ablation it was played under.
         suite: Name of the suite.
         task: Name of the task.
         task_index: Index of the task in its suite.
@@ -112,7 +112,7 @@ class EpisodeResult:
         final_hash: Short SHA-256 of the last simulator state.
     """
 
-    control: str
+    ablation: str
     suite: str
     task: str
     task_index: int
@@ -126,7 +126,7 @@ class EpisodeResult:
 
     @property
     def key(self) -> EpisodeKey:
-        """What identifies the episode within its evaluation and control."""
+        """What identifies the episode within its evaluation and ablation."""
         return self.task_index, self.index
 
 
@@ -283,16 +283,16 @@ class RunFolder:
             write_json(path / SETTINGS_FILE, self.settings)
 
     def has(self, result: EpisodeResult) -> bool:
-        """Tell whether an episode is on record under its control."""
-        return any((known.control, known.key) == (result.control, result.key) for known in self._results)
+        """Tell whether an episode is on record under its ablation."""
+        return any((known.ablation, known.key) == (result.ablation, result.key) for known in self._results)
 
-    def results(self, control: str) -> list[EpisodeResult]:
-        """Return the finished episodes under a control, in order of task and episode."""
-        return sorted((r for r in self._results if r.control == control), key=lambda result: result.key)
+    def results(self, ablation: str) -> list[EpisodeResult]:
+        """Return the finished episodes under an ablation, in order of task and episode."""
+        return sorted((r for r in self._results if r.ablation == ablation), key=lambda result: result.key)
 
-    def forget(self, control: str) -> None:
-        """Drop the finished episodes under a control, because it can only be played as a whole."""
-        self._results = [result for result in self._results if result.control != control]
+    def forget(self, ablation: str) -> None:
+        """Drop the finished episodes under an ablation, because it can only be played as a whole."""
+        self._results = [result for result in self._results if result.ablation != ablation]
 
     def close(self) -> None:
         """Let other processes evaluate into the folder; without, the end of the process does."""
@@ -301,7 +301,7 @@ class RunFolder:
     def add(self, results: Iterable[EpisodeResult]) -> None:
         """Record finished episodes; they are on disk when this returns."""
         self._results += results
-        ordered = sorted(self._results, key=lambda result: (result.control, result.key))
+        ordered = sorted(self._results, key=lambda result: (result.ablation, result.key))
         table = pyarrow.Table.from_pylist([asdict(result) for result in ordered], schema=_SCHEMA)
         buffer = io.BytesIO()
         pyarrow.parquet.write_table(table, buffer)
@@ -341,8 +341,8 @@ class Progress:
     def absorb(self, other: Progress) -> None:
         """Add what another part of the evaluation cost."""
         self.seconds += other.seconds
-        for control, seconds in other.call_seconds.items():
-            self.call_seconds.setdefault(control, []).extend(seconds)
+        for ablation, seconds in other.call_seconds.items():
+            self.call_seconds.setdefault(ablation, []).extend(seconds)
         self.single_call_seconds = self.single_call_seconds or other.single_call_seconds
         self.save()
 

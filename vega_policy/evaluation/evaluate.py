@@ -17,7 +17,7 @@ from lerobot.utils.constants import PRETRAINED_MODEL_DIR
 from tqdm import tqdm
 
 from vega_policy.evaluation import report as videos
-from vega_policy.evaluation.ablations import CONTROLS, apply_control
+from vega_policy.evaluation.ablations import ABLATIONS, apply_ablation
 from vega_policy.evaluation.config import EvaluationSettings
 from vega_policy.evaluation.env_pool import EnvironmentFactory, Shard, WorkerPool, gather
 from vega_policy.evaluation.env_worker import resolve
@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 
 
 class Evaluation:
-    """One evaluation of one policy, under one or more controls, in one suite and one folder."""
+    """One evaluation of one policy, under one or more ablations, in one suite and one folder."""
 
     def __init__(
         self,
@@ -70,7 +70,7 @@ class Evaluation:
         Raises:
             OtherRunError: If the folder holds something else.
             FolderInUseError: If another process evaluates into it.
-            ValueError: If a task index does not exist, a number is out of range, or a control cannot be
+            ValueError: If a task index does not exist, a number is out of range, or an ablation cannot be
                 played in shards.
         """
         self.settings = settings
@@ -87,24 +87,24 @@ class Evaluation:
         self._folder = RunFolder(self._shard.folder(folder), {**provenance, **settings.decisive()})
         self._trajectories = Trajectories(self._folder.path / TRAJECTORY_FOLDER, settings.videos)
         if self._shard.count == 1:
-            gather(self._folder, self._trajectories, settings.controls[0])
+            gather(self._folder, self._trajectories, settings.ablations[0])
         self._forget_what_cannot_go_on()
         self._started = time.perf_counter()
 
     def episodes_left(self) -> tuple[int, int]:
-        """Return how many episodes are still to play here, over all controls, and of how many."""
-        num_envs, controls = self.settings.num_envs, self.settings.controls
+        """Return how many episodes are still to play here, over all ablations, and of how many."""
+        num_envs, ablations = self.settings.num_envs, self.settings.ablations
         total = len(self.episodes)
         here = sum(self._shard.plays(slot_of(number, total, num_envs)) for number in range(total))
-        left = sum(len(queue) for control in controls for queue in self._queues(control))
-        return left, here * len(controls)
+        left = sum(len(queue) for ablation in ablations for queue in self._queues(ablation))
+        return left, here * len(ablations)
 
     def prepare(self, pool: WorkerPool) -> None:
         """Let the workers build the environments needed first, while the caller loads the policy."""
-        for control in self.settings.controls:
-            queues = self._queues(control)
+        for ablation in self.settings.ablations:
+            queues = self._queues(ablation)
             if any(queues):
-                pool.open(render=control != "blind", keep_states=False)
+                pool.open(render=ablation != "blind", keep_states=False)
                 firsts = {slot: queue[0] for slot, queue in enumerate(queues) if queue}
                 pool.build({slot: (e.suite, e.task_index) for slot, e in firsts.items()})
                 return
@@ -113,14 +113,14 @@ class Evaluation:
         """Play every missing episode, then write summary.json, the films and report.html.
 
         Args:
-            policies: The policy under each control of the settings.
+            policies: The policy under each ablation of the settings.
             pool: Workers.
 
         Returns:
             The content of summary.json.
 
         Raises:
-            ValueError: If the policies are not those of the settings' controls.
+            ValueError: If the policies are not those of the settings' ablations.
         """
         try:
             return self._run(policies, pool)
@@ -128,12 +128,12 @@ class Evaluation:
             self._folder.close()
 
     def _run(self, policies: Mapping[str, ChunkPolicy], pool: WorkerPool) -> dict[str, Any]:
-        if tuple(policies) != self.settings.controls:
-            raise ValueError(f"expected policies for {list(self.settings.controls)}, got {list(policies)}")
-        for control, policy in policies.items():
-            self._play(control, policy, pool)
+        if tuple(policies) != self.settings.ablations:
+            raise ValueError(f"expected policies for {list(self.settings.ablations)}, got {list(policies)}")
+        for ablation, policy in policies.items():
+            self._play(ablation, policy, pool)
         first, policy = next(iter(policies.items()))
-        results = {control: self._folder.results(control) for control in policies}
+        results = {ablation: self._folder.results(ablation) for ablation in policies}
         films = self._film(results[first], pool)
         self._clock()
         summary = summarize(
@@ -143,21 +143,21 @@ class Evaluation:
         write_report(self._folder.path, summary, films)
         return summary
 
-    def _play(self, control: str, policy: ChunkPolicy, pool: WorkerPool) -> None:
-        finished, queues = self._folder.results(control), self._queues(control)
+    def _play(self, ablation: str, policy: ChunkPolicy, pool: WorkerPool) -> None:
+        finished, queues = self._folder.results(ablation), self._queues(ablation)
         if not any(queues):
             return
-        seconds = self._folder.progress.call_seconds.setdefault(control, [])
-        main = control == self.settings.controls[0]
+        seconds = self._folder.progress.call_seconds.setdefault(ablation, [])
+        main = ablation == self.settings.ablations[0]
         pool.open(
             render=policy.reads_frames,
             keep_states=main and self.settings.videos > 0,
             history=policy.description.history,
         )
         rollout = Rollout(policy, pool, policy.description.action_steps, call_seconds=seconds)
-        with _ProgressBar(control, len(self.episodes), finished) as bar:
+        with _ProgressBar(ablation, len(self.episodes), finished) as bar:
             for end in rollout.play(queues):
-                result = _result(control, end)
+                result = _result(ablation, end)
                 if main:
                     self._trajectories.offer(result, end.outcome["states"])
                     self._time_single_calls(rollout)
@@ -182,16 +182,16 @@ class Evaluation:
             frame_size=self.settings.video_frame_size,
         )
 
-    def _queues(self, control: str) -> list[deque[Episode]]:
-        finished = {result.key for result in self._folder.results(control)}
+    def _queues(self, ablation: str) -> list[deque[Episode]]:
+        finished = {result.key for result in self._folder.results(ablation)}
         queues = slot_queues(self.episodes, self.settings.num_envs, finished)
         return [queue if self._shard.plays(slot) else deque() for slot, queue in enumerate(queues)]
 
     def _forget_what_cannot_go_on(self) -> None:
-        for control in self.settings.controls:
-            finished = len(self._folder.results(control))
-            if not CONTROLS[control].rows_apart and finished < len(self.episodes):
-                self._folder.forget(control)
+        for ablation in self.settings.ablations:
+            finished = len(self._folder.results(ablation))
+            if not ABLATIONS[ablation].rows_apart and finished < len(self.episodes):
+                self._folder.forget(ablation)
 
     def _clock(self) -> None:
         """Add the time since the last call to the evaluation's record."""
@@ -202,10 +202,10 @@ class Evaluation:
 
 
 def _require_rows_apart(settings: EvaluationSettings) -> None:
-    mixed = [name for name in settings.controls if not CONTROLS[name].rows_apart]
+    mixed = [name for name in settings.ablations if not ABLATIONS[name].rows_apart]
     if mixed:
         raise ValueError(
-            f"the controls {mixed} exchange features between the rows of a batch and cannot be played in "
+            f"the ablations {mixed} exchange features between the rows of a batch and cannot be played in "
             "shards; evaluate them with shards=1"
         )
 
@@ -228,10 +228,10 @@ def select_tasks(tasks: Sequence[TaskDescription], indices: Sequence[int] | None
 class _ProgressBar:
     """Episodes and the success so far, resumed episodes included."""
 
-    def __init__(self, control: str, total: int, finished: Sequence[EpisodeResult]) -> None:
+    def __init__(self, ablation: str, total: int, finished: Sequence[EpisodeResult]) -> None:
         self._successes = sum(result.success for result in finished)
         self._bar = tqdm(
-            total=total, initial=len(finished), desc=f"control {control}", unit="ep", dynamic_ncols=True
+            total=total, initial=len(finished), desc=f"ablation {ablation}", unit="ep", dynamic_ncols=True
         )
 
     def __enter__(self) -> _ProgressBar:
@@ -247,11 +247,11 @@ class _ProgressBar:
         self._bar.update()
 
 
-def _result(control: str, end: FinishedEpisode) -> EpisodeResult:
+def _result(ablation: str, end: FinishedEpisode) -> EpisodeResult:
     episode, outcome = asdict(end.episode), end.outcome
     del episode["initial_state"]
     return EpisodeResult(
-        control=control,
+        ablation=ablation,
         **episode,
         success=outcome["success"],
         length=outcome["length"],
@@ -282,7 +282,7 @@ def launch(config: Mapping[str, Any]) -> dict[str, Any]:
         The content of summary.json.
 
     Raises:
-        FileNotFoundError: If the checkpoint, or a file that a control needs, does not exist.
+        FileNotFoundError: If the checkpoint, or a file that an ablation needs, does not exist.
         ValueError: If a setting is wrong, the output folder holds something else, the policy does not fit
             the environment, or the server offers another checkpoint.
         PolicyUnavailableError: If there is no policy server at the address given.
@@ -314,7 +314,7 @@ def launch(config: Mapping[str, Any]) -> dict[str, Any]:
     with WorkerPool(factory, min(settings.processes, settings.num_envs)) as pool:
         evaluation.prepare(pool)
         policy = _policy(config, checkpoint, device)
-        policies = {control: apply_control(control, policy, checkpoint) for control in settings.controls}
+        policies = {ablation: apply_ablation(ablation, policy, checkpoint) for ablation in settings.ablations}
         return evaluation.run(policies, pool)
 
 
@@ -341,16 +341,16 @@ def read_settings(config: Mapping[str, Any], suite_tasks: Sequence[TaskDescripti
     """Read the settings of an evaluation from a composed configuration.
 
     Args:
-        config: Plain values; `control` is one name or a list of names.
+        config: Plain values; `ablation` is one name or a list of names.
         suite_tasks: All tasks of the suite: where all have official initial states, these are the default.
     """
-    control, tasks, official = config["control"], config["tasks"], config["official_states"]
+    ablation, tasks, official = config["ablation"], config["tasks"], config["official_states"]
     if official is None:
         official = all(task.official_states for task in suite_tasks)
     return EvaluationSettings(
         suite=config["env"]["suite"],
         tasks=None if tasks is None else tuple(tasks),
-        controls=(control,) if isinstance(control, str) else tuple(control),
+        ablations=(ablation,) if isinstance(ablation, str) else tuple(ablation),
         official_states=official,
         **{name: config[name] for name in _SETTINGS},
     )

@@ -13,7 +13,7 @@ from typing import Any
 import imageio.v3 as imageio
 import numpy as np
 
-from vega_policy.evaluation.ablations import CONTROLS
+from vega_policy.evaluation.ablations import ABLATIONS
 from vega_policy.evaluation.env_pool import WorkerPool
 from vega_policy.evaluation.episodes import Episode, EpisodeResult, Progress, Trajectories, write_atomically
 from vega_policy.evaluation.policies import PolicyDescription
@@ -141,7 +141,7 @@ def write_report(folder: Path, summary: dict[str, Any], films: Sequence[Film]) -
     """
     parts = (
         _headline(summary),
-        _section("Success by control and task", _success(summary)),
+        _section("Success by ablation and task", _success(summary)),
         _section("Paired differences", _paired_table(summary)) if summary["paired"] else "",
         _section("First successes", _films(folder, [f for f in films if f.result.success])),
         _section("First failures", _films(folder, [f for f in films if not f.result.success])),
@@ -159,10 +159,10 @@ def write_report(folder: Path, summary: dict[str, Any], films: Sequence[Film]) -
 
 def _headline(summary: dict[str, Any]) -> str:
     who = f"policy {summary['policy']}, prior {summary['prior']}"
-    if summary["control"] != "none":
-        who += f", under the control {summary['control']}"
+    if summary["ablation"] != "none":
+        who += f", under the ablation {summary['ablation']}"
     blind = summary["blind_success_rate"]
-    compared = "" if blind is None or summary["control"] == "blind" else f"; blind {_percent(blind)}"
+    compared = "" if blind is None or summary["ablation"] == "blind" else f"; blind {_percent(blind)}"
     return (
         f'<p class="headline">{_percent(summary["success_rate"])}</p>'
         f"<p>{summary['episodes']} episodes, 95% Wilson interval {_interval(summary)}{compared} "
@@ -175,17 +175,17 @@ def _success(summary: dict[str, Any]) -> str:
 
 
 def _meanings(summary: dict[str, Any]) -> str:
-    words = [f"{escape(name)}: {escape(CONTROLS[name].meaning)}" for name in summary["controls"]]
+    words = [f"{escape(name)}: {escape(ABLATIONS[name].meaning)}" for name in summary["ablations"]]
     return f'<p class="quiet">{"; ".join(words)}.</p>' if len(words) > 1 else ""
 
 
 def _success_table(summary: dict[str, Any]) -> str:
-    header = ("control", "task", "successes", "episodes", "rate", "95% Wilson interval", "mean length")
+    header = ("ablation", "task", "successes", "episodes", "rate", "95% Wilson interval", "mean length")
     rows = []
-    for control, numbers in summary["controls"].items():
+    for ablation, numbers in summary["ablations"].items():
         tasks = numbers["tasks"]
         for task, row in {**tasks, **({"all tasks": numbers} if len(tasks) > 1 else {})}.items():
-            counts = (control, task, row["successes"], row["episodes"])
+            counts = (ablation, task, row["successes"], row["episodes"])
             rows.append((*counts, _percent(row["success_rate"]), _interval(row), f"{row['mean_length']:.1f}"))
     return _table(header, rows) + _means_of_groups(summary)
 
@@ -193,19 +193,19 @@ def _success_table(summary: dict[str, Any]) -> str:
 def _means_of_groups(summary: dict[str, Any]) -> str:
     """Both averages that papers on Meta-World call "average"."""
     rows = [
-        (control, _percent(numbers["mean_of_tasks"]), _percent(numbers["mean_of_groups"]))
-        for control, numbers in summary["controls"].items()
+        (ablation, _percent(numbers["mean_of_tasks"]), _percent(numbers["mean_of_groups"]))
+        for ablation, numbers in summary["ablations"].items()
         if numbers["mean_of_groups"] is not None
     ]
-    return _table(("control", "mean of tasks", "mean of difficulty groups"), rows) if rows else ""
+    return _table(("ablation", "mean of tasks", "mean of difficulty groups"), rows) if rows else ""
 
 
 def _bars(summary: dict[str, Any]) -> str:
-    """Draw a bar and its interval for each task and control."""
+    """Draw a bar and its interval for each task and ablation."""
     rows = [
-        (f"{task} ({control})", numbers, index == 0)
-        for task in summary["controls"][summary["control"]]["tasks"]
-        for index, (control, played) in enumerate(summary["controls"].items())
+        (f"{task} ({ablation})", numbers, index == 0)
+        for task in summary["ablations"][summary["ablation"]]["tasks"]
+        for index, (ablation, played) in enumerate(summary["ablations"].items())
         for numbers in (played["tasks"][task],)
     ]
     label, width, step = 320, 500, 22
@@ -300,35 +300,34 @@ def summarize(
 ) -> dict[str, Any]:
     """Return the content of summary.json.
 
-    The numbers at the top are those of the first control that was played, which is the policy as it is unless
-    only a control was asked for; `control` names it. Rates lie in [0, 1], durations are in seconds or
-    milliseconds as named.
+    The numbers at the top are those of the first ablation of the settings; `ablation` names it. Rates lie in
+    [0, 1], durations are in seconds or milliseconds as named.
 
     Args:
-        results: Finished episodes of each control, in order of play.
+        results: Finished episodes of each ablation, in order of play.
         description: What the policy was trained on.
         progress: What the evaluation cost.
         settings: Everything that decided the results.
         groups: Group of each task, empty where the suite has none.
     """
-    controls = {name: _summarize_control(episodes, groups) for name, episodes in results.items()}
-    first = next(iter(controls))
+    ablations = {name: _summarize_ablation(episodes, groups) for name, episodes in results.items()}
+    first = next(iter(ablations))
     return {
-        "control": first,
-        "success_rate": controls[first]["success_rate"],
-        "ci_low": controls[first]["ci_low"],
-        "ci_high": controls[first]["ci_high"],
-        "episodes": controls[first]["episodes"],
-        "blind_success_rate": controls["blind"]["success_rate"] if "blind" in controls else None,
+        "ablation": first,
+        "success_rate": ablations[first]["success_rate"],
+        "ci_low": ablations[first]["ci_low"],
+        "ci_high": ablations[first]["ci_high"],
+        "episodes": ablations[first]["episodes"],
+        "blind_success_rate": ablations["blind"]["success_rate"] if "blind" in ablations else None,
         "policy": description.name,
         "prior": description.prior,
         "action_steps": description.action_steps,
         "seconds_total": round(progress.seconds, 3),
         "latency": latency(progress, first, settings["num_envs"]),
-        "controls": controls,
+        "ablations": ablations,
         "paired": [
             {"first": first, "second": other, **paired_difference(results[first], results[other])}
-            for other in controls
+            for other in ablations
             if other != first
         ],
         "settings": settings,
@@ -363,10 +362,10 @@ def paired_difference(first: Sequence[EpisodeResult], second: Sequence[EpisodeRe
     }
 
 
-def latency(progress: Progress, control: str, num_envs: int) -> dict[str, Any]:
+def latency(progress: Progress, ablation: str, num_envs: int) -> dict[str, Any]:
     """Return median and 95th percentile of a policy call in milliseconds, batched and for one observation."""
     # The first call of a process also pays for warming up.
-    batched = progress.call_seconds[control][1:] or progress.call_seconds[control]
+    batched = progress.call_seconds[ablation][1:] or progress.call_seconds[ablation]
     return {
         "batch_size": num_envs,
         "batched_calls": len(batched),
@@ -377,9 +376,11 @@ def latency(progress: Progress, control: str, num_envs: int) -> dict[str, Any]:
 
 
 def table(summary: dict[str, Any]) -> str:
-    """Return the summary as text: a line for each task and control, with 95% Wilson intervals."""
-    lines = [f"{'control':<10} {'task':<28} {'success':>12} {'rate':>7}   {'95% interval':<16} {'length':>7}"]
-    for control, numbers in summary["controls"].items():
+    """Return the summary as text: a line for each task and ablation, with 95% Wilson intervals."""
+    lines = [
+        f"{'ablation':<10} {'task':<28} {'success':>12} {'rate':>7}   {'95% interval':<16} {'length':>7}"
+    ]
+    for ablation, numbers in summary["ablations"].items():
         rows = dict(numbers["tasks"]) if len(numbers["tasks"]) > 1 else {}
         rows[f"all ({len(numbers['tasks'])} tasks)" if rows else next(iter(numbers["tasks"]))] = numbers
         for task, row in rows.items():
@@ -387,11 +388,11 @@ def table(summary: dict[str, Any]) -> str:
             interval = f"[{100 * row['ci_low']:.1f}, {100 * row['ci_high']:.1f}]"
             rate = f"{100 * row['success_rate']:.1f}%"
             lines.append(
-                f"{control:<10} {task:<28} {count:>12} {rate:>7}   {interval:<16} {row['mean_length']:>7.1f}"
+                f"{ablation:<10} {task:<28} {count:>12} {rate:>7}   {interval:<16} {row['mean_length']:>7.1f}"
             )
         if numbers["mean_of_groups"] is not None:
             lines.append(
-                f"{control:<10} mean of tasks {100 * numbers['mean_of_tasks']:.1f}%, "
+                f"{ablation:<10} mean of tasks {100 * numbers['mean_of_tasks']:.1f}%, "
                 f"mean of difficulty groups {100 * numbers['mean_of_groups']:.1f}%"
             )
     timing = summary["latency"]
@@ -406,7 +407,7 @@ def table(summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _summarize_control(results: Sequence[EpisodeResult], groups: Mapping[str, str]) -> dict[str, Any]:
+def _summarize_ablation(results: Sequence[EpisodeResult], groups: Mapping[str, str]) -> dict[str, Any]:
     tasks: dict[str, list[EpisodeResult]] = {}
     for result in results:
         tasks.setdefault(result.task, []).append(result)

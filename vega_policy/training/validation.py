@@ -172,7 +172,7 @@ def _play_share(
     with WorkerPool(factory, min(config.processes, config.num_envs)) as pool:
         evaluation.prepare(pool)
         summary = evaluation.run({"none": load_lerobot_policy(pretrained, device=device)}, pool)
-    return summary["controls"]["none"]
+    return summary["ablations"]["none"]
 
 
 @contextmanager
