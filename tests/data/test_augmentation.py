@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tests.training_runs import assert_bitwise_equal, saved_weights, tiny_run
+from vega_policy.checkpoints import read_scores
 from vega_policy.data.augmentation import FRAMES, RandomShift, shifted
-from vega_policy.training.checkpoint import read_scores
 from vega_policy.training.config import DatasetConfig
 from vega_policy.training.train import train
 from vega_policy.training.trainer import Trainer

@@ -7,20 +7,20 @@ from pathlib import Path
 import pytest
 
 from tests.training_runs import assert_bitwise_equal, tiny_policy, tiny_run
-from vega_policy.model.config import PriorConfig
-from vega_policy.training.checkpoint import (
+from vega_policy.checkpoints import (
     CHECKSUMS,
     DamagedCheckpointError,
     add_scores,
-    by_merit,
-    checkpoint_of,
-    damage,
-    newest_sound,
-    require_sound,
+    checkpoint_path,
+    find_damage,
+    newest_intact,
+    prune_checkpoints,
+    rank_by_score,
+    require_intact,
     set_aside_after,
-    tidy,
     write_checksums,
 )
+from vega_policy.model.config import PriorConfig
 from vega_policy.training.train import train
 
 
@@ -48,38 +48,38 @@ def files(checkpoint: Path) -> list[str]:
 
 
 def test_a_flipped_byte_in_any_file_of_a_checkpoint_is_found_and_named(run):
-    checkpoint = checkpoint_of(run, 4)
-    assert damage(checkpoint) == []
+    checkpoint = checkpoint_path(run, 4)
+    assert find_damage(checkpoint) == []
     there = files(checkpoint)
     assert len(there) >= 12
     for name in there:
         for position in (0, (checkpoint / name).stat().st_size // 2, -1):
             flip(checkpoint / name, position)
-            assert damage(checkpoint) == [f"{name} is altered"]
+            assert find_damage(checkpoint) == [f"{name} is altered"]
             flip(checkpoint / name, position)
-    assert damage(checkpoint) == []
+    assert find_damage(checkpoint) == []
 
 
 def test_a_missing_and_an_added_file_are_named(run):
-    checkpoint = checkpoint_of(run, 4)
+    checkpoint = checkpoint_path(run, 4)
     (checkpoint / "pretrained_model" / "model.safetensors").unlink()
     (checkpoint / "training_state" / "more.json").write_text("{}")
-    assert damage(checkpoint) == [
+    assert find_damage(checkpoint) == [
         "pretrained_model/model.safetensors is missing",
         "training_state/more.json does not belong there",
     ]
     (checkpoint / CHECKSUMS).unlink()
-    assert damage(checkpoint) == ["checksums.json is missing"]
+    assert find_damage(checkpoint) == ["checksums.json is missing"]
 
 
 @pytest.mark.parametrize("name", ["training_state/optimizer_state.safetensors", CHECKSUMS])
 def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(
     root, run, finished, caplog, name
 ):
-    flip(checkpoint_of(run, 4) / name, 100)
+    flip(checkpoint_path(run, 4) / name, 100)
     resumed = train(tiny_run(root, run, resume=True, dataset={"cache_root": str(finished.parent / "cache")}))
-    assert f"{checkpoint_of(run, 4)}: {name} is altered" in caplog.text
-    assert_bitwise_equal(checkpoint_of(finished, 4), resumed)
+    assert f"{checkpoint_path(run, 4)}: {name} is altered" in caplog.text
+    assert_bitwise_equal(checkpoint_path(finished, 4), resumed)
     assert sorted(path.name for path in resumed.parent.iterdir()) == [
         "000002",
         "000004",
@@ -90,18 +90,18 @@ def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(
 
 def test_a_run_without_a_sound_checkpoint_is_refused_with_what_is_wrong_in_each(root, run):
     for step in (2, 4):
-        flip(checkpoint_of(run, step) / "training_state" / "training_step.json", 3)
+        flip(checkpoint_path(run, step) / "training_state" / "training_step.json", 3)
     with pytest.raises(DamagedCheckpointError, match=r"000004: training_state/training_step\.json.*000002: "):
         train(tiny_run(root, run, resume=True))
 
 
 def test_a_damaged_checkpoint_that_is_named_is_refused_and_the_sound_one_offered(root, run, tmp_path):
-    flip(checkpoint_of(run, 4) / "pretrained_model" / "model.safetensors", -1)
+    flip(checkpoint_path(run, 4) / "pretrained_model" / "model.safetensors", -1)
     path = run / "checkpoints" / "last" / "pretrained_model"
     config = tiny_run(root, tmp_path / "new", policy=tiny_policy(pretrained_path=path))
     with pytest.raises(DamagedCheckpointError, match=r"000004 is damaged: .*model.*Use .*000002 instead"):
         train(config)
-    require_sound(checkpoint_of(run, 2) / "pretrained_model")
+    require_intact(checkpoint_path(run, 2) / "pretrained_model")
 
 
 def test_starting_from_a_policy_asks_for_the_weights_of_the_prior_that_it_was_trained_with(
@@ -114,24 +114,24 @@ def test_starting_from_a_policy_asks_for_the_weights_of_the_prior_that_it_was_tr
 
 
 def test_what_the_training_state_suffers_does_not_concern_a_policy_that_is_used(run):
-    flip(checkpoint_of(run, 4) / "training_state" / "weights.safetensors", -1)
-    require_sound(checkpoint_of(run, 4) / "pretrained_model")
+    flip(checkpoint_path(run, 4) / "training_state" / "weights.safetensors", -1)
+    require_intact(checkpoint_path(run, 4) / "pretrained_model")
     with pytest.raises(DamagedCheckpointError, match=r"weights\.safetensors is altered"):
-        require_sound(checkpoint_of(run, 4))
+        require_intact(checkpoint_path(run, 4))
 
 
 def test_a_folder_without_checksums_such_as_lerobots_is_let_pass(run):
-    (checkpoint_of(run, 4) / CHECKSUMS).unlink()
-    require_sound(checkpoint_of(run, 4) / "pretrained_model")
+    (checkpoint_path(run, 4) / CHECKSUMS).unlink()
+    require_intact(checkpoint_path(run, 4) / "pretrained_model")
 
 
 @pytest.fixture
 def many(tmp_path):
     """Six checkpoints of one file each."""
     for step in range(1, 7):
-        checkpoint_of(tmp_path, step).mkdir(parents=True)
-        (checkpoint_of(tmp_path, step) / "step").write_text(str(step))
-        write_checksums(checkpoint_of(tmp_path, step))
+        checkpoint_path(tmp_path, step).mkdir(parents=True)
+        (checkpoint_path(tmp_path, step) / "step").write_text(str(step))
+        write_checksums(checkpoint_path(tmp_path, step))
     return tmp_path
 
 
@@ -143,7 +143,7 @@ def test_the_newest_and_the_best_are_kept_and_pointed_to(many):
     losses = {1: 0.3, 2: 0.1, 3: 0.2, 4: 0.5, 5: 0.4}
     for step, loss in losses.items():
         add_scores(many, step, {"held_out_loss": loss})
-    tidy(many, keep_last=2, keep_best=2)
+    prune_checkpoints(many, keep_last=2, keep_best=2)
     assert kept(many) == ["2", "3", "5", "6"]
     assert (many / "checkpoints" / "best").resolve().name == "000002"
     assert (many / "checkpoints" / "last").resolve().name == "000006"
@@ -157,18 +157,18 @@ def test_success_outranks_loss_and_of_equals_the_later_is_better():
         3: {"success": 0.5, "held_out_loss": 0.3},
         4: {"success": 0.4, "held_out_loss": 0.2},
     }
-    assert by_merit([1, 2, 3, 4, 5], scores) == [3, 2, 4, 1]
+    assert rank_by_score([1, 2, 3, 4, 5], scores) == [3, 2, 4, 1]
 
 
 def test_nothing_is_deleted_where_all_are_to_be_kept_and_no_score_makes_no_best(many):
-    tidy(many, keep_last=None, keep_best=0)
+    prune_checkpoints(many, keep_last=None, keep_best=0)
     assert len(kept(many)) == 6
     assert not (many / "checkpoints" / "best").exists()
 
 
 def test_checkpoints_set_aside_are_no_longer_checkpoints(many):
     set_aside_after(many, 4)
-    newest = newest_sound(many)
+    newest = newest_intact(many)
     assert newest is not None
     assert newest.name == "000004"
     assert (many / "checkpoints" / "000005.damaged" / "step").read_text() == "5"
@@ -183,5 +183,5 @@ def test_a_run_keeps_as_many_as_it_is_told_and_measures_each_one(root, tmp_path)
     }
     assert sorted(scores) == [1, 2, 3, 4, 5]
     best = min(scores, key=lambda step: (scores[step]["held_out_loss"], -step))
-    assert (last.parent / "best").resolve() == checkpoint_of(tmp_path / "run", best)
+    assert (last.parent / "best").resolve() == checkpoint_path(tmp_path / "run", best)
     assert kept(tmp_path / "run") == sorted({str(best), "5"})

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.training_runs import assert_bitwise_equal, saved_weights, tiny_policy, tiny_run
-from vega_policy.training.checkpoint import checkpoint_of, newest_sound
+from vega_policy.checkpoints import checkpoint_path, newest_intact
 from vega_policy.training.distributed import make_accelerator
 from vega_policy.training.failure_guards import (
     DiskFullError,
@@ -48,7 +48,7 @@ def run(root, output, spoiled=(), **fields):
 def test_a_step_that_is_not_finite_changes_no_weight_and_is_counted(root, tmp_path):
     fields = {"steps": 3, "save_every": 1}
     run(root, tmp_path / "run", spoiled=[1], **fields)
-    first, second, third = (saved_weights(checkpoint_of(tmp_path / "run", step)) for step in (1, 2, 3))
+    first, second, third = (saved_weights(checkpoint_path(tmp_path / "run", step)) for step in (1, 2, 3))
     assert [name for name in first if not torch.equal(first[name], second[name])] == []
     assert any(not torch.equal(second[name], third[name]) for name in second)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -60,7 +60,7 @@ def test_skipped_steps_are_remembered_by_a_run_that_goes_on(root, tmp_path):
     run(root, tmp_path / "straight", spoiled=[1])
     run(root, tmp_path / "parts", spoiled=[1], stop_after=2)
     resumed = train(tiny_run(root, tmp_path / "parts", resume=True))
-    assert_bitwise_equal(checkpoint_of(tmp_path / "straight", 4), resumed)
+    assert_bitwise_equal(checkpoint_path(tmp_path / "straight", 4), resumed)
     state = json.loads((resumed / "training_state" / "training_step.json").read_text())
     assert (state["skipped"], state["skipped_in_a_row"]) == (1, 0)
 
@@ -71,7 +71,7 @@ def test_too_many_in_a_row_end_the_training_with_a_report_and_sound_checkpoints(
     report = json.loads((tmp_path / "run" / "not_finite.json").read_text())
     assert [bad["step"] for bad in report] == [3, 4, 5]
     assert all(len(bad["rows"]) == 5 and bad["weights"] for bad in report)
-    newest = newest_sound(tmp_path / "run")
+    newest = newest_intact(tmp_path / "run")
     assert newest is not None
     assert all(value.isfinite().all() for value in saved_weights(newest).values())
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.training_runs import assert_bitwise_equal, tiny_run
-from vega_policy.training.checkpoint import checkpoint_of
+from vega_policy.checkpoints import checkpoint_path
 from vega_policy.training.train import train
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -30,7 +30,9 @@ def test_twenty_kills_some_inside_a_checkpoints_write_change_no_bit(root, tmp_pa
     assert counts["in_write"] >= 3, told
     assert counts["checkpoints"] == sorted(counts["checkpoints"])
     assert counts["checkpoints"][-1] > counts["checkpoints"][0], told
-    assert_bitwise_equal(checkpoint_of(tmp_path / "straight", 240), checkpoint_of(tmp_path / "killed", 240))
+    assert_bitwise_equal(
+        checkpoint_path(tmp_path / "straight", 240), checkpoint_path(tmp_path / "killed", 240)
+    )
 
 
 @pytest.mark.slow

@@ -10,8 +10,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.synthetic_dataset import CAMERAS, write_dataset
 from tests.training_runs import assert_bitwise_equal, tiny_run
+from vega_policy.checkpoints import add_scores, checkpoint_path, read_scores
 from vega_policy.evaluation.episodes import read_episodes
-from vega_policy.training.checkpoint import FREE_TO_CHANGE, add_scores, checkpoint_of, read_scores
+from vega_policy.training.checkpoint import FREE_TO_CHANGE
 from vega_policy.training.config import EnvironmentConfig, SimulationConfig, WandbConfig
 from vega_policy.training.train import train
 
@@ -68,7 +69,7 @@ def test_success_is_what_the_simulator_says_and_reaches_scores_and_log(watched):
 
 def test_playing_changes_no_bit_of_the_training(points, watched, tmp_path):
     silent = train(tiny_run(points, tmp_path / "silent", dataset={"held_out": 0.3}))
-    assert_bitwise_equal(silent, checkpoint_of(watched, 4))
+    assert_bitwise_equal(silent, checkpoint_path(watched, 4))
 
 
 def test_curves_and_films_are_on_tensorboard(watched):
@@ -96,7 +97,7 @@ def test_the_action_error_is_in_the_datasets_units(watched):
 
 
 def test_a_card_says_what_was_learned_from_how_and_what_was_measured(watched):
-    card = ModelCard.load(checkpoint_of(watched, 4) / "pretrained_model" / "README.md")
+    card = ModelCard.load(checkpoint_path(watched, 4) / "pretrained_model" / "README.md")
     assert card.data.datasets == ["tests/synthetic"]
     assert card.data.library_name == "lerobot"
     for part in ("4 of 4, seed 3", "random, layer", "fusion | token_gate", "loss on held-out episodes | "):

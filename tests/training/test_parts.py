@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +11,6 @@ from torch import nn
 from tests.synthetic_dataset import REPO_ID, write_dataset
 from vega_policy.data.dataset import check_finite, read_table
 from vega_policy.data.loader import ShuffledRows
-from vega_policy.run_dir import atomic_folder, point_link, remove_partial
 from vega_policy.training.optim import EMA
 
 
@@ -90,27 +88,6 @@ def test_the_average_follows_its_closed_form_and_lends_itself_without_a_trace():
     with average.applied():
         assert layer.weight[0, 0].item() == pytest.approx(expected, rel=1e-6)
     assert layer.weight.tolist() == [[3.0, 3.0]]
-
-
-def test_a_folder_whose_writing_failed_does_not_exist(tmp_path):
-    def fail():
-        with atomic_folder(tmp_path / "target") as folder:
-            (folder / "half").write_text("x")
-            raise RuntimeError
-
-    with pytest.raises(RuntimeError):
-        fail()
-    assert not (tmp_path / "target").exists()
-    remove_partial(tmp_path)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_link_is_replaced_by_a_relative_one(tmp_path):
-    for name in ("first", "second"):
-        (tmp_path / name).mkdir()
-        point_link(tmp_path / "last", tmp_path / name)
-    assert (tmp_path / "last").readlink() == Path("second")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "last", "second"]
 
 
 def test_batches_from_a_cache_need_no_lerobot(root):

@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 
 from tests.synthetic_dataset import CAMERAS
 from tests.training_runs import assert_bitwise_equal, saved_weights, tiny_backbone, tiny_policy, tiny_run
+from vega_policy.checkpoints import newest_intact
 from vega_policy.model.config import FusionConfig
 from vega_policy.modeling_vega import VegaPolicy
-from vega_policy.run_dir import point_link
-from vega_policy.training.checkpoint import RunFolderError, newest_sound
+from vega_policy.run_dir import OtherRunError, point_link
 from vega_policy.training.train import train
 
 
@@ -136,14 +136,12 @@ def test_the_held_out_loss_is_logged_and_does_not_change_the_weights(root, tmp_p
 
 
 def test_a_complete_run_is_left_alone(root, finished):
-    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
-    assert (
-        train(
-            tiny_run(root, finished, resume=True, dataset={"cache_root": str(finished.parent / "cache")})
-        ).name
-        == "000004"
-    )
-    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
+    def times():
+        return {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.name != ".lock"}
+
+    before, cache = times(), {"cache_root": str(finished.parent / "cache")}
+    assert train(tiny_run(root, finished, resume=True, dataset=cache)).name == "000004"
+    assert times() == before
 
 
 def test_a_checkpoint_that_was_cut_off_is_not_taken_for_one(root, tmp_path, finished):
@@ -151,7 +149,7 @@ def test_a_checkpoint_that_was_cut_off_is_not_taken_for_one(root, tmp_path, fini
     partial = tmp_path / "run" / "checkpoints" / ".000004.partial" / "pretrained_model"
     partial.mkdir(parents=True)
     (partial / "model.safetensors").write_bytes(b"half")
-    last = newest_sound(tmp_path / "run")
+    last = newest_intact(tmp_path / "run")
     assert last is not None
     assert last.name == "000002"
     resumed = train(tiny_run(root, tmp_path / "run", resume=True))
@@ -170,19 +168,19 @@ def test_a_kill_between_a_checkpoint_and_its_link_loses_nothing(root, tmp_path, 
 
 
 def test_a_folder_that_holds_another_run_is_refused(root, finished):
-    with pytest.raises(RunFolderError, match=r"expected an empty or new folder.*step 4.*resume=true"):
+    with pytest.raises(OtherRunError, match=r"expected an empty or new folder.*step 4.*resume=true"):
         train(tiny_run(root, finished))
 
 
 def test_a_folder_that_holds_anything_else_is_refused(root, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(RunFolderError, match=r"notes\.txt.*another output_dir"):
+    with pytest.raises(OtherRunError, match=r"notes\.txt.*another output_dir"):
         train(tiny_run(root, tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
 def test_resuming_with_another_config_is_refused_and_names_the_field(root, finished):
-    with pytest.raises(RunFolderError, match=r"batch_size \(run: 5, asked for: 6\)"):
+    with pytest.raises(OtherRunError, match=r"batch_size \(stored: 5, received: 6\)"):
         train(tiny_run(root, finished, resume=True, batch_size=6, log_every=7))
 
 
@@ -193,7 +191,7 @@ def test_a_run_from_before_a_field_existed_goes_on_with_its_default(root, tmp_pa
     del values["compile"], values["policy"]["capture"], values["dataset"]["workers"]
     saved.write_text(yaml.safe_dump(values))
     assert train(tiny_run(root, tmp_path / "run", stop_after=2, resume=True)).name == "000002"
-    with pytest.raises(RunFolderError, match=r"compile \(run: False, asked for: True\)"):
+    with pytest.raises(OtherRunError, match=r"compile \(stored: False, received: True\)"):
         train(tiny_run(root, tmp_path / "run", resume=True, compile=True))
 
 

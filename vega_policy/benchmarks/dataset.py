@@ -14,8 +14,9 @@ import torch
 from vega_policy.configuration_vega import VegaConfig
 from vega_policy.model.config import ActionHeadConfig, BackboneConfig, PriorConfig
 from vega_policy.priors.wan_fast import Plan
+from vega_policy.provenance import use_available_cores
 from vega_policy.training.config import DatasetConfig, TrainConfig
-from vega_policy.training.distributed import make_accelerator, use_cores
+from vega_policy.training.distributed import make_accelerator
 from vega_policy.training.logging import Progress
 from vega_policy.training.train import make_trainer
 
@@ -37,7 +38,7 @@ def benchmark_dataset(
     Yields:
         `data` (`videos`, `cache`), `prior`, `steps_per_s`, `samples_per_s` and `data_wait_percent`.
     """
-    use_cores()
+    use_available_cores()
     for cache, prior in (("none", options.prior), ("ram", options.prior), ("ram", "none")):
         with tempfile.TemporaryDirectory() as folder:
             config = _run(options, device, cache, prior, Path(folder))

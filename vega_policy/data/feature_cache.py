@@ -26,7 +26,7 @@ from vega_policy.model.config import BackboneConfig, PriorConfig
 from vega_policy.model.observation import stack_views
 from vega_policy.model.vega import VegaModel
 from vega_policy.priors import resolve
-from vega_policy.run_dir import atomic_folder, exclusive
+from vega_policy.run_dir import atomic_folder, lock_folder
 
 FORMAT = 1
 MANIFEST, VALUES, MEAN_FRAMES = "manifest.json", "values.bin", "mean_frames.safetensors"
@@ -201,7 +201,7 @@ def build_streams(root: Path, streams: Sequence[Stream], model: VegaModel, clips
         clips: All frames; read only if something is missing.
         frames: Frames of the dataset, for the progress bar.
     """
-    with exclusive(root), ExitStack() as stack:
+    with lock_folder(root, wait=True), ExitStack() as stack:
         missing = [stream for stream in streams if not (root / stream.folder).exists()]
         if not missing:
             return

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from vega_policy.data.dataset import DatasetError
 from vega_policy.data.feature_cache import MeanFrames
-from vega_policy.training.distributed import available_cores
+from vega_policy.provenance import available_cores
 
 STRETCH = 128
 """Instants read at once; longer episodes come in several stretches. A multiple of `features.BATCH`."""

@@ -16,6 +16,7 @@ import yaml
 from lerobot.utils.constants import PRETRAINED_MODEL_DIR
 from tqdm import tqdm
 
+from vega_policy.checkpoints import require_intact
 from vega_policy.evaluation import report as videos
 from vega_policy.evaluation.ablations import ABLATIONS, apply_ablation
 from vega_policy.evaluation.config import EvaluationSettings
@@ -42,7 +43,6 @@ from vega_policy.evaluation.policies import (
 )
 from vega_policy.evaluation.report import summarize, write_report
 from vega_policy.evaluation.rollout import FinishedEpisode, Rollout, single_call_seconds
-from vega_policy.training.checkpoint import require_sound
 
 logger = logging.getLogger(__name__)
 
@@ -295,7 +295,7 @@ def launch(config: Mapping[str, Any]) -> dict[str, Any]:
         config["environments"]["make"], environment["frame_size"], environment["rendering"]
     )
     checkpoint = find_checkpoint(Path(config["checkpoint"]))
-    require_sound(checkpoint)
+    require_intact(checkpoint)
     device = choose_device(config["device"])
     provenance = {
         "checkpoint": str(config["checkpoint"]),

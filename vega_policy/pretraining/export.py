@@ -3,7 +3,6 @@
 <output_dir>/wan_tiny/vae/ transformer/ scheduler/ empty_prompt.safetensors README.md
 """
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,8 @@ from vega_policy.pretraining.autoencoder import normalised, peak_signal_to_noise
 from vega_policy.pretraining.clips import Clips
 from vega_policy.pretraining.config import PretrainSettings
 from vega_policy.pretraining.transformer import BATCH, EMPTY, PromptTable, loss_by_level, predict
-from vega_policy.run_dir import atomic_folder, replace_text
-from vega_policy.training.logging import hardware
+from vega_policy.provenance import hardware
+from vega_policy.run_dir import atomic_folder, write_json, write_text
 
 LARGEST = 24_000_000
 """Bytes that a shipped folder may have."""
@@ -209,8 +208,8 @@ def write_card(folder: Path, figures: Figures, learned: Figures, settings: Pretr
     """
     machine = settings.report.hardware or _machine()
     told = {"hardware": machine, "learned": learned, "figures": figures, "settings": asdict(settings)}
-    replace_text(folder.parent / "report" / "report.json", json.dumps(told, indent=1) + "\n")
-    replace_text(folder / "README.md", card(figures, learned, machine))
+    write_json(folder.parent / "report" / "report.json", told)
+    write_text(folder / "README.md", card(figures, learned, machine))
     check_size(folder)
 
 

@@ -24,16 +24,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from vega_policy.pretraining.config import LearningSettings, PretrainSettings
-from vega_policy.run_dir import atomic_folder, drop_lines_after, remove_partial
-from vega_policy.training.checkpoint import (
+from vega_policy.checkpoints import (
     CHECKPOINTS,
-    checkpoint_of,
-    newest_sound,
+    checkpoint_path,
+    newest_intact,
+    prune_checkpoints,
     set_aside_after,
-    tidy,
     write_checksums,
 )
+from vega_policy.pretraining.config import LearningSettings, PretrainSettings
+from vega_policy.run_dir import atomic_folder, drop_lines_after, remove_partial
 
 METRICS = "metrics.jsonl"
 KEPT = 2
@@ -86,7 +86,7 @@ class StageTrainer:
         self.average = EMAModel(self.weights, decay=settings.average_decay, foreach=True)
         (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
         remove_partial(folder / CHECKPOINTS)
-        checkpoint = newest_sound(folder)
+        checkpoint = newest_intact(folder)
         if checkpoint is not None:
             self._restore(checkpoint)
         set_aside_after(folder, self.step)
@@ -122,7 +122,7 @@ class StageTrainer:
 
     def save(self) -> None:
         """Write a checkpoint, unless this step has one, and delete old ones."""
-        target = checkpoint_of(self.folder, self.step)
+        target = checkpoint_path(self.folder, self.step)
         if target.exists():
             return
         state = self.optimizer.state_dict()["state"]
@@ -137,7 +137,7 @@ class StageTrainer:
             save_file(moments, folder / "optimizer.safetensors")
             (folder / "step.json").write_text(json.dumps({"step": self.step}))
             write_checksums(folder)
-        tidy(self.folder, keep_last=KEPT, keep_best=1)
+        prune_checkpoints(self.folder, keep_last=KEPT, keep_best=1)
 
     def _restore(self, checkpoint: Path) -> None:
         self.step = json.loads((checkpoint / "step.json").read_text())["step"]

@@ -4,9 +4,7 @@ Weights, averages and the optimizer's state are saved whole, so that a checkpoin
 trained. The prior is no sub-module of the policy: each process has all of it, and no optimizer knows it.
 """
 
-import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -131,24 +129,3 @@ def shard_state(optimizer: torch.optim.Optimizer) -> None:
         for name, value in state.items():
             if isinstance(value, Tensor) and value.shape == weight.shape:
                 state[name] = shard_like(value, weight)
-
-
-QUOTA = Path("/sys/fs/cgroup/cpu.max")
-
-
-def available_cores() -> int:
-    """Cores that this process may use; in a container, not the host's."""
-    cores = len(os.sched_getaffinity(0))
-    if not QUOTA.is_file():
-        return cores
-    limit, period = QUOTA.read_text().split()
-    return cores if limit == "max" else min(cores, max(1, int(limit) // int(period)))
-
-
-def use_cores() -> None:
-    """Uses the cores this process may use; a user's OMP_NUM_THREADS stands.
-
-    In a container torch counts the host's cores, which slows small models down many times over.
-    """
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(available_cores())

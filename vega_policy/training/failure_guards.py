@@ -1,7 +1,6 @@
 """What stops a training in time: numbers that are not finite, a full disk, no more memory."""
 
 import errno
-import json
 import math
 import shutil
 from collections.abc import Iterator
@@ -13,7 +12,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from vega_policy.run_dir import CHECKPOINTS, remove_partial, replace_text
+from vega_policy.checkpoints import CHECKPOINTS
+from vega_policy.run_dir import remove_partial, write_json
 from vega_policy.training.config import TrainConfig
 
 REPORT = "not_finite.json"
@@ -94,7 +94,7 @@ class NonFiniteGuard:
         if self.in_a_row < self.limit:
             return
         if main:
-            replace_text(run / REPORT, json.dumps([asdict(bad) for bad in self.recent], indent=1) + "\n")
+            write_json(run / REPORT, [asdict(bad) for bad in self.recent])
         names = ", ".join(step.weights[:3]) or "none"
         raise NotFiniteError(
             f"{self.in_a_row} steps in a row, up to step {step.step}, had a loss or a gradient that was not "

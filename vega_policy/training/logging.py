@@ -4,39 +4,25 @@ import io
 import json
 import logging
 import math
-import os
-import platform
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from functools import cache
-from importlib.metadata import distributions
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
 import imageio.v3 as imageio
-import torch
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from tensorboard.compat.proto import summary_pb2
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from vega_policy.resources import PACKAGE
-from vega_policy.run_dir import replace_text
-from vega_policy.training.checkpoint import (
-    BEST,
-    CHECKPOINTS,
-    LAST,
-    METRICS,
-    PRETRAINED,
-    forget_metrics_after,
-    read_scores,
-    step_of,
-)
+from vega_policy.checkpoints import BEST, CHECKPOINTS, LAST, PRETRAINED, read_scores
+from vega_policy.provenance import code_revision, environment, hardware
+from vega_policy.run_dir import drop_lines_after, write_json, write_text
+from vega_policy.training.checkpoint import METRICS, read_step
 from vega_policy.training.config import TrainConfig, encode
 
 logger = logging.getLogger(__name__)
@@ -112,7 +98,7 @@ class WeightsAndBiases:
             resume="allow",
             config=encode(config),
         )
-        replace_text(known, f"{self._run.id}\n")
+        write_text(known, f"{self._run.id}\n")
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Shows values at a step."""
@@ -176,7 +162,7 @@ class Progress:
             disable=not shown,
         )
         if shown:
-            forget_metrics_after(run, first)
+            drop_lines_after(run / METRICS, first)
             self._file = (run / METRICS).open("a")
 
     @contextmanager
@@ -264,62 +250,7 @@ def note_start(run: Path, step: int, processes: int) -> None:
     starts = json.loads(path.read_text()) if path.is_file() else []
     now = datetime.now(UTC).isoformat(timespec="seconds")
     start = {"time": now, "from_step": step, "processes": processes, "command": sys.argv, **environment()}
-    replace_text(path, json.dumps([*starts, start], indent=1) + "\n")
-
-
-def environment() -> dict[str, Any]:
-    """Code, packages and hardware as plain values."""
-    return {
-        "code": code_revision(),
-        "python": platform.python_version(),
-        "packages": dict(sorted((found.name, found.version) for found in distributions())),
-        "hardware": hardware(),
-    }
-
-
-@cache
-def code_revision() -> dict[str, Any]:
-    """The git revision this package runs from, and whether files differ from it; None if installed."""
-    revision = _git("rev-parse", "HEAD")
-    if revision is None:
-        return {"revision": None, "changed": None}
-    return {"revision": revision, "changed": bool(_git("status", "--porcelain", "--untracked-files=no"))}
-
-
-@cache
-def hardware() -> dict[str, Any]:
-    """Processor, memory and accelerators."""
-    gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-    return {
-        "system": platform.platform(),
-        "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
-        "gpus": [f"{gpu.name}, {gpu.total_memory / 1e9:.0f} GB" for gpu in gpus],
-        "cuda": torch.version.cuda if gpus else None,
-    }
-
-
-def _git(*arguments: str) -> str | None:
-    """What git says about the repository of this package; None if it lies in none."""
-    if not (
-        PACKAGE.parent / ".git"
-    ).exists():  # an installed package may lie below somebody else's repository
-        return None
-    try:
-        told = subprocess.run(
-            ["git", *arguments], cwd=PACKAGE, capture_output=True, text=True, check=True, timeout=30
-        )
-    except (FileNotFoundError, subprocess.CalledProcessError):
-        return None
-    return told.stdout.strip()
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    write_json(path, [*starts, start])
 
 
 _TEMPLATE = """---
@@ -438,7 +369,7 @@ def push(config: TrainConfig, data: str) -> str:
     assert policy.repo_id is not None  # TrainConfig refuses to push without
     best = run / CHECKPOINTS / BEST
     checkpoint = best if best.exists() else run / CHECKPOINTS / LAST
-    step = step_of(checkpoint)
+    step = read_step(checkpoint)
     card = model_card(config, step, read_scores(run).get(step, {}), data)
     api = HfApi()
     api.create_repo(policy.repo_id, private=policy.private, exist_ok=True)

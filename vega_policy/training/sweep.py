@@ -50,7 +50,9 @@ class Job:
 
 def read_job(folder: Path) -> Job:
     """Reads one run's folder; what is not there stays empty."""
-    from vega_policy.training.checkpoint import CONFIG, METRICS, flatten, read_scores
+    from vega_policy.checkpoints import read_scores
+    from vega_policy.run_dir import flatten
+    from vega_policy.training.checkpoint import CONFIG, METRICS
 
     config, metrics = folder / CONFIG, folder / METRICS
     if not config.is_file():

@@ -1,6 +1,7 @@
 """From a run's config to its parts, and the one call that trains: `train`."""
 
 import logging
+from contextlib import nullcontext
 from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from safetensors.torch import load_file
 from torch import Tensor
 
+from vega_policy.checkpoints import PRETRAINED, newest_intact, require_intact
 from vega_policy.data import feature_cache as features
 from vega_policy.data.dataset import FrameTable, check_finite, match_features, open_dataset, read_table
 from vega_policy.data.loader import CachedSource, ShuffledRows, Source, VideoSource
@@ -21,20 +23,19 @@ from vega_policy.data.video import frames_in_order, sampled_mean_frames
 from vega_policy.model.torch_compile import compile_blocks
 from vega_policy.modeling_vega import VegaPolicy
 from vega_policy.processor_vega import make_vega_pre_post_processors
+from vega_policy.provenance import use_available_cores
+from vega_policy.run_dir import lock_folder
 from vega_policy.training import checkpoint as checkpoints
 from vega_policy.training.checkpoint import (
     MEAN_FRAMES,
-    PRETRAINED,
     Origin,
     TrainState,
     check_folder,
-    claim,
-    newest_sound,
-    require_sound,
+    claim_folder,
 )
 from vega_policy.training.config import TrainConfig, encode
 from vega_policy.training.cuda_graph import check_capturable
-from vega_policy.training.distributed import make_accelerator, shard, use_cores
+from vega_policy.training.distributed import make_accelerator, shard
 from vega_policy.training.failure_guards import NonFiniteGuard, check_space
 from vega_policy.training.logging import note_start, push
 from vega_policy.training.optim import EMA, make_optimizer
@@ -54,19 +55,24 @@ def train(config: TrainConfig) -> Path:
 
     Raises:
         ValueError: If the output folder, the dataset or the cache does not fit; each says what to do.
+        FolderInUseError: If another process trains into the folder.
         TrainingStoppedError: If too many steps were not finite, or disk or memory is full.
     """
-    use_cores()
+    use_available_cores()
     accelerator = make_accelerator(cpu=config.vega.device == "cpu", precision=config.precision)
-    checkpoint = choose_checkpoint(config, accelerator)
-    if checkpoint is not None and checkpoints.step_of(checkpoint) >= config.last_step:
-        logger.info("%s is complete up to step %d; nothing to do.", config.output_dir, config.last_step)
-        return checkpoint
-    trainer = make_trainer(config, accelerator, checkpoint)
-    last = trainer.fit()
-    if config.vega.push_to_hub and config.last_step == config.steps and accelerator.is_main_process:
-        push(config, trainer.data)
-    return last
+    main = accelerator.is_main_process
+    if main:
+        check_folder(config)  # also before locking: not even a lock is left in a folder that does not fit
+    with lock_folder(Path(config.output_dir)) if main else nullcontext():
+        checkpoint = choose_checkpoint(config, accelerator)
+        if checkpoint is not None and checkpoints.read_step(checkpoint) >= config.last_step:
+            logger.info("%s is complete up to step %d; nothing to do.", config.output_dir, config.last_step)
+            return checkpoint
+        trainer = make_trainer(config, accelerator, checkpoint)
+        last = trainer.fit()
+        if main and config.vega.push_to_hub and config.last_step == config.steps:
+            push(config, trainer.data)
+        return last
 
 
 def choose_checkpoint(config: TrainConfig, accelerator: Accelerator) -> Path | None:
@@ -77,7 +83,7 @@ def choose_checkpoint(config: TrainConfig, accelerator: Accelerator) -> Path | N
     found: list[Path | None] = [None]
     if accelerator.is_main_process:
         check_folder(config)
-        found = [newest_sound(Path(config.output_dir))]
+        found = [newest_intact(Path(config.output_dir))]
     return broadcast_object_list(found)[0]
 
 
@@ -107,8 +113,8 @@ def make_trainer(config: TrainConfig, accelerator: Accelerator, checkpoint: Path
     learner = make_learner(config, policy, mean_frames, data.dataset, checkpoint)
     if accelerator.is_main_process:
         run = Path(config.output_dir)
-        claim(config, saved, learner.step)
-        check_space(run, checkpoints.size_of(learner))
+        claim_folder(config, saved, learner.step)
+        check_space(run, checkpoints.estimate_size(learner))
         note_start(run, learner.step, world)
         logger.info(_summary(config, policy, data, learner.step))
     accelerator.wait_for_everyone()
@@ -192,7 +198,7 @@ def make_policy(config: TrainConfig, checkpoint: Path | None, device: torch.devi
     if config.vega.pretrained_path is not None:
         path = config.vega.pretrained_path
         if Path(path).is_dir():
-            require_sound(Path(path))
+            require_intact(Path(path))
         saved: Any = PreTrainedConfig.from_pretrained(path)
         vega = copy(config.vega)  # the weights of the prior that it was trained with are required
         vega.prior = replace(vega.prior, fingerprint=saved.prior.fingerprint)

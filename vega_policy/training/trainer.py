@@ -9,19 +9,10 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
+from vega_policy.checkpoints import add_scores, checkpoint_path, prune_checkpoints, read_scores
 from vega_policy.data.augmentation import RandomShift
 from vega_policy.data.loader import Batch, ShuffledRows, Source
-from vega_policy.training.checkpoint import (
-    Origin,
-    TrainState,
-    add_scores,
-    checkpoint_of,
-    read_scores,
-    rng_state,
-    save_checkpoint,
-    snapshot,
-    tidy,
-)
+from vega_policy.training.checkpoint import Origin, TrainState, rng_state, save_checkpoint, snapshot
 from vega_policy.training.config import TrainConfig
 from vega_policy.training.cuda_graph import CapturedStep
 from vega_policy.training.distributed import all_agree, mean_over_processes, replicate, without_gradient
@@ -118,7 +109,7 @@ class Trainer:
                     self.look(step, progress)
         finally:
             progress.close()
-        return checkpoint_of(self.run, learner.step)
+        return checkpoint_path(self.run, learner.step)
 
     def optimize(self, batches: Iterator[Batch], progress: Progress, step: int) -> dict[str, float]:
         """One optimizer step over `accumulate` batches; returns what is worth logging.
@@ -199,7 +190,7 @@ class Trainer:
         if self.accelerator.is_main_process and scores:
             add_scores(self.run, step, scores)
         if self.accelerator.is_main_process and saving:
-            tidy(self.run, keep_last=config.keep_last, keep_best=config.keep_best)
+            prune_checkpoints(self.run, keep_last=config.keep_last, keep_best=config.keep_best)
 
     def _make_up(self, progress: Progress) -> None:
         """Plays the checkpoint this start goes on from, where a kill came between saving and playing it."""
@@ -224,7 +215,7 @@ class Trainer:
     def play(self, step: int, progress: Progress) -> dict[str, float]:
         """Closed-loop success of the checkpoint after a step; the main process's films go to the boards."""
         device = str(self.accelerator.device)
-        played = play(self.accelerator, self.config.simulation, checkpoint_of(self.run, step), device)
+        played = play(self.accelerator, self.config.simulation, checkpoint_path(self.run, step), device)
         progress.write(step, played.scores, "simulation")
         for film in played.films:
             progress.film(step, f"simulation/{film.stem}", film)

@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from vega_policy.checkpoints import PRETRAINED
 from vega_policy.data.loader import Batch, Source
 from vega_policy.evaluation.config import EvaluationSettings
 from vega_policy.evaluation.env_pool import EnvironmentFactory, WorkerPool
@@ -17,7 +18,7 @@ from vega_policy.evaluation.env_worker import resolve
 from vega_policy.evaluation.evaluate import Evaluation
 from vega_policy.evaluation.policies import checkpoint_fingerprint, load_lerobot_policy
 from vega_policy.model.torch_compile import uncompiled
-from vega_policy.training.checkpoint import PRETRAINED, TrainState, rng_state, set_rng_state
+from vega_policy.training.checkpoint import TrainState, rng_state, set_rng_state
 from vega_policy.training.config import SimulationConfig
 
 Prepare = Callable[[Batch], Batch]
