@@ -1,6 +1,6 @@
-"""A policy server in a thread or a process of its own, with a policy made of arithmetic.
+"""A policy server in its own thread or process, with a policy made of arithmetic.
 
-`python -m tests.policy_servers PORT SECONDS` serves until it is killed; SECONDS is what a prediction takes.
+`python -m tests.policy_servers PORT SECONDS` serves until it is killed; a prediction takes SECONDS.
 """
 
 import asyncio
@@ -10,10 +10,10 @@ import sys
 import threading
 import time
 
+import msgspec
 import numpy as np
 
 from vega_policy.deployment.client import ServerAddress
-from vega_policy.deployment.protocol import MessageLimits
 from vega_policy.deployment.server import PolicyServer, ServerSettings
 from vega_policy.evaluation.policies import ObservationBatch, PolicyDescription
 
@@ -22,12 +22,12 @@ TOKEN = "a-token-for-tests-that-is-long-enough"
 
 
 class ArithmeticPolicy:
-    """Actions from sums of pixels, state and noise; takes as long as it is told."""
+    """Actions from sums of pixels, state and noise; a prediction takes `seconds`."""
 
     reads_frames = True
     noise_shape = (4, 7)
     fingerprint = "arithmetic"
-    continues = True
+    supports_rtc = True
     description = PolicyDescription("arithmetic", "none", CAMERAS, 8, 7, 2)
 
     def __init__(self, seconds=0.0):
@@ -37,18 +37,16 @@ class ArithmeticPolicy:
     def reset(self):
         pass
 
-    def chunk(self, batch, noise):
+    def chunk(self, batch, noise, rtc=None):
         self.rows.append(len(batch.instructions))
         time.sleep(self.seconds)
         if "fail" in batch.instructions:
-            raise RuntimeError("asked to fail")
-        seen = sum(frames.mean(axis=(1, 2, 3), dtype=np.float64) for frames in batch.frames.values())
+            raise RuntimeError("the instruction is to fail")
+        total = sum(frames.mean(axis=(1, 2, 3), dtype=np.float64) for frames in batch.frames.values())
         base = np.zeros((len(batch.instructions), 4, 7)) if noise is None else noise
-        return (base + (seen + batch.state.sum(axis=1))[:, None, None]).astype(np.float32)
-
-    def continue_chunk(self, batch, noise, continuation):
-        chunk = self.chunk(batch, noise)
-        chunk[0, : len(continuation.actions)] = continuation.actions[:4]
+        chunk = (base + (total + batch.state.sum(axis=1))[:, None, None]).astype(np.float32)
+        if rtc is not None:
+            chunk[0, : len(rtc.actions)] = rtc.actions[:4]
         return chunk
 
 
@@ -62,10 +60,15 @@ def noises(rows=1, seed=0):
     return np.random.default_rng(seed).normal(size=(rows, 4, 7)).astype(np.float32)
 
 
+def limits(**changes):
+    """The default limits without a rate limit, with changes."""
+    return msgspec.structs.replace(ServerSettings.limits, **{"requests_per_second": 1e6} | changes)
+
+
 @contextlib.contextmanager
 def running(policy=None, **settings):
     """Yield a server and its port; it is shut down afterwards, and that must succeed."""
-    settings = {"port": 0, "limits": MessageLimits(requests_per_second=1e6), "grace_seconds": 5.0} | settings
+    settings = {"port": 0, "limits": limits(), "grace_seconds": 5.0} | settings
     server = PolicyServer(policy or ArithmeticPolicy(), ServerSettings(**settings))
     loop, stop, ready, ports = asyncio.new_event_loop(), asyncio.Event(), threading.Event(), []
 
@@ -112,9 +115,8 @@ def server_process(port=0, seconds=0.0):
 
 
 if __name__ == "__main__":
-    limits = MessageLimits(requests_per_second=1e6)
     server = PolicyServer(
-        ArithmeticPolicy(float(sys.argv[2])), ServerSettings(port=int(sys.argv[1]), limits=limits)
+        ArithmeticPolicy(float(sys.argv[2])), ServerSettings(port=int(sys.argv[1]), limits=limits())
     )
 
     def started(port):

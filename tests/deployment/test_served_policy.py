@@ -1,4 +1,4 @@
-"""A checkpoint behind a server says what it says without one."""
+"""A served checkpoint predicts what it predicts locally, with and without real-time chunking."""
 
 import numpy as np
 import pytest
@@ -46,7 +46,7 @@ def checkpoint(tmp_path_factory):
     return write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
-def test_a_checkpoint_says_the_same_through_the_server_bit_for_bit(checkpoint):
+def test_a_checkpoint_predicts_the_same_through_the_server_bit_for_bit(checkpoint):
     local = load_served_policy(checkpoint, device="cpu")
     warm_up(local, 64)
     with running(load_served_policy(checkpoint, device="cpu")) as (_, port):
@@ -54,12 +54,15 @@ def test_a_checkpoint_says_the_same_through_the_server_bit_for_bit(checkpoint):
         assert remote.description == local.description
         assert remote.served.fingerprint == local.fingerprint
         for seed in range(3):
-            seen, noise = observations(seed=seed, side=80), np.random.default_rng(seed).normal(size=(1, 4, 7))
+            observed, noise = (
+                observations(seed=seed, side=80),
+                np.random.default_rng(seed).normal(size=(1, 4, 7)),
+            )
             noise = noise.astype(np.float32)
-            np.testing.assert_array_equal(remote.chunk(seen, noise), local.chunk(seen, noise))
-            going_on = RTCContext(local.chunk(seen, noise)[0, 1:], 1, 3, 10.0)
+            np.testing.assert_array_equal(remote.chunk(observed, noise), local.chunk(observed, noise))
+            rtc = RTCContext(local.chunk(observed, noise)[0, 1:], 1, 3, 10.0)
             np.testing.assert_array_equal(
-                remote.ask(seen, noise, going_on), local.continue_chunk(seen, noise, going_on)
+                remote.chunk(observed, noise, rtc), local.chunk(observed, noise, rtc)
             )
         load = measure(address(port), clients=2, seconds=0.5, side=64)
         assert load.requests_per_second > 1
@@ -69,41 +72,43 @@ def test_a_checkpoint_says_the_same_through_the_server_bit_for_bit(checkpoint):
 
 def test_a_continued_chunk_begins_with_what_is_being_executed(checkpoint):
     policy = load_served_policy(checkpoint, device="cpu")
-    seen, rng = observations(side=64), np.random.default_rng(1)
+    observed, rng = observations(side=64), np.random.default_rng(1)
     noise = rng.normal(size=(1, 4, 7)).astype(np.float32)
     left = rng.uniform(-1, 1, (3, 7)).astype(np.float32)
-    free = policy.chunk(seen, noise)[0]
-    guided = policy.continue_chunk(seen, noise, RTCContext(left, 2, 3, 10.0))[0]
+    free = policy.chunk(observed, noise)[0]
+    guided = policy.chunk(observed, noise, RTCContext(left, 2, 3, 10.0))[0]
     assert np.abs(guided[:2] - left[:2]).mean() < 0.1 * np.abs(free[:2] - left[:2]).mean()
     np.testing.assert_allclose(guided[3], free[3], atol=0.2)  # beyond the horizon nothing pulls
 
 
-def test_real_time_chunking_is_not_drawn_to_the_zeros_that_lerobot_pads_with():
+def test_real_time_chunking_ignores_the_zeros_that_lerobot_pads_with():
     policy = VegaPolicy(tiny_config()).eval()
     assert policy.supports_rtc()
     policy.config.rtc_config = RTCConfig(execution_horizon=4)
     policy.init_rtc_processor()
-    seen, noise, left = batch(1), torch.randn(1, 4, 7), torch.rand(2, 7)
+    observed, noise, left = batch(1), torch.randn(1, 4, 7), torch.rand(2, 7)
     padded = torch.cat([left, torch.zeros(2, 7)])
     kwargs = {"noise": noise, "inference_delay": 1}
-    guided = policy.predict_action_chunk(seen, prev_chunk_left_over=left, **kwargs)
-    assert torch.equal(guided, policy.predict_action_chunk(seen, prev_chunk_left_over=padded, **kwargs))
-    free = policy.predict_action_chunk(seen, noise=noise)
+    guided = policy.predict_action_chunk(observed, prev_chunk_left_over=left, **kwargs)
+    assert torch.equal(guided, policy.predict_action_chunk(observed, prev_chunk_left_over=padded, **kwargs))
+    free = policy.predict_action_chunk(observed, noise=noise)
     assert not torch.equal(guided, free)
-    assert torch.equal(free, policy.predict_action_chunk(seen, prev_chunk_left_over=None, **kwargs))
-    assert torch.equal(free, policy.predict_action_chunk(seen, prev_chunk_left_over=padded * 0, **kwargs))
+    assert torch.equal(free, policy.predict_action_chunk(observed, prev_chunk_left_over=None, **kwargs))
+    assert torch.equal(free, policy.predict_action_chunk(observed, prev_chunk_left_over=padded * 0, **kwargs))
     assert not guided.requires_grad
 
 
-def test_without_a_flow_the_chunk_is_blended_with_what_is_left_of_the_last():
+def test_without_a_flow_the_chunk_is_blended_with_the_rest_of_the_last():
     config = tiny_config()
     config.head = ActionHeadConfig(name="l1", width=32, depth=1, heads=2)
     policy = VegaPolicy(config).eval()
-    seen, left = batch(1), torch.rand(3, 7) + 5
-    free = policy.predict_action_chunk(seen)
-    assert torch.equal(free, policy.predict_action_chunk(seen, inference_delay=1, prev_chunk_left_over=left))
+    observed, left = batch(1), torch.rand(3, 7) + 5
+    free = policy.predict_action_chunk(observed)
+    assert torch.equal(
+        free, policy.predict_action_chunk(observed, inference_delay=1, prev_chunk_left_over=left)
+    )
     policy.use_rtc(RTCConfig(execution_horizon=3))
-    chunk = policy.predict_action_chunk(seen, inference_delay=1, prev_chunk_left_over=left)
+    chunk = policy.predict_action_chunk(observed, inference_delay=1, prev_chunk_left_over=left)
     share = ((chunk - free)[0, :3] / (left - free[0, :3])).mean(dim=-1)
     torch.testing.assert_close(share, torch.tensor([1.0, 2 / 3, 1 / 3]))
     assert torch.equal(chunk[:, 3], free[:, 3])

@@ -1,4 +1,4 @@
-"""The server lets the right ones in, keeps everybody else out, and goes on serving."""
+"""The policy server: authentication, limits, reconnection and shutdown."""
 
 import http.client
 import socket
@@ -6,22 +6,22 @@ import subprocess
 import threading
 import time
 
+import msgspec
 import numpy as np
 import pytest
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
-from tests.policy_servers import TOKEN, ArithmeticPolicy, address, noises, observations, running
+from tests.policy_servers import TOKEN, ArithmeticPolicy, address, limits, noises, observations, running
 from vega_policy.deployment import protocol
 from vega_policy.deployment.client import (
     PolicyClient,
     PolicyUnavailableError,
-    ProtocolError,
     RemotePolicy,
     ServerAddress,
 )
-from vega_policy.deployment.protocol import MessageLimits, Request, RTCContext, unpack
-from vega_policy.deployment.server import ServerSettings, read_token
+from vega_policy.deployment.protocol import ProtocolError, Request, RTCContext, read_token
+from vega_policy.deployment.server import ServerSettings
 
 
 class Other(ArithmeticPolicy):
@@ -47,10 +47,14 @@ def request(connection, hello, sequence=0, **options):
     connection.send(
         protocol.encode_request(hello.session, Request(sequence, observations(**options), None, None))
     )
-    return unpack(connection.recv(timeout=10), 2**24)
+    return receive(connection)
 
 
-def test_a_remote_policy_says_what_the_local_one_says_bit_for_bit():
+def receive(connection):
+    return msgspec.msgpack.decode(connection.recv(timeout=10))
+
+
+def test_a_remote_policy_predicts_the_actions_of_the_local_one_bit_for_bit():
     local = ArithmeticPolicy()
     with running() as (_, port):
         remote = RemotePolicy(address(port))
@@ -60,12 +64,12 @@ def test_a_remote_policy_says_what_the_local_one_says_bit_for_bit():
             batch, noise = observations(rows, seed), noises(rows, seed)
             np.testing.assert_array_equal(remote.chunk(batch, noise), local.chunk(batch, noise))
         np.testing.assert_array_equal(remote.chunk(observations(), None), local.chunk(observations(), None))
-        going_on = RTCContext(np.ones((2, 7), np.float32), 1, 2, 10.0)
-        assert (remote.ask(observations(), noises(), going_on)[0, :2] == 1).all()
+        rtc = RTCContext(np.ones((2, 7), np.float32), 1, 2, 10.0)
+        assert (remote.chunk(observations(), noises(), rtc)[0, :2] == 1).all()
         remote.close()
 
 
-def test_without_the_token_nothing_but_health_is_told(tmp_path):
+def test_without_the_token_only_health_is_answered(tmp_path):
     with running(token=TOKEN) as (server, port):
         for wrong in (None, "", TOKEN[:-1], TOKEN + "x", TOKEN.upper(), "\u00e9" * 30):
             with pytest.raises(InvalidStatus) as error:
@@ -82,35 +86,35 @@ def test_without_the_token_nothing_but_health_is_told(tmp_path):
         assert PolicyClient(address(port, tmp_path, TOKEN)).predict(observations()).actions.shape == (1, 4, 7)
 
 
-def test_a_web_page_cannot_talk_to_a_server_on_loopback():
+def test_a_web_page_cannot_connect_to_a_server_on_loopback():
     with running() as (_, port):
         with pytest.raises(InvalidStatus) as error:
             raw(port, origin="https://evil.example")
         assert error.value.response.status_code == 403
 
 
-def test_a_recorded_session_cannot_be_played_again():
+def test_a_recorded_session_cannot_be_replayed():
     with running() as (_, port):
         with raw(port) as connection:
             hello = protocol.decode_hello(connection.recv(timeout=10))
             recorded = protocol.encode_request(hello.session, Request(0, observations(), None, None))
             connection.send(recorded)
-            assert unpack(connection.recv(timeout=10), 2**20)["type"] == "actions"
+            assert receive(connection)["type"] == "actions"
             connection.send(recorded)
-            assert unpack(connection.recv(timeout=10), 2**20)["code"] == "sequence"
+            assert receive(connection)["code"] == "sequence"
         with raw(port) as connection:
             connection.recv(timeout=10)
             connection.send(recorded)
-            assert unpack(connection.recv(timeout=10), 2**20)["code"] == "session"
+            assert receive(connection)["code"] == "session"
 
 
-def test_a_client_that_only_sends_rubbish_is_hung_up_on_and_a_large_message_ends_at_once():
-    with running(faults=3, limits=MessageLimits(message_bytes=100_000, requests_per_second=1e6)) as (_, port):
+def test_many_malformed_messages_or_one_too_large_close_the_connection():
+    with running(faults=3, limits=limits(message_bytes=100_000)) as (_, port):
         with raw(port) as connection:
             connection.recv(timeout=10)
             for _ in range(3):
                 connection.send(b"rubbish")
-                assert unpack(connection.recv(timeout=10), 2**20)["code"] == "malformed"
+                assert receive(connection)["code"] == "malformed"
             with pytest.raises(ConnectionClosed) as error:
                 connection.recv(timeout=10)
             assert error.value.rcvd.code == 1008
@@ -124,7 +128,7 @@ def test_a_client_that_only_sends_rubbish_is_hung_up_on_and_a_large_message_ends
 
 
 def test_a_flood_of_requests_is_slowed_down_to_the_rate_allowed():
-    with running(limits=MessageLimits(requests_per_second=4.0)) as (_, port), raw(port) as connection:
+    with running(limits=limits(requests_per_second=4.0)) as (_, port), raw(port) as connection:
         hello = protocol.decode_hello(connection.recv(timeout=10))
         start = time.monotonic()
         answers = [request(connection, hello, sequence) for sequence in range(12)]
@@ -132,7 +136,7 @@ def test_a_flood_of_requests_is_slowed_down_to_the_rate_allowed():
         assert {answer.get("code") for answer in answers} == {None, "rate"}
 
 
-def test_who_dawdles_is_hung_up_on_while_others_are_served():
+def test_slow_connections_are_closed_while_others_are_served():
     with running(handshake_seconds=0.5, idle_seconds=0.7) as (server, port):
         client = PolicyClient(address(port))
         with socket.create_connection(("127.0.0.1", port)) as half, raw(port) as dripping:
@@ -141,7 +145,7 @@ def test_who_dawdles_is_hung_up_on_while_others_are_served():
             end, closed = time.monotonic() + 10, False
             half.settimeout(0.01)
             while not closed:
-                assert time.monotonic() < end, "dawdlers were never hung up on"
+                assert time.monotonic() < end, "slow connections were never closed"
                 client.predict(observations())
                 try:
                     half.sendall(b"X")
@@ -157,14 +161,14 @@ def test_who_dawdles_is_hung_up_on_while_others_are_served():
         client.close()
 
 
-def test_fifty_clients_at_once_each_get_their_own_answer_in_shared_batches():
+def test_fifty_clients_at_once_each_get_their_own_answer():
     policy, local, wrong = ArithmeticPolicy(0.01), ArithmeticPolicy(), []
 
     def work(seed):
         client = PolicyClient(address(port))
         for turn in range(3):
             batch, noise = observations(seed=seed + 100 * turn), noises(seed=seed)
-            if not np.allclose(client.predict(batch, noise).actions, local.chunk(batch, noise), atol=1e-4):
+            if not np.array_equal(client.predict(batch, noise).actions, local.chunk(batch, noise)):
                 wrong.append(seed)
         client.close()
 
@@ -176,8 +180,7 @@ def test_fifty_clients_at_once_each_get_their_own_answer_in_shared_batches():
             thread.join(60)
         assert not wrong
         assert 'vega_requests_total{outcome="ok"} 150.0' in server.metrics.text()
-    assert sum(policy.rows) == 150
-    assert max(policy.rows) > 4
+    assert policy.rows == [1] * 150
 
 
 def test_there_are_no_more_sessions_and_connections_than_allowed():
@@ -224,7 +227,7 @@ def test_shutting_down_lets_running_requests_finish():
         PolicyClient(address(port, timeout_seconds=1.0)).connect()
 
 
-def test_a_client_finds_back_to_a_server_that_comes_back():
+def test_a_client_reconnects_to_a_restarted_server():
     with running() as (_, port):
         remote = RemotePolicy(address(port), patience_seconds=20)
         before = remote.chunk(observations(), None)
@@ -240,7 +243,7 @@ def test_a_client_finds_back_to_a_server_that_comes_back():
         remote.close()
 
 
-def test_another_policy_in_the_place_of_the_first_is_refused_however_often_it_is_asked():
+def test_another_policy_at_the_same_address_is_refused_at_every_request():
     with running() as (_, port):
         remote = RemotePolicy(address(port), patience_seconds=5)
         remote.chunk(observations(), None)
@@ -251,7 +254,7 @@ def test_another_policy_in_the_place_of_the_first_is_refused_however_often_it_is
     remote.close()
 
 
-def test_a_server_that_others_can_reach_needs_a_good_token(tmp_path):
+def test_a_server_beyond_loopback_needs_a_long_private_token(tmp_path):
     with pytest.raises(ValueError, match="needs a token"):
         ServerSettings(host="0.0.0.0")
     with pytest.raises(ValueError, match="needs a token"):
@@ -270,7 +273,7 @@ def test_a_server_that_others_can_reach_needs_a_good_token(tmp_path):
     assert read_token(file) == TOKEN
 
 
-def test_with_tls_only_clients_that_trust_the_certificate_get_through(tmp_path):
+def test_with_tls_only_clients_that_trust_the_certificate_connect(tmp_path):
     certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
     subprocess.run(
         ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
@@ -285,5 +288,5 @@ def test_with_tls_only_clients_that_trust_the_certificate_get_through(tmp_path):
             PolicyClient(ServerAddress(f"wss://127.0.0.1:{port}", timeout_seconds=5)).connect()
         with pytest.raises(PolicyUnavailableError):
             PolicyClient(ServerAddress(f"ws://127.0.0.1:{port}", timeout_seconds=5)).connect()
-    with pytest.raises(ValueError, match="is no ws://"):
+    with pytest.raises(ValueError, match="expected a ws://"):
         PolicyClient(ServerAddress("http://127.0.0.1:1")).connect()

@@ -1,6 +1,6 @@
-"""Rubbish by the thousand and killed processes: the server serves on, and the robot holds.
+"""Thousands of malformed messages and killed processes: the server keeps serving, and the robot holds.
 
-What the slow ones measured is shown with `-m slow -o log_cli=true -o log_cli_level=INFO`.
+The measurements of the slow tests are shown with `-m slow -o log_cli=true -o log_cli_level=INFO`.
 """
 
 import logging
@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 
-import msgpack
+import msgspec
 import numpy as np
 import psutil
 import pytest
@@ -22,11 +22,11 @@ from websockets.sync.client import connect
 from tests.policy_servers import address, observations, running, server_process
 from vega_policy.deployment import protocol
 from vega_policy.deployment.client import PolicyClient, RemotePolicy
-from vega_policy.deployment.protocol import Request, unpack
+from vega_policy.deployment.protocol import Request
 from vega_policy.deployment.safety import JointLimits, SafetyFilter, Watchdog
 
 logger = logging.getLogger(__name__)
-FIELDS = ("type", "session", "sequence", "frames", "state", "instructions", "noise", "continuation", "x")
+FIELDS = ("type", "session", "sequence", "frames", "state", "instructions", "noise", "rtc", "x")
 plain = st.recursive(
     st.none()
     | st.booleans()
@@ -37,22 +37,22 @@ plain = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=9), inner, max_size=4),
     max_leaves=8,
 )
-rubbish = st.one_of(
+malformed = st.one_of(
     st.binary(max_size=300),
     st.text(max_size=50),
-    st.dictionaries(st.sampled_from(FIELDS), plain).map(msgpack.packb),
+    st.dictionaries(st.sampled_from(FIELDS), plain).map(msgspec.msgpack.encode),
     st.tuples(st.integers(0, 3000), st.binary(min_size=1, max_size=8)),  # where a valid request is damaged
     st.integers(0, 6000),  # where a valid request is cut off
 )
 
 
-class Vandal:
-    """Sends one message after another, opening a new session when it was hung up on."""
+class Attacker:
+    """Sends one message after another; opens a new session when the server closed the last one."""
 
     def __init__(self, port):
         self.port = port
         self.connection = None
-        self.sent = self.hung_up = 0
+        self.sent = self.closed = 0
 
     def send(self, message):
         if self.connection is None:
@@ -64,14 +64,14 @@ class Vandal:
             )
             self.session = protocol.decode_hello(self.connection.recv(timeout=20)).session
         try:
-            self.connection.send(self.spoil(message))
-            answer = unpack(self.connection.recv(timeout=20), 2**24)
+            self.connection.send(self.corrupt(message))
+            answer = msgspec.msgpack.decode(self.connection.recv(timeout=20))
             assert answer["type"] in ("error", "actions")
         except ConnectionClosed:
-            self.connection, self.hung_up = None, self.hung_up + 1
+            self.connection, self.closed = None, self.closed + 1
         self.sent += 1
 
-    def spoil(self, message):
+    def corrupt(self, message):
         if isinstance(message, bytes | str):
             return message
         valid = protocol.encode_request(self.session, Request(self.sent, observations(side=16), None, None))
@@ -82,15 +82,15 @@ class Vandal:
 
 
 def attack(port, messages):
-    """Send so many messages, half of them drawn by hypothesis, a tenth too large; return the vandal."""
-    vandal = Vandal(port)
+    """Send a number of messages, half of them drawn by hypothesis, a tenth too large; return the attacker."""
+    attacker = Attacker(port)
 
     @settings(
         max_examples=messages // 2, deadline=None, database=None, suppress_health_check=list(HealthCheck)
     )
-    @given(rubbish)
+    @given(malformed)
     def draw(message):
-        vandal.send(message)
+        attacker.send(message)
 
     draw()
     rng = np.random.default_rng(0)
@@ -103,20 +103,20 @@ def attack(port, messages):
         "{}",
         b"\x80",
     ]
-    while vandal.sent < messages:
-        turn = vandal.sent % 20
+    while attacker.sent < messages:
+        turn = attacker.sent % 20
         if turn < len(corpus):
-            vandal.send(corpus[turn])
-        elif turn < 10 and vandal.sent % 400 < 20:
-            vandal.send(bytes(9 * 2**20))
+            attacker.send(corpus[turn])
+        elif turn < 10 and attacker.sent % 400 < 20:
+            attacker.send(bytes(9 * 2**20))
         elif turn < 15:
-            vandal.send((int(rng.integers(3000)), rng.bytes(int(rng.integers(1, 9)))))
+            attacker.send((int(rng.integers(3000)), rng.bytes(int(rng.integers(1, 9)))))
         else:
-            vandal.send(rng.bytes(int(rng.integers(2000))))
-    return vandal
+            attacker.send(rng.bytes(int(rng.integers(2000))))
+    return attacker
 
 
-def test_rubbish_is_refused_while_a_good_client_is_served():
+def test_malformed_messages_are_refused_while_a_valid_client_is_served():
     with running() as (_, port):
         client = PolicyClient(address(port))
         expected = client.predict(observations()).actions
@@ -126,7 +126,7 @@ def test_rubbish_is_refused_while_a_good_client_is_served():
 
 
 @pytest.mark.slow
-def test_ten_thousand_messages_cost_no_memory_and_no_client_notices():
+def test_ten_thousand_malformed_messages_cost_no_memory_and_disturb_no_client():
     with server_process() as (process, port):
         client, slowest, done = PolicyClient(address(port)), [0.0], threading.Event()
         expected = client.predict(observations()).actions
@@ -143,13 +143,13 @@ def test_ten_thousand_messages_cost_no_memory_and_no_client_notices():
         before = psutil.Process(process.pid).memory_info().rss
         good = threading.Thread(target=live)
         good.start()
-        vandal = attack(port, 10_000)
+        attacker = attack(port, 10_000)
         after = psutil.Process(process.pid).memory_info().rss
         done.set()
         good.join(30)
         logger.info(
-            "%d messages, %d hang-ups, %d good requests, the slowest %.3f s; memory %.1f -> %.1f MiB",
-            *(vandal.sent, vandal.hung_up, served[0], slowest[0], before / 2**20, after / 2**20),
+            "%d messages, %d closed sessions, %d good requests, the slowest %.3f s; memory %.1f -> %.1f MiB",
+            *(attacker.sent, attacker.closed, served[0], slowest[0], before / 2**20, after / 2**20),
         )
         assert process.poll() is None
         assert not good.is_alive()
@@ -162,23 +162,23 @@ START = {limit.name: 0.0 for limit in LIMITS}
 
 
 class Robot:
-    """Keeps what it was told and when, and by whom."""
+    """Records when it was commanded, and by whom."""
 
     def __init__(self):
-        self.told = []
+        self.commands = []
 
     def hold(self, command):
-        self.told.append((time.monotonic(), "watchdog"))
+        self.commands.append((time.monotonic(), "watchdog"))
 
     def move(self, command):
-        self.told.append((time.monotonic(), "policy"))
+        self.commands.append((time.monotonic(), "policy"))
 
     def last(self, who, since=0.0):
-        return [moment for moment, by in self.told if by == who and moment > since]
+        return [moment for moment, by in self.commands if by == who and moment > since]
 
 
 @pytest.mark.slow
-def test_when_the_server_is_killed_the_robot_holds_in_time_and_goes_on_when_it_is_back():
+def test_when_the_server_is_killed_the_robot_holds_in_time_and_continues_after_a_restart():
     hold_after, robot, stop = 0.3, Robot(), threading.Event()
     safety = SafetyFilter(LIMITS, period=0.05, max_observation_age=0.5)
 
@@ -209,7 +209,7 @@ def test_when_the_server_is_killed_the_robot_holds_in_time_and_goes_on_when_it_i
                 controlling.join(10)
     logger.info("the robot was held %.3f s after the kill (watchdog: %s s)", first_hold, hold_after)
     assert first_hold < hold_after + 0.2
-    assert safety.counts["stale"] == 1  # what the server said at last rested on a view from before
+    assert safety.counts["stale"] == 1  # the last answer was to an observation from before the kill
     assert remote.reconnections == 1
 
 
@@ -237,6 +237,6 @@ def test_when_a_client_is_killed_its_session_ends_and_others_are_served():
         process.stdout.close()
         end = time.monotonic() + 5
         while "vega_sessions 0.0" not in server.metrics.text():
-            assert time.monotonic() < end, "the session of a dead client was kept"
+            assert time.monotonic() < end, "the session of a killed client was kept"
             time.sleep(0.01)
         assert PolicyClient(address(port)).predict(observations()).actions.shape == (1, 4, 7)

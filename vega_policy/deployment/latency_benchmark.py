@@ -302,7 +302,7 @@ def _load(clients: int, rate: float, refused: int, timings: np.ndarray) -> Load:
 
 def random_batch(client: PolicyClient, side: int, seed: int) -> ObservationBatch:
     """Return one observation of random frames, as the server's policy reads it."""
-    policy = client.connect().description.policy
+    policy = client.connect().policy.policy
     rng = np.random.default_rng(seed)
     shape = (*policy.frame_axes(1), side, side, 3)
     frames = {camera: rng.integers(0, 256, shape, dtype=np.uint8) for camera in policy.cameras}

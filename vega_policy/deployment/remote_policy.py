@@ -153,7 +153,7 @@ class VegaRemotePolicy(PreTrainedPolicy):
 
     def supports_rtc(self) -> bool:
         """Whether the served policy can continue a chunk."""
-        return self.remote.served.continues
+        return self.remote.served.supports_rtc
 
     def init_rtc_processor(self) -> None:
         """LeRobot's rollout calls this after it has set `config.rtc_config`; see `RTCQueueAdapter`."""
@@ -202,7 +202,7 @@ class VegaRemotePolicy(PreTrainedPolicy):
         continuation = None
         if self._rtc is not None and self._rtc.enabled and prev_chunk_left_over is not None:
             continuation = self._continuation(prev_chunk_left_over, inference_delay)
-        return torch.from_numpy(self.remote.ask(self._observation(batch), noise, continuation))
+        return torch.from_numpy(self.remote.chunk(self._observation(batch), noise, continuation))
 
     def _continuation(self, left: Tensor, delay: int) -> RTCContext | None:
         rest = left_over(left, len(left))
