@@ -115,7 +115,7 @@ class ServerSettings:
             )
         if self.token is not None and len(self.token) < MIN_TOKEN_LENGTH:
             raise ValueError(
-                f"expected a token of {MIN_TOKEN_LENGTH} or more characters, got {len(self.token)}; make one: "
+                f"expected a token of {MIN_TOKEN_LENGTH} or more characters, got {len(self.token)}; run: "
                 'python -c "import secrets; print(secrets.token_urlsafe(32))"'
             )
         if (self.certificate is None) != (self.key is None):
