@@ -12,7 +12,7 @@ from scripts import benchmark as script
 from vega_policy.backbones.sizes import ARCHITECTURES, Architecture
 from vega_policy.benchmarks import prior as prior_part
 from vega_policy.benchmarks.policy import benchmark_policy
-from vega_policy.benchmarks.prior import Subject, benchmark_prior, benchmark_reader
+from vega_policy.benchmarks.prior import RandomWan, benchmark_any_prior, benchmark_prior
 from vega_policy.benchmarks.simulate import benchmark_simulate
 from vega_policy.benchmarks.timing import (
     by_kind,
@@ -30,6 +30,7 @@ from vega_policy.model.config import ActionHeadConfig, BackboneConfig, ModelConf
 from vega_policy.model.cuda_graph import CapturedControlStep
 from vega_policy.model.observation import Observation
 from vega_policy.model.vega import VegaModel
+from vega_policy.priors import PRIORS
 
 CPU = torch.device("cpu")
 TINY = {
@@ -51,7 +52,7 @@ ROWS = [
 
 @pytest.fixture
 def tiny(monkeypatch):
-    monkeypatch.setitem(prior_part.SHAPES, "wan_tiny", TINY)
+    monkeypatch.setitem(PRIORS, "wan_tiny", replace(PRIORS["wan_tiny"], architecture=TINY))
 
 
 def model_config(prior="random"):
@@ -102,11 +103,11 @@ def test_the_report_names_command_and_machine_beside_the_rows(tmp_path):
 
 
 def test_all_ways_to_compute_the_prior_agree(tiny):
-    subject = Subject("wan_tiny", CPU, (32, 48))
+    wan = RandomWan("wan_tiny", CPU, (32, 48))
     frames = torch.rand(2, 3, 32, 48)
-    expected = subject.exact(frames)
+    expected = wan.encode_exactly(frames)
     for path in ("all_blocks", "early_stop", "fast"):
-        found = subject.path(path, frames)(frames)
+        found = wan.path(path, frames)(frames)
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -161,15 +162,15 @@ def test_the_script_prints_and_writes_what_it_measured(tiny, monkeypatch, tmp_pa
 
 
 def test_a_prior_without_a_fast_form_is_measured_as_a_policy_reads_it():
-    rows = list(benchmark_reader("random", CPU, [(32, 48)], [1, 2], seconds=0.01))
+    rows = list(benchmark_any_prior("random", CPU, [(32, 48)], [1, 2], seconds=0.01))
     assert [(row["size"], row["frames"], row["reads"]) for row in rows] == [
         ("32x48", 1, "32x48"),
         ("32x48", 2, "32x48"),
     ]
     for row in rows:
         assert row["frames_per_s"] == pytest.approx(1000 * row["frames"] / row["p50_ms"])
-    with pytest.raises(ValueError, match="'precomputed' has no reader without weights"):
-        next(benchmark_reader("precomputed", CPU, [(32, 32)], [1]))
+    with pytest.raises(ValueError, match="'precomputed' has no networks of published size"):
+        next(benchmark_any_prior("precomputed", CPU, [(32, 32)], [1]))
 
 
 @pytest.mark.parametrize(
@@ -177,7 +178,7 @@ def test_a_prior_without_a_fast_form_is_measured_as_a_policy_reads_it():
     [
         (["--sizes", "100x96"], "multiples of 16, such as 256x256; got '100x96'"),
         (["--sizes", "256"], "HEIGHTxWIDTH .*; got '256'"),
-        (["--paths", "slow"], "known are released, all_blocks, early_stop, fast, .*; got slow"),
+        (["--paths", "slow"], "expected some of released, all_blocks, early_stop, fast, .*; got slow"),
         (["--paths", "fast/speed=9"], "such as fast/encode=8; got fast/speed=9"),
         (["--paths", "released/encode=2"], "the last also with .*; got released/encode=2"),
     ],

@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 from tests.policies import frames
 from tests.tiny_wan import TRANSFORMER
 from vega_policy.model.config import PriorConfig
-from vega_policy.priors import PRIORS, has_trained_weights, make_prior, resolve
-from vega_policy.priors.weights import encode_empty_prompt
+from vega_policy.priors import FORMER_WEIGHTS, PRIORS, has_trained_weights, make_prior, resolve
+from vega_policy.priors.wan import encode_empty_prompt
 
 GRID = (4, 4)
 
@@ -82,8 +82,8 @@ def test_the_same_seed_gives_the_same_prior_features_and_another_seed_others():
     assert first.fingerprint != other.fingerprint
 
 
-def test_a_policy_trained_with_weights_that_shipped_before_is_told_where_they_are():
-    (former, commit) = next(iter(PRIORS["wan_tiny"].former.items()))
+def test_a_policy_trained_with_weights_that_shipped_before_learns_which_commit_has_them():
+    former, commit = next(iter(FORMER_WEIGHTS.items()))
     with pytest.raises(ValueError, match=f"{former}.*until commit {commit}"):
         make_prior(PriorConfig(name="wan_tiny", fingerprint=former), GRID)
 
@@ -170,7 +170,7 @@ def test_a_folder_with_another_architecture_is_refused(wan_checkpoint, tmp_path)
     shutil.copytree(wan_checkpoint, other)
     shutil.rmtree(other / "vae")
     AutoencoderKL(block_out_channels=(32,)).save_pretrained(other / "vae")
-    with pytest.raises(ValueError, match="holds AutoencoderKL; this prior needs AutoencoderKLWan"):
+    with pytest.raises(ValueError, match="holds AutoencoderKL; this prior requires AutoencoderKLWan"):
         wan(other)
 
 
@@ -188,7 +188,7 @@ def test_offline_the_default_prior_names_the_missing_files_and_the_way_out(monke
 
 
 def test_the_empty_prompt_comes_from_the_checkpoints_own_text_encoder(wan_checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr("vega_policy.priors.weights.CACHE", tmp_path / "cache")
+    monkeypatch.setattr("vega_policy.priors.weights.PROMPT_CACHE", tmp_path / "cache")
     folder = tmp_path / "wan"
     shutil.copytree(wan_checkpoint, folder)
     (folder / "empty_prompt.safetensors").unlink()

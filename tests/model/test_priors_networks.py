@@ -30,7 +30,7 @@ from tests.policies import frames
 from tests.prior_checkpoints import write_checkpoint
 from vega_policy.model.config import PriorConfig
 from vega_policy.priors import PRIORS, make_prior
-from vega_policy.priors.sizes import without_weights
+from vega_policy.priors.sizes import build_networks
 from vega_policy.priors.unet import encode_empty_prompt, fix_prompt, fix_single_token, fix_time
 
 GRID = (4, 4)
@@ -325,7 +325,7 @@ def test_views_of_one_instant_are_read_as_one_video_in_which_a_prior_sees_them_t
 
 
 def test_a_prior_of_single_pictures_refuses_clips_and_names_those_that_read_them():
-    with pytest.raises(ValueError, match=r"'dinov3' reads single pictures .* svd, vjepa2, wan2.1_t2v_1.3b"):
+    with pytest.raises(ValueError, match=r"'dinov3' reads single frames .* svd, vjepa2, wan2.1_t2v_1.3b"):
         make_prior(PriorConfig(name="dinov3", clip="views"), GRID)
     with pytest.raises(ValueError, match=r"1 \+ 4k.*got 4"):
         PriorConfig(clip="history", clip_frames=4)
@@ -353,19 +353,19 @@ def size(module):
 
 def test_the_networks_of_every_prior_have_exactly_their_published_size():
     for (name, part), millions in MILLIONS.items():
-        assert round(size(without_weights(name)[part]) / 1e6, 2) == millions, name
+        assert round(size(build_networks(name)[part]) / 1e6, 2) == millions, name
     for (name, part), count in EXACT.items():
-        assert size(without_weights(name)[part]) == count
-    assert round(size(without_weights("sd_vae")["vae"].encoder) / 1e6, 2) == 34.16
-    assert round(size(without_weights("vjepa2")["."].encoder) / 1e6, 2) == 1_012.17
+        assert size(build_networks(name)[part]) == count
+    assert round(size(build_networks("sd_vae")["vae"].encoder) / 1e6, 2) == 34.16
+    assert round(size(build_networks("vjepa2")["."].encoder) / 1e6, 2) == 1_012.17
     with pytest.raises(ValueError, match="No architecture of the prior 'random'"):
-        without_weights("random")
+        build_networks("random")
 
 
 def test_the_default_layer_of_every_prior_is_one_that_its_network_has():
     counts = {"wan2.1_t2v_14b": 40, "wan2.2_ti2v_5b": 30, "wan2.1_vace_1.3b": 30, "dinov3": 24, "vjepa2": 40}
     for name, count in counts.items():
-        networks = without_weights(name)
+        networks = build_networks(name)
         blocks = networks["transformer"].blocks if "transformer" in networks else None
         if blocks is None:
             network = networks["."]

@@ -114,7 +114,7 @@ def test_a_folder_with_another_architecture_is_refused_by_each_prior(load, check
     config = json.loads(file.read_text())
     key = "_class_name" if "_class_name" in config else "architectures"
     file.write_text(json.dumps(config | {key: "Sphinx" if key == "_class_name" else ["Sphinx"]}))
-    with pytest.raises(ValueError, match="holds Sphinx; this prior needs "):
+    with pytest.raises(ValueError, match="holds Sphinx; this prior requires "):
         load(name, path=str(other))
 
 
@@ -151,7 +151,7 @@ def test_other_weights_of_a_prior_have_another_fingerprint(load, checkpoints, tm
 
 @pytest.mark.parametrize("name", ["sd_vae", "wan_vae", "dinov3", "vjepa2"])
 def test_a_prior_without_noise_refuses_a_noise_level(load, name):
-    with pytest.raises(ValueError, match=rf"'{name}' reads clean frames; leave it null \(got 0.3\)"):
+    with pytest.raises(ValueError, match=rf"'{name}' encodes clean frames; leave it null \(got 0.3\)"):
         load(name, noise_level=0.3)
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from vega_policy.backbones.sizes import inspect_model, without_weights
 from vega_policy.model.config import ActionHeadConfig, BackboneConfig, FusionConfig, ModelConfig, PriorConfig
-from vega_policy.priors.sizes import READERS, published_sizes
+from vega_policy.priors.sizes import ARCHITECTURES, published_sizes
 
 REPOSITORY = Path(__file__).parents[2]
 SIZES = {"views": 2, "state_dim": 8, "action_dim": 7}
@@ -84,7 +84,7 @@ def test_adapters_are_what_learns_in_a_language_model():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", [name for name in READERS if name not in ("wan2.1_t2v_14b", "wan2.2_ti2v_5b")]
+    "name", [name for name in ARCHITECTURES if name not in ("wan2.1_t2v_14b", "wan2.2_ti2v_5b")]
 )
 def test_every_reader_runs_without_weights(name):
     assert parts_of(prior=PriorConfig(name=name))[f"prior {name}"].flops > 0

@@ -16,19 +16,20 @@ from vega_policy.priors import make_prior
 from vega_policy.priors.wan import LatentWorldSimulator
 from vega_policy.priors.wan_fast import (
     CapturedWan,
+    Engine,
     FastWan,
     FixedTransformer,
     FrameEncoder,
     Plan,
     PromptAttention,
     SelfAttention,
-    apart,
     constant_modulation,
-    embedded_prompt,
+    embed_prompt,
     frame_convolution,
     padded_softmax,
     rotary_tables,
     rotate,
+    split_pairs,
 )
 from vega_policy.priors.weights import PROMPT_LENGTH
 
@@ -74,14 +75,8 @@ def make_prompt(n, seed=0):
 
 def make_wan(n=1, grid=(4, 6), vae=None, **config):
     values = {"layer": 1, "noise_level": 0.3, "dtype": "float32", "engine": "plain"} | config
-    prior = LatentWorldSimulator(
-        vae or make_vae(),
-        make_transformer(),
-        make_prompt(n)[:n],
-        PriorConfig(name="wan_tiny", **values),
-        grid,
-        fingerprint="of a test",
-    )
+    parts = {"vae": vae or make_vae(), "transformer": make_transformer(), "prompt": make_prompt(n)[:n]}
+    prior = LatentWorldSimulator(parts, PriorConfig(name="wan_tiny", **values), grid, fingerprint="of a test")
     return prior.eval().requires_grad_(False)
 
 
@@ -120,7 +115,7 @@ def test_folded_cross_attention_equals_attention_to_the_whole_padded_prompt(n):
     attention, prompt = transformer.blocks[0].attn2, make_prompt(n)
     embedded = transformer.condition_embedder.text_embedder(prompt[None])
     tokens = 3 * torch.randn(2, 10, 48)
-    text, padding = embedded_prompt(transformer, prompt)
+    text, padding = embed_prompt(transformer, prompt)
     assert (len(text), padding) == (n + 1, PROMPT_LENGTH - n)
     folded = PromptAttention(attention, text, padding)(tokens)
     torch.testing.assert_close(folded, attention(tokens, embedded.expand(2, -1, -1)), **TIGHT)
@@ -128,7 +123,7 @@ def test_folded_cross_attention_equals_attention_to_the_whole_padded_prompt(n):
 
 def test_the_output_of_cross_attention_to_one_token_has_rank_of_the_number_of_heads():
     transformer = make_transformer()
-    folded = PromptAttention(transformer.blocks[0].attn2, *embedded_prompt(transformer, make_prompt(1)))
+    folded = PromptAttention(transformer.blocks[0].attn2, *embed_prompt(transformer, make_prompt(1)))
     assert folded.table.shape == (2, 48)
     change = folded(torch.randn(1, 40, 48))[0] - folded.constant
     assert torch.linalg.matrix_rank(change, rtol=1e-4) <= 2
@@ -153,7 +148,7 @@ def test_one_product_for_query_key_value_with_rotary_tables_equals_diffusers_sel
 
 
 def test_moving_rotary_pairs_apart_changes_no_scalar_product():
-    order = apart(48, 2)
+    order = split_pairs(48, 2)
     assert order[:4].tolist() == [0, 2, 4, 6]
     assert order[12:14].tolist() == [1, 3]
     assert order[24].item() == 24  # heads stay where they are
@@ -171,13 +166,13 @@ def test_the_fixed_transformer_equals_the_plain_one_behind_its_last_block():
     prior = make_wan(n=2)
     latent = torch.randn(2, 4, 8, 12)
     fixed = FixedTransformer(prior.transformer, prior.prompt[0], 0.3, (8, 12))
-    expected = prior.read(latent[:, :, None]).flatten(2).transpose(1, 2)
+    expected = prior.run_blocks(latent[:, :, None]).flatten(3).transpose(2, 3)[:, 0]
     torch.testing.assert_close(fixed(latent), expected, **TIGHT)
 
 
 def test_the_fast_form_has_no_block_behind_the_one_that_is_read():
-    assert len(FastWan(make_wan(layer=0)).blocks) == 1
-    assert len(FastWan(make_wan(layer=2)).blocks) == 3
+    assert len(FastWan(make_wan(layer=0)).transformer.blocks) == 1
+    assert len(FastWan(make_wan(layer=2)).transformer.blocks) == 3
 
 
 @pytest.mark.parametrize("n", [1, 2, 7])
@@ -273,7 +268,7 @@ def test_the_fast_engine_refuses_videos_of_several_frames():
         PriorConfig(engine="fast", clip="history")
 
 
-def test_a_prior_that_changes_its_type_builds_its_engine_anew():
+def test_a_prior_that_changes_its_type_builds_another_engine():
     prior = make_wan(engine="fast")
     assert prior(frames()).dtype == torch.float32
     assert prior.to(torch.bfloat16)(frames()).dtype == torch.bfloat16
@@ -283,7 +278,8 @@ def test_a_copy_of_a_used_prior_works_and_carries_no_engine():
     prior = make_wan(engine="fast")
     expected = prior(frames())
     twin = copy.deepcopy(prior)
-    assert twin._engine is None
+    assert isinstance(prior.fast_engine, Engine)
+    assert twin.fast_engine is not prior.fast_engine
     assert torch.equal(twin(frames()), expected)
 
 
@@ -291,7 +287,7 @@ def test_the_engine_adds_nothing_to_what_a_prior_holds():
     prior = make_wan(engine="fast")
     before = sorted(prior.state_dict())
     prior(frames())
-    assert sorted(name for name in prior.state_dict() if name != "fixed_noise") == before
+    assert sorted(prior.state_dict()) == before
 
 
 def test_all_blocks_share_one_compiled_function():
@@ -321,6 +317,6 @@ def test_a_captured_graph_gives_the_plain_features_and_refuses_another_batch():
     plain, fast = make_wan(engine="plain").cuda(), make_wan(engine="fast").cuda()
     pictures = frames(views=2).cuda()
     torch.testing.assert_close(fast(pictures), plain(pictures), atol=1e-3, rtol=1e-3)
-    assert isinstance(fast._engine._captured, CapturedWan)
+    assert isinstance(fast.fast_engine.captured, CapturedWan)
     with pytest.raises(ValueError, match="batches of 2 frames; got 1"):
         fast(pictures[:, :1])

@@ -34,10 +34,11 @@ from vega_policy.analysis.scenes import pose_change
 from vega_policy.data.scenes import Scene
 from vega_policy.model.config import PriorConfig
 from vega_policy.model.observation import resize
-from vega_policy.priors import PRIORS, has_trained_weights, make_prior, resolve
-from vega_policy.priors.wan import LatentWorldSimulator, seeded
+from vega_policy.priors import PRIORS, WAN, has_trained_weights, make_prior, resolve
+from vega_policy.priors.base import pool
+from vega_policy.priors.wan import LatentWorldSimulator
 from vega_policy.priors.wan_fast import FrameEncoder
-from vega_policy.priors.weights import locate, way_out
+from vega_policy.priors.weights import locate
 
 FOLDS = 5
 STRENGTHS = (1e-4, 1e-2, 1.0)
@@ -264,12 +265,12 @@ class WanSweep:
             )
             for layer in {readout.layer for readout in asked}
         ]
-        prior.read_video((1 - level) * latents + level * prior.noise(latents, None))
+        prior.run_blocks((1 - level) * latents + level * prior.noise(latents, None))
         for hook in hooks:
             hook.remove()
         gh = latents.shape[-2] // prior.transformer.config.patch_size[-2]
         maps = [rearrange(seen[readout.layer], "n (gh gw) d -> n 1 d gh gw", gh=gh) for readout in asked]
-        return [rearrange(prior.pooled(one), "n 1 d gh gw -> n (gh gw) d").float() for one in maps]
+        return [rearrange(pool(one, prior.grid), "n 1 d gh gw -> n (gh gw) d").float() for one in maps]
 
 
 def prior_pictures(prior: LatentWorldSimulator, pictures: Tensor) -> Tensor:
@@ -313,7 +314,7 @@ class PriorSweep:
 
 def is_wan(config: PriorConfig) -> bool:
     """Whether a prior is one of the Wan family, of which one pass gives every layer."""
-    return config.name in PRIORS and PRIORS[config.name].build == "vega_policy.priors.wan:load"
+    return config.name in PRIORS and PRIORS[config.name].build == WAN
 
 
 def prior_readers(
@@ -354,7 +355,7 @@ def architecture(config: PriorConfig) -> dict[str, dict[str, Any]]:
     entry = PRIORS[config.name]
     if config.path is None:
         return entry.architecture or {}
-    folder = locate(config.path, config.revision, ["vae", "transformer"], way_out(entry))
+    folder = locate(config, ["vae", "transformer"], entry.advice)
     parts = {name: json.loads((folder / name / "config.json").read_text()) for name in ("vae", "transformer")}
     return {
         name: {key: value for key, value in part.items() if not key.startswith("_")}
@@ -376,7 +377,8 @@ def untrained_copy(config: PriorConfig, grid: tuple[int, int]) -> LatentWorldSim
     if not is_wan(config):
         raise ValueError(f"an untrained copy is built of Wan priors; got {config.name!r}")
     resolved = resolve(config)
-    return seeded(replace(resolved, path=None), architecture(config), grid).eval().requires_grad_(False)
+    copy = LatentWorldSimulator.from_seed(replace(resolved, path=None), architecture(config), grid)
+    return copy.eval().requires_grad_(False)
 
 
 FORMAT = 1  # of the cache: goes up where a number would change

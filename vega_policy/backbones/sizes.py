@@ -16,8 +16,8 @@ from vega_policy.backbones.vlm import CONNECTORS, ENCODERS, VisionLanguageBackbo
 from vega_policy.model import flow
 from vega_policy.model.config import BackboneConfig, BaseConfig, ModelConfig
 from vega_policy.model.vega import VegaModel
-from vega_policy.priors.base import PriorReader, as_clips
-from vega_policy.priors.sizes import reader_without_weights
+from vega_policy.priors.base import BasePrior, as_clips
+from vega_policy.priors.sizes import build_without_weights
 
 PROMPT_TOKENS = 32
 """Assumed tokens of an instruction with what a chat template puts around it."""
@@ -235,7 +235,7 @@ def inspect_model(config: ModelConfig) -> list[Part]:
         ValueError: If the published sizes of a part are not known.
     """
     backbone = _backbone(config)
-    prior = None if config.prior.name == "none" else reader_without_weights(config.prior, backbone.grid)
+    prior = None if config.prior.name == "none" else build_without_weights(config.prior, backbone.grid)
     with torch.device("meta"):
         model: Any = VegaModel(config, (backbone, prior)).eval()
     n = backbone.grid[0] * backbone.grid[1]
@@ -342,11 +342,11 @@ def _flops(run: Any) -> int:
 
 
 def _prior_flops(prior: Any, config: ModelConfig) -> int | None:
-    if not isinstance(prior, PriorReader):
+    if not isinstance(prior, BasePrior):
         return None
     times = config.prior.clip_frames if prior.clip == "history" else 1
     frames = torch.empty(1, config.views, times, 3, *prior.input_size, device="meta")
-    return _flops(lambda: prior.read_clips(as_clips(frames, prior.clip), None))
+    return _flops(lambda: prior.encode_clips(as_clips(frames, prior.clip), None))
 
 
 def _fusion_flops(model: Any, n: int) -> int:

@@ -1,11 +1,9 @@
 """Part `dataset`: the trainer's own steps a second, with videos decoded on the way and with a warm cache."""
 
 import argparse
-import copy
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,6 @@ import torch
 
 from vega_policy.configuration_vega import VegaConfig
 from vega_policy.model.config import ActionHeadConfig, BackboneConfig, PriorConfig
-from vega_policy.priors.wan_fast import Plan
 from vega_policy.provenance import use_available_cores
 from vega_policy.training.config import DatasetConfig, TrainConfig
 from vega_policy.training.distributed import make_accelerator
@@ -95,55 +92,3 @@ def _steps_a_second(config: TrainConfig, device: torch.device, seconds: float) -
         step += 1
         progress.step(step, trainer.optimize(batches, progress, step))
     return progress.interval()
-
-
-PATHS = ("released", "all_blocks", "early_stop", "fast")
-"""As the released code runs; as a user of diffusers would write it, with all blocks or up to the layer; the
-exact reductions.
-"""
-
-CHOICES = ("encode", "read", "attention", "layer")
-
-
-@dataclass(frozen=True)
-class FastPath:
-    """One way to run the reductions.
-
-    Attributes:
-        plan: How the batch is gone about on a GPU.
-        layer: Block that is read, for fewer blocks than the prior's own; None reads the prior's own.
-    """
-
-    plan: Plan
-    layer: int | None
-
-    def prior(self, prior: Any) -> Any:
-        """The prior with no block behind the one that is read; weights are shared."""
-        if self.layer is None:
-            return prior
-        shorter, transformer = copy.copy(prior), copy.copy(prior.transformer)
-        transformer._modules = transformer._modules | {"blocks": prior.transformer.blocks[: self.layer + 1]}
-        shorter._modules = prior._modules | {"transformer": transformer}
-        return shorter
-
-
-def fast_path(name: str) -> FastPath | None:
-    """Parse a name such as `fast/encode=8/read=16/attention=flash/layer=12`; None if it is not fast.
-
-    Raises:
-        ValueError: If path or choice is unknown.
-    """
-    path, *choices = name.split("/")
-    pairs = [choice.partition("=") for choice in choices]
-    unknown = [key for key, _, value in pairs if key not in CHOICES or not value]
-    if path not in PATHS or unknown or (choices and path != "fast"):
-        raise ValueError(
-            f"--paths: known are {', '.join(PATHS)}, the last also with {', '.join(CHOICES)}, such as "
-            f"fast/encode=8; got {name}."
-        )
-    if path != "fast":
-        return None
-    given = {key: value for key, _, value in pairs}
-    counts = {key: int(given[key]) for key in ("encode", "read", "layer") if key in given}
-    plan = Plan(counts.get("encode"), counts.get("read"), given.get("attention", "cudnn"))
-    return FastPath(plan, counts.get("layer"))

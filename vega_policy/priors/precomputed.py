@@ -5,13 +5,12 @@ A folder of features:
     manifest.json             format, model, frame_size, views, width, grid, rows of each shard
     shard-00000.safetensors   `signature` float32 [n s], `features` [n v d gh gw]
 
-A feature is found by what it was computed from: a row's signature is its frames (all views), averaged to
-16x16 pixels. Frames that nobody exported have no features, so such a prior serves training and analysis on
-the exported dataset, not a robot.
+Features are found by their frames: a row's signature is its frames (all views), averaged to 16x16 pixels.
+Frames that were not exported have no features, so such a prior serves training and analysis on the exported
+dataset, not a robot.
 """
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,32 +23,24 @@ from torch.nn import functional
 
 from vega_policy.model.config import PriorConfig
 from vega_policy.priors import PriorEntry
-from vega_policy.priors.base import check_layer, check_no_noise
+from vega_policy.priors.base import check_layer, pool, refuse_noise
 from vega_policy.priors.weights import fingerprint_files
 
 FORMAT = 1
-MANIFEST = "manifest.json"
+MANIFEST, SHARD = "manifest.json", "shard-{:05d}.safetensors"
 SIDE = 16
 TOLERANCE = 1 / 255
-"""Largest difference of two signatures of one picture; another device makes a smaller one."""
+"""Largest difference between signatures of one image; another device makes a smaller one."""
 
 
 def signature(frames: Tensor) -> Tensor:
-    """What a row of frames is recognised by, [n v 3 h w] in [0, 1] -> [n v*3*16*16] float32."""
+    """Average frames to 16x16 pixels, [n v 3 h w] in [0, 1] -> [n v*3*16*16] float32."""
     small = functional.adaptive_avg_pool2d(frames.flatten(0, 1).float(), SIDE)
     return rearrange(small, "(n v) c h w -> n (v c h w)", v=frames.shape[1])
 
 
 class FeatureWriter:
-    """Writes a folder of features; it is complete once `close` has written the manifest.
-
-    Args:
-        folder: A new or empty folder.
-        model: What computed the features, for the record.
-
-    Raises:
-        ValueError: If the folder holds something.
-    """
+    """Writes the features of `model` to a new folder, which `close` completes with a manifest."""
 
     def __init__(self, folder: Path, model: str) -> None:
         if folder.exists() and any(folder.iterdir()):
@@ -66,11 +57,8 @@ class FeatureWriter:
         Raises:
             ValueError: If shapes disagree with each other or with earlier shards.
         """
-        if (
-            features.ndim != 5
-            or features.shape[:2] != frames.shape[:2]
-            or frames.shape[-1] != frames.shape[-2]
-        ):
+        square = frames.shape[-1] == frames.shape[-2]
+        if features.ndim != 5 or features.shape[:2] != frames.shape[:2] or not square:
             raise ValueError(
                 "expected features [n v d gh gw] of square frames [n v 3 h h], got "
                 f"{tuple(features.shape)} of {tuple(frames.shape)}."
@@ -82,45 +70,29 @@ class FeatureWriter:
             )
         self._shape, self._frame_size = tuple(features.shape[1:]), frames.shape[-1]
         shard = {"signature": signature(frames), "features": features}
-        path = self._folder / shard_name(len(self._rows))
+        path = self._folder / SHARD.format(len(self._rows))
         save_file({key: value.cpu().contiguous() for key, value in shard.items()}, path)
         self._rows.append(len(frames))
 
     def close(self) -> None:
-        """Write the manifest.
-
-        Raises:
-            ValueError: If nothing was added.
-        """
+        """Write the manifest; refuse a folder without features."""
         if self._shape is None:
-            raise ValueError(f"There is nothing to write into {self._folder}: no frames were given.")
+            raise ValueError(f"Nothing to write into {self._folder}: no frames were given.")
         views, width, *grid = self._shape
         manifest = {"format": FORMAT, "model": self._model, "frame_size": self._frame_size}
         manifest |= {"views": views, "width": width, "grid": grid, "rows": self._rows}
         (self._folder / MANIFEST).write_text(json.dumps(manifest, indent=2))
 
 
-def shard_name(number: int) -> str:
-    """File name of a shard."""
-    return f"shard-{number:05d}.safetensors"
-
-
 class PrecomputedPrior(nn.Module):
-    """Looks features up by the frames they were computed from.
-
-    Args:
-        folder: A folder that `FeatureWriter` wrote.
-        grid: Token grid (gh, gw) of the backbone.
-
-    Raises:
-        ValueError: If the features are coarser than the grid, or of another format.
-    """
+    """Finds features in a folder of `FeatureWriter` by the frames they were computed from."""
 
     untrained = False
     layer = 0
     noise_level = 0.0
 
     def __init__(self, folder: Path, grid: tuple[int, int]) -> None:
+        """Raise a ValueError if the features are coarser than the grid (gh, gw), or of another format."""
         super().__init__()
         self.manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
         if self.manifest["format"] != FORMAT:
@@ -134,13 +106,17 @@ class PrecomputedPrior(nn.Module):
         self.folder, self.grid = folder, grid
         self.width: int = self.manifest["width"]
         self.fingerprint = fingerprint_files(folder, ["."])
-        places = [(shard, row) for shard, rows in enumerate(self.manifest["rows"]) for row in range(rows)]
-        self._places = places
-        self._signatures = torch.cat([load_file(path)["signature"] for path in self._shards()])
+        self._shards = [folder / SHARD.format(number) for number in range(len(self.manifest["rows"]))]
+        self._rows = [
+            (shard, row)
+            for shard, count in zip(self._shards, self.manifest["rows"], strict=True)
+            for row in range(count)
+        ]
+        self._signatures = torch.cat([load_file(shard)["signature"] for shard in self._shards])
 
     @torch.no_grad()
     def forward(self, frames: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Features of the last frame of each clip, [b v t 3 h w] in [0, 1] -> [b v d gh gw].
+        """Return features of the last frame of each clip, [b v t 3 h w] in [0, 1] -> [b v d gh gw].
 
         Raises:
             ValueError: If a frame was not exported, or frames have another size or number of views.
@@ -152,42 +128,33 @@ class PrecomputedPrior(nn.Module):
                 f"{self.folder} was exported from {expected[0]} views of {expected[1]} pixels; the policy "
                 f"has {frames.shape[1]} of {frames.shape[-1]}. Export again with its frame_size."
             )
-        distance, rows = self._nearest(signature(frames).cpu())
-        if distance.max() > TOLERANCE:
+        wanted = signature(frames).cpu()
+        nearest = torch.cdist(wanted, self._signatures).argmin(dim=1)
+        distance = (wanted - self._signatures[nearest]).abs().max()  # the largest difference of a pixel
+        if distance > TOLERANCE:
             raise ValueError(
-                f"{self.folder} holds no features of these frames: the nearest of its {len(self._places)} "
-                f"rows differs by {distance.max():.3f}. Precomputed features exist for the exported dataset "
-                "only; new frames (a rollout, a robot) need a prior that runs."
+                f"{self.folder} holds no features of these frames: the nearest of its {len(self._rows)} rows "
+                f"differs by {distance:.3f}. Precomputed features exist for the exported dataset only; new "
+                "frames (a rollout, a robot) need a prior that runs."
             )
-        features = torch.stack([self._read(*self._places[row]) for row in rows.tolist()]).to(frames.device)
-        if features.shape[-2:] == self.grid:
-            return features
-        pooled = functional.adaptive_avg_pool2d(features.flatten(0, 1).float(), self.grid)
-        return pooled.to(features.dtype).unflatten(0, features.shape[:2])
+        features = torch.stack([self._read(*self._rows[index]) for index in nearest.tolist()])
+        return pool(features.to(frames.device), self.grid)
 
-    def _nearest(self, wanted: Tensor) -> tuple[Tensor, Tensor]:
-        """Largest pixel difference to the nearest row, and the row, [b s] -> [b], [b]."""
-        rows = torch.cdist(wanted, self._signatures).argmin(dim=1)
-        return (wanted - self._signatures[rows]).abs().amax(dim=1), rows
-
-    def _read(self, shard: int, row: int) -> Tensor:
-        with safe_open(self.folder / shard_name(shard), "pt") as file:
+    def _read(self, shard: Path, row: int) -> Tensor:
+        with safe_open(shard, "pt") as file:
             return file.get_slice("features")[row : row + 1][0]
-
-    def _shards(self) -> Iterator[Path]:
-        return (self.folder / shard_name(number) for number in range(len(self.manifest["rows"])))
 
 
 def load(config: PriorConfig, entry: PriorEntry, grid: tuple[int, int]) -> PrecomputedPrior:
     """Open a folder of features.
 
     Raises:
-        ValueError: If no folder is named, or a layer or noise level is asked for.
+        ValueError: If no folder is named, or a layer or noise level is.
         FileNotFoundError: If there is no complete folder of features.
     """
     check_layer(config, 1)
-    check_no_noise(config)
-    advice = "`python scripts/export_features.py --help` says how to write one."
+    refuse_noise(config)
+    advice = "`python scripts/export_features.py --help` shows how to write one."
     if config.path is None:
         raise ValueError(f"prior=precomputed needs prior.path, a folder of features. {advice}")
     folder = Path(config.path).expanduser()

@@ -1,12 +1,12 @@
 """Stable Diffusion 2.1 and Stable Video Diffusion as priors: one noised latent, read on the way down.
 
-Read-outs of both UNets: the output of down block 0 to 3 (3 is what enters the mid block), and 4, the mid
-block's. Nothing behind the read-out is kept.
+Layers of both UNets: the output of down block 0 to 3 (3 is what enters the mid block), and 4, the output of
+the mid block. Everything behind the layer that is read is dropped.
 """
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import (
@@ -24,24 +24,176 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from vega_policy.model.config import PriorConfig
 from vega_policy.model.observation import resize
-from vega_policy.priors import PriorEntry
-from vega_policy.priors.base import PriorReader, check_layer, drop_rest, fitting_size
-from vega_policy.priors.weights import (
-    check_class,
-    empty_prompt,
-    fingerprint_files,
-    load_part,
-    locate,
-    way_out,
-)
+from vega_policy.priors.base import BasePrior, check_layer, drop_modules
+from vega_policy.priors.weights import empty_prompt
+
+FPS, MOTION_BUCKET, AUGMENTATION = 7, 127, 0.02
+"""Conditions of Stable Video Diffusion, diffusers' defaults; the network takes FPS - 1."""
+
+SMALLEST_SIGMA, LARGEST_SIGMA = 0.002, 700.0
+"""Range of Stable Video Diffusion's training noise; its ends stand for noise levels 0 and 1."""
+
+
+class UNetPrior(BasePrior):
+    """The way down through a UNet, cut at the layer that is read."""
+
+    vae: Any
+    unet: Any
+
+    def __init__(
+        self, parts: dict[str, Any], config: PriorConfig, grid: tuple[int, int], fingerprint: str
+    ) -> None:
+        vae, unet = parts["vae"], parts["unet"]
+        count = len(unet.down_blocks)
+        layer = check_layer(config, count + 1, "read-outs")
+        unet.down_blocks, unet.up_blocks = unet.down_blocks[: layer + 1], nn.ModuleList()
+        drop_modules(unet, "conv_norm_out", "conv_act", "conv_out", *(["mid_block"] if layer < count else []))
+        drop_modules(vae, "decoder", "post_quant_conv")
+        downs = sum(block.downsamplers is not None for block in unet.down_blocks)
+        super().__init__(config, grid, fingerprint, 2 ** (len(vae.config.block_out_channels) - 1 + downs))
+        self.vae, self.unet = vae, unet
+        self.width: int = unet.config.block_out_channels[min(layer, count - 1)]
+
+    def run_blocks(self, hidden: Tensor, embedded: Tensor, context: Tensor, **options: Any) -> Tensor:
+        """Run the blocks, [n c h w] with time embedding [n d_time] and context [n m c'] -> [n d gh gw]."""
+        for block in self.unet.down_blocks:
+            attends = getattr(block, "has_cross_attention", False)
+            attended = {"encoder_hidden_states": context} if attends else {}
+            hidden = block(hidden, embedded, **attended, **options)[0]
+        if self.unet.mid_block is None:
+            return hidden
+        return self.unet.mid_block(hidden, embedded, encoder_hidden_states=context, **options)
+
+
+class StableDiffusion(UNetPrior):
+    """Stable Diffusion 2.1 on single frames, for the empty prompt.
+
+    The noise level t selects index round(1000 t) of the checkpoint's own schedule.
+    """
+
+    networks: ClassVar = {"vae": AutoencoderKL, "unet": UNet2DConditionModel}
+    other_folders = ("scheduler",)
+    prompt: Tensor
+
+    def __init__(
+        self, parts: dict[str, Any], config: PriorConfig, grid: tuple[int, int], fingerprint: str
+    ) -> None:
+        """`parts` also hold `prompt` [n d_text] with padding, and `schedule`, cumulative alphas [1000]."""
+        super().__init__(parts, config, grid, fingerprint)
+        prompt, schedule = parts["prompt"], parts["schedule"]
+        self.index = min(round(1000 * self.noise_level), len(schedule) - 1)
+        self.signal: float = schedule[self.index].item()
+        self.register_buffer("prompt", prompt[None])
+        if config.engine != "plain":
+            like = torch.zeros(1, dtype=self.unet.dtype, device=prompt.device)
+            fix_time(self.unet, self.embed_time(like)[0])
+            fix_prompt(self.unet, prompt)
+
+    @classmethod
+    def load_inputs(cls, config: PriorConfig, folder: Path, parts: dict[str, Any]) -> dict[str, Any]:
+        """Load the empty prompt and the schedule."""
+        schedule = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+        fields = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
+        scheduler = DDIMScheduler(**{key: schedule[key] for key in fields if key in schedule})
+        width = parts["unet"].config.cross_attention_dim
+        prompt = empty_prompt(config, folder, width, encode_empty_prompt)
+        return {"prompt": prompt, "schedule": scheduler.alphas_cumprod}
+
+    def encode_clips(self, clips: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Return features of the only frame of each clip, [n 1 3 h w] in [0, 1] -> [n 1 d gh gw]."""
+        latent = latent_mean(self.vae, clips[:, 0]) * self.vae.config.scaling_factor
+        noise = self.noise(latent, generator)
+        noisy = (self.signal**0.5 * latent + (1 - self.signal) ** 0.5 * noise).to(self.unet.dtype)
+        prompt = self.prompt.to(noisy).expand(len(noisy), -1, -1)
+        return self.run_blocks(self.unet.conv_in(noisy), self.embed_time(noisy), prompt)[:, None]
+
+    def embed_time(self, latent: Tensor) -> Tensor:
+        """Embed the noise level in the latent's type, [n ...] -> [n d_time]."""
+        time = self.unet.time_proj(torch.full((len(latent),), self.index, device=latent.device))
+        return self.unet.time_embedding(time.to(latent))
+
+
+class StableVideoDiffusion(UNetPrior):
+    """Stable Video Diffusion on clips, with noise sigma = t / (1 - t).
+
+    As in image-to-video, each frame's clean latent fills the conditioning channels, and cross-attention reads
+    the first frame's CLIP embedding.
+    """
+
+    networks: ClassVar = {
+        "vae": AutoencoderKLTemporalDecoder,
+        "unet": UNetSpatioTemporalConditionModel,
+        "image_encoder": CLIPVisionModelWithProjection,
+    }
+    image_encoder: Any
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self, parts: dict[str, Any], config: PriorConfig, grid: tuple[int, int], fingerprint: str
+    ) -> None:
+        super().__init__(parts, config, grid, fingerprint)
+        self.image_encoder, unet, level = parts["image_encoder"], self.unet, self.noise_level
+        self.sigma = LARGEST_SIGMA if level == 1 else min(level / (1 - level), LARGEST_SIGMA)
+        self.register_buffer("mean", torch.tensor(OPENAI_CLIP_MEAN)[:, None, None])
+        self.register_buffer("std", torch.tensor(OPENAI_CLIP_STD)[:, None, None])
+        if config.engine != "plain":
+            fix_time(unet, self.embed_conditions(torch.zeros(1, dtype=unet.dtype, device=unet.device))[0])
+            fix_single_token(unet)
+
+    def encode_clips(self, clips: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Return features of every frame of each clip, [n t 3 h w] in [0, 1] -> [n t d gh gw]."""
+        batch, times = clips.shape[:2]
+        augmented = clips + AUGMENTATION / 2 * self.noise(clips, generator)  # 0.02 in the range [-1, 1]
+        frames = torch.cat([clips, augmented]).flatten(0, 1)
+        latent, condition = latent_mean(self.vae, frames).unflatten(0, (-1, times)).chunk(2)
+        latent = latent * self.vae.config.scaling_factor
+        noisy = latent + self.sigma * self.noise(latent, generator)
+        scaled = noisy / (self.sigma**2 + 1) ** 0.5
+        sample = torch.cat([scaled, condition], dim=2).to(self.unet.dtype)  # [n t 8 h w]
+        embedded = repeat(self.embed_conditions(sample), "n d -> (n t) d", t=times)
+        image = repeat(self.embed_image(clips[:, 0]).to(sample), "n l d -> (n t) l d", t=times)
+        is_video = sample.new_zeros(batch, times)
+        hidden = self.unet.conv_in(sample.flatten(0, 1))
+        hidden = self.run_blocks(hidden, embedded, image, image_only_indicator=is_video)
+        return rearrange(hidden, "(n t) d h w -> n t d h w", t=times)
+
+    def embed_image(self, images: Tensor) -> Tensor:
+        """Return CLIP's embedding of images, [n 3 h w] in [0, 1] -> [n 1 d]."""
+        side = self.image_encoder.config.image_size
+        pixels = (resize(images, side, side) - self.mean) / self.std
+        return self.image_encoder(pixels.to(self.image_encoder.dtype)).image_embeds[:, None]
+
+    def embed_conditions(self, sample: Tensor) -> Tensor:
+        """Embed noise level, frame rate and motion in the sample's type, [n ...] -> [n d_time]."""
+        unet, batch = self.unet, len(sample)
+        # the continuous time of the scheduler of the checkpoint, EulerDiscreteScheduler
+        time = sample.new_full((batch,), max(self.sigma, SMALLEST_SIGMA), dtype=torch.float32).log() / 4
+        conditions = sample.new_tensor([FPS - 1, MOTION_BUCKET, AUGMENTATION], dtype=torch.float32)
+        added = unet.add_time_proj(conditions).flatten().expand(batch, -1)
+        return unet.time_embedding(unet.time_proj(time).to(sample)) + unet.add_embedding(added.to(sample))
+
+
+def latent_mean(vae: Any, images: Tensor) -> Tensor:
+    """Return the unscaled mean of an image VAE, [n 3 h w] in [0, 1] -> [n z h/8 w/8] float32."""
+    return vae.encode((2 * images - 1).to(vae.dtype)).latent_dist.mode().float()
+
+
+def encode_empty_prompt(folder: Path) -> Tensor:
+    """Run a checkpoint's tokenizer and CLIP text encoder on "", -> [77 d] float32, padding included."""
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32).eval()
+    length = encoder.config.max_position_embeddings
+    tokens = tokenizer([""], padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    with torch.no_grad():
+        return encoder(tokens.input_ids).last_hidden_state[0].contiguous()
+
+
+# Exact reductions: with one noise level and one prompt, parts of the UNet are constants.
 
 
 class Constant(nn.Module):
-    """Stands in for a layer whose result is known, for any number of samples.
-
-    Args:
-        value: The result for one sample, without its leading axes.
-    """
+    """A layer whose result `value` for one sample is known, for any number of samples."""
 
     value: Tensor
 
@@ -50,16 +202,12 @@ class Constant(nn.Module):
         self.register_buffer("value", value.detach().clone())
 
     def forward(self, x: Tensor) -> Tensor:
-        """The value, once for each leading index of what the layer is given."""
+        """Repeat the value for each leading index of the layer's input."""
         return self.value.expand(*x.shape[: x.ndim - self.value.ndim], *self.value.shape)
 
 
 class SingleToken(nn.Module):
-    """Cross-attention to one token: its value behind the output projection, at every place.
-
-    Args:
-        attention: The cross-attention.
-    """
+    """Cross-attention to one token: its value behind the output projection, at every position."""
 
     value: Any
     out: Any
@@ -69,11 +217,7 @@ class SingleToken(nn.Module):
         self.value, self.out = attention.to_v, attention.to_out
 
     def forward(self, tokens: Tensor, encoder_hidden_states: Tensor, **_: Any) -> Tensor:
-        """Tokens [b n d] and what they attend to, [b 1 c] -> [b n d].
-
-        Raises:
-            ValueError: If there is more than one token to attend to.
-        """
+        """Attend from tokens [b n d] to one token [b 1 c] -> [b n d]; refuse more than one."""
         if encoder_hidden_states.shape[1] != 1:
             raise ValueError(
                 f"This cross-attention was reduced to a single token; got {encoder_hidden_states.shape[1]}. "
@@ -87,15 +231,7 @@ class SingleToken(nn.Module):
 
 @torch.no_grad()
 def fix_time(unet: nn.Module, embedded: Tensor) -> int:
-    """Replace the time projection of every residual block by its result, in place.
-
-    Args:
-        unet: The UNet, cut behind its read-out.
-        embedded: Time embedding [d] of the one noise level.
-
-    Returns:
-        How many there were.
-    """
+    """Replace every projection of the time embedding [d] by its result, in place; return their number."""
     blocks: list[Any] = [
         block for block in unet.modules() if isinstance(getattr(block, "time_emb_proj", None), nn.Linear)
     ]
@@ -107,15 +243,7 @@ def fix_time(unet: nn.Module, embedded: Tensor) -> int:
 
 @torch.no_grad()
 def fix_prompt(unet: nn.Module, prompt: Tensor) -> int:
-    """Replace keys and values of every cross-attention to a constant prompt by their results, in place.
-
-    Args:
-        unet: The UNet, cut behind its read-out.
-        prompt: The prompt's embedding with its padding, [m c].
-
-    Returns:
-        How many there were.
-    """
+    """Replace keys and values of cross-attentions to a prompt [m c] by results; return their number."""
     attentions: list[Any] = [
         part for part in unet.modules() if isinstance(part, Attention) and part.is_cross_attention
     ]
@@ -126,245 +254,11 @@ def fix_prompt(unet: nn.Module, prompt: Tensor) -> int:
 
 
 def fix_single_token(unet: nn.Module) -> int:
-    """Replace every cross-attention by what it is on a single token, in place; returns their number."""
-    places = [
-        (parent, name, child)
-        for parent in unet.modules()
-        for name, child in parent.named_children()
-        if isinstance(child, Attention) and child.is_cross_attention
+    """Replace every cross-attention by what it is on a single token, in place; return their number."""
+    children = [(parent, *child) for parent in unet.modules() for child in parent.named_children()]
+    attentions = [
+        place for place in children if isinstance(place[2], Attention) and place[2].is_cross_attention
     ]
-    for parent, name, attention in places:
+    for parent, name, attention in attentions:
         setattr(parent, name, SingleToken(attention))
-    return len(places)
-
-
-FPS, MOTION_BUCKET, AUGMENTATION = 7, 127, 0.02
-"""Conditions of Stable Video Diffusion, diffusers' defaults; the network is told FPS - 1."""
-
-LARGEST_SIGMA = 700.0
-"""Where Stable Video Diffusion's noise ends; stands for noise level 1."""
-
-
-def _stop_at(unet: Any, layer: int) -> int:
-    """Drop what lies behind a read-out; returns its stride in latent pixels."""
-    downs = len(unet.down_blocks)
-    unet.down_blocks = unet.down_blocks[: layer + 1]
-    unet.up_blocks = torch.nn.ModuleList()
-    drop_rest(unet, "conv_norm_out", "conv_act", "conv_out")
-    if layer < downs:
-        unet.mid_block = None
-    return 2 ** sum(block.downsamplers is not None for block in unet.down_blocks)
-
-
-class StableDiffusion(PriorReader):
-    """Stable Diffusion 2.1 on single pictures: the tensor that enters the mid block, for the empty prompt.
-
-    The noise level t selects index round(1000 t) of the checkpoint's own schedule.
-
-    Args:
-        parts: `vae` (its decoder is dropped), `unet` and `schedule`, the cumulative alphas [1000].
-        prompt: Embedding of the empty prompt with its padding, [n d_text].
-        config: Resolved prior config.
-        grid: Token grid (gh, gw) of the backbone.
-        fingerprint: Hash that names the weights.
-
-    Raises:
-        ValueError: If the UNet has no such layer or frames cannot have the size asked for.
-    """
-
-    vae: Any
-    unet: Any
-    prompt: Tensor
-
-    def __init__(
-        self,
-        parts: dict[str, Any],
-        prompt: Tensor,
-        config: PriorConfig,
-        grid: tuple[int, int],
-        fingerprint: str,
-    ) -> None:
-        vae, unet = parts["vae"], parts["unet"]
-        layer = check_layer(config, len(unet.down_blocks) + 1, "read-outs")
-        stride = _latent_stride(vae) * _stop_at(unet, layer)
-        super().__init__(config, grid, fitting_size(config, grid, stride), fingerprint)
-        self.vae, self.unet = vae, unet
-        drop_rest(vae, "decoder", "post_quant_conv")
-        self.width: int = unet.config.block_out_channels[min(layer, len(unet.down_blocks) - 1)]
-        self.index = min(round(1000 * self.noise_level), len(parts["schedule"]) - 1)
-        self.signal: float = parts["schedule"][self.index].item()
-        self.register_buffer("prompt", prompt[None])
-        if config.engine != "plain":
-            fix_time(unet, self.embed_time(torch.zeros(1, dtype=unet.dtype, device=prompt.device))[0])
-            fix_prompt(unet, prompt)
-
-    def read_clips(self, clips: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Features of the only frame of each clip, [n 1 3 h w] in [0, 1] -> [n 1 d gh gw]."""
-        latent = clean_latent(self.vae, clips[:, 0]) * self.vae.config.scaling_factor
-        noise = self.noise(latent, generator)
-        noisy = (self.signal**0.5 * latent + (1 - self.signal) ** 0.5 * noise).to(self.unet.dtype)
-        return self.read(noisy)[:, None]
-
-    def read(self, latent: Tensor) -> Tensor:
-        """The UNet down to the read-out, noised latent [n 4 h w] -> [n d gh gw]."""
-        unet, embedded = self.unet, self.embed_time(latent)
-        prompt = self.prompt.to(latent).expand(len(latent), -1, -1)
-        sample = unet.conv_in(latent)
-        for block in unet.down_blocks:
-            words = {"encoder_hidden_states": prompt} if _attends(block) else {}
-            sample = block(sample, embedded, **words)[0]
-        return sample if unet.mid_block is None else unet.mid_block(sample, embedded, prompt)
-
-    def embed_time(self, latent: Tensor) -> Tensor:
-        """Time embedding of the noise level in the latent's type, [n ...] -> [n d]."""
-        time = self.unet.time_proj(torch.full((len(latent),), self.index, device=latent.device))
-        return self.unet.time_embedding(time.to(latent))
-
-
-class StableVideoDiffusion(PriorReader):
-    """Stable Video Diffusion on clips; its noise is chosen by sigma = t / (1 - t).
-
-    Each frame's clean latent stands in the conditioning channels, the first frame's CLIP embedding in
-    cross-attention, as in image-to-video.
-
-    Args:
-        parts: `vae` (its decoder is dropped), `unet`, `image_encoder`.
-        config: Resolved prior config.
-        grid: Token grid (gh, gw) of the backbone.
-        fingerprint: Hash that names the weights.
-
-    Raises:
-        ValueError: If the UNet has no such layer or frames cannot have the size asked for.
-    """
-
-    vae: Any
-    unet: Any
-    image_encoder: Any
-    mean: Tensor
-    std: Tensor
-
-    def __init__(
-        self, parts: dict[str, Any], config: PriorConfig, grid: tuple[int, int], fingerprint: str
-    ) -> None:
-        vae, unet = parts["vae"], parts["unet"]
-        layer = check_layer(config, len(unet.down_blocks) + 1, "read-outs")
-        stride = _latent_stride(vae) * _stop_at(unet, layer)
-        super().__init__(config, grid, fitting_size(config, grid, stride), fingerprint)
-        self.vae, self.unet, self.image_encoder = vae, unet, parts["image_encoder"]
-        drop_rest(vae, "decoder")
-        self.width: int = unet.config.block_out_channels[min(layer, len(unet.down_blocks) - 1)]
-        level = self.noise_level
-        self.sigma = LARGEST_SIGMA if level == 1 else min(level / (1 - level), LARGEST_SIGMA)
-        self.register_buffer("mean", torch.tensor(OPENAI_CLIP_MEAN)[:, None, None])
-        self.register_buffer("std", torch.tensor(OPENAI_CLIP_STD)[:, None, None])
-        if config.engine != "plain":
-            fix_time(unet, self.embed_time(torch.zeros(1, dtype=unet.dtype, device=unet.device))[0])
-            fix_single_token(unet)
-
-    def read_clips(self, clips: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Features of every frame of each clip, [n t 3 h w] in [0, 1] -> [n t d gh gw]."""
-        times = clips.shape[1]
-        augmented = clips + AUGMENTATION / 2 * self.noise(clips, generator)  # 0.02 in the range [-1, 1]
-        pictures = torch.cat([clips, augmented]).flatten(0, 1)
-        latent, condition = clean_latent(self.vae, pictures).unflatten(0, (-1, times)).chunk(2)
-        latent = latent * self.vae.config.scaling_factor
-        noisy = latent + self.sigma * self.noise(latent, generator)
-        scaled = noisy / (self.sigma**2 + 1) ** 0.5
-        sample = torch.cat([scaled, condition], dim=2).to(self.unet.dtype)  # [n t 8 h w]
-        return self.read(sample, self.embed_picture(clips[:, 0]))
-
-    def embed_picture(self, pictures: Tensor) -> Tensor:
-        """CLIP's embedding of pictures, [n 3 h w] in [0, 1] -> [n 1 d]."""
-        side = self.image_encoder.config.image_size
-        pixels = (resize(pictures, side, side) - self.mean) / self.std
-        return self.image_encoder(pixels.to(self.image_encoder.dtype)).image_embeds[:, None]
-
-    def read(self, sample: Tensor, picture: Tensor) -> Tensor:
-        """The UNet down to the read-out, [n t 8 h w], picture embedding [n 1 c] -> [n t d gh gw]."""
-        unet, (batch, times) = self.unet, sample.shape[:2]
-        embedded = self.embed_time(sample)
-        embedded = repeat(embedded, "n d -> (n t) d", t=times)
-        picture = repeat(picture.to(sample), "n l d -> (n t) l d", t=times)
-        only_pictures = sample.new_zeros(batch, times)
-        hidden = unet.conv_in(sample.flatten(0, 1))
-        for block in unet.down_blocks:
-            seen = {"encoder_hidden_states": picture} if _attends(block) else {}
-            hidden = block(hidden, embedded, image_only_indicator=only_pictures, **seen)[0]
-        if unet.mid_block is not None:
-            hidden = unet.mid_block(hidden, embedded, picture, only_pictures)
-        return rearrange(hidden, "(n t) d h w -> n t d h w", t=times)
-
-    def embed_time(self, sample: Tensor) -> Tensor:
-        """Embedding of noise level, frame rate and motion in the sample's type, [n ...] -> [n d]."""
-        unet, batch = self.unet, len(sample)
-        # the scheduler's continuous time of a noise level; the smallest of its training stands for 0
-        time = sample.new_full((batch,), max(self.sigma, 0.002), dtype=torch.float32).log() / 4
-        conditions = sample.new_tensor([FPS - 1, MOTION_BUCKET, AUGMENTATION], dtype=torch.float32)
-        added = unet.add_time_proj(conditions).flatten().expand(batch, -1)
-        return unet.time_embedding(unet.time_proj(time).to(sample)) + unet.add_embedding(added.to(sample))
-
-
-def clean_latent(vae: Any, pictures: Tensor) -> Tensor:
-    """Mean of an image VAE's posterior, not yet scaled, [n 3 h w] in [0, 1] -> [n z h/8 w/8] float32."""
-    return vae.encode((2 * pictures - 1).to(vae.dtype)).latent_dist.mode().float()
-
-
-def _latent_stride(vae: Any) -> int:
-    return 2 ** (len(vae.config.block_out_channels) - 1)
-
-
-def _attends(block: Any) -> bool:
-    return hasattr(block, "has_cross_attention") and block.has_cross_attention
-
-
-def load_sd(config: PriorConfig, entry: PriorEntry, grid: tuple[int, int]) -> StableDiffusion:
-    """Load Stable Diffusion from a folder in the hub's layout or from the hub.
-
-    Raises:
-        FileNotFoundError: If files are missing; says which, and the way out.
-        ValueError: If the folder holds another architecture or the layer does not exist.
-    """
-    source = str(config.path)
-    folder = locate(source, config.revision, ["vae", "unet", "scheduler"], way_out(entry))
-    check_class(folder / "vae", "AutoencoderKL")
-    check_class(folder / "unet", "UNet2DConditionModel")
-    betas = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
-    wanted = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
-    schedule = DDIMScheduler(**{key: betas[key] for key in wanted if key in betas})
-    parts = {
-        "vae": load_part(AutoencoderKL, folder / "vae", config),
-        "unet": load_part(UNet2DConditionModel, folder / "unet", config),
-        "schedule": schedule.alphas_cumprod,
-    }
-    width = parts["unet"].config.cross_attention_dim
-    prompt = empty_prompt(source, folder, config.revision, config.prompt_file, width, encode_empty_prompt)
-    return StableDiffusion(parts, prompt, config, grid, fingerprint_files(folder, ["vae", "unet"]))
-
-
-def encode_empty_prompt(folder: Path) -> Tensor:
-    """Run the checkpoint's tokenizer and CLIP text encoder on "", -> [77 d] float32, padding included."""
-    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
-    encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32).eval()
-    length = encoder.config.max_position_embeddings
-    words = tokenizer([""], padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-    with torch.no_grad():
-        return encoder(words.input_ids).last_hidden_state[0].contiguous()
-
-
-def load_svd(config: PriorConfig, entry: PriorEntry, grid: tuple[int, int]) -> StableVideoDiffusion:
-    """Load Stable Video Diffusion from a folder in the hub's layout or from the hub.
-
-    Raises:
-        FileNotFoundError: If files are missing; says which, and the way out.
-        ValueError: If the folder holds another architecture or the layer does not exist.
-    """
-    classes = {
-        "vae": AutoencoderKLTemporalDecoder,
-        "unet": UNetSpatioTemporalConditionModel,
-        "image_encoder": CLIPVisionModelWithProjection,
-    }
-    folder = locate(str(config.path), config.revision, list(classes), way_out(entry))
-    for part, cls in classes.items():
-        check_class(folder / part, cls.__name__)
-    parts = {part: load_part(cls, folder / part, config) for part, cls in classes.items()}
-    return StableVideoDiffusion(parts, config, grid, fingerprint_files(folder, list(classes)))
+    return len(attentions)

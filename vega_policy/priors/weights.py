@@ -1,4 +1,4 @@
-"""Where a prior's weights come from: local folder, hub, or seed; and the fingerprint that names them."""
+"""Weights of priors: a checkpoint's folder, its networks, the empty prompt, and fingerprints."""
 
 import hashlib
 import json
@@ -14,67 +14,51 @@ from huggingface_hub.constants import HF_HOME
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel, UMT5EncoderModel
+from transformers import PreTrainedModel
 
 from vega_policy.model.config import PriorConfig
-from vega_policy.priors import PriorEntry
 
-CHUNK = 1 << 24
+READ_SIZE = 1 << 24
 VARIANTS = ("*.fp16.*", "*.bf16.*", "*.non_ema.*")
-"""Second copies of weights that some checkpoints hold beside the ones that are read."""
+"""Second copies of weights that some checkpoints hold beside those that are loaded."""
+
+PROMPT_CACHE = Path(HF_HOME) / "vega_policy" / "empty_prompts"
+PROMPT_LENGTH = 512
+"""Tokens to which Wan pads a prompt; the padding is part of its input (diffusers' default is 226)."""
 
 
-def way_out(entry: PriorEntry) -> str:
-    """Advice for somebody who cannot have a prior's files: its terms, and the prior that needs none."""
-    terms = f"Their terms: {entry.terms}. " if entry.terms else ""
-    return (
-        f"{terms}To try the policy without these files, take the small prior that needs no download: "
-        "prior=wan_tiny (LeRobot: --policy.prior.name=wan_tiny)."
-    )
+def locate(config: PriorConfig, parts: Iterable[str], advice: str) -> Path:
+    """Return the local folder of a checkpoint, `config.path`, fetched from the hub if it is no folder.
 
-
-def locate(source: str, revision: str | None, parts: Iterable[str], way_out: str) -> Path:
-    """Local folder that holds the named parts of a checkpoint, fetched from the hub if need be.
-
-    Args:
-        source: Local folder in the hub's layout, or hub id.
-        revision: Hub revision; None takes the newest.
-        parts: Sub-folders that are needed, such as `vae` and `transformer`; `.` is the folder itself.
-        way_out: Advice for somebody who cannot have these files.
-
-    Returns:
-        The folder.
+    `parts` are the sub-folders that are needed, such as `vae`; `.` is the folder itself. `advice` ends the
+    message of an error.
 
     Raises:
         FileNotFoundError: If a part is missing; names it and says where files may come from.
     """
     parts = list(parts)
-    folder = Path(source).expanduser()
+    folder = Path(str(config.path)).expanduser()
     if not folder.is_dir():
-        folder = _fetch(source, revision, parts, way_out)
-    missing = [file for part in parts for file in _missing(folder, part)]
+        folder = _fetch(str(config.path), config.revision, parts, advice)
+    missing = [file for part in parts for file in _missing_files(folder, part)]
     if missing:
         held = sorted(entry.name for entry in folder.iterdir())[:12]
         raise FileNotFoundError(
             f"{folder} is not a checkpoint in the hub's layout: no {', '.join(missing)}. "
-            f"It holds: {', '.join(held) or 'nothing'}. {way_out}"
+            f"It holds: {', '.join(held) or 'nothing'}. {advice}"
         )
     return folder
 
 
-def _missing(folder: Path, part: str) -> list[str]:
-    """Files that a part needs and lacks."""
-    place = "" if part == "." else f"{part}/"
-    if part == "scheduler":
-        needed = ["scheduler_config.json"]
-    elif part in ("tokenizer", "feature_extractor"):
-        needed = []
-    else:
-        needed = ["config.json", "*.safetensors"]
-    return [f"{place}{name}" for name in needed if not any((folder / part).glob(name))]
+def _missing_files(folder: Path, part: str) -> list[str]:
+    if part in ("tokenizer", "feature_extractor"):
+        return []
+    needed = ["scheduler_config.json"] if part == "scheduler" else ["config.json", "*.safetensors"]
+    prefix = "" if part == "." else f"{part}/"
+    return [f"{prefix}{name}" for name in needed if not any((folder / part).glob(name))]
 
 
-def _fetch(source: str, revision: str | None, parts: list[str], way_out: str) -> Path:
+def _fetch(source: str, revision: str | None, parts: list[str], advice: str) -> Path:
     # a star matches slashes too: "*.safetensors" would fetch the text encoder as well
     patterns = [f"{part}/*" for part in parts if part != "."]
     if "." in parts:
@@ -86,18 +70,14 @@ def _fetch(source: str, revision: str | None, parts: list[str], way_out: str) ->
         )
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError, ValueError) as error:
         raise FileNotFoundError(
-            f"The prior's weights {source!r} are neither a local folder nor to be had from the hub "
+            f"The prior's weights {source!r} are neither a local folder nor available from the hub "
             f"({type(error).__name__}). Missing: {', '.join(f'{part}/' for part in parts)}. "
-            f"Download them once (`hf download {source}`) or give their folder as prior.path. {way_out}"
+            f"Download them once (`hf download {source}`) or give their folder as prior.path. {advice}"
         ) from error
 
 
 def check_class(folder: Path, expected: str) -> None:
-    """Refuse a part whose config names another class than the one that will read it.
-
-    Args:
-        folder: A checkpoint's part, such as `<checkpoint>/vae`.
-        expected: Class name, as diffusers or transformers wrote it.
+    """Refuse a network whose config, as its library wrote it, names another class than `expected`.
 
     Raises:
         ValueError: If the folder holds another architecture.
@@ -105,17 +85,11 @@ def check_class(folder: Path, expected: str) -> None:
     config = json.loads((folder / "config.json").read_text())
     found = config.get("_class_name") or ", ".join(config.get("architectures") or ["no class"])
     if found != expected:
-        raise ValueError(f"{folder} holds {found}; this prior needs {expected}.")
+        raise ValueError(f"{folder} holds {found}; this prior requires {expected}.")
 
 
-def load_part(cls: type[Any], folder: Path, config: PriorConfig) -> Any:
-    """One network of a checkpoint, in the floating-point type that the config names.
-
-    Args:
-        cls: A model class of diffusers or transformers.
-        folder: The part's folder.
-        config: Resolved prior config.
-    """
+def load_network(cls: type[Any], folder: Path, config: PriorConfig) -> Any:
+    """Load one network of diffusers or transformers in the floating-point type of the config."""
     dtype = getattr(torch, str(config.dtype))
     if issubclass(cls, PreTrainedModel):
         return cls.from_pretrained(folder, dtype=dtype)
@@ -123,92 +97,57 @@ def load_part(cls: type[Any], folder: Path, config: PriorConfig) -> Any:
 
 
 def fingerprint_files(folder: Path, parts: Iterable[str]) -> str:
-    """Hash over names and bytes of the safetensors files of a checkpoint's parts, 16 hexadecimal digits."""
+    """Hash names and bytes of the safetensors files of a checkpoint's parts, to 16 hexadecimal digits."""
     digest = hashlib.sha256()
     for part in parts:
         paths = (folder / part).glob("*.safetensors")
         for path in sorted(path for path in paths if not any(fnmatch(path.name, v) for v in VARIANTS)):
             digest.update(f"{part}/{path.name}".encode())
             with path.open("rb") as file:
-                while block := file.read(CHUNK):
+                while block := file.read(READ_SIZE):
                     digest.update(block)
     return digest.hexdigest()[:16]
 
 
 def fingerprint_seed(seed: int, architecture: Any) -> str:
-    """Hash over what determines seeded weights, 16 hexadecimal digits."""
+    """Hash what determines seeded weights, to 16 hexadecimal digits."""
     text = json.dumps({"seed": seed, "architecture": architecture}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-CACHE = Path(HF_HOME) / "vega_policy" / "empty_prompts"
-PROMPT_LENGTH = 512
-"""Tokens to which Wan pads a prompt; the padding is part of its input (diffusers' default is 226)."""
+def empty_prompt(config: PriorConfig, folder: Path, width: int, encode: Callable[[Path], Tensor]) -> Tensor:
+    """Return the embedding of the empty prompt, [n width] float32.
 
-
-def encode_empty_prompt(folder: Path) -> Tensor:
-    """Run the checkpoint's tokenizer and UMT5 encoder on "", -> [n d] float32, padding cut off."""
-    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
-    encoder = UMT5EncoderModel.from_pretrained(folder / "text_encoder", dtype="auto").eval()
-    words = tokenizer(
-        [""], padding="max_length", max_length=PROMPT_LENGTH, truncation=True, return_tensors="pt"
-    )
-    with torch.no_grad():
-        hidden = encoder(words.input_ids, words.attention_mask).last_hidden_state[0]
-    return hidden[words.attention_mask[0].bool()].float().contiguous()
-
-
-def empty_prompt(
-    source: str,
-    folder: Path,
-    revision: str | None,
-    file: str | None,
-    width: int,
-    encode: Callable[[Path], Tensor] = encode_empty_prompt,
-) -> Tensor:
-    """Embedding of the empty prompt, [n d] float32.
-
-    Looks for the given file, then for `empty_prompt.safetensors` in the checkpoint, then in the cache;
-    only then the checkpoint's text encoder is loaded, once.
-
-    Args:
-        source: The checkpoint as the user named it.
-        folder: The checkpoint's local folder.
-        revision: Hub revision.
-        file: Safetensors file with the key `prompt`, or None.
-        width: Expected width d.
-        encode: Runs the tokenizer and text encoder of a folder on "".
+    Its sources, in this order: `prompt_file`, `empty_prompt.safetensors` in the checkpoint, the cache, and
+    `encode`, which runs the tokenizer and text encoder of a folder on "".
 
     Raises:
-        FileNotFoundError: If there is no embedding and no text encoder.
+        FileNotFoundError: If there is neither an embedding nor a text encoder.
         ValueError: If a file holds an embedding of another shape.
     """
-    digest = hashlib.sha256(f"{source}@{folder.resolve()}".encode()).hexdigest()[:16]
-    cached = CACHE / f"{digest}.safetensors"
-    for path in (Path(file).expanduser() if file else None, folder / "empty_prompt.safetensors", cached):
-        if path is not None and (path.is_file() or str(path) == file):
-            return _load(path, width)
-    prompt = encode(_with_text_encoder(source, folder, revision))
+    if config.prompt_file is not None:
+        return _load_prompt(Path(config.prompt_file).expanduser(), width)
+    digest = hashlib.sha256(f"{config.path}@{folder.resolve()}".encode()).hexdigest()[:16]
+    cached = PROMPT_CACHE / f"{digest}.safetensors"
+    for path in (folder / "empty_prompt.safetensors", cached):
+        if path.is_file():
+            return _load_prompt(path, width)
+    if not (folder / "text_encoder" / "config.json").is_file():
+        folder = locate(
+            config,
+            ["text_encoder", "tokenizer"],
+            "The text encoder runs once, on the empty prompt; its embedding may also be given as "
+            "prior.prompt_file (safetensors, key `prompt`, [n d]).",
+        )
+    prompt = encode(folder)
     cached.parent.mkdir(parents=True, exist_ok=True)
     unfinished = cached.with_suffix(f".{os.getpid()}")
     save_file({"prompt": prompt}, unfinished)
-    unfinished.rename(cached)  # whole or not there, whenever this is killed
+    unfinished.rename(cached)  # complete or absent, whenever the process is killed
     return prompt
 
 
-def _with_text_encoder(source: str, folder: Path, revision: str | None) -> Path:
-    if (folder / "text_encoder" / "config.json").is_file():
-        return folder
-    return locate(
-        source,
-        revision,
-        ["text_encoder", "tokenizer"],
-        "The text encoder is needed once, for the empty prompt; its embedding may also be given as "
-        "prior.prompt_file (safetensors, key `prompt`, [n d]).",
-    )
-
-
-def _load(path: Path, width: int) -> Tensor:
+def _load_prompt(path: Path, width: int) -> Tensor:
     if not path.is_file():
         raise FileNotFoundError(f"prior.prompt_file: {path} does not exist.")
     prompt = load_file(path).get("prompt")
