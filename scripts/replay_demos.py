@@ -1,49 +1,58 @@
-"""Replay demonstrations open loop through the evaluation's workers: `scripts/replay_demos.py DATASET`.
+"""Replay demonstrations open loop: `python scripts/replay_demos.py DATASET`.
 
-What was recorded must succeed again from its recorded initial state: a check of actions, states and gripper
-sign from end to end.
+Recorded actions are executed from the recorded initial states: an end-to-end check of actions, states and
+gripper sign.
 """
 
-import argparse
-import sys
 from pathlib import Path
 
-from envs.demos.replay import collected_metadata, read_episodes
-from vega_policy.evaluation.env_pool import EnvironmentFactory, RecordedEpisode, WorkerPool, replay
+from omegaconf import DictConfig
+
+from vega_policy.cli.app import Command
 
 
-def main() -> None:
-    """Replay, then print the failures and the count."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("dataset", type=Path, help="a dataset that scripts/collect_demos.py wrote")
-    parser.add_argument("--episodes", type=int, nargs="*", help="indices of episodes; all if not given")
-    parser.add_argument("--processes", type=int, default=2)
-    options = parser.parse_args()
-    try:
-        if collected_metadata(options.dataset)["settings"]["demonstrator"]["noise"]:
-            parser.error("played with action noise: the recorded, clean actions are not those executed")
-        stored = read_episodes(options.dataset, options.episodes)
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(str(error))
-    recorded = [
-        RecordedEpisode(
-            e.task.suite,
-            e.task.name,
-            e.task.index,
-            e.recording.seed,
-            e.recording.states[0],
-            e.recording.actions,
+def run(config: DictConfig) -> str:
+    """Return failures and the number of successes."""
+    from envs.demos.replay import collected_metadata, read_episodes
+    from vega_policy.evaluation.env_pool import EnvironmentFactory, RecordedEpisode, WorkerPool, replay
+
+    dataset = Path(config.dataset)
+    if collected_metadata(dataset)["settings"]["demonstrator"]["noise"]:
+        raise ValueError(
+            f"{dataset} was collected with action noise: the recorded actions are not the executed ones."
         )
-        for e in stored
+    episodes = [
+        RecordedEpisode(
+            stored.task.suite,
+            stored.task.name,
+            stored.task.index,
+            stored.recording.seed,
+            stored.recording.states[0],
+            stored.recording.actions,
+        )
+        for stored in read_episodes(dataset, config.episodes)
     ]
-    successes = 0
-    with WorkerPool(EnvironmentFactory("envs.make", 128, "fast"), options.processes) as pool:
-        for episode, success in replay(recorded, pool, num_envs=options.processes):
+    lines, successes = [], 0
+    with WorkerPool(EnvironmentFactory("envs.make", 128, "fast"), config.processes) as pool:
+        for episode, success in replay(episodes, pool, num_envs=config.processes):
             successes += success
             if not success:
-                print(f"failed: {episode.task}, seed {episode.seed}, {len(episode.actions)} actions")
-    print(f"{successes} of {len(recorded)} replayed demonstrations succeed")
+                lines.append(f"failed: {episode.task}, seed {episode.seed}, {len(episode.actions)} actions")
+    return "\n".join([*lines, f"{successes} of {len(episodes)} replayed demonstrations succeed"])
 
+
+main = Command(
+    config="replay",
+    run=run,
+    summary="Replay the recorded actions of demonstrations from their initial states.",
+    examples=["python scripts/replay_demos.py outputs/demonstrations/libero_spatial processes=16"],
+    node={
+        "dataset": "???",  # dataset of collect_demos.py
+        "episodes": None,  # indices; null replays all
+        "processes": 2,
+    },
+    positional=("dataset",),
+).main
 
 if __name__ == "__main__":
     main()

@@ -1,10 +1,13 @@
-"""What several test files share, made once a process.
+"""Fixtures that several test files share, made once a process.
 
-Imports stand in the fixtures: pytest-xdist's own process, which runs no test, reads this file before it
-starts the others, and they would wait for LeRobot.
+Heavy imports stay inside the fixtures: pytest-xdist's controller reads this file before it starts the workers.
 """
 
 import pytest
+
+from vega_policy.cli.groups import register_groups
+
+register_groups()  # composed configs need the generated options
 
 
 @pytest.fixture(scope="session")

@@ -140,7 +140,7 @@ def test_the_script_prints_suites_averages_and_numbers(main_pair, monkeypatch, c
     for policy, count in (("wan", 12), ("none", 9)):
         for suite in LIBERO:
             write(main_pair / policy / f"seed_0/{suite}_swap", first_of(20, count))
-    text = run(monkeypatch, capsys, wan, none, "--json", numbers)
+    text = run(monkeypatch, capsys, wan, none, f"json={numbers}")
     lines = {line[:21].strip(): line for line in text.splitlines()}
     assert "87.5 [" in lines["LIBERO average"]
     assert "+8.1 [" in lines["LIBERO average"]
@@ -150,7 +150,7 @@ def test_the_script_prints_suites_averages_and_numbers(main_pair, monkeypatch, c
     assert "(5:0)" in lines["libero_10"]
     stored = json.loads(numbers.read_text())
     assert stored["difference_to_reference"]["wan"]["LIBERO average"]["difference"] == pytest.approx(13 / 160)
-    page = run(monkeypatch, capsys, wan, none, "--markdown").splitlines()
+    page = run(monkeypatch, capsys, wan, none, "markdown=true").splitlines()
     assert page[0].startswith("| suite | seeds x episodes | wan | none |")
     assert {line.count("|") for line in page if line.startswith("|")} == {8}
 
@@ -170,7 +170,7 @@ def test_an_ablation_is_compared_with_the_policy_as_it_is(tmp_path, monkeypatch,
     write(folder, first_of(20, 15))
     write(folder, first_of(20, 5), ablation="blind")
     write(tmp_path / "wan/seed_1/lift", first_of(20, 15))
-    text = run(monkeypatch, capsys, tmp_path / "wan", tmp_path / "wan", "--second-ablation", "blind")
+    text = run(monkeypatch, capsys, tmp_path / "wan", tmp_path / "wan", "second_ablation=blind")
     assert "wan (blind)" in text
     assert "+50.0 [" in text
     assert "not in wan (blind): seed_1/lift" in text
@@ -211,7 +211,7 @@ def test_what_was_not_played_alike_is_said(tmp_path, monkeypatch, capsys):
     assert single.startswith(f"first: {tmp_path / 'a'}")
     (tmp_path / "b/seed_0/lift/settings.json").unlink()
     numbers = tmp_path / "numbers.json"
-    table = run(monkeypatch, capsys, tmp_path / "a", tmp_path / "b", "--json", numbers)
+    table = run(monkeypatch, capsys, tmp_path / "a", tmp_path / "b", f"json={numbers}")
     unknown = "Whether it was played alike is not known: b lacks settings.json (seed_0/lift)."
     assert unknown in table
     assert unknown in json.loads(numbers.read_text())["notes"]
@@ -258,7 +258,7 @@ def test_bad_folders_end_in_one_message(main_pair, monkeypatch, capsys):
         assert message in refusal(monkeypatch, capsys, wan, folder)
     assert "at least two folders" in refusal(monkeypatch, capsys, wan)
     assert "under the ablation 'zero'; it has none" in refusal(
-        monkeypatch, capsys, wan, wan, "--first-ablation", "zero"
+        monkeypatch, capsys, wan, wan, "first_ablation=zero"
     )
 
 

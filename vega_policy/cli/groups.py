@@ -1,7 +1,7 @@
 """Config groups generated from the registries: `prior`, `fusion`, `base`, `env`, `scenes`, `dataset`.
 
-A prior, a fusion or a suite is registered in one place of the code. Its command-line option follows from there,
-with the defaults of the frozen dataclasses; no YAML file repeats them.
+A prior, a fusion or a suite is registered in one place of the code. Its command-line option follows from
+there, with the defaults of the frozen dataclasses; no YAML file repeats them.
 """
 
 from __future__ import annotations
@@ -23,9 +23,29 @@ SINGLE_TASK = ("lift", "lift_wide", "stack", "pick_place_can", "nut_assembly_squ
 SCENE_SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "lift_wide")
 
 
-def register_groups() -> None:
-    """Store all generated options in Hydra's ConfigStore; a second call changes nothing."""
+HELP = """
+== Groups: NAME=OPTION ==
+$APP_CONFIG_GROUPS
+== Fields: NAME=VALUE (with the values that this command line gives) ==
+$CONFIG
+"""
+
+
+def register_groups(summary: str = "") -> None:
+    """Store all generated options in Hydra's ConfigStore, and the settings that every command shares.
+
+    Args:
+        summary: What `--help` prints before groups and fields.
+    """
     store = ConfigStore.instance()
+    shared = {
+        "run": {"dir": "."},  # no folder and no log file of Hydra's own
+        "output_subdir": None,
+        "job": {"chdir": False},
+        "help": {"template": summary.replace("$", "$$") + HELP},
+    }
+    defaults = [{"override hydra/job_logging": "stdout"}]
+    store.store(name="command", node={"defaults": defaults, "hydra": shared}, package="_global_")
     for group, options in generated_groups().items():
         for name, node in options.items():
             store.store(group=group, name=name, node=node, provider="vega_policy")
@@ -34,9 +54,9 @@ def register_groups() -> None:
 def generated_groups() -> dict[str, Options]:
     """Return group -> option -> plain values."""
     return {
-        "prior": {name: _prior(name) for name in ("none", *PRIORS)},
+        "prior": {name: _fields(PriorConfig(name=name)) for name in ("none", *PRIORS)},
         "fusion": {name: asdict(FusionConfig(name=name)) for name in FUSIONS},
-        "base": {name: asdict(BaseConfig(name=name)) for name in ("none", *BASES)},
+        "base": {name: _fields(BaseConfig(name=name)) for name in ("none", *BASES)},
         "env": dict(_environments()),
         "scenes": _scenes(),
         "dataset": dict(_demonstrations()),
@@ -69,7 +89,7 @@ def _scenes() -> Options:
     return options
 
 
-def _prior(name: str) -> dict[str, Any]:
-    node = asdict(PriorConfig(name=name))
+def _fields(config: PriorConfig | BaseConfig) -> dict[str, Any]:
+    node = asdict(config)
     del node["fingerprint"]  # follows from the weights
     return node

@@ -11,24 +11,12 @@ from typing import Any
 
 import numpy as np
 import yaml
-from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
 
 logger = logging.getLogger(__name__)
 
 RESULT, TABLE = "sweep.json", "sweep.txt"
 _EXACT = 16
 """Up to so many pairs all sign patterns are counted; beyond, 100 000 random ones."""
-
-
-class SweepTable(Callback):
-    """Prints the table when a multirun has ended."""
-
-    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """Reads the jobs' folders, writes `sweep.json` and `sweep.txt` beside them and prints the table."""
-        folder = Path(config.hydra.sweep.dir)
-        table = write_table(folder)
-        logger.info("%s\n\nsweep: %s", table, folder)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,179 @@
+"""Common ground of the commands: Hydra overrides, positional arguments, and mistakes that end in one line."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, Override
+from hydra.errors import OverrideParseException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from vega_policy.cli.groups import generated_groups, register_groups
+from vega_policy.resources import resource
+
+logger = logging.getLogger(__name__)
+
+SEARCH_PATH_OPTIONS = ("--config-dir", "-cd", "--config-path", "-cp", "hydra.searchpath")
+"""Arguments that add config folders; only Hydra knows the options there."""
+
+MISTAKES = (ValueError, OSError, RuntimeError, ImportError)
+"""Errors whose message suffices; `hydra.verbose=true` shows where they were raised."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command line.
+
+    Attributes:
+        config: Name of the root config in configs/, or of `node`.
+        run: Runs the command with the composed config and returns what is printed at the end.
+        summary: First lines of `--help`.
+        examples: Lines of `--help` that can be copied.
+        node: Fields with their defaults where no YAML file holds them.
+        positional: Fields that arguments without `=` fill in this order; a name that ends in `...` takes all
+            further ones as a list.
+    """
+
+    config: str
+    run: Callable[[DictConfig], str | None]
+    summary: str
+    examples: Sequence[str] = ()
+    node: dict[str, Any] | None = None
+    positional: Sequence[str] = ()
+
+    def main(self, arguments: Sequence[str] | None = None) -> None:
+        """Compose the config and run.
+
+        Args:
+            arguments: Command line; None takes the program's own.
+        """
+        given = list(sys.argv[1:] if arguments is None else arguments)
+        sys.argv[1:] = with_positional(given, self.positional)
+        refuse_unknown_options(sys.argv[1:])
+        self._register()
+        hydra.main(version_base=None, config_path=str(resource("configs")), config_name=self.config)(
+            self._run
+        )()
+
+    def _register(self) -> None:
+        examples = "".join(f"  {line}\n" for line in self.examples)
+        register_groups(f"{self.summary}\n\n{examples}")
+        if self.node is not None:
+            node = {"defaults": ["command", "_self_"], **self.node}
+            ConfigStore.instance().store(name=self.config, node=node)
+
+    def _run(self, config: DictConfig) -> None:
+        sweep = HydraConfig.get().mode is RunMode.MULTIRUN
+        try:
+            refuse_missing_fields(config)
+            message = self.run(config)
+        except KeyboardInterrupt:
+            sys.exit("Interrupted. The same command resumes from what is finished.")
+        except MISTAKES as error:
+            logger.debug("Raised here:", exc_info=True)
+            text = f"{type(error).__name__}: {error}"
+            if not sweep:
+                sys.exit(text)
+            logger.error("%s", text)  # other jobs of a sweep go on; its table marks this one as failed
+            return
+        if message:
+            print(message)  # noqa: T201
+
+
+def with_positional(arguments: Sequence[str], fields: Sequence[str]) -> list[str]:
+    """Turn arguments without `=` into overrides of the given fields, in order.
+
+    Raises:
+        SystemExit: If there are more such arguments than fields.
+    """
+    overrides, values = [], []
+    for argument in arguments:
+        is_value = fields and "=" not in argument and not argument.startswith(("-", "~", "+"))
+        (values if is_value else overrides).append(argument)
+    for index, field in enumerate(fields):
+        if field.endswith("...") and values:
+            quoted = ",".join(_quoted(value) for value in values)
+            return [f"{field[:-3]}=[{quoted}]", *overrides]
+        if index < len(values) and not field.endswith("..."):
+            overrides.insert(0, f"{field}={_quoted(values[index])}")
+    if len(values) > len(fields):
+        sys.exit(f"expected at most {len(fields)} arguments without '=' ({', '.join(fields)}); got {values}")
+    return overrides
+
+
+def _quoted(value: str) -> str:
+    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
+
+
+def refuse_missing_fields(config: DictConfig) -> None:
+    """End the program if a field without a default, such as an evaluation's checkpoint, has no value.
+
+    Raises:
+        SystemExit: With the message.
+    """
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        fields = " ".join(f"{name}=..." for name in missing)
+        sys.exit(
+            f"No value for {', '.join(missing)}. Add {fields} to the command line; --help describes them."
+        )
+
+
+def refuse_unknown_options(arguments: Sequence[str]) -> None:
+    """End the program if a group has no such option, as in `env=libero_spatail`; near ones are listed first.
+
+    Raises:
+        SystemExit: With the message.
+    """
+    if any(argument.startswith(SEARCH_PATH_OPTIONS) for argument in arguments):
+        return
+    problems = [problem for override in _overrides(arguments) for problem in _unknown(override)]
+    if problems:
+        sys.exit("\n".join(problems))
+
+
+def group_options(group: str) -> list[str]:
+    """Return the options of a config group: files in configs/ and generated ones."""
+    files = (path.stem for path in (resource("configs") / group).glob("*.yaml"))
+    return sorted({*files, *generated_groups().get(group, {})})
+
+
+def _overrides(arguments: Sequence[str]) -> list[Override]:
+    """Return what Hydra's own parser accepts; Hydra reports the rest."""
+    parser, parsed = OverridesParser.create(), []
+    for argument in arguments:
+        try:
+            parsed += parser.parse_overrides([argument])
+        except OverrideParseException:
+            continue
+    return parsed
+
+
+def _unknown(override: Override) -> list[str]:
+    group = override.key_or_group
+    options = group_options(group) if "." not in group and not group.startswith("hydra") else []
+    if override.is_delete() or not options:
+        return []
+    value = override.value()
+    if isinstance(value, ChoiceSweep):
+        value = value.list
+    values = value if isinstance(value, list) else [value]
+    names = [name for name in values if isinstance(name, str) and name != "null"]
+    return [_message(group, name, options) for name in names if name not in options]
+
+
+def _message(group: str, name: str, options: list[str]) -> str:
+    near = difflib.get_close_matches(name, options, n=5, cutoff=0.4)
+    hint = f"did you mean {' or '.join(f'{group}={one}' for one in near)}? " if near else ""
+    return f"there is no {group}={name}; {hint}The group {group} has: {', '.join(options)}"
