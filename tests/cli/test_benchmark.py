@@ -1,5 +1,4 @@
 import json
-import re
 import time
 from dataclasses import replace
 from types import SimpleNamespace

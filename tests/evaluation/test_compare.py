@@ -71,9 +71,9 @@ def run(monkeypatch, capsys, *arguments):
 
 
 def refusal(monkeypatch, capsys, *arguments):
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as stopped:
         run(monkeypatch, capsys, *arguments)
-    return capsys.readouterr().err.splitlines()[-1]
+    return stopped.value.code
 
 
 def test_averages_over_suites_and_seeds_are_those_computed_by_hand(main_pair):
@@ -256,7 +256,7 @@ def test_bad_folders_end_in_one_message(main_pair, monkeypatch, capsys):
         ".": "expected <seed>/<suite>; give the folder of one policy",
     }.items():
         assert message in refusal(monkeypatch, capsys, wan, folder)
-    assert "at least two folders" in refusal(monkeypatch, capsys, wan)
+    assert "folders: expected at least two, got 1" in refusal(monkeypatch, capsys, wan)
     assert "under the ablation 'zero'; it has none" in refusal(
         monkeypatch, capsys, wan, wan, "first_ablation=zero"
     )
