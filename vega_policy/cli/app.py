@@ -39,7 +39,7 @@ class Command:
         run: Runs the command with the composed config and returns what is printed at the end.
         summary: First lines of `--help`.
         examples: Lines of `--help` that can be copied.
-        node: Fields with their defaults where no YAML file holds them.
+        node: Fields with their defaults where no YAML file holds them; `defaults` names groups.
         positional: Fields that arguments without `=` fill in this order; a name that ends in `...` takes all
             further ones as a list.
     """
@@ -69,7 +69,8 @@ class Command:
         examples = "".join(f"  {line}\n" for line in self.examples)
         register_groups(f"{self.summary}\n\n{examples}")
         if self.node is not None:
-            node = {"defaults": ["command", "_self_"], **self.node}
+            defaults = ["command", *self.node.get("defaults", ()), "_self_"]
+            node = {**self.node, "defaults": defaults}
             ConfigStore.instance().store(name=self.config, node=node)
 
     def _run(self, config: DictConfig) -> None:

@@ -11,12 +11,12 @@ from omegaconf import DictConfig, OmegaConf
 from vega_policy.cli.app import Command
 
 FIELDS: dict[str, Any] = {
+    "defaults": [{"prior": "wan_tiny"}, {"backbone": "compact"}, {"head": "flow"}],  # with random weights
     "part": "???",  # prior, policy, train, dataset, simulate
     "device": None,  # null: cuda where there is one
     "output": None,  # JSON file, written after each row
     "seconds": 1.0,  # duration of each measurement
     # prior, policy, train
-    "prior": None,  # with random weights; null: wan2.1_t2v_1.3b on a GPU, else wan_tiny
     "sizes": ["256x256"],  # frames, HEIGHTxWIDTH
     "frames": [2],  # frames encoded at once
     "paths": None,  # of released, all_blocks, early_stop, fast
@@ -25,8 +25,6 @@ FIELDS: dict[str, Any] = {
     "frame_size": 128,
     "batch": 256,  # samples of a training step
     "text_encoder": None,  # folder of a sentence encoder's config
-    "backbone": "compact",  # with random weights
-    "head": "flow",  # flow or l1
     "cases": ["live", "cached", "none"],  # of the prior's features
     "variants": None,  # of eager, compiled
     # dataset
@@ -50,9 +48,9 @@ def run(config: DictConfig) -> str:
     if config.part not in PARTS:
         raise ValueError(f"part: expected one of {', '.join(PARTS)}; got {config.part!r}.")
     options = SimpleNamespace(**OmegaConf.to_container(config, resolve=True))  # pyright: ignore[reportCallIssue]
-    is_gpu = torch.cuda.is_available()
-    options.device = options.device or ("cuda" if is_gpu else "cpu")
-    options.prior = options.prior or ("wan2.1_t2v_1.3b" if is_gpu else "wan_tiny")
+    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    for group in ("prior", "backbone", "head"):
+        setattr(options, group, config[group].name)
     device = torch.device(options.device)
     command, rows = shlex.join(["vega-benchmark", *sys.argv[1:]]), []
     for row in rows_of(options.part, options, device):
@@ -74,7 +72,7 @@ main = Command(
     run=run,
     summary="Measure the time of each part on this machine: prior, policy, train, dataset, simulate.",
     examples=[
-        "vega-benchmark prior 'frames=[1,2,8,32]'",
+        "vega-benchmark prior prior=wan2.1_t2v_1.3b 'frames=[1,2,8,32]'",
         "vega-benchmark policy prior=wan_tiny device=cpu output=outputs/policy.json",
     ],
     node=FIELDS,
