@@ -1,4 +1,4 @@
-"""From a composed configuration to a robot that moves, within limits, and is watched."""
+"""A deployment from its configuration: safety layer, control loop, takeover and recording."""
 
 import math
 import threading
@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from lerobot.policies.factory import get_policy_class, make_pre_post_processors
 from lerobot.processor.factory import make_default_processors
 from lerobot.rollout.robot_wrapper import ThreadSafeRobot
 from lerobot.utils.feature_utils import hw_to_dataset_features
 from omegaconf import MissingMandatoryValue, OmegaConf
 
-from vega_policy.deployment.control_loop import SafeRollout, delayed, lays_out_scenes
+from vega_policy.deployment.control_loop import SafeRollout, creates_scenes, delayed
 from vega_policy.deployment.deploy import read_rollout, read_safety
+from vega_policy.deployment.remote_policy import VegaRemoteConfig, VegaRemotePolicy
 from vega_policy.deployment.safety import JointLimits, SafetyFilter, safe_action_pipeline
 from vega_policy.resources import resource
 
@@ -36,15 +38,15 @@ def test_the_safety_layer_is_a_step_of_lerobots_action_pipeline():
     assert pipeline(({"pan.pos": math.nan, "lift.pos": 0.5}, JOINTS)) == {"pan.pos": 0.1, "lift.pos": 0.5}
 
 
-def test_the_shipped_robots_have_limits_or_ask_for_a_dataset(tmp_path):
+def test_the_shipped_robots_have_limits_or_require_a_dataset(tmp_path):
     safety = read_safety(composed("robot=vega_sim"))
-    told = safety.command(
+    command = safety.command(
         {**dict.fromkeys(safety.names, 3.0), "gripper.pos": 1.0},
         {"x.pos": 0.0, "y.pos": 0.39, "z.pos": 1.0},
         0.0,
     )
-    assert told["x.vel"] == 1.0
-    assert told["y.vel"] == pytest.approx(0.2)  # 1 cm to the edge of the box
+    assert command["x.vel"] == 1.0
+    assert command["y.vel"] == pytest.approx(0.2)  # 1 cm to the edge of the box
     both = composed("robot=vega_sim", f"robot.safety.dataset.root={tmp_path}")
     neither = composed("robot=vega_sim", "robot.safety.joints=null")
     for config in (both, neither):
@@ -55,12 +57,12 @@ def test_the_shipped_robots_have_limits_or_ask_for_a_dataset(tmp_path):
 
 
 def test_only_a_simulated_robot_is_sent_to_its_initial_pose_between_episodes():
-    assert lays_out_scenes({"new_scenes": True, "device": {"type": "vega_sim"}})
-    assert not lays_out_scenes({"new_scenes": False, "device": {"type": "so101_follower"}})
-    with pytest.raises(ValueError, match="so101_follower would leap"):
-        lays_out_scenes({"new_scenes": True, "device": {"type": "so101_follower"}})
+    assert creates_scenes({"new_scenes": True, "device": {"type": "vega_sim"}})
+    assert not creates_scenes({"new_scenes": False, "device": {"type": "so101_follower"}})
+    with pytest.raises(ValueError, match="so101_follower would jump"):
+        creates_scenes({"new_scenes": True, "device": {"type": "so101_follower"}})
     with pytest.raises(ValueError, match="got None"):
-        lays_out_scenes({"device": {"type": "vega_sim"}})
+        creates_scenes({"device": {"type": "vega_sim"}})
 
 
 def test_a_deployment_needs_one_policy():
@@ -77,12 +79,18 @@ def test_a_deployment_needs_one_policy():
     assert remote.robot.log_file == Path("outputs/deploy/vega_sim.jsonl")
 
 
-def test_a_delayed_policy_says_the_same_later():
+def test_lerobot_finds_the_remote_policy_and_its_processors_by_type():
+    assert get_policy_class("vega_remote") is VegaRemotePolicy
+    before, after = make_pre_post_processors(VegaRemoteConfig())
+    assert len(before.steps) == len(after.steps) == 1
+
+
+def test_a_delayed_policy_returns_the_same_later():
     assert delayed(lambda one, two: one + two, 0.01)(1, two=2) == 3
 
 
 class Robot:
-    """Two joints that go where they are told at once."""
+    """Two joints that reach a command at once."""
 
     robot_type = name = "two joints"
     action_features = observation_features = dict.fromkeys(JOINTS, float)
@@ -91,9 +99,9 @@ class Robot:
         self.joints, self.sent, self.seconds = dict(JOINTS), [], 0.0
 
     def get_observation(self):
-        seen = dict(self.joints)
+        joints = dict(self.joints)
         time.sleep(self.seconds)
-        return seen
+        return joints
 
     def send_action(self, action):
         self.joints = dict(action)
@@ -101,7 +109,7 @@ class Robot:
 
 
 class Engine:
-    """Says what it is given, one action after another; then nothing."""
+    """Returns given actions, one after another; then none."""
 
     ready, failed = True, False
 
@@ -124,8 +132,10 @@ class Engine:
     stop = resume = start
 
 
-def play(actions, steps, teleop=None, on_step=lambda strategy, step: None, run=False, camera=None, **options):
-    """Play some steps; return robot, recorded frames, strategy and filter."""
+def roll_out(
+    actions, steps, teleop=None, on_step=lambda strategy, step: None, run=False, camera=None, **options
+):
+    """Run some steps; return robot, recorded frames, strategy and filter."""
     robot, engine, frames = Robot() if camera is None else camera, Engine(actions), []
     safety = SafetyFilter(LIMITS, period=0.05, **options)
     features = {
@@ -150,10 +160,10 @@ def play(actions, steps, teleop=None, on_step=lambda strategy, step: None, run=F
     recorder = SimpleNamespace(add=frames.append, end_episode=lambda: None)
     strategy = SafeRollout(safety, episodes=1, episode_seconds=1.0, recorder=recorder)
     strategy.setup(context)
-    strategy._forget()
+    strategy.reset()
     for step in range(steps):
         on_step(strategy, step)
-        strategy._step(context)
+        strategy.step(context)
     if run:
         context.runtime.shutdown_event.set()
         strategy.run(context)
@@ -161,14 +171,14 @@ def play(actions, steps, teleop=None, on_step=lambda strategy, step: None, run=F
 
 
 class Velocity(Robot):
-    """One joint that goes on at the speed it was told last."""
+    """One joint that keeps its last commanded speed."""
 
     def __init__(self):
         super().__init__()
         self.joints = {"x.vel": 0.0}
 
 
-def test_a_robot_is_at_rest_before_it_is_let_go():
+def test_a_robot_is_at_rest_before_it_is_released():
     robot, order = Velocity(), []
     safety = SafetyFilter([JointLimits("x.vel", -1.0, 1.0, speed=2.0, rest=0.0)], period=0.02)
     context = SimpleNamespace(hardware=SimpleNamespace(robot_wrapper=robot))
@@ -182,10 +192,10 @@ def test_a_robot_is_at_rest_before_it_is_let_go():
     assert order == [20]  # inference ended first
     assert fast > 0.3
     assert robot.sent[-1] == {"x.vel": 0.0}
-    assert len(robot.sent) > 25  # it was braked within its limits, not torn to a halt
+    assert len(robot.sent) > 25  # it braked within its limits
 
 
-def test_a_robot_that_was_never_told_anything_is_told_nothing_at_the_end():
+def test_a_robot_that_was_never_commanded_gets_no_command_at_the_end():
     robot, safety = Robot(), SafetyFilter(LIMITS, period=0.05)
     SafeRollout(safety, episodes=1, episode_seconds=1.0).come_to_rest(
         SimpleNamespace(hardware=SimpleNamespace(robot_wrapper=robot))
@@ -193,16 +203,16 @@ def test_a_robot_that_was_never_told_anything_is_told_nothing_at_the_end():
     assert robot.sent == []
 
 
-def test_an_engine_that_gave_up_is_no_success():
-    def give_up(strategy, step):
+def test_an_engine_that_failed_stops_the_deployment():
+    def fail(strategy, step):
         strategy._engine.failed = True
 
-    *_, safety = play([[0.1, 0.5]], steps=1, on_step=give_up, run=True)
+    *_, safety = roll_out([[0.1, 0.5]], steps=1, on_step=fail, run=True)
     assert "inference failed" in safety.stopped
 
 
-def test_what_is_recorded_is_what_the_robot_was_told_and_what_the_policy_wanted():
-    robot, frames, _, _ = play([[0.1, 0.5], [math.nan, 0.5], [0.2, 0.6]], steps=4)
+def test_commands_and_actions_of_the_policy_are_recorded():
+    robot, frames, _, _ = roll_out([[0.1, 0.5], [math.nan, 0.5], [0.2, 0.6]], steps=4)
     assert len(robot.sent) == len(frames) == 3  # a step without a prediction commands and records nothing
     assert [bool(frame["intervention"][0]) for frame in frames][:2] == [False, True]
     np.testing.assert_allclose(frames[0]["action"], [0.1, 0.5])
@@ -211,13 +221,13 @@ def test_what_is_recorded_is_what_the_robot_was_told_and_what_the_policy_wanted(
     np.testing.assert_allclose(frames[1]["observation.state"], [0.1, 0.5])
 
 
-def test_a_person_takes_over_and_gives_back():
+def test_a_person_takes_over_and_returns_control():
     def turn(strategy, step):
         if step in (1, 3):
             strategy.toggle_human()
 
     teleop = SimpleNamespace(get_action=lambda: {"pan.pos": -0.1, "lift.pos": 0.4})
-    robot, frames, engine, _ = play([[0.1, 0.5]] * 9, steps=5, teleop=teleop, on_step=turn)
+    robot, frames, engine, _ = roll_out([[0.1, 0.5]] * 9, steps=5, teleop=teleop, on_step=turn)
     assert [bool(frame["intervention"][0]) for frame in frames][:3] == [False, True, True]
     np.testing.assert_allclose(frames[2]["policy_action"], [-0.1, 0.4])
     assert engine.resets == 4  # at the start (twice), and at each change of hands
@@ -225,14 +235,14 @@ def test_a_person_takes_over_and_gives_back():
 
 
 @pytest.mark.parametrize("slow_part", ["policy", "camera"])
-def test_what_rests_on_an_old_view_is_refused_and_the_policy_asked_anew(slow_part):
+def test_an_action_from_an_old_observation_is_refused_and_predicted_again(slow_part):
     robot = Robot()
 
     def slow(strategy, step):
         part = robot if slow_part == "camera" else strategy._engine
         part.seconds = 0.6 if step == 1 else 0.0
 
-    robot, _, engine, safety = play(
+    robot, _, engine, safety = roll_out(
         [[0.1, 0.5], [0.2, 0.5], [0.15, 0.5]], steps=3, on_step=slow, camera=robot, max_observation_age=0.5
     )
     assert safety.counts["stale"] == 1

@@ -1,4 +1,4 @@
-"""LeRobot's rollout and scripts/deploy_policy.py drive the simulated robot, from their command lines."""
+"""LeRobot's rollout and scripts/deploy_policy.py control the simulated robot, from their command lines."""
 
 import json
 import os
@@ -63,7 +63,7 @@ def log_of(path):
 @pytest.mark.parametrize(
     "inference", [("sync",), ("rtc", "--inference.queue_threshold=2", "--inference.rtc.execution_horizon=3")]
 )
-def test_lerobot_rollout_drives_the_simulated_robot(checkpoint, tmp_path, inference):
+def test_lerobot_rollout_controls_the_simulated_robot(checkpoint, tmp_path, inference):
     name, *more = inference
     rollout(checkpoint, tmp_path, "--strategy.type=base", "--duration=8", f"--inference.type={name}", *more)
     first = log_of(tmp_path / "sim.jsonl")[0]
@@ -110,7 +110,7 @@ def deploy(folder, *arguments, code=0):
     return printed
 
 
-def test_a_dry_run_moves_nothing_and_shows_what_it_would_do(checkpoint, tmp_path):
+def test_a_dry_run_moves_nothing_and_records_its_commands(checkpoint, tmp_path):
     printed = deploy(
         tmp_path,
         f"checkpoint={checkpoint}",
@@ -120,7 +120,7 @@ def test_a_dry_run_moves_nothing_and_shows_what_it_would_do(checkpoint, tmp_path
     )
     assert "latency against the control rate" in printed
     assert (tmp_path / "dry_run.rrd").stat().st_size > 10_000
-    assert not (tmp_path / "vega_sim.jsonl").exists()  # no command ever reached the robot: no episode began
+    assert not (tmp_path / "vega_sim.jsonl").exists()  # no command reached the robot: no episode began
 
 
 def test_a_failed_preflight_ends_in_one_message_before_anything_moves(checkpoint, tmp_path):

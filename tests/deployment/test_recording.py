@@ -1,4 +1,4 @@
-"""What a robot does is kept, whatever happens to the program."""
+"""Recorded episodes stay complete when the program is killed."""
 
 import dataclasses
 import os
@@ -28,7 +28,7 @@ FEATURES = {
     "observation.state": {"dtype": "float32", "shape": (2,), "names": ["a.pos", "b.pos"]},
     "action": {"dtype": "float32", "shape": (2,), "names": ["a.pos", "b.pos"]},
 }
-FORM = RecordingFormat("vega/rollouts", 20, FEATURES, "test", CODECS["lossless"])
+LAYOUT = RecordingFormat("vega/rollouts", 20, FEATURES, "test", CODECS["lossless"])
 
 
 def frame(step, intervention=False):
@@ -43,7 +43,7 @@ def frame(step, intervention=False):
 
 
 def record(folder, episodes):
-    with EpisodeRecorder(folder, FORM) as recorder:
+    with EpisodeRecorder(folder, LAYOUT) as recorder:
         for length in episodes:
             for step in range(length):
                 recorder.add(frame(step, intervention=step == 2))
@@ -51,9 +51,9 @@ def record(folder, episodes):
 
 
 @pytest.mark.slow
-def test_episodes_are_merged_into_a_dataset_that_knows_who_decided(tmp_path):
+def test_episodes_are_merged_into_a_dataset_with_interventions(tmp_path):
     record(tmp_path / "episodes", (5, 4))
-    record(tmp_path / "episodes", (3,))  # a second session goes on counting
+    record(tmp_path / "episodes", (3,))  # a second session continues the numbering
     names = [path.name for path in finished_episodes(tmp_path / "episodes")]
     assert names == ["episode_000000", "episode_000001", "episode_000002"]
     assert merge_episodes(tmp_path / "episodes", tmp_path / "merged", "vega/rollouts") == 3
@@ -70,9 +70,9 @@ def test_episodes_are_merged_into_a_dataset_that_knows_who_decided(tmp_path):
 PROGRAM = """
 import sys, time
 from pathlib import Path
-from tests.deployment.test_recording import FORM, frame
+from tests.deployment.test_recording import LAYOUT, frame
 from vega_policy.deployment.recording import EpisodeRecorder
-with EpisodeRecorder(Path(sys.argv[1]), FORM) as recorder:
+with EpisodeRecorder(Path(sys.argv[1]), LAYOUT) as recorder:
     for episode in range(100):
         for step in range(20):
             recorder.add(frame(step))
@@ -86,7 +86,7 @@ with EpisodeRecorder(Path(sys.argv[1]), FORM) as recorder:
 
 
 @pytest.mark.slow
-def test_a_kill_costs_the_running_episode_at_most(tmp_path):
+def test_a_kill_loses_at_most_the_running_episode(tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-c", PROGRAM, str(tmp_path)], stdout=subprocess.PIPE, text=True
     )
@@ -99,31 +99,34 @@ def test_a_kill_costs_the_running_episode_at_most(tmp_path):
     for root in finished:
         assert len(LeRobotDataset("vega/rollouts", root=root, video_backend="pyav")) == 20
     record(tmp_path, (4,))
-    assert not list(tmp_path.glob("*.unfinished"))
+    assert not list(tmp_path.glob(".*.partial"))
     assert len(finished_episodes(tmp_path)) == len(finished) + 1
 
 
-def test_what_cannot_be_written_is_said_at_once(tmp_path):
-    def go_on(recorder):
+def test_a_frame_that_cannot_be_written_ends_the_recording(tmp_path):
+    def keep_adding(recorder):
         recorder.add({"task": "no such frame"})
         end = time.monotonic() + 60
         while time.monotonic() < end:
             time.sleep(0.02)
             recorder.add(frame(0))
 
-    with EpisodeRecorder(tmp_path / "x", FORM) as recorder, pytest.raises(RuntimeError, match="cannot go on"):
-        go_on(recorder)
+    with (
+        EpisodeRecorder(tmp_path / "x", LAYOUT) as recorder,
+        pytest.raises(RuntimeError, match="cannot continue"),
+    ):
+        keep_adding(recorder)
     assert isinstance(recorder.failure, ValueError | KeyError)
 
 
-def test_a_recorder_that_cannot_keep_up_says_so_instead_of_filling_the_memory(tmp_path):
-    recorder = EpisodeRecorder(tmp_path / "x", dataclasses.replace(FORM, longest_episode=3))
-    for step in range(3):  # nobody writes them: its thread was not started
+def test_a_recorder_that_cannot_keep_up_is_refused_instead_of_filling_the_memory(tmp_path):
+    recorder = EpisodeRecorder(tmp_path / "x", dataclasses.replace(LAYOUT, longest_episode=3))
+    for step in range(3):  # they are not written: its thread was not started
         recorder.add(frame(step))
     with pytest.raises(RuntimeError, match="cannot keep up: 3 steps wait"):
         recorder.add(frame(3))
 
 
-def test_nothing_to_merge_is_said(tmp_path):
+def test_merging_no_episode_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="no finished episode"):
         merge_episodes(tmp_path, tmp_path / "merged", "vega/rollouts")

@@ -1,4 +1,4 @@
-"""Real-time chunking executes every step of what the policy plans once, however long the policy thinks."""
+"""Real-time chunking executes every planned step once, however long a prediction takes."""
 
 import threading
 import time
@@ -7,63 +7,63 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vega_policy.deployment.latency_benchmark import WAYS, Clockless
-from vega_policy.deployment.rtc import FAILURES_IN_A_ROW, RealTimeEngine
+from vega_policy.deployment.latency_benchmark import MODES, DiscreteTimeEpisode
+from vega_policy.deployment.rtc import MAX_FAILURES, RealTimeEngine
 from vega_policy.deployment.safety import JointLimits, SafetyFilter
 
 CHUNK = 16
 
 
 class World:
-    """A task of numbered steps; its policy plans the next ones, and thinking takes some ticks."""
+    """A task of numbered steps; its policy predicts the next ones, which takes some ticks."""
 
     def __init__(self, thinking, threshold=10, chunk=CHUNK):
-        self.done, self.asked, self.thinking, self.chunk = [], [], thinking, chunk
+        self.done, self.requests, self.thinking, self.chunk = [], [], thinking, chunk
         self.safety = SafetyFilter([JointLimits("x.pos", -1.0, 1.0)], period=0.05)
         self.engine = RealTimeEngine(
             self.predict, lambda: None, self.safety, threshold=threshold, shutdown=threading.Event()
         )
 
     def tick(self):
-        self.safety.observed(time.monotonic())
+        self.safety.set_observation_time(time.monotonic())
         self.engine.notify_observation({"next step": len(self.done)})
         action = self.engine.get_action(None)
         if action is not None:  # without one, the hand holds still, and no step of the task is done
             self.done.append(int(action))
 
     def predict(self, observation, delay, left):
-        self.asked.append((observation["next step"], delay, left))
+        self.requests.append((observation["next step"], delay, left))
         for _ in range(self.thinking):
             self.tick()
         chunk = torch.arange(self.chunk)[:, None] + observation["next step"]
         return chunk, chunk
 
-    def play(self, ticks):
+    def run(self, ticks):
         for _ in range(ticks):
             self.tick()
-            self.engine.think()
+            self.engine.predict_if_due()
         return self
 
 
 @pytest.mark.parametrize("thinking", [0, 1, 2, 5, 8, 11, 20])
-def test_no_step_is_lost_or_done_twice_however_long_the_policy_thinks(thinking):
-    world = World(thinking).play(60)
+def test_no_step_is_lost_or_executed_twice_however_long_a_prediction_takes(thinking):
+    world = World(thinking).run(60)
     assert world.done == list(range(len(world.done)))
     assert len(world.done) > 40
-    for step, delay, left in world.asked:
-        assert delay <= thinking + 1  # the action of the very tick that is looked at, too
-        assert left is None or int(left[0]) == step  # what is left begins where the view was taken
+    for step, delay, left in world.requests:
+        assert delay <= thinking + 1  # with the action of the observed tick
+        assert left is None or int(left[0]) == step  # the rest begins at the observation
 
 
-def test_what_is_left_and_the_longest_delay_reach_the_policy():
-    world = World(thinking=3).play(40)
-    assert world.asked[0][1:] == (0, None)
-    assert [delay for _, delay, _ in world.asked[2:]] == [4] * len(world.asked[2:])
-    assert all(len(left) <= 10 for *_, left in world.asked[1:])
+def test_the_rest_of_the_chunk_and_the_longest_delay_reach_the_policy():
+    world = World(thinking=3).run(40)
+    assert world.requests[0][1:] == (0, None)
+    assert [delay for _, delay, _ in world.requests[2:]] == [4] * len(world.requests[2:])
+    assert all(len(left) <= 10 for *_, left in world.requests[1:])
 
 
-def test_nothing_is_executed_of_a_plan_that_an_episode_before_asked_for():
-    world = World(thinking=0).play(3)
+def test_a_chunk_of_the_last_episode_is_not_executed():
+    world = World(thinking=0).run(3)
     world.thinking = 2
     forget = world.predict
 
@@ -73,23 +73,23 @@ def test_nothing_is_executed_of_a_plan_that_an_episode_before_asked_for():
         return answer
 
     world.engine._predict = predict
-    world.play(5)  # the last plan runs low
+    world.run(5)  # few actions are left
     world.done.clear()
     for _ in range(3):
-        world.engine.think()
+        world.engine.predict_if_due()
         assert world.engine.get_action(None) is None
 
 
-def test_a_plan_from_an_old_view_is_refused():
+def test_a_chunk_from_an_old_observation_is_refused():
     world = World(thinking=0)
-    world.safety.observed(time.monotonic() - 2.0)
+    world.safety.set_observation_time(time.monotonic() - 2.0)
     world.engine.notify_observation({"next step": 0})
-    world.engine.think()
+    world.engine.predict_if_due()
     assert world.engine.get_action(None) is None
-    assert world.safety.counts == {"stale plan": 1}
+    assert world.safety.counts == {"stale chunk": 1}
 
 
-def test_a_policy_that_fails_again_and_again_ends_the_rollout(monkeypatch):
+def test_a_policy_that_fails_repeatedly_ends_the_rollout(monkeypatch):
     monkeypatch.setattr("vega_policy.deployment.rtc.SECONDS_AFTER_FAILURE", 0.0)
     world, calls = World(thinking=0), []
 
@@ -106,7 +106,7 @@ def test_a_policy_that_fails_again_and_again_ends_the_rollout(monkeypatch):
     world.engine.stop()
     assert world.engine.failed
     assert world.engine._shutdown.is_set()
-    assert len(calls) == FAILURES_IN_A_ROW
+    assert len(calls) == MAX_FAILURES
 
 
 def test_the_thread_predicts_while_actions_are_taken():
@@ -122,7 +122,7 @@ def test_the_thread_predicts_while_actions_are_taken():
 
 
 class Sequence:
-    """An environment that succeeds when 30 numbered actions come in order; any other is of no use."""
+    """An environment that succeeds when 30 numbered actions come in order."""
 
     action_space = SimpleNamespace(shape=(2,))
     task = SimpleNamespace(horizon=100)
@@ -138,13 +138,13 @@ class Sequence:
         return self.done == 30, False
 
 
-@pytest.mark.parametrize(("way", "succeeds"), [("sync", True), ("rtc", True), ("rtc by the clock", False)])
-def test_only_what_is_joined_by_the_clock_falls_out_of_step(way, succeeds):
-    def predict(seen, delay, left):
-        numbers = torch.arange(16)[:, None] + seen["next step"] + 1
+@pytest.mark.parametrize(("mode", "succeeds"), [("sync", True), ("rtc", True), ("rtc by the clock", False)])
+def test_only_chunks_joined_by_the_clock_lose_steps(mode, succeeds):
+    def predict(observation, delay, left):
+        numbers = torch.arange(16)[:, None] + observation["next step"] + 1
         chunk = torch.cat([numbers, torch.full_like(numbers, -1)], dim=1).float()
         return chunk, chunk
 
-    world = Clockless(Sequence(), predict, thinking=8)
-    WAYS[way](world, action_steps=8, threshold=10)
+    world = DiscreteTimeEpisode(Sequence(), predict, thinking_steps=8)
+    MODES[mode](world, action_steps=8, threshold=10)
     assert world.success == succeeds

@@ -8,8 +8,7 @@ from lerobot.policies.rtc.configuration_rtc import RTCConfig
 from tests.policies import batch, tiny_config
 from tests.policy_servers import address, observations, running
 from vega_policy.deployment.client import RemotePolicy
-from vega_policy.deployment.latency_benchmark import load_table as table
-from vega_policy.deployment.latency_benchmark import measure
+from vega_policy.deployment.latency_benchmark import benchmark_server
 from vega_policy.deployment.protocol import RTCContext
 from vega_policy.deployment.server import load_served_policy, warm_up
 from vega_policy.model.config import ActionHeadConfig, PriorConfig
@@ -64,10 +63,10 @@ def test_a_checkpoint_predicts_the_same_through_the_server_bit_for_bit(checkpoin
             np.testing.assert_array_equal(
                 remote.chunk(observed, noise, rtc), local.chunk(observed, noise, rtc)
             )
-        load = measure(address(port), clients=2, seconds=0.5, side=64)
-        assert load.requests_per_second > 1
-        assert load.p50 <= load.p95 <= load.p99
-        assert "| 2 |" in table([load])
+        (row,) = benchmark_server(address(port), clients=[2], seconds=0.5, side=64)
+        assert (row["clients"], row["refused"]) == (2, 0)
+        assert row["requests_per_second"] > 1
+        assert row["p50_ms"] <= row["p95_ms"] <= row["p99_ms"]
 
 
 def test_a_continued_chunk_begins_with_what_is_being_executed(checkpoint):

@@ -184,7 +184,7 @@ def test_when_the_server_is_killed_the_robot_holds_in_time_and_continues_after_a
 
     def control():
         while not stop.is_set():
-            safety.observed(time.monotonic())
+            safety.set_observation_time(time.monotonic())
             chunk = remote.chunk(observations(), None)[0]
             robot.move(safety.command(dict(zip(START, chunk[0].tolist(), strict=True)), START))
             time.sleep(0.05)

@@ -16,7 +16,7 @@ from websockets.typing import Subprotocol
 
 from vega_policy.deployment import protocol
 from vega_policy.deployment.protocol import Hello, Reply, Request, RTCContext, ServedDescription, read_token
-from vega_policy.evaluation.policies import ObservationBatch, PolicyDescription
+from vega_policy.evaluation.policies import ObservationBatch
 
 logger = logging.getLogger(__name__)
 
@@ -157,21 +157,11 @@ class RemotePolicy:
         self._patience = patience_seconds
         self.reconnections = 0
         self.served = self._connect(time.monotonic() + patience_seconds).policy
-        policy = self.served.policy
-        self._description = replace(
-            policy, action_steps=policy.action_steps if action_steps is None else action_steps
-        )
-        self.reads_frames = bool(policy.cameras)
-
-    @property
-    def description(self) -> PolicyDescription:
-        """The data that the policy was trained on."""
-        return self._description
-
-    @property
-    def noise_shape(self) -> tuple[int, int] | None:
-        """Shape [t a] of its noise."""
-        return self.served.noise_shape
+        self.noise_shape = self.served.noise_shape
+        self.description = self.served.policy
+        if action_steps is not None:
+            self.description = replace(self.description, action_steps=action_steps)
+        self.reads_frames = bool(self.description.cameras)
 
     def reset(self) -> None:
         """Do nothing: the server keeps no state between requests."""

@@ -1,4 +1,4 @@
-"""The control loop of a deployment: LeRobot's rollout with a person, a recorder and stale views in mind."""
+"""Control loop of a deployment: LeRobot's rollout with takeover by a person and recording."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+import torch
+from lerobot.policies.utils import prepare_observation_for_inference
 from lerobot.rollout.configs import BaseStrategyConfig
 from lerobot.rollout.context import RolloutContext
 from lerobot.rollout.strategies.core import RolloutStrategy, send_next_action
@@ -17,48 +19,26 @@ from lerobot.utils.robot_utils import precise_sleep
 
 from vega_policy.deployment.recording import INTERVENTION, POLICY_ACTION, EpisodeRecorder
 from vega_policy.deployment.safety import SafetyFilter
+from vega_policy.modeling_vega import VegaPolicy
 
 logger = logging.getLogger(__name__)
 
-ALTERING = ("range", "speed", "workspace", "keys", "finite", "jump", "stale")
-"""Kinds of intervention after which what the robot was told is not what the policy wanted."""
+CHANGES = ("range", "speed", "workspace", "keys", "finite", "jump", "stale")
+"""Safety events after which the command differs from the policy's action."""
 
-LONGEST_BRAKING = 3.0
-"""Seconds within which a robot has come to rest, or something is wrong."""
-
-
-def lays_out_scenes(robot: Mapping[str, Any]) -> bool:
-    """Whether a robot begins anew when sent to its initial pose; an arm would leap there.
-
-    Args:
-        robot: The fields of a file in configs/robot.
-
-    Raises:
-        ValueError: If that is not said, or said of another robot than `vega_sim`.
-    """
-    told = robot.get("new_scenes")
-    if not isinstance(told, bool):
-        raise ValueError(
-            f"robot.new_scenes: expected true or false, got {told!r}; false for every real robot"
-        )
-    if told and robot["device"]["type"] != "vega_sim":
-        raise ValueError(
-            f"robot.new_scenes: only vega_sim lays out scenes; {robot['device']['type']} would leap to its "
-            "initial pose. Set it to false."
-        )
-    return told
+MAX_BRAKING_SECONDS = 3.0
 
 
 class SafeRollout(RolloutStrategy):
-    """Runs a policy episode by episode, through the safety layer, with a person in reach.
+    """Runs a policy episode by episode through the safety layer, with takeover by a person.
 
     Args:
         safety: The filter in the robot action processor.
-        episodes: So many episodes; None goes on until it is stopped.
+        episodes: Number of episodes; None continues until it is stopped.
         episode_seconds: Length of an episode.
-        recorder: Takes every step, or None.
-        new_scenes: Whether the robot, sent to its initial pose at once, lays out a new scene, as `vega_sim`
-            does. Hardware would leap there.
+        recorder: Receives every step, or None.
+        new_scenes: Whether the robot creates a new scene when sent to its initial pose, as `vega_sim` does.
+            Hardware would jump there.
     """
 
     def __init__(
@@ -78,7 +58,7 @@ class SafeRollout(RolloutStrategy):
         self._recorder, self._new_scenes = recorder, new_scenes
 
     def toggle_human(self) -> None:
-        """Let the person with the teleoperator take over, or give back."""
+        """Give control to the person with the teleoperator, or back to the policy."""
         self.human = not self.human
         logger.warning("control: %s", "the teleoperator" if self.human else "the policy")
 
@@ -87,105 +67,153 @@ class SafeRollout(RolloutStrategy):
         self._init_engine(ctx)
 
     def run(self, ctx: RolloutContext) -> None:
-        """Play the episodes."""
-        played = 0
-        while not ctx.runtime.shutdown_event.is_set() and played != self._episodes:
-            self._forget()
+        """Run the episodes."""
+        episode, shutdown = 0, ctx.runtime.shutdown_event
+        while not shutdown.is_set() and episode != self._episodes:
+            self.reset()
             end = time.perf_counter() + self._episode_seconds
-            while time.perf_counter() < end and not ctx.runtime.shutdown_event.is_set():
-                self._paced(ctx)
+            while time.perf_counter() < end and not shutdown.is_set():
+                start = time.perf_counter()
+                self.step(ctx)
+                self.steps += 1
+                precise_sleep(max(1 / ctx.runtime.cfg.fps - (time.perf_counter() - start), 0.0))
             if self._recorder is not None:
                 self._recorder.end_episode()
-            if self._new_scenes and not ctx.runtime.shutdown_event.is_set():
-                self._lay_out(ctx)
-            played += 1
+            if self._new_scenes and not shutdown.is_set():
+                self._safety.reset()  # until the first action the watchdog has nothing to hold
+                ctx.hardware.robot_wrapper.send_action(dict(ctx.hardware.initial_position or {}))
+            episode += 1
         assert self._engine is not None
-        if self._engine.failed:  # LeRobot's engine has ended itself, and the rollout with it
-            self._safety.stop("inference failed again and again; see the log above")
+        if self._engine.failed:  # LeRobot's engine has stopped, and the rollout with it
+            self._safety.stop("inference failed repeatedly; see the log above")
 
     def come_to_rest(self, ctx: RolloutContext) -> None:
-        """Stop inference, then brake the robot; called while a watchdog still looks after it."""
+        """Stop inference, then brake the robot; call it while the watchdog still runs."""
         if self._engine is not None:
             self._engine.stop()
-        before: dict[str, float] | None = None
-        deadline = time.monotonic() + LONGEST_BRAKING
+        last: dict[str, float] | None = None
+        deadline = time.monotonic() + MAX_BRAKING_SECONDS
         while time.monotonic() < deadline:
-            told = self._safety.hold("the end")
-            if told is None or told == before:
+            command = self._safety.hold("the end")
+            if command is None or command == last:
                 return
-            ctx.hardware.robot_wrapper.send_action(told)
-            before = told
+            ctx.hardware.robot_wrapper.send_action(command)
+            last = command
             precise_sleep(self._safety.period)
-        logger.error("the robot was still being braked after %.0f s", LONGEST_BRAKING)
+        logger.error("the robot was still moving after %.0f s of braking", MAX_BRAKING_SECONDS)
 
     def teardown(self, ctx: RolloutContext) -> None:
-        """Stop inference and let go of the hardware, where it is."""
+        """Stop inference and release the hardware in its present position."""
         self._teardown_hardware(ctx.hardware, return_to_initial_position=False)
 
-    def _lay_out(self, ctx: RolloutContext) -> None:
-        """Let a simulated robot begin anew; until its first action the watchdog has nothing to watch."""
-        self._safety.forget()
-        ctx.hardware.robot_wrapper.send_action(dict(ctx.hardware.initial_position or {}))
-
-    def _forget(self) -> None:
-        """Drop what was predicted from views that are of no use any more."""
+    def reset(self) -> None:
+        """Discard all predictions from earlier observations."""
         assert self._engine is not None
         assert self._interpolator is not None
         self._engine.reset()
         self._interpolator.reset()
         self._engine.resume()
 
-    def _paced(self, ctx: RolloutContext) -> None:
-        start = time.perf_counter()
-        self._step(ctx)
-        self.steps += 1
-        precise_sleep(max(1 / ctx.runtime.cfg.fps - (time.perf_counter() - start), 0.0))
-
-    def _step(self, ctx: RolloutContext) -> None:
-        seen_at = time.monotonic()
+    def step(self, ctx: RolloutContext) -> None:
+        """Observe, act and record once."""
+        observed_at = time.monotonic()
         observation = ctx.hardware.robot_wrapper.get_observation()
-        self._safety.observed(seen_at)
+        self._safety.set_observation_time(observed_at)
         before = dict(self._safety.counts)
         processed = self._process_observation_and_notify(ctx.processors, observation)
         if self.human != self._was_human:
             self._was_human = self.human
-            self._forget()
+            self.reset()
         if self.human and ctx.hardware.teleop is not None:
-            wanted = self._let_human(ctx, observation)
+            action = self._send_teleop_action(ctx, observation)
         else:
             assert self._interpolator is not None
-            wanted = send_next_action(processed, observation, ctx, self._interpolator)
-        if wanted is None:
-            return  # nothing predicted yet: the watchdog looks after the robot
-        altered = [kind for kind in ALTERING if self._safety.counts[kind] > before.get(kind, 0)]
-        if "stale" in altered:
-            self._forget()
+            action = send_next_action(processed, observation, ctx, self._interpolator)
+        if action is None:
+            return  # nothing predicted yet: the watchdog holds the robot
+        changed = [kind for kind in CHANGES if self._safety.counts[kind] > before.get(kind, 0)]
+        if "stale" in changed:
+            self.reset()
         if self._recorder is not None:
-            self._recorder.add(self._frame(ctx, processed, wanted, bool(altered) or self.human))
+            self._recorder.add(self._frame(ctx, processed, action, bool(changed) or self.human))
 
-    def _let_human(self, ctx: RolloutContext, observation: dict[str, Any]) -> dict[str, float]:
+    def _send_teleop_action(self, ctx: RolloutContext, observation: dict[str, Any]) -> dict[str, float]:
         teleop, processors = ctx.hardware.teleop, ctx.processors
         assert teleop is not None
-        wanted = processors.teleop_action_processor((teleop.get_action(), observation))
-        ctx.hardware.robot_wrapper.send_action(processors.robot_action_processor((wanted, observation)))
-        return wanted
+        action = processors.teleop_action_processor((teleop.get_action(), observation))
+        ctx.hardware.robot_wrapper.send_action(processors.robot_action_processor((action, observation)))
+        return action
 
     def _frame(
-        self, ctx: RolloutContext, processed: dict[str, Any], wanted: dict[str, float], intervention: bool
+        self, ctx: RolloutContext, processed: dict[str, Any], action: dict[str, float], intervention: bool
     ) -> dict[str, Any]:
-        features, told = ctx.data.dataset_features, self._safety.last_command
-        policy_action = build_dataset_frame(features, wanted, prefix=ACTION)[ACTION]
+        features, command = ctx.data.dataset_features, self._safety.last_command
+        policy_action = build_dataset_frame(features, action, prefix=ACTION)[ACTION]
         return {
             **build_dataset_frame(features, processed, prefix=OBS_STR),
-            **build_dataset_frame(features, told, prefix=ACTION),
-            POLICY_ACTION: np.nan_to_num(policy_action),  # what is no number has no place in statistics
+            **build_dataset_frame(features, command, prefix=ACTION),
+            POLICY_ACTION: np.nan_to_num(policy_action),  # NaN would spoil the dataset's statistics
             INTERVENTION: np.array([intervention]),
             "task": ctx.runtime.cfg.task,
         }
 
 
+def predict_from_observation(context: RolloutContext, observation: dict[str, Any]) -> np.ndarray:
+    """Return a chunk [t a] in the robot's units, predicted from a robot's observation.
+
+    A policy that reads histories stores the observation until it is reset.
+    """
+    return predict_chunk(context, context.processors.robot_observation_processor(observation))[1].numpy()
+
+
+def predict_chunk(
+    context: RolloutContext, processed: dict[str, Any], **rtc: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a chunk [t a] in the policy's units and on its device, and in the robot's units on the CPU.
+
+    Args:
+        context: LeRobot's rollout.
+        processed: A robot's observation, after LeRobot's observation processor.
+        **rtc: Of real-time chunking: `inference_delay`, `prev_chunk_left_over`.
+    """
+    cfg, policy = context.runtime.cfg, context.policy
+    frame = build_dataset_frame(context.data.dataset_features, processed, prefix=OBS_STR)
+    robot_type = context.hardware.robot_wrapper.robot_type
+    batch = prepare_observation_for_inference(frame, torch.device(cfg.device or "cpu"), cfg.task, robot_type)
+    batch["task"] = [cfg.task]
+    with torch.no_grad():
+        batch = policy.preprocessor(batch)
+        if isinstance(policy.policy, VegaPolicy):
+            batch = policy.policy.remember(batch)
+        chunk = policy.policy.predict_action_chunk(batch, **rtc)
+        actions = policy.postprocessor(chunk)
+    return chunk[0], actions[0].float().cpu()
+
+
+def creates_scenes(robot: Mapping[str, Any]) -> bool:
+    """Whether a robot creates a new scene when sent to its initial pose; an arm would jump there.
+
+    Args:
+        robot: The fields of a file in configs/robot.
+
+    Raises:
+        ValueError: If `new_scenes` is missing, or true for another robot than `vega_sim`.
+    """
+    value = robot.get("new_scenes")
+    if not isinstance(value, bool):
+        raise ValueError(
+            f"robot.new_scenes: expected true or false, got {value!r}; false for every real robot"
+        )
+    if value and robot["device"]["type"] != "vega_sim":
+        raise ValueError(
+            f"robot.new_scenes: only vega_sim creates scenes; {robot['device']['type']} would jump to its "
+            "initial pose. Set it to false."
+        )
+    return value
+
+
 def delayed(predict: Callable[..., Any], seconds: float) -> Callable[..., Any]:
-    """Return a prediction that takes so much longer, to see what a slow policy would do."""
+    """Return a prediction function that takes some seconds more, to measure a slow policy."""
 
     def slow(*arguments: Any, **options: Any) -> Any:
         time.sleep(seconds)

@@ -1,11 +1,16 @@
-"""Ways to execute chunks while the policy thinks, compared without a clock: the same on any machine."""
+"""Measures the cost of latency: success in discrete time and on the wall clock, and a server's load.
+
+Each benchmark returns or yields rows of plain values, one table row each.
+"""
 
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,289 +24,318 @@ from vega_policy.deployment.client import PolicyClient, ServerAddress
 from vega_policy.deployment.protocol import ProtocolError
 from vega_policy.deployment.rtc import Predict, RealTimeEngine
 from vega_policy.deployment.safety import JointLimits, SafetyFilter
-from vega_policy.evaluation.policies import ObservationBatch
+from vega_policy.evaluation.policies import LeRobotChunkPolicy, ObservationBatch, lerobot_keys
 from vega_policy.evaluation.stats import wilson_interval
+from vega_policy.modeling_vega import VegaPolicy
+from vega_policy.run_dir import open_run
+
+Row = dict[str, Any]
+
+INFERENCE = {"sync": ["inference=sync"], "rtc": ["inference=rtc", "inference.queue_threshold=12"]}
+"""Overrides of configs/deploy.yaml that `benchmark_inference` compares."""
+
+DEPLOY = (sys.executable, "-c", "from vega_policy.cli.deploy import main; main()")
+SIMULATOR_LOG = "vega_sim.jsonl"
 
 
 @dataclass
-class Clockless:
-    """An episode in which thinking takes steps of the environment.
+class DiscreteTimeEpisode:
+    """An episode in which a prediction takes steps of the environment: the same on any machine."""
 
-    Attributes:
-        environment: One of `envs`, reset.
-        predict: Asks the policy.
-        thinking: So many steps pass until a plan is there; without a command the hand holds still.
-        steps: Steps until now.
-        held: Steps without a command.
-        success: Whether the environment said so.
-    """
-
-    environment: Any
+    environment: Any  # one of `envs`, reset
     predict: Predict
-    thinking: int
+    thinking_steps: int  # steps from an observation until its chunk arrives; the hand rests without a command
     steps: int = 0
-    held: int = 0
+    held_steps: int = 0  # steps without a command
     success: bool = False
     _gripper: float = -1.0
 
     @property
-    def over(self) -> bool:
-        """Whether it succeeded, or took as long as it may."""
+    def is_over(self) -> bool:
+        """Whether it succeeded, or reached the task's horizon."""
         return self.success or self.steps >= self.environment.task.horizon
 
     def step(self, action: Tensor | None) -> None:
         """Execute an action [a], or hold still."""
-        if self.over:
+        if self.is_over:
             return
-        told = np.zeros(self.environment.action_space.shape[0])
-        told[-1] = self._gripper
+        command = np.zeros(self.environment.action_space.shape[0])
+        command[-1] = self._gripper
         if action is None:
-            self.held += 1
+            self.held_steps += 1
         else:
-            told = action.numpy().astype(np.float64)
-        self._gripper = told[-1]
-        self.success = bool(self.environment.step_blindly(told)[0])
+            command = action.numpy().astype(np.float64)
+        self._gripper = command[-1]
+        self.success = bool(self.environment.step_blindly(command)[0])
         self.steps += 1
 
 
-def sync(world: Clockless, *, action_steps: int, threshold: int) -> None:
-    """Wait while the policy thinks, then execute the first actions of its chunk."""
-    while not world.over:
-        _, actions = world.predict(world.environment.observe(), 0, None)
-        for action in [None] * world.thinking + list(actions[:action_steps]):
-            world.step(action)
+def run_sync(episode: DiscreteTimeEpisode, *, action_steps: int, threshold: int) -> None:
+    """Wait for each prediction, then execute the first actions of its chunk."""
+    while not episode.is_over:
+        _, actions = episode.predict(episode.environment.observe(), 0, None)
+        for action in [None] * episode.thinking_steps + list(actions[:action_steps]):
+            episode.step(action)
 
 
-def joined(world: Clockless, *, action_steps: int, threshold: int) -> None:
-    """Real-time chunking as `RealTimeEngine` does it: chunks are joined by what was executed."""
+def run_rtc(episode: DiscreteTimeEpisode, *, action_steps: int, threshold: int) -> None:
+    """Real-time chunking of `RealTimeEngine`: chunks are joined by the number of executed actions."""
     safety = SafetyFilter([JointLimits("any", -1.0, 1.0)], period=0.05, max_observation_age=np.inf)
 
     def tick() -> None:
-        engine.notify_observation({} if world.over else world.environment.observe())
-        world.step(engine.get_action(None))
+        engine.notify_observation({} if episode.is_over else episode.environment.observe())
+        episode.step(engine.get_action(None))
 
-    def think(seen: dict[str, Any], delay: int, left: Tensor | None) -> tuple[Tensor, Tensor]:
-        answer = world.predict(seen, delay, left)
-        for _ in range(world.thinking - 1):  # the tick before has executed one
+    def predict(observation: dict[str, Any], delay: int, rest: Tensor | None) -> tuple[Tensor, Tensor]:
+        chunk = episode.predict(observation, delay, rest)
+        for _ in range(episode.thinking_steps - 1):  # the tick before has executed one
             tick()
-        return answer
+        return chunk
 
-    engine = RealTimeEngine(think, lambda: None, safety, threshold=threshold, shutdown=threading.Event())
-    while not world.over:
+    engine = RealTimeEngine(predict, lambda: None, safety, threshold=threshold, shutdown=threading.Event())
+    while not episode.is_over:
         tick()
-        if not world.over:
-            engine.think()
+        if not episode.is_over:
+            engine.predict_if_due()
 
 
-def by_the_clock(world: Clockless, *, action_steps: int, threshold: int) -> None:
-    """Real-time chunking with LeRobot's own queue: what the clock says was executed is dropped."""
+def run_rtc_by_clock(episode: DiscreteTimeEpisode, *, action_steps: int, threshold: int) -> None:
+    """Real-time chunking with LeRobot's queue, which drops the actions that were due by the clock."""
     queue = ActionQueue(RTCConfig())
-    while not world.over:
+    while not episode.is_over:
         if queue.qsize() > threshold:
-            world.step(queue.get())
+            episode.step(queue.get())
             continue
-        chunk, actions = world.predict(world.environment.observe(), world.thinking, queue.get_left_over())
-        for _ in range(world.thinking):
-            world.step(queue.get())
-        queue.merge(chunk, actions, world.thinking, None)
-        world.step(queue.get())
+        chunk, actions = episode.predict(
+            episode.environment.observe(), episode.thinking_steps, queue.get_left_over()
+        )
+        for _ in range(episode.thinking_steps):
+            episode.step(queue.get())
+        queue.merge(chunk, actions, episode.thinking_steps, None)
+        episode.step(queue.get())
 
 
-WAYS: dict[str, Callable[..., None]] = {"sync": sync, "rtc": joined, "rtc by the clock": by_the_clock}
+MODES: dict[str, Callable[..., None]] = {
+    "sync": run_sync,
+    "rtc": run_rtc,
+    "rtc by the clock": run_rtc_by_clock,
+}
 
 
-def frames_to_batch(observation: dict[str, Any], task: str) -> dict[str, Any]:
-    """Return an environment's observation as LeRobot's pre-processor takes it."""
-    frames = {
-        f"observation.images.{camera}": torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 255
-        for camera, pixels in observation["pixels"].items()
-    }
-    state = torch.from_numpy(np.asarray(observation["agent_pos"], np.float32))[None]
-    return {**frames, "observation.state": state, "task": [task]}
+def benchmark_discrete_time(
+    chunks: LeRobotChunkPolicy,
+    environment: Any,
+    *,
+    first_seed: int,
+    episodes: int = 50,
+    thinking_steps: Sequence[int] = (8,),
+    threshold: int = 10,
+    modes: Sequence[str] = tuple(MODES),
+) -> Iterator[Row]:
+    """Yield the success of each mode at each number of thinking steps, over the same episodes.
 
+    Args:
+        chunks: A policy of type vega.
+        environment: One of `envs`, with the cameras that the policy was trained on.
+        first_seed: Seed of the first episode; the others follow.
+        episodes: Episodes of each row.
+        thinking_steps: Environment steps from an observation until its chunk arrives.
+        threshold: Actions left at which real-time chunking predicts the next chunk.
+        modes: Keys of `MODES`.
 
-@dataclass(frozen=True)
-class Runs:
-    """Episodes of one log.
-
-    Attributes:
-        name: What was run.
-        episodes: Number of episodes.
-        successes: Number of successes.
-        low: Lower end of the 95% Wilson interval of the success rate.
-        high: Upper end.
-        seconds_to_success: Mean wall-clock seconds of the successes, or None without any.
-        held_share: Share of the steps for which no command had come.
-        late_share: Share of the steps that the simulator itself began late; above a few percent, the machine
-            was too slow and the log says little.
+    Raises:
+        ValueError: If the policy is of another type or a mode is unknown.
     """
+    policy, description = chunks.policy, chunks.description
+    if not isinstance(policy, VegaPolicy):
+        raise ValueError(f"expected a policy of type vega, got {description.name}")
+    if unknown := set(modes) - set(MODES):
+        raise ValueError(f"modes: expected some of {', '.join(MODES)}; got {', '.join(sorted(unknown))}")
 
-    name: str
-    episodes: int
-    successes: int
-    low: float
-    high: float
-    seconds_to_success: float | None
-    held_share: float
-    late_share: float
+    @torch.no_grad()
+    def predict(observation: dict[str, Any], delay: int, rest: Tensor | None) -> tuple[Tensor, Tensor]:
+        names = lerobot_keys(observation["pixels"])
+        frames = {camera: observation["pixels"][names[camera]][None] for camera in description.cameras}
+        state = np.asarray(observation["agent_pos"], np.float32)[None]
+        inputs = chunks.inputs(ObservationBatch(frames, state, [environment.task.instruction]))
+        chunk = policy.predict_action_chunk(inputs, inference_delay=delay, prev_chunk_left_over=rest)
+        return chunk[0], chunks.postprocessor(chunk)[0]
+
+    for steps in thinking_steps:
+        for mode in modes:
+            policy.use_rtc(None if mode == "sync" else RTCConfig())
+            runs = [DiscreteTimeEpisode(environment, predict, steps) for _ in range(episodes)]
+            for index, run in enumerate(runs):
+                torch.manual_seed(index)  # of the noise that a chunk starts from
+                environment.reset_blindly(seed=first_seed + index)
+                MODES[mode](run, action_steps=description.action_steps, threshold=threshold)
+            yield {
+                "mode": mode,
+                "thinking_steps": steps,
+                **_success(sum(run.success for run in runs), episodes),
+                "steps": sum(run.steps for run in runs) / episodes,
+                "held_steps": sum(run.held_steps for run in runs) / episodes,
+            }
 
 
-def whole_episodes(path: Path) -> list[dict[str, Any]]:
-    """Return the records of episodes that nobody cut short; none, if there is no log."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+def benchmark_inference(
+    overrides: Sequence[str],
+    *,
+    output: Path,
+    episodes: int = 50,
+    block: int = 10,
+    seconds: float = 6.0,
+    extra_latency: float = 0.3,
+    command: Sequence[str] = DEPLOY,
+) -> list[Row]:
+    """Compare `INFERENCE` on the simulated robot and the wall clock, with a policy that is made slower.
+
+    Blocks of episodes alternate, so that other load of the machine affects both. Called again, it resumes.
+
+    Args:
+        overrides: Overrides of configs/deploy.yaml, such as `checkpoint=...`.
+        output: Folder of the logs.
+        episodes: Episodes of each inference.
+        block: Episodes before the other one's turn.
+        seconds: Length of an episode.
+        extra_latency: Seconds that are added to each prediction.
+        command: Program that deploys; takes overrides.
+
+    Raises:
+        OtherRunError: If `output` holds episodes of other settings.
+        RuntimeError: If a deployment fails or adds no episode.
+    """
+    settings = {"overrides": list(overrides), "seconds": seconds, "extra_latency": extra_latency}
+    logs = {name: output / name / SIMULATOR_LOG for name in INFERENCE}
+    with open_run(output, settings):
+        while (done := min(len(complete_episodes(log)) for log in logs.values())) < episodes:
+            end = min(done // block * block + block, episodes)
+            for name, log in logs.items():
+                first = len(complete_episodes(log))
+                if first >= end:
+                    continue
+                arguments = [
+                    *("robot=vega_sim", "task=lift the red cube", *INFERENCE[name]),
+                    *(f"robot.device.first_episode={first}", f"episodes={end - first}"),
+                    *(f"episode_seconds={seconds}", f"output_dir={log.parent}"),
+                    *(f"extra_latency_seconds={extra_latency}", *overrides),
+                ]
+                code = subprocess.run([*command, *arguments], check=False).returncode
+                if code != 0 or len(complete_episodes(log)) <= first:
+                    raise RuntimeError(f"no episode was added to {log} (exit status {code}); see above")
+    return [summarize_log(name, log, episodes) for name, log in logs.items()]
+
+
+def complete_episodes(log: Path) -> list[Row]:
+    """Return the records of the episodes that were not cut short; none without a log."""
+    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     return [line for line in lines if "success" in line and not line["cut_short"]]
 
 
-def read_runs(name: str, path: Path, episodes: int | None = None) -> Runs:
-    """Read the log of a simulated robot (`vega_sim`).
+def summarize_log(name: str, log: Path, episodes: int | None = None) -> Row:
+    """Return the success in a simulated robot's log (`vega_sim`), and how well time was kept.
+
+    `held_fraction` is the fraction of steps without a command, `late_fraction` that of steps that the
+    simulator itself began late: above a few percent, the machine was too slow for the log to be meaningful.
 
     Args:
-        name: What was run.
-        path: Its JSON lines.
-        episodes: Only so many episodes, the first ones; None takes all.
+        name: Name of the row.
+        log: JSON lines.
+        episodes: Uses the first episodes only; None uses all.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it holds fewer episodes.
+        ValueError: If it holds fewer episodes, or an older version wrote it.
     """
-    if not path.exists():
-        raise FileNotFoundError(f"no log of a simulated robot at {path}")
-    played = whole_episodes(path)
-    if not played or len(played) < (episodes or 1):
-        raise ValueError(f"{path} holds {len(played)} whole episodes, expected {episodes or 'some'}")
-    played = played[:episodes]
-    if any("won_at" not in line for line in played if line["success"]):
-        raise ValueError(f"{path} was written by an older version; name another file")
-    won = [line for line in played if line["success"]]
-    steps = sum(line["steps"] for line in played)
-    interval = wilson_interval(len(won), len(played))
-    return Runs(
-        name,
-        len(played),
-        len(won),
-        interval.low,
-        interval.high,
-        sum(line["won_at"] for line in won) / len(won) if won else None,
-        sum(line["held_steps"] for line in played) / steps,
-        sum(line["late_steps"] for line in played) / steps,
-    )
+    if not log.exists():
+        raise FileNotFoundError(f"no log of a simulated robot at {log}")
+    found = complete_episodes(log)
+    if not found or len(found) < (episodes or 1):
+        raise ValueError(f"{log} holds {len(found)} complete episodes, expected {episodes or 'some'}")
+    found = found[:episodes]
+    successes = [line for line in found if line["success"]]
+    if any("won_at" not in line for line in successes):
+        raise ValueError(f"{log} was written by an older version; use another file")
+    steps = sum(line["steps"] for line in found)
+    times = [line["won_at"] for line in successes]
+    return {
+        "run": name,
+        **_success(len(successes), len(found)),
+        "seconds_to_success": sum(times) / len(times) if times else None,
+        "held_fraction": sum(line["held_steps"] for line in found) / steps,
+        "late_fraction": sum(line["late_steps"] for line in found) / steps,
+    }
 
 
-def claim(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Note in a folder what is played there.
+def benchmark_server(
+    address: ServerAddress, *, clients: Sequence[int] = (1, 4, 16), seconds: float = 10.0, side: int = 256
+) -> Iterator[Row]:
+    """Yield throughput and latency, in milliseconds at the client, for each number of clients.
 
-    Args:
-        folder: Of a comparison's logs; made if need be.
-        settings: All that decides the episodes; plain values.
+    Each client sends random frames from its own thread and session as fast as it is answered, after one
+    request that is not measured. `overhead_p95_ms` is the latency beyond the time in the model. Start the
+    server with a high `server.limits.requests_per_second`.
 
     Raises:
-        ValueError: If something else was played there.
+        PolicyUnavailableError: If the server is unreachable.
+        PermissionError: If it does not accept the token.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    note, told = folder / "settings.json", json.dumps(settings, indent=1)
-    if note.is_file() and note.read_text() != told:
-        raise ValueError(f"{folder} holds episodes of {note.read_text()}, not of {told}; name another folder")
-    note.write_text(told)
+    for number in clients:
+        timings, refused = _request_for(address, number, seconds, side)
+        latency, model = 1000 * np.array(timings).T
+        p50, p95, p99 = np.percentile(latency, [50, 95, 99]).tolist()
+        yield {
+            "clients": number,
+            "requests_per_second": len(timings) / seconds,
+            **{"p50_ms": p50, "p95_ms": p95, "p99_ms": p99},
+            "overhead_p95_ms": float(np.percentile(latency - model, 95)),
+            "refused": refused,
+        }
 
 
-def log_table(runs: list[Runs]) -> str:
-    """Return the logs as a Markdown table."""
-    lines = [
-        "| run | success | 95% interval | seconds to success | steps without command | late steps |",
-        "|---|---|---|---|---|---|",
-    ]
-    for run in runs:
-        share = f"{run.successes}/{run.episodes} | {100 * run.low:.0f} to {100 * run.high:.0f}%"
-        seconds = "" if run.seconds_to_success is None else f"{run.seconds_to_success:.1f}"
-        time_kept = f"{100 * run.held_share:.0f}% | {100 * run.late_share:.1f}%"
-        lines.append(f"| {run.name} | {share} | {seconds} | {time_kept} |")
-    return "\n".join(lines)
-
-
-@dataclass(frozen=True)
-class Load:
-    """What was measured with so many clients; latencies in milliseconds, seen from the client.
-
-    Attributes:
-        clients: Clients, each asking again as soon as it is answered.
-        requests_per_second: Answers of all clients together.
-        refused: Requests that were refused (rate limit).
-        p50: Half of the requests took less.
-        p95: 95% of them did.
-        p99: 99% of them did.
-        overhead_p95: As `p95`, of the latency beyond the time that the batch spent in the model.
-    """
-
-    clients: int
-    requests_per_second: float
-    refused: int
-    p50: float
-    p95: float
-    p99: float
-    overhead_p95: float
-
-
-def measure(address: ServerAddress, *, clients: int, seconds: float, side: int) -> Load:
-    """Let clients ask for a while, with random raw frames.
-
-    Args:
-        address: Where the server is.
-        clients: Number of clients, each a thread with a session of its own.
-        seconds: How long they ask, after one unmeasured request each.
-        side: Height and width of the frames in pixels.
-
-    Raises:
-        PolicyUnavailableError: If the server cannot be reached.
-        PermissionError: If it does not believe the token.
-    """
+def _request_for(
+    address: ServerAddress, clients: int, seconds: float, side: int
+) -> tuple[list[tuple[float, float]], int]:
+    """Return seconds of each request in all and in the model, and the number of refused requests."""
     timings: list[tuple[float, float]] = []
-    refused = [0]
+    refusals: list[ProtocolError] = []
+    failures: list[Exception] = []
     start = threading.Barrier(clients)
-    failures: list[BaseException] = []
 
-    def ask(seed: int) -> None:
+    def send(seed: int) -> None:
         client = PolicyClient(address)
-        batch = random_batch(client, side, seed)
+        batch = _random_batch(client, side, seed)
         client.predict(batch)
         start.wait()
         end = time.perf_counter() + seconds
         while (began := time.perf_counter()) < end:
             try:
                 reply = client.predict(batch)
+                timings.append((time.perf_counter() - began, reply.model_seconds))
             except ProtocolError as error:
                 if error.code != "rate":
                     raise
-                refused[0] += 1
-                continue
-            timings.append((time.perf_counter() - began, reply.model_seconds))
+                refusals.append(error)
         client.close()
 
-    def watched(seed: int) -> None:
+    def run(seed: int) -> None:
         try:
-            ask(seed)
+            send(seed)
         except (OSError, ValueError, threading.BrokenBarrierError) as error:  # a wrong token, too
             failures.append(error)
             start.abort()
 
-    threads = [threading.Thread(target=watched, args=(seed,)) for seed in range(clients)]
+    threads = [threading.Thread(target=run, args=(seed,)) for seed in range(clients)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     if failures:
         raise failures[0]
-    return _load(clients, len(timings) / seconds, refused[0], 1000 * np.array(timings))
+    return timings, len(refusals)
 
 
-def _load(clients: int, rate: float, refused: int, timings: np.ndarray) -> Load:
-    """Percentiles of [n 2]: milliseconds of an answer, and of the model's share in it."""
-    latency, model = timings.T
-    p50, p95, p99 = np.percentile(latency, [50, 95, 99])
-    return Load(clients, rate, refused, p50, p95, p99, float(np.percentile(latency - model, 95)))
-
-
-def random_batch(client: PolicyClient, side: int, seed: int) -> ObservationBatch:
-    """Return one observation of random frames, as the server's policy reads it."""
+def _random_batch(client: PolicyClient, side: int, seed: int) -> ObservationBatch:
     policy = client.connect().policy.policy
     rng = np.random.default_rng(seed)
     shape = (*policy.frame_axes(1), side, side, 3)
@@ -309,13 +343,6 @@ def random_batch(client: PolicyClient, side: int, seed: int) -> ObservationBatch
     return ObservationBatch(frames, np.zeros((1, policy.state_size or 0), np.float32), ["load test"])
 
 
-def load_table(loads: list[Load]) -> str:
-    """Return the measurements as a Markdown table."""
-    lines = [
-        "| clients | requests/s | p50 ms | p95 ms | p99 ms | beyond the model, p95 ms | refused |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for load in loads:
-        latencies = f"{load.p50:.1f} | {load.p95:.1f} | {load.p99:.1f} | {load.overhead_p95:.2f}"
-        lines.append(f"| {load.clients} | {load.requests_per_second:.1f} | {latencies} | {load.refused} |")
-    return "\n".join(lines)
+def _success(successes: int, episodes: int) -> Row:
+    interval = wilson_interval(successes, episodes)
+    return {"success": successes, "episodes": episodes, "low": interval.low, "high": interval.high}

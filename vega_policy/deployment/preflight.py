@@ -1,4 +1,4 @@
-"""Before a robot moves: does it look, feel and count as the robot that the policy was trained on?"""
+"""Checks before a robot moves: cameras, joints, units, limits and latency against those of the policy."""
 
 from __future__ import annotations
 
@@ -9,29 +9,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
-from lerobot.policies.utils import prepare_observation_for_inference
 from lerobot.processor import NormalizerProcessorStep
 from lerobot.rollout.context import RolloutContext
 from lerobot.rollout.inference import RTCInferenceConfig
-from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_STATE, OBS_STR
-from lerobot.utils.feature_utils import build_dataset_frame
+from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_STATE
 
+from vega_policy.deployment.control_loop import predict_from_observation
 from vega_policy.deployment.safety import JointLimits
-from vega_policy.modeling_vega import VegaPolicy
 
 OK, WARNING, FAILED = "ok", "warning", "FAILED"
+
+NO_STATISTICS = "the checkpoint has no statistics to compare with"
 
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the preflight.
-
-    Attributes:
-        name: What was looked at.
-        status: `ok`, `warning` or `FAILED`.
-        message: What was found, and what to do.
-    """
+    """Result of one check: its status is `ok`, `warning` or `FAILED`."""
 
     name: str
     status: str
@@ -39,165 +32,157 @@ class Check:
 
 
 @dataclass(frozen=True)
-class Trained:
-    """What the policy was trained on, as far as its checkpoint says.
+class PolicySpec:
+    """Robot that the policy was trained on, as far as its checkpoint contains it."""
 
-    Attributes:
-        cameras: Camera key -> (height, width) of its frames; (0, 0) where unknown.
-        state_names: Entries of the state in order; None where the dataset named none.
-        action_names: Entries of the action in order; None where the dataset named none.
-        state_size: Number of state entries, or None if it reads none.
-        action_size: Number of action entries.
-        state_range: Least and largest value [2 s] of the training data, or None.
-        action_range: The same of the actions [2 a], or None.
-        chunk_size: Actions of a chunk, or None where unknown.
-    """
-
-    cameras: Mapping[str, tuple[int, int]]
-    state_names: Sequence[str] | None
+    cameras: Mapping[str, tuple[int, int]]  # key -> (height, width); (0, 0) where unknown
+    state_names: Sequence[str] | None  # entries of the state in order; None where the dataset named none
     action_names: Sequence[str] | None
-    state_size: int | None
+    state_size: int | None  # None if it reads no state
     action_size: int
-    state_range: np.ndarray | None
-    action_range: np.ndarray | None
-    chunk_size: int | None
+    state_range: np.ndarray | None  # smallest and largest value [2 s] of the training data
+    action_range: np.ndarray | None  # the same of the actions [2 a]
+    chunk_size: int | None  # None where unknown
 
 
 @dataclass(frozen=True)
-class Present:
-    """What the robot is and reports now.
+class RobotSpec:
+    """The connected robot."""
 
-    Attributes:
-        cameras: Camera key -> (height, width).
-        state: Entries of its state in order, with their present values.
-        action_names: Entries of its action, in the order in which the policy's values are given to them.
-    """
-
-    cameras: Mapping[str, tuple[int, int]]
-    state: Mapping[str, float]
-    action_names: Sequence[str]
+    cameras: Mapping[str, tuple[int, int]]  # key -> (height, width)
+    state: Mapping[str, float]  # entries in order, with their present values
+    action_names: Sequence[str]  # in the order in which the policy's values are assigned to them
 
 
 @dataclass(frozen=True)
-class Pace:
-    """How fast the policy must be, and is.
+class Timing:
+    """Required and measured speed of the policy."""
 
-    Attributes:
-        fps: Control steps a second.
-        latencies: Measured seconds of some predictions.
-        real_time_chunking: Whether chunks are predicted while others are executed.
-        queue_threshold: So many actions left let real-time chunking ask for the next chunk.
-    """
-
-    fps: float
-    latencies: Sequence[float]
-    real_time_chunking: bool
-    queue_threshold: int
+    fps: float  # control steps a second
+    latencies: Sequence[float]  # measured seconds of some predictions
+    real_time_chunking: bool  # whether chunks are predicted while others are executed
+    queue_threshold: int  # actions left at which real-time chunking predicts the next chunk
 
 
-def preflight(
-    trained: Trained, present: Present, limits: Sequence[JointLimits], chunk: np.ndarray, pace: Pace
-) -> list[Check]:
-    """Compare robot and policy.
+def run_preflight(context: RolloutContext, limits: Sequence[JointLimits], *, calls: int) -> list[Check]:
+    """Observe the robot once, time some predictions, and check both; nothing is sent to the robot.
 
     Args:
-        trained: What the policy knows.
-        present: What the robot is.
-        limits: What the safety layer allows.
-        chunk: A chunk [t a] predicted from the robot's present observation, in its units.
-        pace: Timing.
+        context: LeRobot's rollout, with the robot connected.
+        limits: Limits of the safety layer.
+        calls: Number of timed predictions, after one that is not.
+    """
+    observation = context.hardware.robot_wrapper.get_observation()
+    policy, robot = _policy_spec(context), _robot_spec(context, observation)
+    if set(policy.cameras) - set(robot.cameras) or policy.state_size not in (None, len(robot.state)):
+        chunk, latencies = np.zeros((1, policy.action_size)), [0.0]  # it cannot predict from this observation
+    else:
+        chunk, latencies = predict_from_observation(context, observation), []
+        for _ in range(calls):
+            start = time.perf_counter()
+            predict_from_observation(context, observation)
+            latencies.append(time.perf_counter() - start)
+    inference = context.runtime.cfg.inference
+    chunking = isinstance(inference, RTCInferenceConfig)
+    timing = Timing(
+        context.runtime.cfg.fps, latencies, chunking, inference.queue_threshold if chunking else 0
+    )
+    return check_robot(policy, robot, limits, chunk, timing)
+
+
+def check_robot(
+    policy: PolicySpec, robot: RobotSpec, limits: Sequence[JointLimits], chunk: np.ndarray, timing: Timing
+) -> list[Check]:
+    """Check robot, limits and timing against the policy.
+
+    `chunk` [t a] is predicted from the robot's present observation, in its units.
     """
     return [
-        *_cameras(trained, present),
-        _names("joints of the state", trained.state_names, list(present.state), trained.state_size),
-        _names("joints of the action", trained.action_names, present.action_names, trained.action_size),
-        _state_range(trained, present),
-        _limits_cover(trained, limits, present.action_names),
-        _chunk_within(limits, chunk, present.action_names),
-        _latency(trained, pace),
+        *_check_cameras(policy, robot),
+        _check_names("joints of the state", policy.state_names, list(robot.state), policy.state_size),
+        _check_names("joints of the action", policy.action_names, robot.action_names, policy.action_size),
+        _check_state_range(policy, robot),
+        _check_limits(policy, limits, robot.action_names),
+        _check_chunk(limits, chunk, robot.action_names),
+        _check_latency(policy, timing),
     ]
 
 
-def report(checks: Sequence[Check]) -> str:
+def format_checks(checks: Sequence[Check]) -> str:
     """Return the checks as lines, one each."""
     width = max(len(check.name) for check in checks)
     return "\n".join(f"{check.status:8}{check.name:{width}}  {check.message}" for check in checks)
 
 
-def _cameras(trained: Trained, present: Present) -> list[Check]:
-    missing, extra = (
-        sorted(set(trained.cameras) - set(present.cameras)),
-        sorted(set(present.cameras) - set(trained.cameras)),
+def _check_cameras(policy: PolicySpec, robot: RobotSpec) -> list[Check]:
+    missing, unused = (
+        sorted(set(policy.cameras) - set(robot.cameras)),
+        sorted(set(robot.cameras) - set(policy.cameras)),
     )
     if missing:
-        return [
-            Check(
-                "cameras",
-                FAILED,
-                f"the policy reads {missing}, the robot has {sorted(present.cameras)}; name them alike, or "
-                "give rename_map",
-            )
-        ]
-    checks = [Check("cameras", OK, f"{sorted(trained.cameras)}" + (f"; not read: {extra}" if extra else ""))]
-    for camera, (height, width) in trained.cameras.items():
-        here = present.cameras[camera]
+        message = (
+            f"the policy reads {missing}, the robot has {sorted(robot.cameras)}; name them alike, or set "
+            "rename_map"
+        )
+        return [Check("cameras", FAILED, message)]
+    message = f"{sorted(policy.cameras)}" + (f"; not read: {unused}" if unused else "")
+    checks = [Check("cameras", OK, message)]
+    for camera, (height, width) in policy.cameras.items():
+        size = robot.cameras[camera]
         if not height:
-            checks.append(Check(camera, WARNING, f"{here}; the server does not say what it was trained with"))
-        elif abs(here[0] * width - here[1] * height) > 0.02 * here[1] * height:
-            checks.append(
-                Check(camera, FAILED, f"{here} (height, width) has another shape than {(height, width)}")
-            )
-        elif here != (height, width):
-            checks.append(Check(camera, WARNING, f"{here} instead of {(height, width)}; frames are resized"))
+            result = WARNING, f"{size}; the server does not report the size of its training data"
+        elif abs(size[0] * width - size[1] * height) > 0.02 * size[1] * height:
+            result = FAILED, f"{size} (height, width) has another shape than {(height, width)}"
+        elif size != (height, width):
+            result = WARNING, f"{size} instead of {(height, width)}; frames are resized"
         else:
-            checks.append(Check(camera, OK, f"{here}"))
+            result = OK, f"{size}"
+        checks.append(Check(camera, *result))
     return checks
 
 
-def _names(name: str, trained: Sequence[str] | None, here: Sequence[str], size: int | None) -> Check:
-    if size is not None and size != len(here):
-        return Check(name, FAILED, f"the policy has {size}, the robot {len(here)}: {list(here)}")
+def _check_names(name: str, trained: Sequence[str] | None, actual: Sequence[str], size: int | None) -> Check:
+    actual = list(actual)
+    if size is not None and size != len(actual):
+        return Check(name, FAILED, f"the policy has {size}, the robot {len(actual)}: {actual}")
     if trained is None:
-        return Check(name, WARNING, f"the checkpoint names none, so the order is not checked: {list(here)}")
-    if list(trained) == list(here):
-        return Check(name, OK, f"{list(here)}")
-    if set(trained) == set(here):
-        return Check(name, FAILED, f"another order: trained on {list(trained)}, the robot has {list(here)}")
-    return Check(name, FAILED, f"trained on {list(trained)}, the robot has {list(here)}")
+        return Check(name, WARNING, f"the checkpoint names none, so the order is not checked: {actual}")
+    if list(trained) == actual:
+        return Check(name, OK, f"{actual}")
+    reason = "another order: " if set(trained) == set(actual) else ""
+    return Check(name, FAILED, f"{reason}trained on {list(trained)}, the robot has {actual}")
 
 
-def _state_range(trained: Trained, present: Present) -> Check:
-    name = "state where it was in training"
-    if trained.state_range is None or len(present.state) != trained.state_range.shape[1]:
-        return Check(name, WARNING, "there are no statistics to compare with")
-    low, high = trained.state_range
-    values = np.array(list(present.state.values()))
-    room = 0.25 * np.maximum(high - low, 1e-3)
+def _check_state_range(policy: PolicySpec, robot: RobotSpec) -> Check:
+    name = "state within the training range"
+    if policy.state_range is None or len(robot.state) != policy.state_range.shape[1]:
+        return Check(name, WARNING, NO_STATISTICS)
+    low, high = policy.state_range
+    values = np.array(list(robot.state.values()))
+    margin = 0.25 * np.maximum(high - low, 1e-3)
     outside = [
         f"{key} is {value:.4g}, was in [{low[entry]:.4g}, {high[entry]:.4g}]"
-        for entry, (key, value) in enumerate(zip(present.state, values, strict=True))
-        if not low[entry] - room[entry] <= value <= high[entry] + room[entry]
+        for entry, (key, value) in enumerate(zip(robot.state, values, strict=True))
+        if not low[entry] - margin[entry] <= value <= high[entry] + margin[entry]
     ]
     if not outside:
-        return Check(name, OK, "every entry, with a quarter of its range more")
-    scale = float(np.median(np.abs(values) / np.maximum(np.abs(trained.state_range).max(axis=0), 1e-6)))
+        return Check(name, OK, "every entry, with a margin of a quarter of its range")
+    scale = float(np.median(np.abs(values) / np.maximum(np.abs(policy.state_range).max(axis=0), 1e-6)))
     hint = ""
-    for factor, words in ((180 / math.pi, "degrees for radians"), (math.pi / 180, "radians for degrees")):
+    for factor, mistake in ((180 / math.pi, "degrees for radians"), (math.pi / 180, "radians for degrees")):
         if 1 / 3 < scale / factor < 3 and not 1 / 5 < scale < 5:
-            hint = f" All are about {factor:.3g} times what they were: {words}?"
+            hint = f" All are about {factor:.3g} times their training values: {mistake}?"
     return Check(name, FAILED, "; ".join(outside) + "." + hint + " Check units, order and start pose.")
 
 
-def _limits_cover(trained: Trained, limits: Sequence[JointLimits], names: Sequence[str]) -> Check:
+def _check_limits(policy: PolicySpec, limits: Sequence[JointLimits], names: Sequence[str]) -> Check:
     name = "limits against the training data"
-    if {limit.name for limit in limits} != set(names):
-        return Check(
-            name, FAILED, f"limits are for {[limit.name for limit in limits]}, the robot takes {list(names)}"
-        )
-    if trained.action_range is None:
-        return Check(name, WARNING, "there are no statistics to compare with")
-    low, high = trained.action_range
     by_name = {limit.name: limit for limit in limits}
+    if set(by_name) != set(names):
+        return Check(name, FAILED, f"limits are for {list(by_name)}, the robot takes {list(names)}")
+    if policy.action_range is None:
+        return Check(name, WARNING, NO_STATISTICS)
+    low, high = policy.action_range
     wide, narrow = [], []
     for entry, joint in enumerate(names):
         limit, span = by_name[joint], max(float(high[entry] - low[entry]), 1e-6)
@@ -206,170 +191,86 @@ def _limits_cover(trained: Trained, limits: Sequence[JointLimits], names: Sequen
         if limit.low > low[entry] + 0.1 * span or limit.high < high[entry] - 0.1 * span:
             narrow.append(joint)
     if narrow:
-        return Check(
-            name, WARNING, f"narrower than what was demonstrated: {narrow}; commands there will be cut"
-        )
+        return Check(name, WARNING, f"narrower than the demonstrations: {narrow}; commands will be cut")
     if wide:
-        return Check(name, WARNING, f"over three times as wide as what was demonstrated: {wide}")
-    return Check(name, OK, "they hold what was demonstrated, and no more than three times that")
+        return Check(name, WARNING, f"more than three times as wide as the demonstrations: {wide}")
+    return Check(name, OK, "they contain the demonstrations, and at most three times their range")
 
 
-def _beyond(limit: JointLimits, values: np.ndarray) -> np.ndarray:
-    """Which commands lie a tenth of the range or more outside: less is cut, more is another unit or order."""
-    slack = 0.1 * (limit.high - limit.low)
-    return (values < limit.low - slack) | (values > limit.high + slack)
-
-
-def _chunk_within(limits: Sequence[JointLimits], chunk: np.ndarray, names: Sequence[str]) -> Check:
+def _check_chunk(limits: Sequence[JointLimits], chunk: np.ndarray, names: Sequence[str]) -> Check:
     name = "first actions within limits"
     if not np.isfinite(chunk).all():
         return Check(name, FAILED, "the policy predicts numbers that are not finite")
     by_name = {limit.name: limit for limit in limits}
-    outside = [
-        f"{joint} up to {np.abs(chunk[:, entry]).max():.4g}"
-        for entry, joint in enumerate(names)
-        if joint in by_name and _beyond(by_name[joint], chunk[:, entry]).mean() > 0.5
-    ]
+    outside = []
+    for entry, joint in enumerate(names):
+        if joint in by_name:
+            limit, values = by_name[joint], chunk[:, entry]
+            slack = 0.1 * (limit.high - limit.low)  # less is cut, more is another unit or order
+            if ((values < limit.low - slack) | (values > limit.high + slack)).mean() > 0.5:
+                outside.append(f"{joint} up to {np.abs(values).max():.4g}")
     if outside:
         return Check(name, FAILED, f"most of the first chunk is outside: {outside}; check units and order")
     return Check(name, OK, f"{len(chunk)} actions")
 
 
-def _latency(trained: Trained, pace: Pace) -> Check:
+def _check_latency(policy: PolicySpec, timing: Timing) -> Check:
     name = "latency against the control rate"
-    slow = float(np.percentile(pace.latencies, 95))
-    words = (
-        f"a chunk takes {1000 * slow:.0f} ms (p95 of {len(pace.latencies)}), a step {1000 / pace.fps:.0f} ms"
+    slow = float(np.percentile(timing.latencies, 95))
+    measured = (
+        f"a chunk takes {1000 * slow:.0f} ms (p95 of {len(timing.latencies)}), a step "
+        f"{1000 / timing.fps:.0f} ms"
     )
-    if not pace.real_time_chunking:
-        if slow > 1 / pace.fps:
-            return Check(name, WARNING, words + "; the robot waits at each chunk: consider inference=rtc")
-        return Check(name, OK, words)
-    delay = math.ceil(slow * pace.fps)
-    if trained.chunk_size is not None and pace.queue_threshold >= trained.chunk_size:
-        return Check(
-            name,
-            FAILED,
-            f"queue_threshold {pace.queue_threshold} must be below the chunk of {trained.chunk_size}",
-        )
-    if delay > pace.queue_threshold:
-        return Check(
-            name,
-            FAILED,
-            f"{words}: {delay} steps, but only {pace.queue_threshold} actions are left when it is asked",
-        )
-    if trained.chunk_size is not None and 2 * delay > trained.chunk_size:
-        lasts = f"{delay} steps; a chunk of {trained.chunk_size} is spent before the next one is there"
-        return Check(name, WARNING, f"{words}: {lasts}, and the robot waits")
-    return Check(name, OK, f"{words}: {delay} steps of {pace.queue_threshold}")
+    if not timing.real_time_chunking:
+        if slow > 1 / timing.fps:
+            return Check(name, WARNING, measured + "; the robot waits at each chunk: try inference=rtc")
+        return Check(name, OK, measured)
+    delay, threshold, size = math.ceil(slow * timing.fps), timing.queue_threshold, policy.chunk_size
+    if size is not None and threshold >= size:
+        return Check(name, FAILED, f"queue_threshold {threshold} must be below the chunk of {size}")
+    if delay > threshold:
+        message = f"{measured}: {delay} steps, but the next chunk is predicted at {threshold} actions left"
+        return Check(name, FAILED, message)
+    if size is not None and 2 * delay > size:
+        message = f"{delay} steps; a chunk of {size} ends before the next one arrives, and the robot waits"
+        return Check(name, WARNING, f"{measured}: {message}")
+    return Check(name, OK, f"{measured}: {delay} steps of {threshold}")
 
 
-def look_before_moving(context: RolloutContext, limits: Sequence[JointLimits], *, calls: int) -> list[Check]:
-    """Observe the robot once, ask the policy some times, and compare; nothing is sent to the robot.
-
-    Args:
-        context: LeRobot's rollout, with the robot connected.
-        limits: What the safety layer allows.
-        calls: How many predictions are timed, after one that is not.
-    """
-    observation = context.hardware.robot_wrapper.get_observation()
-    trained, present = _trained(context), _present(context, observation)
-    if set(trained.cameras) - set(present.cameras) or trained.state_size not in (None, len(present.state)):
-        chunk, latencies = np.zeros((1, trained.action_size)), [0.0]  # it cannot even be asked
-    else:
-        chunk, latencies = _ask(context, observation, calls)
-    inference = context.runtime.cfg.inference
-    chunking = isinstance(inference, RTCInferenceConfig)
-    pace = Pace(context.runtime.cfg.fps, latencies, chunking, inference.queue_threshold if chunking else 0)
-    return preflight(trained, present, limits, chunk, pace)
-
-
-def predict_once(context: RolloutContext, observation: dict[str, Any]) -> np.ndarray:
-    """Return a chunk [t a] in the robot's units, predicted from a robot's observation.
-
-    A policy that reads histories remembers the observation, until it is reset.
-
-    Args:
-        context: LeRobot's rollout.
-        observation: As the robot reports it.
-    """
-    return predict(context, context.processors.robot_observation_processor(observation))[1].numpy()
-
-
-def predict(
-    context: RolloutContext, processed: dict[str, Any], **continuation: Any
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a chunk [t a] as and where the policy has it, and in the robot's units, on the CPU.
-
-    Args:
-        context: LeRobot's rollout.
-        processed: A robot's observation, after LeRobot's observation processor.
-        **continuation: Of real-time chunking: `inference_delay`, `prev_chunk_left_over`.
-    """
-    cfg, policy = context.runtime.cfg, context.policy
-    frame = build_dataset_frame(context.data.dataset_features, processed, prefix=OBS_STR)
-    robot_type = context.hardware.robot_wrapper.robot_type
-    batch = prepare_observation_for_inference(frame, torch.device(cfg.device or "cpu"), cfg.task, robot_type)
-    batch["task"] = [cfg.task]
-    with torch.no_grad():
-        batch = policy.preprocessor(batch)
-        if isinstance(policy.policy, VegaPolicy):
-            batch = policy.policy.remember(batch)
-        chunk = policy.policy.predict_action_chunk(batch, **continuation)
-        actions = policy.postprocessor(chunk)
-    return chunk[0], actions[0].float().cpu()
-
-
-def _ask(context: RolloutContext, observation: dict[str, Any], calls: int) -> tuple[np.ndarray, list[float]]:
-    chunk = predict_once(context, observation)
-    latencies = []
-    for _ in range(calls):
-        start = time.perf_counter()
-        predict_once(context, observation)
-        latencies.append(time.perf_counter() - start)
-    return chunk, latencies
-
-
-def _trained(context: RolloutContext) -> Trained:
+def _policy_spec(context: RolloutContext) -> PolicySpec:
     config = context.policy.policy.config
     fields = vars(config)
     state, action = config.robot_state_feature, config.action_feature
     assert action is not None
-    stats = _statistics(context)
-    sizes = {key: (feature.shape[1], feature.shape[2]) for key, feature in config.image_features.items()}
-    return Trained(
-        cameras=sizes,
+    steps: list[Any] = list(context.policy.preprocessor.steps)  # the registry hides the classes' types
+    normalizers = [step for step in steps if isinstance(step, NormalizerProcessorStep) and step.stats]
+    statistics = normalizers[0].stats if normalizers else {}  # none for a policy on a server
+    return PolicySpec(
+        cameras={key: (feature.shape[1], feature.shape[2]) for key, feature in config.image_features.items()},
         state_names=fields.get("state_feature_names"),
         action_names=fields.get("action_feature_names"),
         state_size=None if state is None else state.shape[0],
         action_size=action.shape[0],
-        state_range=_range(stats, OBS_STATE),
-        action_range=_range(stats, ACTION),
+        state_range=_range(statistics, OBS_STATE),
+        action_range=_range(statistics, ACTION),
         chunk_size=fields.get("chunk_size"),
     )
 
 
-def _present(context: RolloutContext, observation: dict[str, Any]) -> Present:
+def _robot_spec(context: RolloutContext, observation: dict[str, Any]) -> RobotSpec:
     features, rename = context.data.dataset_features, context.runtime.cfg.rename_map
     cameras = {}
     for key in features:
         if key.startswith(f"{OBS_IMAGES}."):
-            pixels = observation[key.removeprefix(f"{OBS_IMAGES}.")]
-            cameras[rename.get(key, key)] = tuple(np.shape(pixels)[:2])
+            frame = observation[key.removeprefix(f"{OBS_IMAGES}.")]
+            cameras[rename.get(key, key)] = tuple(np.shape(frame)[:2])
     names = features[OBS_STATE]["names"] if OBS_STATE in features else []
     state = {name: float(observation[name]) for name in names}
-    # The robot's own order: LeRobot would quietly permute names for `rtc` but not for `sync`.
-    return Present(cameras, state, features[ACTION]["names"])
+    # The robot's own order: LeRobot permutes names silently for `rtc` but not for `sync`.
+    return RobotSpec(cameras, state, features[ACTION]["names"])
 
 
-def _statistics(context: RolloutContext) -> dict[str, Any]:
-    """The training data's statistics, from the checkpoint's own normaliser; none for a policy on a server."""
-    steps: list[Any] = list(context.policy.preprocessor.steps)  # the registry hides the classes' types
-    found = [step.stats for step in steps if isinstance(step, NormalizerProcessorStep) and step.stats]
-    return found[0] if found else {}
-
-
-def _range(stats: dict[str, Any], key: str) -> np.ndarray | None:
-    if key not in stats or not {"min", "max"} <= set(stats[key]):
+def _range(statistics: dict[str, Any], key: str) -> np.ndarray | None:
+    if key not in statistics or not {"min", "max"} <= set(statistics[key]):
         return None
-    return np.stack([np.asarray(stats[key][bound], np.float64).reshape(-1) for bound in ("min", "max")])
+    return np.stack([np.asarray(statistics[key][bound], np.float64).reshape(-1) for bound in ("min", "max")])

@@ -22,7 +22,7 @@ import stat
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -53,19 +53,12 @@ class ProtocolError(ValueError):
 
 @dataclass(frozen=True)
 class RTCContext:
-    """The chunk that is being executed, for real-time chunking (Black et al., arXiv 2506.07339).
+    """The chunk that is being executed, for real-time chunking (Black et al., arXiv 2506.07339)."""
 
-    Attributes:
-        actions: Actions still to be executed, float32 [t a], in the robot's units.
-        delay: Number of them that are executed before the new chunk arrives.
-        horizon: Number of them that guide the new chunk.
-        guidance: Largest weight of the guidance.
-    """
-
-    actions: np.ndarray
-    delay: int
-    horizon: int
-    guidance: float
+    actions: np.ndarray  # still to be executed, float32 [t a], in the robot's units
+    delay: int  # number of them that are executed before the new chunk arrives
+    horizon: int  # number of them that guide the new chunk
+    guidance: float  # largest weight of the guidance
 
 
 class Schema(Struct, frozen=True, forbid_unknown_fields=True):
@@ -85,15 +78,9 @@ class Array(Schema):
         return cls(packed.shape, packed.data)
 
     def unpack(self, dtype: str, shape: Sequence[int | tuple[int, int]], name: str) -> np.ndarray:
-        """Return the values as a writable array.
+        """Return the values as a writable array, after checking shape, number of bytes and finiteness.
 
-        Args:
-            dtype: numpy's type, "u1" or "<f4"; floating-point values must be finite.
-            shape: For each axis its size, or the smallest and the largest size.
-            name: Name of the field, for the message.
-
-        Raises:
-            ProtocolError: If shape, number of bytes or a value is wrong.
+        `shape` has the size of each axis, or its smallest and largest size; `name` is for the error message.
         """
         bounds = [size if isinstance(size, tuple) else (size, size) for size in shape]
         if len(self.shape) != len(bounds) or not all(
@@ -199,11 +186,9 @@ class Request:
     rtc: RTCContext | None
 
 
-@dataclass(frozen=True)
-class Reply:
+class Reply(NamedTuple):
     """Predicted actions, float32 [b t a], and the seconds spent in the model and on the server in all."""
 
-    sequence: int
     actions: np.ndarray
     model_seconds: float
     server_seconds: float
@@ -247,12 +232,7 @@ def decode_request(
 ) -> Request:
     """Decode a request and check it against the session, the policy and the limits.
 
-    Args:
-        data: The message.
-        session: Value that hello gave.
-        last: Sequence number of the session's last request; -1 before the first.
-        served: The policy.
-        limits: Size limits.
+    `last` is the sequence number of the session's last request, -1 before the first.
 
     Raises:
         ProtocolError: At the first violation.
@@ -286,7 +266,7 @@ def decode_request(
 
 
 def decode_answer(data: bytes | str, sequence: int) -> Reply:
-    """Decode the answer to the request with a sequence number.
+    """Decode the answer to a request.
 
     Raises:
         ProtocolError: If the server reported an error (with its code), or the answer is not to that request.
@@ -298,7 +278,7 @@ def decode_answer(data: bytes | str, sequence: int) -> Reply:
         raise ProtocolError("malformed", f"expected the answer to {sequence}, got that to {answer.sequence}")
     axis = (1, 1024)
     actions = answer.actions.unpack("<f4", (axis, axis, axis), "actions")
-    return Reply(sequence, actions, answer.model_seconds, answer.server_seconds)
+    return Reply(actions, answer.model_seconds, answer.server_seconds)
 
 
 def read_token(path: Path | None) -> str | None:

@@ -1,95 +1,80 @@
-"""Rollouts and corrections as a LeRobotDataset, written so that a kill costs one episode at most.
+"""Rollouts and corrections as a LeRobotDataset, written so that a kill loses one episode at most.
 
-LeRobot loses a whole dataset that is killed before `finalize()`. So each episode is a dataset of its own: it
-is written under a provisional name, finalized, and only then gets its name. They are merged at the end.
+LeRobot loses a dataset that is killed before `finalize()`. So each episode is a dataset of its own, in a
+folder that appears only once it is complete; `merge_episodes` joins them.
 """
 
 from __future__ import annotations
 
 import logging
 import queue
-import shutil
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
+
+from vega_policy.run_dir import atomic_folder, remove_partial
 
 logger = logging.getLogger(__name__)
 
 INTERVENTION, POLICY_ACTION = "intervention", "policy_action"
-"""Columns beside LeRobot's own: whether somebody else than the policy decided, and what the policy wanted."""
-
-_UNFINISHED = ".unfinished"
+"""Extra columns: whether the command is not the policy's action, and the policy's action."""
 
 
 @dataclass(frozen=True)
 class RecordingFormat:
-    """What is recorded.
+    """Format of recorded episodes."""
 
-    Attributes:
-        repo_id: LeRobot's name for the dataset.
-        fps: Control steps a second.
-        features: LeRobot's features of observation and action.
-        robot_type: Name of the robot.
-        codec: LeRobot's settings of the video encoder.
-        longest_episode: Most steps of an episode; the encoder's queue holds them, none is dropped, and
-            no more than these wait.
-    """
-
-    repo_id: str
-    fps: int
-    features: Mapping[str, Any]
+    repo_id: str  # LeRobot's name of the dataset
+    fps: int  # control steps a second
+    features: Mapping[str, Any]  # LeRobot's features of observation and action
     robot_type: str
-    codec: Mapping[str, Any]
-    longest_episode: int = 2000
-    extra: Mapping[str, Any] = field(
-        default_factory=lambda: {INTERVENTION: {"dtype": "bool", "shape": (1,), "names": None}}
-    )
+    codec: Mapping[str, Any]  # LeRobot's settings of the video encoder
+    longest_episode: int = 2000  # steps; the encoder's queue holds them, and no more wait to be written
 
     @property
     def all_features(self) -> dict[str, Any]:
-        """Features with the columns that recordings have beside."""
-        action = self.features["action"]
-        return {**self.features, **self.extra, POLICY_ACTION: dict(action)}
+        """Features with the extra columns."""
+        intervention = {"dtype": "bool", "shape": (1,), "names": None}
+        return {
+            **self.features,
+            INTERVENTION: intervention,
+            POLICY_ACTION: dict(self.features["action"]),
+        }
 
 
 class EpisodeRecorder:
-    """Takes frames from a control loop and writes them in a thread of its own.
+    """Receives frames from a control loop and writes them in its own thread.
 
     Use it as a context manager: leaving it saves the running episode.
 
     Args:
-        folder: Where episodes are put, one folder each; those that are there are kept and counted on from.
-        form: What is recorded.
+        folder: Folder of the episodes, one folder each; existing ones are kept and numbering continues.
+        layout: Format of the episodes.
 
     Attributes:
         saved: Folders of finished episodes.
-        failure: What ended the recording before its time, or None.
+        failure: Error that ended the recording early, or None.
     """
 
-    def __init__(self, folder: Path, form: RecordingFormat) -> None:
+    def __init__(self, folder: Path, layout: RecordingFormat) -> None:
         self._folder = folder
-        self._form = form
-        self._orders: queue.Queue[dict[str, Any] | str | None] = queue.Queue()
-        self._thread = threading.Thread(target=self._work, name="recorder", daemon=True)
+        self._layout = layout
+        self._queue: queue.Queue[dict[str, Any] | str | None] = queue.Queue()
+        self._thread = threading.Thread(target=self._run, name="recorder", daemon=True)
         self.failure: Exception | None = None
         self.saved: list[Path] = finished_episodes(folder)
 
     def __enter__(self) -> Self:
         self._folder.mkdir(parents=True, exist_ok=True)
-        for left_over in self._folder.glob(f"episode_*{_UNFINISHED}"):
-            logger.warning("%s was not finished and is lost", left_over.name)
-            shutil.rmtree(left_over)
+        remove_partial(self._folder)
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.end_episode()
-        self._orders.put(None)
+        self._queue.put(None)
         self._thread.join()
         if self.failure is not None:
             logger.error("the last episode was not recorded: %s", self.failure)
@@ -98,86 +83,84 @@ class EpisodeRecorder:
         """Record one step; returns at once.
 
         Args:
-            frame: As `LeRobotDataset.add_frame` takes it, with all features and `task`.
+            frame: As `LeRobotDataset.add_frame` expects it, with all features and `task`.
 
         Raises:
-            RuntimeError: If writing failed before, or cannot keep up: a recording with holes is none.
+            RuntimeError: If writing failed before, or cannot keep up: a recording must have no gaps.
         """
         if self.failure is not None:
-            raise RuntimeError(f"the recording cannot go on: {self.failure}") from self.failure
-        if self._orders.qsize() >= self._form.longest_episode:
+            raise RuntimeError(f"the recording cannot continue: {self.failure}") from self.failure
+        if self._queue.qsize() >= self._layout.longest_episode:
             raise RuntimeError(
-                f"the recording cannot keep up: {self._orders.qsize()} steps wait to be written; take fewer "
-                "or smaller cameras, or recording.video=h264"
+                f"the recording cannot keep up: {self._queue.qsize()} steps wait to be written; use fewer or "
+                "smaller cameras, or recording.video=h264"
             )
-        self._orders.put(frame)
+        self._queue.put(frame)
 
     def end_episode(self) -> None:
         """Finish the running episode, if it has any steps; returns at once."""
-        self._orders.put("end")
+        self._queue.put("end")
 
-    def _work(self) -> None:
+    def _run(self) -> None:
         try:
-            self._write()
+            while (item := self._queue.get()) is not None:
+                if isinstance(item, dict):
+                    self._write_episode(item)
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             logger.exception("the recording failed")
             self.failure = error
 
-    def _write(self) -> None:
-        dataset, place = None, None
-        while (order := self._orders.get()) is not None:
-            if isinstance(order, dict):
-                if dataset is None:
-                    place = self._folder / f"episode_{self._next_number():06d}"
-                    dataset = self._create(place.with_name(place.name + _UNFINISHED))
-                dataset.add_frame(order)
-            elif dataset is not None and place is not None:
-                dataset.save_episode()
-                dataset.finalize()
-                place.with_name(place.name + _UNFINISHED).rename(place)
-                self.saved.append(place)
-                dataset = None
+    def _write_episode(self, item: dict[str, Any] | str | None) -> None:
+        """Write frames until the episode ends."""
+        number = 1 + max((int(path.name.removeprefix("episode_")) for path in self.saved), default=-1)
+        folder = self._folder / f"episode_{number:06d}"
+        with atomic_folder(folder) as draft:
+            draft.rmdir()  # LeRobot creates it
+            dataset = self._create_dataset(draft)
+            while isinstance(item, dict):
+                dataset.add_frame(item)
+                item = self._queue.get()
+            dataset.save_episode()
+            dataset.finalize()
+        self.saved.append(folder)
 
-    def _next_number(self) -> int:
-        return 1 + max((int(path.name.removeprefix("episode_")) for path in self.saved), default=-1)
-
-    def _create(self, root: Path) -> Any:
+    def _create_dataset(self, root: Path) -> Any:
         from lerobot.configs import RGBEncoderConfig
         from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
         return LeRobotDataset.create(
-            self._form.repo_id,
-            fps=self._form.fps,
-            features=self._form.all_features,
+            self._layout.repo_id,
+            fps=self._layout.fps,
+            features=self._layout.all_features,
             root=root,
-            robot_type=self._form.robot_type,
+            robot_type=self._layout.robot_type,
             use_videos=True,
             video_backend="pyav",
-            rgb_encoder=RGBEncoderConfig(**self._form.codec),
+            rgb_encoder=RGBEncoderConfig(**self._layout.codec),
             streaming_encoding=True,
             encoder_threads=1,
-            encoder_queue_maxsize=self._form.longest_episode,
+            encoder_queue_maxsize=self._layout.longest_episode,
         )
 
 
 def finished_episodes(folder: Path) -> list[Path]:
     """Return the folders of finished episodes, in order."""
-    return sorted(path for path in folder.glob("episode_*") if not path.name.endswith(_UNFINISHED))
+    return sorted(folder.glob("episode_*"))
 
 
 def merge_episodes(folder: Path, root: Path, repo_id: str) -> int:
     """Merge finished episodes into one LeRobotDataset and return their number.
 
-    Each episode keeps its files: to make one of them, LeRobot would write all of it again for each.
+    Each episode keeps its files: joining them would rewrite the whole file for each episode.
 
     Args:
-        folder: What an `EpisodeRecorder` wrote.
-        root: Where the dataset will lie; must not exist.
-        repo_id: LeRobot's name for it.
+        folder: Folder of an `EpisodeRecorder`.
+        root: Folder of the dataset; must not exist.
+        repo_id: LeRobot's name of the dataset.
 
     Raises:
         FileNotFoundError: If there is no finished episode.
-        FileExistsError: If something lies at `root`.
+        FileExistsError: If `root` exists.
     """
     from lerobot.datasets.aggregate import aggregate_datasets
 

@@ -1,8 +1,8 @@
-"""The last word on what a robot is told: every command is finite, inside its limits, and reachable smoothly.
+"""Safety layer between policy and robot: command limits, watchdog and emergency stop.
 
-A command that is not finite, names other joints, jumps or rests on an old observation is refused whole: the
-robot is brought to rest instead. Any other command is approached as fast as the limits allow. Neither can
-raise an error in mid-motion; the numbers and names of what was done are kept.
+A command that is not finite, names other joints, jumps or rests on an old observation is refused whole, and
+the robot is brought to rest. Any other command is approached as fast as the limits allow. Neither raises an
+error during motion; each event is counted and logged.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
@@ -33,62 +32,288 @@ from lerobot.processor.converters import robot_action_observation_to_transition,
 
 logger = logging.getLogger(__name__)
 
+TOLERANCE = 1e-6  # a command that changes by less does not count as changed
+
 
 class UnsafeStartError(ValueError):
-    """The robot stands, or is seen, where its limits do not allow it to be; nothing was commanded."""
+    """The robot stands outside its limits, or does not report where; nothing was commanded."""
 
 
-@dataclass(frozen=True)
-class Intervention:
-    """One deed of the safety layer.
+class SafetyFilter:
+    """Turns actions of a policy into commands within limits; safe to use from several threads.
 
-    Attributes:
-        seconds: When, on the monotonic clock.
-        kind: `range`, `speed`, `workspace` (altered), `keys`, `finite`, `jump`, `stale`,
-            `stale plan` (refused),
-            `watchdog` (held), `stop` (for good).
-        detail: What was wrong, in words.
+    `counts` holds the number of events of each kind: `range`, `speed`, `workspace` (command changed), `keys`,
+    `finite`, `jump`, `stale`, `stale chunk` (command or chunk refused), `watchdog` (robot held) and `stop`.
+
+    Args:
+        limits: Limits of every entry of the robot's action.
+        period: Seconds of a control step; a later command gets no larger step.
+        workspace: Box for the hand, or None.
+        max_observation_age: Seconds after which an observation is too old to act on.
+        refusals_to_stop: Number of refusals in a row that stop the robot for good.
     """
 
-    seconds: float
-    kind: str
-    detail: str
+    def __init__(
+        self,
+        limits: Sequence[JointLimits],
+        *,
+        period: float,
+        workspace: Workspace | None = None,
+        max_observation_age: float = 1.0,
+        refusals_to_stop: int = 10,
+    ) -> None:
+        self.limits = tuple(limits)
+        moving = [limit.name for limit in limits if limit.name.endswith(".vel") and limit.rest is None]
+        if moving:
+            raise ValueError(
+                f"{', '.join(moving)}: a velocity that is held keeps the robot moving; set rest: 0.0"
+            )
+        self.names = tuple(limit.name for limit in limits)
+        self.period = period
+        self.counts: Counter[str] = Counter()
+        self.stopped: str | None = None  # why the robot was stopped for good, or None
+        self._workspace = workspace
+        self._max_age = max_observation_age
+        self._refusals_to_stop = refusals_to_stop
+        self._low, self._high, self._speed, self._acceleration, self._jump = (
+            np.array([vars(limit)[field] for limit in limits])
+            for field in ("low", "high", "speed", "acceleration", "jump")
+        )
+        self._lock = threading.RLock()
+        self.reset()
+
+    def reset(self) -> None:
+        """Read the robot's position again with the next command, as with the first; keep a stop."""
+        with self._lock:
+            self.last_action: float | None = None  # when the policy gave its last action (monotonic clock)
+            self._command: np.ndarray | None = None
+            self._target = np.full(len(self.limits), np.inf)  # none yet: far from everything
+            self._velocity = np.zeros(len(self.limits))
+            self._commanded_at = self.observed_at = -np.inf
+            self._refusals = 0
+
+    def restart(self) -> None:
+        """Allow motion again after a stop, once a person has checked the robot."""
+        with self._lock:
+            self.stopped = None
+            self.reset()
+
+    def stop(self, reason: str) -> None:
+        """Stop for good: every later command rests. Takes no lock, so that nothing can delay it."""
+        if self.stopped is None:
+            self.stopped = reason
+            self._count("stop", reason)
+
+    def set_observation_time(self, seconds: float) -> None:
+        """Set when the observation of the next command was taken (monotonic clock)."""
+        self.observed_at = seconds
+
+    def accept_chunk(self, observed_at: float) -> bool:
+        """Whether a chunk may be executed that was predicted from an observation of that time."""
+        age = time.monotonic() - observed_at
+        with self._lock:
+            if age > self._max_age:
+                self._refuse("stale chunk", f"it rests on an observation {age:.3f} s old")
+        return age <= self._max_age
+
+    @property
+    def last_command(self) -> dict[str, float]:
+        """The last command by action key; empty before the first one."""
+        with self._lock:
+            return {} if self._command is None else self._named(self._command)
+
+    def command(
+        self, action: Mapping[str, float], observation: Mapping[str, Any], now: float | None = None
+    ) -> dict[str, float]:
+        """Return the command for an action.
+
+        Args:
+            action: The policy's action, by action key.
+            observation: The robot's observation; read for the first command and the workspace.
+            now: Monotonic clock in seconds; None reads it.
+
+        Raises:
+            UnsafeStartError: At the first command, if the robot stands outside its limits or does not report
+                where it stands.
+        """
+        now = time.monotonic() if now is None else now
+        with self._lock:
+            if self._command is None:
+                self._command = self._start_position(observation)
+            self.last_action = now
+            if self.stopped is not None:
+                return self._approach(self._rest(), now, observation)
+            refusal = self._find_refusal(action, now)
+            if refusal is not None:
+                self._refuse(*refusal)
+                return self._approach(self._rest(), now, observation)
+            self._refusals = 0
+            requested = np.array([float(action[name]) for name in self.names])
+            target = np.clip(requested, self._low, self._high)
+            self._count_changes("range", requested, target)
+            shift = np.where(np.isfinite(self._target), target - self._target, 0.0)
+            self._target = target
+            return self._approach(target, now, observation, shift=shift)
+
+    def hold(self, reason: str, now: float | None = None) -> dict[str, float] | None:
+        """Return a command that brings the robot to rest; None before the first command."""
+        now = time.monotonic() if now is None else now
+        with self._lock:
+            if self._command is None:
+                return None
+            self._count("watchdog", reason)
+            return self._approach(self._rest(), now)
+
+    def _start_position(self, observation: Mapping[str, Any]) -> np.ndarray:
+        start = np.empty(len(self.limits))
+        for joint, limit in enumerate(self.limits):
+            known = limit.start if limit.start is not None else limit.rest
+            if known is None and limit.name not in observation:
+                raise UnsafeStartError(
+                    f"the robot does not report {limit.name}, so its position is unknown; give its limits a "
+                    f"start or a rest. It reports {sorted(observation)}"
+                )
+            value = float(observation[limit.name]) if known is None else known
+            margin = 0.01 * (limit.high - limit.low)  # measurement noise at a bound is no error
+            if not limit.low - margin <= value <= limit.high + margin:
+                raise UnsafeStartError(
+                    f"{limit.name} stands at {value:.4g}, outside its limits [{limit.low:.4g}, "
+                    f"{limit.high:.4g}]; move it there by hand, or check units and limits"
+                )
+            start[joint] = min(max(value, limit.low), limit.high)
+        return start
+
+    def _find_refusal(self, action: Mapping[str, float], now: float) -> tuple[str, str] | None:
+        """Return kind and detail of why an action is refused; None if it is not."""
+        if set(action) != set(self.names):
+            return "keys", f"expected the joints {list(self.names)}, got {list(action)}"
+        values = np.array([float(action[name]) for name in self.names])
+        if not np.isfinite(values).all():
+            return "finite", f"not finite: {dict(action)}"
+        if self.observed_at > -np.inf and now - self.observed_at > self._max_age:
+            return "stale", f"it rests on an observation {now - self.observed_at:.3f} s old"
+        assert self._command is not None
+        # Also from the last target: a robot that lags behind a smooth policy is no jump of the policy.
+        far = np.minimum(np.abs(values - self._command), np.abs(values - self._target)) > self._jump
+        if far.any():
+            jumps = {
+                name: f"{self._command[joint]:.4g} -> {values[joint]:.4g} (allowed {self._jump[joint]:.4g})"
+                for joint, name in enumerate(self.names)
+                if far[joint]
+            }
+            return "jump", f"too far from the last command: {jumps}"
+        return None
+
+    def _refuse(self, kind: str, detail: str) -> None:
+        self._refusals += 1
+        self._count(kind, detail)
+        if self._refusals >= self._refusals_to_stop:
+            self.stop(f"{self._refusals} refused commands in a row, the last one because of: {detail}")
+
+    def _rest(self) -> np.ndarray:
+        assert self._command is not None
+        pairs = zip(self._command, self.limits, strict=True)
+        return np.array([present if limit.rest is None else limit.rest for present, limit in pairs])
+
+    def _approach(
+        self,
+        target: np.ndarray,
+        now: float,
+        observation: Mapping[str, Any] | None = None,
+        *,
+        shift: np.ndarray | None = None,
+    ) -> dict[str, float]:
+        """Return the next command towards a target [a], within speed, acceleration and braking limits.
+
+        `shift` [a] is the policy's change of its target since the last step; None for a target that is not a
+        policy's. A lag is reduced no faster than the robot can brake, so that nothing overshoots.
+        """
+        assert self._command is not None
+        dt = float(min(max(now - self._commanded_at, 0.0), self.period))
+        if dt == 0.0:
+            return self._named(self._command)
+        self._commanded_at = now
+        along = np.zeros_like(target) if shift is None else shift
+        lag = target - along - self._command
+        desired = along / dt + np.sign(lag) * braking_speed(np.abs(lag), self._acceleration, dt)
+        slowest, fastest = self._velocity_bounds(dt)
+        velocity = np.clip(desired, slowest, fastest)
+        command = np.clip(self._command + velocity * dt, self._low, self._high)
+        if shift is not None:
+            self._count_changes("speed", target, command)
+        kept = command if observation is None else self._keep_inside(command, observation)
+        # Where the box cut a command, the velocity restarts at zero: the cut was no braking.
+        self._velocity = np.where(kept == command, (kept - self._command) / dt, 0.0)
+        self._command = kept
+        return self._named(kept)
+
+    def _velocity_bounds(self, dt: float) -> tuple[np.ndarray, np.ndarray]:
+        """Return the velocities [a] that keep speed and acceleration, and allow braking before the bounds.
+
+        The previous velocity was within the last of these too, so the interval is never empty.
+        """
+        assert self._command is not None
+        up, down = (
+            braking_speed(room, self._acceleration, dt)
+            for room in (self._high - self._command, self._command - self._low)
+        )
+        change = self._acceleration * dt
+        fastest = np.minimum(np.minimum(self._velocity + change, self._speed), up)
+        slowest = np.maximum(np.maximum(self._velocity - change, -self._speed), -down)
+        return np.minimum(slowest, fastest), fastest  # rounding alone can cross them
+
+    def _keep_inside(self, command: np.ndarray, observation: Mapping[str, Any]) -> np.ndarray:
+        """Return the command [a], cut so that the hand stays in its box; this outranks smoothness."""
+        box = self._workspace
+        if box is None:
+            return command
+        kept = command.copy()
+        for axis, name in enumerate(box.action):
+            position, joint = float(observation[box.position[axis]]), self.names.index(name)
+            low = min((box.low[axis] - position) / box.metres_per_unit, 0.0)
+            high = max((box.high[axis] - position) / box.metres_per_unit, 0.0)
+            kept[joint] = min(max(command[joint], low), high) if np.isfinite(position) else 0.0
+        self._count_changes("workspace", command, kept)
+        return kept
+
+    def _count_changes(self, kind: str, requested: np.ndarray, allowed: np.ndarray) -> None:
+        changed = np.abs(requested - allowed) > TOLERANCE
+        if changed.any():
+            parts = {
+                name: f"{requested[joint]:.4g} -> {allowed[joint]:.4g}"
+                for joint, name in enumerate(self.names)
+                if changed[joint]
+            }
+            self._count(kind, str(parts))
+
+    def _count(self, kind: str, detail: str) -> None:
+        self.counts[kind] += 1
+        level = logging.INFO if kind in ("range", "speed") else logging.WARNING
+        logger.log(level, "%s: %s", kind, detail)
+
+    def _named(self, command: np.ndarray) -> dict[str, float]:
+        return dict(zip(self.names, command.tolist(), strict=True))
 
 
 @dataclass(frozen=True)
 class JointLimits:
-    """What may be commanded to one entry of the robot's action, in that entry's own unit u.
+    """Limits of one entry of the robot's action, in that entry's own unit u.
 
-    For a robot that takes absolute positions these are positions, speeds and accelerations. For one that
-    takes displacements a step, `low` and `high` bound the speed, `speed` the acceleration.
-
-    Attributes:
-        name: Key of the action, such as `shoulder_pan.pos`.
-        low: Smallest command.
-        high: Largest command.
-        speed: Largest change of the command, u/s.
-        acceleration: Largest change of that change, u/s^2.
-        jump: A command farther than this from where the robot was sent, and from what was last wanted, is
-            refused, not approached.
-        rest: The command that lets the robot stand still (0 for displacements); None: stay where it is.
-        start: Command taken as given before the first one; None takes `rest`, else the measured position.
+    For absolute positions, `low` and `high` bound the position. For displacements a step, they bound the
+    speed, and `speed` bounds the acceleration.
     """
 
-    name: str
+    name: str  # key of the action, such as `shoulder_pan.pos`
     low: float
     high: float
-    speed: float = math.inf
-    acceleration: float = math.inf
-    jump: float = math.inf
-    rest: float | None = None
-    start: float | None = None
+    speed: float = math.inf  # largest change of the command, u/s
+    acceleration: float = math.inf  # largest change of that change, u/s^2
+    jump: float = math.inf  # distance from last command and last target beyond which a command is refused
+    rest: float | None = None  # command at which the robot stands still (0 for displacements); None: the last
+    start: float | None = None  # command before the first one; None takes `rest`, else the measured position
 
     def __post_init__(self) -> None:
-        """Refuse limits that nothing can keep.
-
-        Raises:
-            ValueError: If a bound is not finite, a limit not positive, or rest or start out of bounds.
-        """
+        """Refuse bounds that are not finite, limits that are not positive, and values outside the bounds."""
         if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
             raise ValueError(
                 f"limits of {self.name}: expected finite low < high, got {self.low} and {self.high}"
@@ -106,31 +331,20 @@ class JointLimits:
 
 @dataclass(frozen=True)
 class Workspace:
-    """A box that the hand may not leave, for robots whose action moves the hand by a displacement a step.
+    """A box for the hand of a robot whose action is a displacement of the hand.
 
-    Robots that take absolute hand positions need none: their `JointLimits` are the box. For joint commands it
-    would take the arm's kinematics, which this package does not know.
-
-    Attributes:
-        low: Smallest x, y, z of the hand in metres.
-        high: Largest x, y, z in metres.
-        position: Observation keys of the hand's x, y, z in metres.
-        action: Action keys that move it along x, y, z.
-        metres_per_unit: How far a command of 1 moves the hand.
+    For absolute hand positions `JointLimits` are the box. For joint commands a box would need the arm's
+    kinematics, which this package does not have.
     """
 
-    low: tuple[float, float, float]
+    low: tuple[float, float, float]  # smallest x, y, z of the hand in metres
     high: tuple[float, float, float]
-    position: tuple[str, str, str]
-    action: tuple[str, str, str]
-    metres_per_unit: float
+    position: tuple[str, str, str]  # observation keys of the hand's x, y, z in metres
+    action: tuple[str, str, str]  # action keys that move the hand along x, y, z
+    metres_per_unit: float  # displacement of the hand by a command of 1
 
     def __post_init__(self) -> None:
-        """Refuse an empty box.
-
-        Raises:
-            ValueError: If low is not below high, or the scale is not positive.
-        """
+        """Refuse an empty box and a scale that is not positive."""
         if not all(low < high for low, high in zip(self.low, self.high, strict=True)):
             raise ValueError(f"workspace: expected low < high in x, y, z; got {self.low} and {self.high}")
         if not self.metres_per_unit > 0:
@@ -138,7 +352,7 @@ class Workspace:
 
 
 def read_limits(joints: Mapping[str, Mapping[str, Any]]) -> tuple[JointLimits, ...]:
-    """Read limits from a config, by joint name; a value of null means no such limit.
+    """Read limits from a config, by joint name; null means no such limit.
 
     Raises:
         ValueError: If a field is unknown or missing, or a limit is impossible.
@@ -149,11 +363,10 @@ def read_limits(joints: Mapping[str, Mapping[str, Any]]) -> tuple[JointLimits, .
         unknown, missing = sorted(set(values) - known), sorted({"low", "high"} - set(values))
         if unknown or missing:
             raise ValueError(
-                f"limits of {name}: unknown fields {unknown}, missing fields {missing}; there are "
-                f"{sorted(known)}"
+                f"limits of {name}: unknown fields {unknown}, missing {missing}; known: {sorted(known)}"
             )
-        given = {key: float(value) for key, value in values.items() if value is not None}
-        limits.append(JointLimits(name, **given))
+        set_values = {key: float(value) for key, value in values.items() if value is not None}
+        limits.append(JointLimits(name, **set_values))
     return tuple(limits)
 
 
@@ -166,18 +379,13 @@ def limits_from_episodes(
     margin: float = 0.25,
     rest: float | None = None,
 ) -> tuple[JointLimits, ...]:
-    """Measure limits on demonstrations: what was done there, and a margin more.
+    """Return limits that contain `percentile` percent of demonstrated actions, and a margin.
 
-    Args:
-        names: Action keys, in the order of the columns.
-        episodes: Actions of each episode, [t a], in the robot's units.
-        fps: Control steps a second.
-        percentile: Share of the demonstrated values that must lie inside, in percent; the rest is outliers.
-        margin: How far beyond, as a share of the range, speed, acceleration or jump.
-        rest: See `JointLimits.rest`, for all joints.
+    `names` are the action keys of the columns of `episodes`, each [t a] in the robot's units. `margin` is the
+    fraction of each range, speed, acceleration and jump that is added.
 
     Raises:
-        ValueError: If there are fewer than three steps in every episode, or the columns do not match.
+        ValueError: If every episode has fewer than three steps, or the columns do not match.
     """
     long_enough = [np.asarray(episode, np.float64) for episode in episodes if len(episode) >= 3]
     if not long_enough or any(episode.shape[1] != len(names) for episode in long_enough):
@@ -186,20 +394,22 @@ def limits_from_episodes(
             f"expected episodes of at least 3 steps with {len(names)} actions {list(names)}, got {shapes}"
         )
     values = np.concatenate(long_enough)
-    steps = np.abs(np.concatenate([np.diff(episode, axis=0) for episode in long_enough]))
-    bends = np.abs(np.concatenate([np.diff(episode, n=2, axis=0) for episode in long_enough]))
+    first, second = (
+        np.abs(np.concatenate([np.diff(episode, n=order, axis=0) for episode in long_enough]))
+        for order in (1, 2)
+    )
     low, high = np.percentile(values, [100 - percentile, percentile], axis=0)
     room = margin * np.maximum(high - low, 1e-6)
-    largest_step = np.percentile(steps, percentile, axis=0) * (1 + margin)
-    largest_bend = np.percentile(bends, percentile, axis=0) * (1 + margin)
+    speed = np.percentile(first, percentile, axis=0) * (1 + margin)  # a step
+    acceleration = np.percentile(second, percentile, axis=0) * (1 + margin)
     return tuple(
         JointLimits(
             name,
             low=float(low[joint] - room[joint]),
             high=float(high[joint] + room[joint]),
-            speed=max(float(largest_step[joint]) * fps, 1e-6),
-            acceleration=max(float(largest_bend[joint]) * fps**2, 1e-6),
-            jump=max(2 * float(largest_step[joint]), 1e-6),
+            speed=max(float(speed[joint]) * fps, 1e-6),
+            acceleration=max(float(acceleration[joint]) * fps**2, 1e-6),
+            jump=max(2 * float(speed[joint]), 1e-6),
             rest=rest,
         )
         for joint, name in enumerate(names)
@@ -207,339 +417,28 @@ def limits_from_episodes(
 
 
 def braking_speed(room: np.ndarray, acceleration: np.ndarray, dt: float) -> np.ndarray:
-    """Largest speed [a] from which a joint comes to rest within some room.
+    """Return the largest speed [a] from which a joint can stop within a distance `room` [a] (at least 0).
 
-    Braking from v at rate a needs v^2 / 2a. A step at v leaves d - v dt of the room d, so v is at most the
-    root of v^2 / 2a + v dt = d; without a limit of a, it is d / dt.
-
-    Args:
-        room: Distance d [a] to where it must rest, at least 0.
-        acceleration: Largest rate of braking [a], which may be infinite.
-        dt: Seconds of the step.
+    Braking from v at rate a needs v^2 / 2a. A step at v leaves d - v dt of the distance d, so v is at most
+    the root of v^2 / 2a + v dt = d; for infinite `acceleration` [a] it is d / dt.
     """
     with np.errstate(invalid="ignore"):
         braked = 2 * room / (np.sqrt(dt**2 + 2 * room / acceleration) + dt)
     return np.where(np.isinf(acceleration), room / dt, braked)
 
 
-TOLERANCE = 1e-6
-"""A command that is altered by less than this is not counted as altered."""
-
-
-class SafetyFilter:
-    """Turns what a policy wants into what the robot is told; safe to use from several threads.
-
-    Args:
-        limits: Limits of every entry of the robot's action.
-        period: Seconds of a control step. Commands that come later than that get no larger step for it.
-        workspace: Box for the hand, or None.
-        max_observation_age: Seconds after which an observation is too old to act on.
-        refusals_to_stop: So many refusals in a row stop the robot for good.
-        on_intervention: Called with each intervention, from the thread that caused it: be quick.
-    """
-
-    def __init__(
-        self,
-        limits: Sequence[JointLimits],
-        *,
-        period: float,
-        workspace: Workspace | None = None,
-        max_observation_age: float = 1.0,
-        refusals_to_stop: int = 10,
-        on_intervention: Callable[[Intervention], None] | None = None,
-    ) -> None:
-        self.limits = tuple(limits)
-        driving = [limit.name for limit in limits if limit.name.endswith(".vel") and limit.rest is None]
-        if driving:
-            raise ValueError(
-                f"{', '.join(driving)}: a velocity that is held goes on driving; give its limits rest: 0.0"
-            )
-        self.names = tuple(limit.name for limit in limits)
-        self.period = period
-        self.counts: Counter[str] = Counter()
-        self._workspace = workspace
-        self._max_age = max_observation_age
-        self._refusals_to_stop = refusals_to_stop
-        self._on_intervention = on_intervention
-        self._low, self._high, self._speed, self._acceleration, self._jump = (
-            np.array([vars(limit)[field] for limit in limits])
-            for field in ("low", "high", "speed", "acceleration", "jump")
-        )
-        self._lock = threading.RLock()
-        self._stopped: str | None = None
-        self.forget()
-
-    def forget(self) -> None:
-        """Measure the robot's position anew with the next command, as with the first; a stop stays a stop."""
-        with self._lock:
-            self.last_action: float | None = None
-            self._command: np.ndarray | None = None
-            self._wanted = np.full(len(self.limits), np.inf)  # nothing yet: far from everything
-            self._velocity = np.zeros(len(self.limits))
-            self._commanded_at = self.observed_at = -np.inf
-            self._refusals = 0
-
-    @property
-    def stopped(self) -> str | None:
-        """Why the robot was stopped for good, or None."""
-        return self._stopped
-
-    @property
-    def last_command(self) -> dict[str, float]:
-        """What the robot was told last; empty before the first command."""
-        with self._lock:
-            return {} if self._command is None else self._named(self._command)
-
-    def stop(self, reason: str) -> None:
-        """Stop for good: from now on every command is a rest. Takes no lock, so that nothing can delay it."""
-        if self._stopped is None:
-            self._stopped = reason
-            self._note("stop", reason, time.monotonic())
-
-    def restart(self) -> None:
-        """Allow motion again, after a person has looked; the robot's position is measured anew."""
-        with self._lock:
-            self._stopped = None
-            self.forget()
-
-    def observed(self, seconds: float) -> None:
-        """Say when the observation was taken (monotonic clock) that the next command rests on."""
-        self.observed_at = seconds
-
-    def accepts_view(self, seconds: float) -> bool:
-        """Say whether a plan just made from a view of then may be executed; count it, if not."""
-        now = time.monotonic()
-        with self._lock:
-            if now - seconds <= self._max_age:
-                return True
-            self._refuse("stale plan", f"it rests on an observation {now - seconds:.3f} s old", now)
-            return False
-
-    def command(
-        self, action: Mapping[str, float], observation: Mapping[str, Any], now: float | None = None
-    ) -> dict[str, float]:
-        """Return what the robot is told.
-
-        Args:
-            action: What the policy wants, by action key.
-            observation: What the robot reports of itself; read for the first command and the workspace.
-            now: Monotonic clock in seconds; None reads it.
-
-        Raises:
-            UnsafeStartError: At the first command, if the robot stands outside its limits or does not say
-                where it stands.
-        """
-        now = time.monotonic() if now is None else now
-        with self._lock:
-            if self._command is None:
-                self._command = self._measure(observation)
-            self.last_action = now
-            if self._stopped is not None:
-                return self._approach(self._rest(), now, observation)
-            refusal = self._refusal(action, now)
-            if refusal is not None:
-                self._refuse(*refusal, now)
-                return self._approach(self._rest(), now, observation)
-            self._refusals = 0
-            target = np.array([float(action[name]) for name in self.names])
-            clipped = np.clip(target, self._low, self._high)
-            self._compare("range", target, clipped, now)
-            shift = np.where(np.isfinite(self._wanted), clipped - self._wanted, 0.0)
-            self._wanted = clipped
-            return self._approach(clipped, now, observation, shift=shift)
-
-    def hold(self, reason: str, now: float | None = None) -> dict[str, float] | None:
-        """Return a command that brings the robot to rest; None if it was never told anything."""
-        now = time.monotonic() if now is None else now
-        with self._lock:
-            if self._command is None:
-                return None
-            self._note("watchdog", reason, now)
-            return self._approach(self._rest(), now)
-
-    def _measure(self, observation: Mapping[str, Any]) -> np.ndarray:
-        start = np.empty(len(self.limits))
-        for joint, limit in enumerate(self.limits):
-            known = limit.start if limit.start is not None else limit.rest
-            if known is None and limit.name not in observation:
-                raise UnsafeStartError(
-                    f"the robot does not report {limit.name}, so it is unknown where it stands; give its "
-                    f"limits a start or a rest. It reports {sorted(observation)}"
-                )
-            value = float(observation[limit.name]) if known is None else known
-            room = 0.01 * (limit.high - limit.low)  # a measured position may miss the bound by its noise
-            if not limit.low - room <= value <= limit.high + room:
-                raise UnsafeStartError(
-                    f"{limit.name} stands at {value:.4g}, outside its limits [{limit.low:.4g}, "
-                    f"{limit.high:.4g}]; move it there by hand, or check units and limits"
-                )
-            start[joint] = min(max(value, limit.low), limit.high)
-        return start
-
-    def _refusal(self, action: Mapping[str, float], now: float) -> tuple[str, str] | None:
-        """Say why an action is refused; None if it is not."""
-        if set(action) != set(self.names):
-            return "keys", f"expected the joints {list(self.names)}, got {list(action)}"
-        values = np.array([float(action[name]) for name in self.names])
-        if not np.isfinite(values).all():
-            return "finite", f"not finite: {dict(action)}"
-        if self.observed_at > -np.inf and now - self.observed_at > self._max_age:
-            return "stale", f"it rests on an observation {now - self.observed_at:.3f} s old"
-        assert self._command is not None
-        # From what was last wanted, too: a robot that lags behind a smooth policy is no jump of the policy.
-        far = np.minimum(np.abs(values - self._command), np.abs(values - self._wanted)) > self._jump
-        if far.any():
-            jumps = {
-                name: f"{self._command[joint]:.4g} -> {values[joint]:.4g} (allowed {self._jump[joint]:.4g})"
-                for joint, name in enumerate(self.names)
-                if far[joint]
-            }
-            return "jump", f"too far from the last command: {jumps}"
-        return None
-
-    def _refuse(self, kind: str, detail: str, now: float) -> None:
-        self._refusals += 1
-        self._note(kind, detail, now)
-        if self._refusals >= self._refusals_to_stop:
-            self.stop(f"{self._refusals} refused commands in a row, the last one because of: {detail}")
-
-    def _rest(self) -> np.ndarray:
-        assert self._command is not None
-        stays = zip(self._command, self.limits, strict=True)
-        return np.array([here if limit.rest is None else limit.rest for here, limit in stays])
-
-    def _approach(
-        self,
-        target: np.ndarray,
-        now: float,
-        observation: Mapping[str, Any] | None = None,
-        *,
-        shift: np.ndarray | None = None,
-    ) -> dict[str, float]:
-        """Take one step towards a target [a], no larger than speed, acceleration and braking allow.
-
-        `shift` [a] is how far the policy moved its target since the last step; None for a target that is not
-        a policy's. A lag is caught up no faster than it can be braked, so that nothing overshoots.
-        """
-        assert self._command is not None
-        dt = float(min(max(now - self._commanded_at, 0.0), self.period))
-        if dt == 0.0:
-            return self._named(self._command)
-        self._commanded_at = now
-        along = np.zeros_like(target) if shift is None else shift
-        lag = target - along - self._command
-        wanted = along / dt + np.sign(lag) * braking_speed(np.abs(lag), self._acceleration, dt)
-        slowest, fastest = self._velocity_bounds(dt)
-        velocity = np.clip(wanted, slowest, fastest)
-        command = np.clip(self._command + velocity * dt, self._low, self._high)
-        if shift is not None:
-            self._compare("speed", target, command, now)
-        kept = command if observation is None else self._keep_inside(command, observation, now)
-        # Where the box cut a command, it starts anew from there: the cut was no braking.
-        self._velocity = np.where(kept == command, (kept - self._command) / dt, 0.0)
-        self._command = kept
-        return self._named(kept)
-
-    def _velocity_bounds(self, dt: float) -> tuple[np.ndarray, np.ndarray]:
-        """Velocities [a] that keep speed and acceleration, and from which it can still brake at the bounds.
-
-        The velocity before met the last of these, too, so there always is one.
-        """
-        assert self._command is not None
-        up, down = (
-            braking_speed(room, self._acceleration, dt)
-            for room in (self._high - self._command, self._command - self._low)
-        )
-        change = self._acceleration * dt
-        fastest = np.minimum(np.minimum(self._velocity + change, self._speed), up)
-        slowest = np.maximum(np.maximum(self._velocity - change, -self._speed), -down)
-        return np.minimum(slowest, fastest), fastest  # rounding alone can cross them
-
-    def _keep_inside(self, command: np.ndarray, observation: Mapping[str, Any], now: float) -> np.ndarray:
-        """Cut what would move the hand out of its box; this wins over smoothness."""
-        box = self._workspace
-        if box is None:
-            return command
-        kept = command.copy()
-        for axis, name in enumerate(box.action):
-            here, joint = float(observation[box.position[axis]]), self.names.index(name)
-            least = min((box.low[axis] - here) / box.metres_per_unit, 0.0)
-            most = max((box.high[axis] - here) / box.metres_per_unit, 0.0)
-            kept[joint] = min(max(command[joint], least), most) if np.isfinite(here) else 0.0
-        self._compare("workspace", command, kept, now)
-        return kept
-
-    def _compare(self, kind: str, wanted: np.ndarray, allowed: np.ndarray, now: float) -> None:
-        changed = np.abs(wanted - allowed) > TOLERANCE
-        if changed.any():
-            parts = {
-                name: f"{wanted[joint]:.4g} -> {allowed[joint]:.4g}"
-                for joint, name in enumerate(self.names)
-                if changed[joint]
-            }
-            self._note(kind, str(parts), now)
-
-    def _note(self, kind: str, detail: str, now: float) -> None:
-        self.counts[kind] += 1
-        logger.log(
-            logging.WARNING if kind not in ("range", "speed") else logging.INFO, "%s: %s", kind, detail
-        )
-        if self._on_intervention is not None:
-            self._on_intervention(Intervention(now, kind, detail))
-
-    def _named(self, command: np.ndarray) -> dict[str, float]:
-        return dict(zip(self.names, command.tolist(), strict=True))
-
-
-@dataclass
-class SafetyStep(RobotActionProcessorStep):
-    """Passes each robot action through a `SafetyFilter`; must be the pipeline's last step.
-
-    Attributes:
-        safety: The filter; it keeps what the robot was last told.
-    """
-
-    safety: SafetyFilter
-
-    def action(self, action: RobotAction) -> RobotAction:
-        """Return what the robot is told."""
-        observation: dict[str, Any] | None = self.transition.get(TransitionKey.OBSERVATION)
-        return self.safety.command(action, observation or {})
-
-    def transform_features(
-        self, features: dict[PipelineFeatureType, dict[str, PolicyFeature]]
-    ) -> dict[PipelineFeatureType, dict[str, PolicyFeature]]:
-        """Actions keep their names."""
-        return features
-
-
-def safe_action_pipeline(
-    safety: SafetyFilter,
-) -> RobotProcessorPipeline[tuple[RobotAction, RobotObservation], RobotAction]:
-    """Return LeRobot's `robot_action_processor` with the safety layer as its only step."""
-    return RobotProcessorPipeline[tuple[RobotAction, RobotObservation], RobotAction](
-        steps=[SafetyStep(safety)],
-        to_transition=robot_action_observation_to_transition,
-        to_output=transition_to_robot_action,
-    )
-
-
-NAMED_KEYS = ("space", "esc", "enter")
-"""Names that LeRobot gives to keys of the terminal that are no single character."""
-
-
 class Watchdog:
     """Holds the robot when no action comes in time, and stops it for good when none comes for long.
 
-    It lives in a thread of its own, so a policy that hangs cannot hold it up. It begins with the first
-    command: a robot that was never told anything is left alone. Use it as a context manager.
+    It runs in its own thread, so a policy that hangs cannot delay it, and begins with the first command. Use
+    it as a context manager.
 
     Args:
         safety: The filter that all commands pass.
-        send: Gives a command to the robot; must be safe to call from another thread.
+        send: Sends a command to the robot; must be safe to call from another thread.
         hold_after: Seconds without a command after which the robot is brought to rest.
         stop_after: Seconds without a command after which it is stopped for good.
-        on_stop: Called once when the robot was stopped, by this watchdog or by anybody else.
+        on_stop: Called once, with the reason, when the filter has stopped for any reason.
     """
 
     def __init__(
@@ -555,10 +454,8 @@ class Watchdog:
             raise ValueError(f"expected 0 < hold_after < stop_after, got {hold_after} and {stop_after}")
         self.holds = 0
         self._held_at = float("-inf")
-        self._safety = safety
-        self._send = send
+        self._safety, self._send, self._on_stop = safety, send, on_stop
         self._hold_after, self._stop_after = hold_after, stop_after
-        self._on_stop = on_stop
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -566,17 +463,15 @@ class Watchdog:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._ended.set()
         self._thread.join(timeout=5.0)
 
     def _watch(self) -> None:
-        told = False
+        reported = False
         while not self._ended.wait(self._safety.period / 2):
-            if self._safety.stopped is not None and not told:
-                told = True
+            if self._safety.stopped is not None and not reported:
+                reported = True
                 self._on_stop(self._safety.stopped)
             last = self._safety.last_action
             if last is None:
@@ -584,9 +479,8 @@ class Watchdog:
             idle = time.monotonic() - last
             if idle > self._stop_after:
                 self._safety.stop(f"no action for {self._stop_after} s")
-            late = idle > self._hold_after or (
-                self._safety.stopped is not None and idle > self._safety.period
-            )
+            is_stopped = self._safety.stopped is not None
+            late = idle > self._hold_after or (is_stopped and idle > self._safety.period)
             # One hold a control step, as commands come: faster ones would queue up before the next action.
             if late and time.monotonic() - self._held_at > 0.75 * self._safety.period:
                 self._hold(f"no action for {idle:.2f} s")
@@ -599,27 +493,24 @@ class Watchdog:
         self.holds += 1
         try:
             self._send(command)
-        except (OSError, RuntimeError) as error:  # a bus or a connection that fails must not end the watch
+        except (OSError, RuntimeError) as error:  # a bus or connection error must not end the watchdog
             logger.error("the watchdog cannot reach the robot: %s", error)
 
 
 class EmergencyStop:
-    """Stops the robot for good when a signal comes or a key is pressed.
+    """Stops the robot for good at a signal (SIGUSR1: `kill -USR1 <process>`, or SIGTERM) or a key.
 
-    The signals (SIGUSR1: `kill -USR1 <process>`, and SIGTERM) and the key are each read by a thread: neither
-    waits for a policy that computes. Use it as a context manager, in the main thread.
+    Signals and keys are read by threads, so they do not wait for a policy that computes. Use it as a context
+    manager, in the main thread.
 
     Args:
         stop: Called with the reason.
-        key: Name of the key (LeRobot's names: `space`, `esc`, or one character); read from the terminal, if
-            there is one.
-        others: What other keys do; the terminal has one reader only.
-
-    Raises:
-        ValueError: If a key has a name that no terminal sends, or two meanings.
+        key: LeRobot's name of the key (`space`, `esc`, `enter`, or one character), read from the terminal.
+        others: Actions of other keys; a terminal has one reader only.
     """
 
     SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+    NAMED_KEYS = ("space", "esc", "enter")
 
     def __init__(
         self,
@@ -628,33 +519,32 @@ class EmergencyStop:
         key: str = "space",
         others: Mapping[str, Callable[[], None]] | None = None,
     ) -> None:
+        others = others or {}
         self._stop = stop
         self._key = key.lower()
-        self._others = {name.lower(): action for name, action in (others or {}).items()}
+        self._others = {name.lower(): action for name, action in others.items()}
         names = [self._key, *self._others]
-        wrong = [name for name in names if len(name) != 1 and name not in NAMED_KEYS]
-        if wrong or len(set(names)) < 1 + len(others or {}):
+        wrong = [name for name in names if len(name) != 1 and name not in self.NAMED_KEYS]
+        if wrong or len(set(names)) < 1 + len(others):
             raise ValueError(
-                f"keys: expected different ones, each a single character or one of {', '.join(NAMED_KEYS)}; "
-                f"got {', '.join([key, *(others or {})])}"
+                "keys: expected different ones, each a single character or one of "
+                f"{', '.join(self.NAMED_KEYS)}; got {', '.join([key, *others])}"
             )
         self._listener: Any = None
 
     def __enter__(self) -> Self:
-        # Python's own handlers run between bytecodes of the main thread, which may be deep in a policy. The
-        # wake-up socket is written to at once.
+        # Python's own handlers run between bytecodes of the main thread, which a policy may block. The
+        # wake-up socket is written at once.
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
         self._wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         self._handlers = {name: signal.signal(name, lambda *_: None) for name in self.SIGNALS}
-        self._thread = threading.Thread(target=self._listen, name="emergency stop", daemon=True)
+        self._thread = threading.Thread(target=self._listen_to_signals, name="emergency stop", daemon=True)
         self._thread.start()
         self._listener = self._listen_to_keys()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for name, handler in self._handlers.items():
             signal.signal(name, handler)
         signal.set_wakeup_fd(self._wakeup)
@@ -664,7 +554,14 @@ class EmergencyStop:
         if self._listener is not None:
             self._listener.stop()
 
-    def _listen(self) -> None:
+    def press(self, key: str) -> None:
+        """Handle a key of the terminal."""
+        if key.lower() == self._key:
+            self._stop(f"emergency stop by key {self._key!r}")
+        elif key.lower() in self._others:
+            self._others[key.lower()]()
+
+    def _listen_to_signals(self) -> None:
         while received := self._reader.recv(64):
             for name in self.SIGNALS:
                 if name in received:
@@ -680,9 +577,31 @@ class EmergencyStop:
         listener.start()
         return listener
 
-    def press(self, key: str) -> None:
-        """Take a key from the terminal."""
-        if key.lower() == self._key:
-            self._stop(f"emergency stop by key {self._key!r}")
-        elif key.lower() in self._others:
-            self._others[key.lower()]()
+
+@dataclass
+class SafetyStep(RobotActionProcessorStep):
+    """Passes each robot action through a `SafetyFilter`; must be the last step of a pipeline."""
+
+    safety: SafetyFilter
+
+    def action(self, action: RobotAction) -> RobotAction:
+        """Return the command for an action."""
+        observation: dict[str, Any] | None = self.transition.get(TransitionKey.OBSERVATION)
+        return self.safety.command(action, observation or {})
+
+    def transform_features(
+        self, features: dict[PipelineFeatureType, dict[str, PolicyFeature]]
+    ) -> dict[PipelineFeatureType, dict[str, PolicyFeature]]:
+        """Return the features unchanged."""
+        return features
+
+
+def safe_action_pipeline(
+    safety: SafetyFilter,
+) -> RobotProcessorPipeline[tuple[RobotAction, RobotObservation], RobotAction]:
+    """Return a `robot_action_processor` for LeRobot with the safety layer as its only step."""
+    return RobotProcessorPipeline[tuple[RobotAction, RobotObservation], RobotAction](
+        steps=[SafetyStep(safety)],
+        to_transition=robot_action_observation_to_transition,
+        to_output=transition_to_robot_action,
+    )

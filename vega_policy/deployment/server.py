@@ -34,18 +34,7 @@ from websockets.http11 import Response
 from websockets.typing import Subprotocol
 
 from vega_policy.deployment import protocol
-from vega_policy.deployment.protocol import (
-    ActionsMessage,
-    Array,
-    ErrorMessage,
-    Hello,
-    MessageLimits,
-    ProtocolError,
-    Request,
-    RTCContext,
-    ServedDescription,
-    read_token,
-)
+from vega_policy.deployment.protocol import ErrorMessage, MessageLimits, ProtocolError, RTCContext
 from vega_policy.evaluation.evaluate import choose_device
 from vega_policy.evaluation.policies import (
     ChunkPolicy,
@@ -67,15 +56,8 @@ DEFAULT_LIMITS = MessageLimits(8 * 2**20, rows=16, frame_side=1280, requests_per
 class ServablePolicy(ChunkPolicy, Protocol):
     """A chunk policy that a server can offer."""
 
-    @property
-    def fingerprint(self) -> str:
-        """Hash over the checkpoint's files."""
-        ...
-
-    @property
-    def supports_rtc(self) -> bool:
-        """Whether `chunk` accepts an `RTCContext`."""
-        ...
+    fingerprint: str  # hash over the checkpoint's files
+    supports_rtc: bool  # whether `chunk` accepts an `RTCContext`
 
     def chunk(
         self, batch: ObservationBatch, noise: np.ndarray | None, rtc: RTCContext | None = None
@@ -102,12 +84,7 @@ class ServerSettings:
     grace_seconds: float = 10.0  # time that a shutdown waits for running requests
 
     def __post_init__(self) -> None:
-        """Refuse settings that open the server to everybody.
-
-        Raises:
-            ValueError: If it listens beyond loopback without a token, the token is short, or only one of the
-                two TLS files is given.
-        """
+        """Refuse settings that open the server to everybody, and half a TLS configuration."""
         if not is_loopback(self.host) and self.token is None:
             raise ValueError(
                 f"a server on {self.host!r} can be reached from other machines and needs a token: give "
@@ -125,12 +102,7 @@ class ServerSettings:
             )
 
     def tls(self) -> ssl.SSLContext | None:
-        """Return the TLS context; None without certificate.
-
-        Raises:
-            FileNotFoundError: If a file is missing.
-            ssl.SSLError: If the files do not belong together.
-        """
+        """Return the TLS context; None without certificate, an OSError if the files are unusable."""
         if self.certificate is None:
             return None
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -153,7 +125,7 @@ def read_server_settings(config: dict[str, Any]) -> ServerSettings:
     )
     limits = msgspec.convert(values.pop("limits"), MessageLimits)
     return ServerSettings(
-        **values, token=read_token(token_file), certificate=certificate, key=key, limits=limits
+        **values, token=protocol.read_token(token_file), certificate=certificate, key=key, limits=limits
     )
 
 
@@ -214,7 +186,7 @@ class PolicyServer:
         self.settings = settings
         self.metrics = ServerMetrics()
         self._policy = policy
-        self._served = ServedDescription(
+        self._served = protocol.ServedDescription(
             **asdict(policy.description),
             fingerprint=policy.fingerprint,
             noise_shape=policy.noise_shape,
@@ -225,20 +197,13 @@ class PolicyServer:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="policy")
 
     async def run(self, stop: asyncio.Event, started: Callable[[int], None] | None = None) -> None:
-        """Serve until `stop` is set; then let running requests finish, and close.
+        """Serve until `stop` is set, then let running requests finish; an OSError if the address is taken.
 
-        Args:
-            stop: Ends the server.
-            started: Called with the port once clients can connect.
-
-        Raises:
-            OSError: If the address is taken.
+        `started` is called with the port once clients can connect.
         """
         settings = self.settings
         tls = settings.tls()
-        only_with_tls: dict[str, Any] = (
-            {} if tls is None else {"ssl_handshake_timeout": settings.handshake_seconds}
-        )
+        only_with_tls: dict[str, Any] = {"ssl_handshake_timeout": settings.handshake_seconds} if tls else {}
         limited = partial(
             _LimitedConnection,
             max_connections=settings.connections,
@@ -327,7 +292,7 @@ class PolicyServer:
         self._sessions.add(session)
         self.metrics.sessions.set(len(self._sessions))
         try:
-            hello = Hello(protocol.VERSION, session.secret, self._served, self.settings.limits)
+            hello = protocol.Hello(protocol.VERSION, session.secret, self._served, self.settings.limits)
             await connection.send(protocol.encode(hello))
             while not self._stopping and session.faults < self.settings.faults:
                 await self._exchange(session)
@@ -361,7 +326,7 @@ class PolicyServer:
 
     async def _answer(
         self, session: _Session, data: str | bytes, start: float
-    ) -> ActionsMessage | ErrorMessage:
+    ) -> protocol.ActionsMessage | ErrorMessage:
         sequence, limits = None, self.settings.limits
         try:
             if not session.spend(limits.requests_per_second):
@@ -374,10 +339,10 @@ class PolicyServer:
             if error.code in ("malformed", "session", "sequence"):
                 session.faults += 1
             return ErrorMessage(sequence, error.code, str(error)[:1000])
-        packed = Array.pack(actions, "<f4")
-        return ActionsMessage(sequence, packed, model_seconds, time.perf_counter() - start)
+        packed = protocol.Array.pack(actions, "<f4")
+        return protocol.ActionsMessage(sequence, packed, model_seconds, time.perf_counter() - start)
 
-    async def _predict(self, request: Request) -> tuple[np.ndarray, float]:
+    async def _predict(self, request: protocol.Request) -> tuple[np.ndarray, float]:
         """Return the actions and the seconds spent in the policy; ProtocolError if it failed."""
 
         def predict() -> tuple[np.ndarray, float]:
