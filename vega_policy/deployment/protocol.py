@@ -37,7 +37,7 @@ SESSION_BYTES = 16
 
 Count = Annotated[int, Meta(ge=1, le=2**31)]
 Size = Annotated[int, Meta(ge=0, le=2**31)]
-Sequence63 = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+SequenceNumber = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Name = Annotated[str, Meta(max_length=512)]
 Names = Annotated[tuple[Name, ...], Meta(max_length=16)]
 Session = Annotated[bytes, Meta(min_length=SESSION_BYTES, max_length=SESSION_BYTES)]
@@ -109,7 +109,7 @@ class MessageLimits(Schema):
 
 
 class ServedDescription(Schema):
-    """The served policy: the fields of `PolicyDescription`, and those of a `ServablePolicy`."""
+    """The served policy: the fields of `PolicyDescription`, and those of `ServedPolicy`."""
 
     name: Name
     prior: Name
@@ -151,7 +151,7 @@ class PredictMessage(Schema, tag_field="type", tag="predict"):
     """A request."""
 
     session: bytes
-    sequence: Sequence63
+    sequence: SequenceNumber
     frames: Annotated[dict[Name, Array], Meta(max_length=16)]
     state: Array
     instructions: Annotated[list[Name], Meta(min_length=1, max_length=1024)]
@@ -162,7 +162,7 @@ class PredictMessage(Schema, tag_field="type", tag="predict"):
 class ActionsMessage(Schema, tag_field="type", tag="actions"):
     """An answer: a chunk for each row, and the seconds spent in the model and on the server in all."""
 
-    sequence: Sequence63
+    sequence: SequenceNumber
     actions: Array
     model_seconds: float
     server_seconds: float
@@ -171,7 +171,7 @@ class ActionsMessage(Schema, tag_field="type", tag="actions"):
 class ErrorMessage(Schema, tag_field="type", tag="error"):
     """A refusal."""
 
-    sequence: Sequence63 | None
+    sequence: SequenceNumber | None
     code: Name
     message: str
 

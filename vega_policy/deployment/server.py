@@ -53,7 +53,7 @@ MIN_TOKEN_LENGTH = 24
 DEFAULT_LIMITS = MessageLimits(8 * 2**20, rows=16, frame_side=1280, requests_per_second=50.0)
 
 
-class ServablePolicy(ChunkPolicy, Protocol):
+class ServedPolicy(ChunkPolicy, Protocol):
     """A chunk policy that a server can offer."""
 
     fingerprint: str  # hash over the checkpoint's files
@@ -164,7 +164,7 @@ def serve_forever(config: Any) -> None:
     asyncio.run(run())
 
 
-def warm_up(policy: ServablePolicy, side: int) -> None:
+def warm_up(policy: ServedPolicy, side: int) -> None:
     """Predict once from black frames of a size, so that the first client does not wait for compilation."""
     description = policy.description
     shape = (*description.frame_axes(1), side, side, 3)
@@ -182,7 +182,7 @@ class PolicyServer:
     predicts, one request after the other.
     """
 
-    def __init__(self, policy: ServablePolicy, settings: ServerSettings) -> None:
+    def __init__(self, policy: ServedPolicy, settings: ServerSettings) -> None:
         self.settings = settings
         self.metrics = ServerMetrics()
         self._policy = policy
@@ -429,7 +429,7 @@ class _LimitedConnection(ServerConnection):
         self.transport.abort()
 
 
-class ServedPolicy:
+class ServedCheckpoint:
     """A LeRobot policy with its checkpoint's fingerprint and, for VEGA, real-time chunking."""
 
     def __init__(self, chunks: LeRobotChunkPolicy, fingerprint: str) -> None:
@@ -472,7 +472,7 @@ class ServedPolicy:
         return self._chunks.postprocessor(actions).float().cpu().numpy()
 
 
-def load_served_policy(path: Path, *, device: str, action_steps: int | None = None) -> ServedPolicy:
+def load_served_policy(path: Path, *, device: str, action_steps: int | None = None) -> ServedCheckpoint:
     """Load a checkpoint to be served; arguments and errors as of `load_lerobot_policy`.
 
     Args:
@@ -482,4 +482,4 @@ def load_served_policy(path: Path, *, device: str, action_steps: int | None = No
     """
     folder = find_checkpoint(path)
     chunks = load_lerobot_policy(folder, device=device, action_steps=action_steps)
-    return ServedPolicy(chunks, checkpoint_fingerprint(folder))
+    return ServedCheckpoint(chunks, checkpoint_fingerprint(folder))
