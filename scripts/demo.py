@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from vega_policy.evaluation.episodes import write_json
+from vega_policy.run_dir import write_json
 
 SCRIPTS = Path(__file__).resolve().parent
 OUTPUT = Path("outputs/demo")
@@ -27,7 +27,7 @@ STAGES = {
         "eval_policy.py",
         f"checkpoint={OUTPUT}/train/checkpoints/last",
         "env=lift_wide",
-        "ablation=[none,blind]",
+        "ablations=[none,blind]",
         f"output_dir={OUTPUT}/eval",
     ],
 }

@@ -11,7 +11,7 @@ from tests.policies import CAMERAS, batch, tiny_config
 from tests.prior_checkpoints import write_checkpoint
 from tests.synthetic_dataset import REPO_ID, write_dataset
 from vega_policy.evaluation.ablations import BlindPolicy
-from vega_policy.evaluation.env_worker import Slot, Stage
+from vega_policy.evaluation.env_worker import EnvRunner, TaskEnv
 from vega_policy.evaluation.policies import (
     LeRobotChunkPolicy,
     ObservationBatch,
@@ -84,21 +84,21 @@ def test_the_evaluation_builds_the_clips_that_lerobots_dataset_gives_in_training
     recorded = [clips[row][CAMERAS[0]][-1].permute(1, 2, 0) for row in range(7)]
     recorded = [(frame * 255).round().to(torch.uint8).numpy() for frame in recorded]
     chunked = LeRobotChunkPolicy(policy, lambda inputs: inputs, lambda actions: actions)
-    slot = Slot(
-        Stage(lambda *_, **__: Recorded(recorded), {}),
+    runner = EnvRunner(
+        TaskEnv(lambda *_, **__: Recorded(recorded), {}),
         keep_states=False,
         history=chunked.description.history,
     )
     start = {"suite": "recorded", "task_index": 0, "seed": 0, "initial_state": None}
     for _ in range(2):  # the second episode must not remember the first
-        report = slot.advance({"actions": None, "episode": start})
-        slot.stage.environment.reset()
+        report = runner.advance({"actions": None, "episode": start})
+        runner.env.environment.reset()
         for row in range(0, 7, executed):
             batch = stack_observations([report["observation"]], [CAMERAS[0]])
             seen = to_lerobot(batch, chunked.description)[CAMERAS[0]]
             torch.testing.assert_close(seen[0], clips[row][CAMERAS[0]], rtol=0, atol=1e-6)
             if row + executed < 7:
-                report = slot.advance({"actions": np.zeros((executed, 7)), "episode": None})
+                report = runner.advance({"actions": np.zeros((executed, 7)), "episode": None})
 
 
 def test_a_policy_of_histories_is_evaluated_on_clips_and_blinded_on_as_many(policy):

@@ -19,7 +19,7 @@ from vega_policy.evaluation.ablations import (
     shuffle_tokens,
 )
 from vega_policy.evaluation.env_pool import EnvironmentFactory
-from vega_policy.evaluation.evaluate import warn_of_other_pictures
+from vega_policy.evaluation.evaluate import warn_of_other_frames
 from vega_policy.evaluation.policies import find_checkpoint, load_lerobot_policy
 from vega_policy.model.config import PriorConfig
 from vega_policy.modeling_vega import VegaPolicy
@@ -110,7 +110,7 @@ def test_a_row_is_given_the_features_of_another_episode_now_or_from_its_beginnin
     lonely = Features(first.semantic, originals[0].clone(), [1])
     now(lonely)
     assert torch.equal(lonely.prior[1], originals[1][2]), "an ended episode's last features stay known"
-    with pytest.raises(ValueError, match="at least 2 slots"):
+    with pytest.raises(ValueError, match="at least 2 rows"):
         NeighboursPrior(first_frames=False)(Features(first.semantic, originals[0], [1]))
 
 
@@ -131,7 +131,7 @@ def test_pictures_other_than_those_trained_on_are_warned_of(tmp_path, caplog):
     (dataset / "meta" / "vega.json").write_text('{"settings": {"rendering": "fast", "frame_size": 128}}')
     (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump({"dataset": {"root": str(dataset)}}))
     with caplog.at_level(logging.WARNING):
-        warn_of_other_pictures(checkpoint, EnvironmentFactory("envs.make", 128, "fast"))
+        warn_of_other_frames(checkpoint, EnvironmentFactory("envs.make", 128, "fast"))
         assert not caplog.records
-        warn_of_other_pictures(checkpoint, EnvironmentFactory("envs.make", 128, "full"))
+        warn_of_other_frames(checkpoint, EnvironmentFactory("envs.make", 128, "full"))
     assert "rendering=fast, but is evaluated with rendering=full" in caplog.text

@@ -17,7 +17,7 @@ from vega_policy.evaluation.compare import (
     results_table,
     success,
 )
-from vega_policy.evaluation.episodes import EpisodeResult, RunFolder
+from vega_policy.evaluation.episodes import EpisodeResult, EvaluationFolder
 from vega_policy.evaluation.stats import wilson_interval
 
 
@@ -39,7 +39,7 @@ def write(folder, solved, ablation="none", tasks=2, suite=None, **settings):
         )
         for i, s in enumerate(solved)
     ]
-    run = RunFolder(folder, {"suite": folder.name, **settings})
+    run = EvaluationFolder(folder, {"suite": folder.name, **settings})
     run.add(results)
     run.close()
 
@@ -202,7 +202,7 @@ def test_one_checkpoint_is_no_second_training_even_if_its_episodes_ended_otherwi
 def test_what_was_not_played_alike_is_said(tmp_path, monkeypatch, capsys):
     for policy, size in (("a", 128), ("b", 256)):
         write(tmp_path / policy / "seed_0/lift", first_of(20, 9), frame_size=size, rendering="fast")
-    unlike = "Not played alike, frame_size: a 128, b 256 (seed_0/lift)."
+    unlike = "Evaluated differently, frame_size: a 128, b 256 (seed_0/lift)."
     table = run(monkeypatch, capsys, tmp_path / "a", tmp_path / "b")
     assert unlike in table
     assert "rendering" not in table
@@ -212,10 +212,10 @@ def test_what_was_not_played_alike_is_said(tmp_path, monkeypatch, capsys):
     (tmp_path / "b/seed_0/lift/settings.json").unlink()
     numbers = tmp_path / "numbers.json"
     table = run(monkeypatch, capsys, tmp_path / "a", tmp_path / "b", f"json={numbers}")
-    unknown = "Whether it was played alike is not known: b lacks settings.json (seed_0/lift)."
+    unknown = "Conditions unknown: b has no settings.json (seed_0/lift)."
     assert unknown in table
     assert unknown in json.loads(numbers.read_text())["notes"]
-    assert "Not played alike" not in table
+    assert "Evaluated differently" not in table
 
 
 def test_the_action_steps_that_were_executed_are_compared(tmp_path):
@@ -223,7 +223,7 @@ def test_the_action_steps_that_were_executed_are_compared(tmp_path):
         write(tmp_path / policy / "seed_0/lift", first_of(20, 9), action_steps=None)
         (tmp_path / policy / "seed_0/lift/summary.json").write_text(json.dumps({"action_steps": steps}))
     notes = compare_policies([one(tmp_path / "a"), one(tmp_path / "b")]).numbers()["notes"]
-    assert "Not played alike, action_steps: a 4, b 8 (seed_0/lift)." in notes
+    assert "Evaluated differently, action_steps: a 4, b 8 (seed_0/lift)." in notes
 
 
 def test_a_folder_is_not_compared_with_itself(main_pair, monkeypatch, capsys):

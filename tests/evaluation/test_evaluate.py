@@ -23,16 +23,16 @@ from vega_policy.evaluation.env_worker import state_hash
 from vega_policy.evaluation.episodes import (
     FIRST_SEED,
     Episode,
-    OtherRunError,
     plan_episodes,
+    queue_episodes,
     read_episodes,
-    slot_queues,
 )
 from vega_policy.evaluation.evaluate import Evaluation
 from vega_policy.evaluation.policies import IncompatiblePolicyError, ObservationBatch, PolicyDescription
-from vega_policy.evaluation.report import table
+from vega_policy.evaluation.report import format_summary
 from vega_policy.evaluation.rollout import Rollout, episode_noise
 from vega_policy.evaluation.stats import wilson_interval
+from vega_policy.run_dir import OtherRunError
 
 FACTORY = EnvironmentFactory(
     "tests.evaluation.test_world.make_without_torch", frame_size=32, rendering="fast"
@@ -41,7 +41,7 @@ MEAN_FRAME = np.full((32, 32, 3), 7, np.uint8)
 
 
 class GoalSeeker:
-    """Reads the goal from the camera and walks there, slowed and shaken by the noise it is given."""
+    """Reads the goal from the camera and walks there, with its noise added."""
 
     reads_frames = True
     noise_shape = (6, 2)
@@ -221,7 +221,7 @@ def test_rows_keep_their_place_and_idle_rows_are_zero(tmp_path):
         pool.open(render=True, keep_states=False)
         plan = plan_episodes(world.tasks("near"), 3, 0, official_states=False)
         queues = [deque([plan[0]]), deque(), deque(plan[1:])]
-        ended = [end.episode.index for end in Rollout(policy, pool, 4).play(queues)]
+        ended = [end.episode.index for end in Rollout(policy, pool).run(queues)]
     assert sorted(ended) == [0, 1, 2]
     for batch, noise in zip(policy.batches, policy.noises, strict=True):
         assert batch.state.shape == (3, 2)
@@ -235,7 +235,7 @@ def test_rows_keep_their_place_and_idle_rows_are_zero(tmp_path):
 
 def test_a_slot_plays_the_same_episodes_whatever_is_finished():
     plan = plan_episodes(world.tasks("near"), 7, 0, official_states=False)
-    queues = slot_queues(plan, 3, finished={plan[0].key, plan[4].key})
+    queues = queue_episodes(plan, 3, finished={plan[0].key, plan[4].key})
     assert [[episode.index for episode in queue] for queue in queues] == [[1, 2], [3], [5, 6]]
 
 
@@ -244,7 +244,7 @@ def test_different_seeds_share_no_episode_and_official_states_are_passed_on():
     first, second = (plan_episodes(tasks, 10_000, seed, official_states=True) for seed in (0, 1))
     assert not {episode.seed for episode in first} & {episode.seed for episode in second}
     assert first[0].seed == FIRST_SEED
-    assert first[49].order()["initial_state"] == 49
+    assert first[49].spec()["initial_state"] == 49
 
 
 def test_official_states_that_do_not_exist_are_refused():
@@ -278,7 +278,7 @@ def test_the_summary_counts_what_the_episodes_say(finished):
     assert summary["blind_success_rate"] < summary["success_rate"]
     assert {"ci_low", "ci_high", "prior", "seconds_total", "episodes"} <= summary.keys()
     assert summary["latency"]["batch_size"] == 4
-    assert "far" in table(summary)
+    assert "far" in format_summary(summary)
 
 
 def test_films_show_the_whole_episode_and_the_page_links_what_exists(finished):
@@ -304,12 +304,12 @@ def test_films_show_the_whole_episode_and_the_page_links_what_exists(finished):
 
 def test_other_settings_in_the_same_folder_are_refused_by_name(finished, tmp_path):
     folder, _ = finished
-    with pytest.raises(OtherRunError, match=r"seed: 0 there, 5 now") as refusal:
+    with pytest.raises(OtherRunError, match=r"seed \(stored: 0, received: 5\)") as refusal:
         evaluate(folder, ablations=("none", "blind"), videos=2, seed=5, provenance={"checkpoint": "other"})
-    assert "checkpoint: 'seeker' there, 'other' now" in str(refusal.value)
+    assert "checkpoint (stored: 'seeker', received: 'other')" in str(refusal.value)
     assert "num_envs" not in str(refusal.value)
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(OtherRunError, match="choose another folder"):
+    with pytest.raises(OtherRunError, match="expected an empty or new folder, found notes"):
         evaluate(tmp_path)
 
 
@@ -337,7 +337,7 @@ def test_a_policy_that_does_not_fit_the_environment_is_refused(tmp_path, change,
     ("spoil", "message"),
     [
         (lambda chunk: chunk[:, :3], r"at least 4, 2\], got \[4, 3, 2\]"),
-        (lambda chunk: chunk * np.nan, r"not finite .* rows \[0, 1, 2, 3\]"),
+        (lambda chunk: chunk * np.nan, r"finite actions, .* rows \[0, 1, 2, 3\]"),
     ],
 )
 def test_a_bad_chunk_is_refused(tmp_path, spoil, message):
@@ -354,7 +354,7 @@ def test_a_bad_chunk_is_refused(tmp_path, spoil, message):
     [
         ({"ablations": ("blnd",)}, "did you mean blind"),
         ({"ablations": ()}, "one or more"),
-        ({"num_envs": 0}, "slots of at least 1, got 0"),
+        ({"num_envs": 0}, "num_envs of at least 1, got 0"),
         ({"tasks": (0, 4)}, r"index \[4\].*0 near, 1 far"),
         ({"seed": -1}, "seed of at least 0"),
         ({"episodes_per_task": 0}, "episodes_per_task in"),

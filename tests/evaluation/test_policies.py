@@ -17,8 +17,8 @@ from safetensors.numpy import save_file
 
 from tests.evaluation.test_world import CAMERA
 from tests.policies import CAMERAS, tiny_config
-from vega_policy.evaluation.episodes import OtherRunError, read_episodes
-from vega_policy.evaluation.evaluate import launch
+from vega_policy.evaluation.episodes import read_episodes
+from vega_policy.evaluation.evaluate import evaluate_checkpoint
 from vega_policy.evaluation.policies import (
     ObservationBatch,
     checkpoint_fingerprint,
@@ -28,6 +28,7 @@ from vega_policy.evaluation.policies import (
 )
 from vega_policy.model.config import PriorConfig
 from vega_policy.modeling_vega import VegaPolicy
+from vega_policy.run_dir import OtherRunError
 
 CONFIGS = str(Path(__file__).parents[2] / "configs")
 STATISTICS = {
@@ -205,7 +206,8 @@ def test_a_policy_that_draws_its_own_noise_is_repeatable_and_leaves_the_global_g
 
 
 def test_the_command_evaluates_a_checkpoint_and_its_blind_ablation(act, tmp_path):
-    summary = launch(evaluation_config(act, tmp_path / "run", "ablation=[none,blind]", "processes=2"))
+    config = evaluation_config(act, tmp_path / "run", "ablations=[none,blind]", "processes=2")
+    summary = evaluate_checkpoint(config)
     assert summary["policy"] == "act"
     assert {result.ablation for result in read_episodes(tmp_path / "run")} == {"none", "blind"}
     assert len(read_episodes(tmp_path / "run")) == 12
@@ -215,7 +217,7 @@ def test_the_command_evaluates_a_checkpoint_and_its_blind_ablation(act, tmp_path
 
 
 def test_retrained_weights_are_not_mixed_into_an_old_evaluation(act, tmp_path):
-    launch(evaluation_config(act, tmp_path / "run", "tasks=[0]"))
+    evaluate_checkpoint(evaluation_config(act, tmp_path / "run", "tasks=[0]"))
     weights = act / "pretrained_model" / "model.safetensors"
     original = weights.read_bytes()
     before = checkpoint_fingerprint(weights.parent)
@@ -223,14 +225,14 @@ def test_retrained_weights_are_not_mixed_into_an_old_evaluation(act, tmp_path):
         weights.write_bytes(original[:-1] + bytes([original[-1] ^ 1]))
         assert checkpoint_fingerprint(weights.parent) != before
         with pytest.raises(OtherRunError, match="checkpoint_sha256"):
-            launch(evaluation_config(act, tmp_path / "run", "tasks=[0]"))
+            evaluate_checkpoint(evaluation_config(act, tmp_path / "run", "tasks=[0]"))
     finally:
         weights.write_bytes(original)
 
 
 def test_a_policy_of_other_cameras_is_refused_with_both_lists(vega, tmp_path):
     with pytest.raises(ValueError, match=r"images\.image2.*offers \['observation\.images\.image'\]"):
-        launch(evaluation_config(vega, tmp_path / "run"))
+        evaluate_checkpoint(evaluation_config(vega, tmp_path / "run"))
 
 
 def test_a_missing_checkpoint_says_what_was_expected_and_found(tmp_path):

@@ -7,10 +7,11 @@ import pytest
 from tests.evaluation import test_world as world
 from tests.evaluation.test_evaluate import FACTORY, MEAN_FRAME, GoalSeeker, evaluate, settings
 from vega_policy.evaluation.ablations import BlindPolicy
-from vega_policy.evaluation.env_pool import Shard, WorkerPool
-from vega_policy.evaluation.episodes import FolderInUseError, OtherRunError, read_episodes
+from vega_policy.evaluation.env_pool import WorkerPool
+from vega_policy.evaluation.episodes import Shard, read_episodes
 from vega_policy.evaluation.evaluate import Evaluation
-from vega_policy.evaluation.report import table
+from vega_policy.evaluation.report import format_summary
+from vega_policy.run_dir import FolderInUseError, OtherRunError
 
 PROVENANCE = {"checkpoint": "seeker"}
 
@@ -47,13 +48,13 @@ def test_both_averages_of_a_grouped_suite_are_reported(tmp_path):
     numbers = summary["ablations"]["none"]
     rates = [row["success_rate"] for row in numbers["tasks"].values()]
     assert numbers["mean_of_tasks"] == numbers["mean_of_groups"] == sum(rates) / 2
-    assert "mean of difficulty groups" in table(summary)
+    assert "mean of difficulty groups" in format_summary(summary)
     assert "mean of difficulty groups" in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_shards_of_other_settings_are_not_gathered(tmp_path):
     play(tmp_path / "parts", Shard(0, 2))
-    with pytest.raises(OtherRunError, match="episodes_per_task: 7 there, 3 now"):
+    with pytest.raises(OtherRunError, match=r"episodes_per_task \(stored: 7, received: 3\)"):
         play(tmp_path / "parts", episodes_per_task=3)
 
 
@@ -61,14 +62,14 @@ def test_a_shard_that_does_not_exist_and_an_ablation_across_rows_are_refused(tmp
     with pytest.raises(ValueError, match=r"expected shard in \[0, 1\] with shards=2, got 2"):
         Shard(2, 2)
     chosen = settings(ablations=("prior_batch",))
-    with pytest.raises(ValueError, match=r"\['prior_batch'\].*cannot be played in shards"):
+    with pytest.raises(ValueError, match=r"\['prior_batch'\].*cannot be run in shards"):
         Evaluation(chosen, world.tasks(chosen.suite), tmp_path, PROVENANCE, Shard(0, 2))
 
 
 def test_two_evaluations_do_not_write_into_one_folder(tmp_path):
     chosen = settings()
     holder = Evaluation(chosen, world.tasks(chosen.suite), tmp_path / "run", PROVENANCE)
-    with pytest.raises(FolderInUseError, match=r"another process is evaluating into .*run"):
+    with pytest.raises(FolderInUseError, match=r"run is in use by process"):
         evaluate(tmp_path / "run")
     with WorkerPool(FACTORY, 1) as pool:
         holder.run({"none": GoalSeeker()}, pool)

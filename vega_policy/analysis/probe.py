@@ -42,7 +42,7 @@ from vega_policy.analysis.spatial_qa_model import (
 )
 from vega_policy.analysis.sweep import SceneSet, Sweep, comparison_readers, sweep
 from vega_policy.data.scenes import Scene, load_scene
-from vega_policy.evaluation.report import encode
+from vega_policy.evaluation.videos import encode_video
 from vega_policy.model.observation import resize
 from vega_policy.priors import has_trained_weights, resolve
 
@@ -212,7 +212,7 @@ def film_episode(folder: Path, settings: ProbeSettings, model: AnswerModel) -> d
         return {}
     frames = episode.scene.views.frames
     film = np.stack([pictures.gate_over(frame, gate) for frame, gate in zip(frames, gates, strict=True)])
-    (folder / "gate.mp4").write_bytes(encode(film))
+    (folder / "gate.mp4").write_bytes(encode_video(film))
     write_recording(folder / "episode.rrd", episode, gates)
     return {"film": folder / "gate.mp4", "recording": folder / "episode.rrd"}
 

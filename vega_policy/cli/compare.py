@@ -19,7 +19,7 @@ FIELDS = {
 def run(config: DictConfig) -> str:
     """Return paired differences in success, first minus second, with McNemar's exact test."""
     from vega_policy.evaluation.compare import evaluations_below
-    from vega_policy.evaluation.episodes import write_json
+    from vega_policy.run_dir import write_json
 
     folders = [Path(folder) for folder in config.folders]
     if len(folders) < 2:

@@ -49,8 +49,7 @@ from vega_policy.deployment.safety import (
     safe_action_pipeline,
 )
 from vega_policy.evaluation.env_worker import resolve
-from vega_policy.evaluation.evaluate import choose_device
-from vega_policy.evaluation.policies import find_checkpoint
+from vega_policy.evaluation.policies import choose_device, find_checkpoint
 from vega_policy.modeling_vega import VegaPolicy
 
 logger = logging.getLogger(__name__)

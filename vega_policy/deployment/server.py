@@ -35,12 +35,12 @@ from websockets.typing import Subprotocol
 
 from vega_policy.deployment import protocol
 from vega_policy.deployment.protocol import ErrorMessage, MessageLimits, ProtocolError, RTCContext
-from vega_policy.evaluation.evaluate import choose_device
 from vega_policy.evaluation.policies import (
     ChunkPolicy,
     LeRobotChunkPolicy,
     ObservationBatch,
     checkpoint_fingerprint,
+    choose_device,
     find_checkpoint,
     load_lerobot_policy,
     to_lerobot,

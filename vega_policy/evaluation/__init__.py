@@ -1,5 +1,5 @@
-"""Closed-loop evaluation: one batched policy, simulators in worker processes, statistics, videos, a report.
+"""Closed-loop evaluation: batched rollouts in worker processes, ablations, statistics, comparison, report.
 
-A row of the policy's batch is a *slot*. Slot s plays episodes s, s + N, s + 2N, ... and keeps its place in
-the batch, so that a result depends on neither the number of processes nor on what was already played.
+A row of the policy's batch is one environment. With n environments, each runs a fixed stretch of the episodes
+and keeps its row, so that results depend neither on the number of processes nor on interruptions.
 """

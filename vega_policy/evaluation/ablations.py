@@ -1,6 +1,6 @@
-"""Ablations of a trained policy: the same checkpoint evaluated with one part of its input removed.
+"""Ablations of a trained policy: the same checkpoint evaluated with part of its input removed or replaced.
 
-To add one, write a function `(policy, checkpoint) -> policy` and give it a line in `ABLATIONS`.
+An ablation is a function `(policy, checkpoint) -> policy`; to add one, give it a line in `ABLATIONS`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from einops import rearrange
+from safetensors.numpy import load_file
 from torch import Tensor
 
 from vega_policy.evaluation.policies import (
@@ -26,25 +27,60 @@ from vega_policy.modeling_vega import VegaPolicy
 MEAN_FRAMES_FILE = "mean_frames.safetensors"
 """File of a checkpoint with the mean frame of each camera of its dataset, float [3 h w] in [0, 1]."""
 
+SEED = 0  # of permutations and noise
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """An entry of `ABLATIONS`."""
+
+    apply: Callable[[ChunkPolicy, Path], ChunkPolicy]  # (policy, folder of the checkpoint's config.json)
+    meaning: str  # for the report
+    rows_independent: bool = (
+        True  # else an interrupted evaluation runs it from the start, and shards refuse it
+    )
+
+
+def check_ablations(names: Sequence[str]) -> None:
+    """Refuse unknown, repeated or no ablations.
+
+    Raises:
+        ValueError: Lists close and all known names.
+    """
+    for name in names:
+        if name not in ABLATIONS:
+            close = difflib.get_close_matches(name, ABLATIONS, n=3)
+            hint = f"did you mean {' or '.join(close)}? " if close else ""
+            raise ValueError(f"unknown ablation {name!r}; {hint}Known ablations: {', '.join(ABLATIONS)}")
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"expected one or more different ablations, got {list(names)}")
+
+
+def apply_ablation(name: str, policy: ChunkPolicy, checkpoint: Path) -> ChunkPolicy:
+    """Return the policy under an ablation; `checkpoint` is the folder of its `config.json`.
+
+    Raises:
+        ValueError: If there is no such ablation, or the policy has not the part that it replaces.
+        FileNotFoundError: If the checkpoint has no file that the ablation needs.
+    """
+    check_ablations([name])
+    return ABLATIONS[name].apply(policy, checkpoint)
+
 
 class BlindPolicy:
-    """A policy that sees the mean frame of its dataset instead of every frame."""
+    """A policy that receives the mean frame of its dataset instead of every frame."""
 
     reads_frames = False
 
     def __init__(self, policy: ChunkPolicy, mean_frames: dict[str, np.ndarray]) -> None:
-        """Blind a policy.
-
-        Args:
-            policy: The policy.
-            mean_frames: Camera key -> uint8 [h w 3].
+        """Wrap a policy; `mean_frames` are uint8 [h w 3] by camera key.
 
         Raises:
             ValueError: If a camera of the policy has no mean frame.
         """
-        cameras = policy.description.cameras
-        missing = sorted(set(cameras) - set(mean_frames))
-        if missing:
+        self.description, self.noise_shape = policy.description, policy.noise_shape
+        cameras = self.description.cameras
+        if missing := sorted(set(cameras) - set(mean_frames)):
             raise ValueError(
                 f"no mean frame for {missing}: the policy reads {sorted(cameras)}, mean frames exist for "
                 f"{sorted(mean_frames)}"
@@ -52,24 +88,13 @@ class BlindPolicy:
         self._policy = policy
         self._mean_frames = {camera: mean_frames[camera] for camera in cameras}
 
-    @property
-    def description(self) -> PolicyDescription:
-        """What the policy was trained on."""
-        return self._policy.description
-
-    @property
-    def noise_shape(self) -> tuple[int, int] | None:
-        """Shape [t a] of the policy's noise."""
-        return self._policy.noise_shape
-
     def reset(self) -> None:
-        """Forget everything."""
+        """Reset the policy."""
         self._policy.reset()
 
     def chunk(self, batch: ObservationBatch, noise: np.ndarray | None) -> np.ndarray:
         """Predict from state, instruction and mean frames; see `ChunkPolicy.chunk`."""
-        rows = len(batch.instructions)
-        axes = self.description.frame_axes(rows)
+        axes = self.description.frame_axes(len(batch.instructions))
         frames = {
             camera: np.broadcast_to(mean, (*axes, *mean.shape)) for camera, mean in self._mean_frames.items()
         }
@@ -77,191 +102,71 @@ class BlindPolicy:
 
 
 def read_mean_frames(checkpoint: Path) -> dict[str, np.ndarray]:
-    """Read the mean frames that training left in a checkpoint.
-
-    Args:
-        checkpoint: Folder of the checkpoint's `config.json`.
-
-    Returns:
-        Camera key -> uint8 [h w 3].
+    """Return the mean frames that training wrote into a checkpoint, uint8 [h w 3] by camera key.
 
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If a mean frame has another shape or range.
     """
-    from safetensors.numpy import load_file
-
     path = checkpoint / MEAN_FRAMES_FILE
     if not path.is_file():
         raise FileNotFoundError(
             f"the blind ablation needs the dataset's mean frames, but {path} does not exist; train with "
-            "scripts/train_policy.py, which writes it, or evaluate with ablation=none"
+            "scripts/train_policy.py, which writes it, or evaluate with ablations=none"
         )
-    return {camera: _as_picture(camera, mean) for camera, mean in load_file(path).items()}
-
-
-def _as_picture(camera: str, mean: np.ndarray) -> np.ndarray:
-    if mean.ndim != 3 or mean.shape[0] != 3 or not 0 <= mean.min() <= mean.max() <= 1:
-        raise ValueError(
-            f"expected the mean frame of {camera} as [3 h w] in [0, 1], got shape {mean.shape} in "
-            f"[{mean.min()}, {mean.max()}]"
-        )
-    return np.round(mean.transpose(1, 2, 0) * 255).astype(np.uint8)
-
-
-def _unchanged(policy: ChunkPolicy, checkpoint: Path) -> ChunkPolicy:
-    return policy
-
-
-def _blind(policy: ChunkPolicy, checkpoint: Path) -> ChunkPolicy:
-    return BlindPolicy(policy, read_mean_frames(checkpoint))
-
-
-def _features(name: str, *, needs_prior: bool = True) -> Callable[[ChunkPolicy, Path], ChunkPolicy]:
-    def ablation(policy: ChunkPolicy, checkpoint: Path) -> ChunkPolicy:
-        from vega_policy.evaluation import ablations as features
-
-        changes = {
-            "tokens_shuffled": lambda: features.Change(features.shuffle_tokens),
-            "prior_zero": lambda: features.Change(features.zero_prior),
-            "prior_noise": features.NoisePrior,
-            "prior_batch": lambda: features.NeighboursPrior(first_frames=False),
-            "prior_episode": lambda: features.NeighboursPrior(first_frames=True),
-        }
-        return features.FeatureAblation(policy, name, changes[name](), needs_prior=needs_prior)
-
-    return ablation
-
-
-@dataclass(frozen=True)
-class Ablation:
-    """What is taken away.
-
-    Attributes:
-        apply: Changes a policy, given the folder of its checkpoint.
-        meaning: In words, for the report.
-        rows_apart: Whether a row of the batch is played without a look at the others. Where it is not, an
-            interrupted evaluation plays the ablation from its beginning, and shards are refused.
-    """
-
-    apply: Callable[[ChunkPolicy, Path], ChunkPolicy]
-    meaning: str
-    rows_apart: bool = True
-
-
-ABLATIONS = {
-    "none": Ablation(_unchanged, "the policy as it is"),
-    "blind": Ablation(_blind, "every frame replaced by the dataset's mean frame"),
-    "tokens_shuffled": Ablation(
-        _features("tokens_shuffled", needs_prior=False), "image tokens in another order, always the same"
-    ),
-    "prior_zero": Ablation(_features("prior_zero"), "the prior's features set to zero"),
-    "prior_noise": Ablation(
-        _features("prior_noise"),
-        "the prior's features replaced by noise of their statistics",
-        rows_apart=False,
-    ),
-    "prior_batch": Ablation(
-        _features("prior_batch"), "the prior's features of another episode at the same time", rows_apart=False
-    ),
-    "prior_episode": Ablation(
-        _features("prior_episode"),
-        "the prior's features of the first frames of another episode",
-        rows_apart=False,
-    ),
-}
-"""Every ablation by name."""
-
-
-def check_ablations(names: Sequence[str]) -> None:
-    """Refuse unknown, repeated or no ablations.
-
-    Raises:
-        ValueError: With the near and all known names.
-    """
-    for name in names:
-        if name not in ABLATIONS:
-            near = difflib.get_close_matches(name, ABLATIONS, n=3)
-            hint = f"did you mean {' or '.join(near)}? " if near else ""
-            raise ValueError(f"unknown ablation {name!r}; {hint}Known ablations: {', '.join(ABLATIONS)}")
-    if not names or len(set(names)) < len(names):
-        raise ValueError(f"expected one or more different ablations, got {list(names)}")
-
-
-def apply_ablation(name: str, policy: ChunkPolicy, checkpoint: Path) -> ChunkPolicy:
-    """Return the policy under an ablation.
-
-    Args:
-        name: A key of `ABLATIONS`.
-        policy: The policy.
-        checkpoint: Folder of the checkpoint's `config.json`.
-
-    Raises:
-        ValueError: If there is no such ablation.
-        FileNotFoundError: If the checkpoint lacks a file that the ablation needs.
-    """
-    check_ablations([name])
-    return ABLATIONS[name].apply(policy, checkpoint)
-
-
-SEED = 0  # of permutations and noise
+    frames = load_file(path)
+    for camera, mean in frames.items():
+        if mean.ndim != 3 or mean.shape[0] != 3 or not 0 <= mean.min() <= mean.max() <= 1:
+            raise ValueError(
+                f"expected the mean frame of {camera} as [3 h w] in [0, 1], got shape {mean.shape} in "
+                f"[{mean.min()}, {mean.max()}]; train again"
+            )
+    return {
+        camera: np.round(mean.transpose(1, 2, 0) * 255).astype(np.uint8) for camera, mean in frames.items()
+    }
 
 
 @dataclass
 class Features:
-    """What both encoders made of a batch.
+    """Features of a batch before fusion; an ablation replaces them."""
 
-    Attributes:
-        semantic: Image features of the backbone, [b v c gh gw].
-        prior: Features of the prior, [b v d gh gw]; None without a prior.
-        active: Rows in which an episode is running.
-    """
+    semantic: Tensor  # [b v c gh gw], image features of the backbone
+    prior: Tensor | None  # [b v d gh gw]; None without a prior
+    active: list[int]  # rows in which an episode is running
 
-    semantic: Tensor
-    prior: Tensor | None
-    active: list[int]
+    def require_prior(self) -> Tensor:
+        """Return the prior's features; `FeatureAblation` has refused policies without a prior."""
+        assert self.prior is not None
+        return self.prior
 
 
 class FeatureAblation:
-    """A policy whose features are changed between its eyes and its fusion."""
+    """A VEGA policy whose features are changed between its encoders and its fusion."""
 
     reads_frames = True
 
-    def __init__(self, policy: ChunkPolicy, name: str, change: Change, *, needs_prior: bool) -> None:
-        """Change a policy.
-
-        Args:
-            policy: The policy.
-            name: Name of the ablation, for messages.
-            change: What is done to the features; called once a chunk.
-            needs_prior: Whether a policy without a prior is refused.
+    def __init__(self, policy: ChunkPolicy, name: str, change: Change, *, needs_prior: bool = True) -> None:
+        """Wrap a policy; `change` is called once a chunk, `name` is for messages.
 
         Raises:
-            ValueError: If the policy is no VEGA policy, or lacks the prior.
+            ValueError: If the policy is no VEGA policy, or has no prior although one is needed.
         """
         if not isinstance(policy, LeRobotChunkPolicy) or not isinstance(policy.policy, VegaPolicy):
             raise ValueError(
-                f"ablation {name!r} reaches into the features of a vega policy; this one is "
+                f"ablation {name!r} changes the features of a vega policy; this one is "
                 f"{policy.description.name!r}. Evaluate it with none or blind."
             )
         if needs_prior and policy.policy.model.prior is None:
             raise ValueError(
-                f"ablation {name!r} changes the prior's features, but the checkpoint has no prior"
+                f"ablation {name!r} changes the prior's features, but the checkpoint has no prior; evaluate "
+                "it with none, blind or tokens_shuffled"
             )
+        self.description: PolicyDescription = policy.description
+        self.noise_shape = policy.noise_shape
         self._policy, self._vega, self._change = policy, policy.policy, change
 
-    @property
-    def description(self) -> PolicyDescription:
-        """What the policy was trained on."""
-        return self._policy.description
-
-    @property
-    def noise_shape(self) -> tuple[int, int] | None:
-        """Shape [t a] of the policy's noise."""
-        return self._policy.noise_shape
-
     def reset(self) -> None:
-        """Forget everything."""
+        """Reset the policy and the state of the change."""
         self._policy.reset()
         self._change.reset()
 
@@ -280,10 +185,9 @@ class FeatureAblation:
 
 
 class Change:
-    """A change of features, in place; the plain one is a function without memory."""
+    """A change of features in place, given by a function without state."""
 
     def __init__(self, function: Callable[[Features], None]) -> None:
-        """Take the function."""
         self._function = function
 
     def reset(self) -> None:
@@ -295,50 +199,48 @@ class Change:
 
 
 def shuffle_tokens(features: Features) -> None:
-    """Put every image token into another place: one permutation for all views and both streams."""
-    places = features.semantic.shape[-2] * features.semantic.shape[-1]
-    order = torch.randperm(places, generator=torch.Generator().manual_seed(SEED))
-    features.semantic = _in_order(features.semantic, order)
+    """Permute the image tokens, with one permutation for all views and both streams."""
+    *_, height, width = features.semantic.shape
+    order = torch.randperm(height * width, generator=torch.Generator().manual_seed(SEED))
+
+    def permute(stream: Tensor) -> Tensor:
+        flat = rearrange(stream, "b v c h w -> b v c (h w)")[..., order.to(stream.device)]
+        return rearrange(flat, "b v c (h w) -> b v c h w", h=height)
+
     if features.prior is not None:
-        if features.prior.shape[-2:] != features.semantic.shape[-2:]:
+        if features.prior.shape[-2:] != (height, width):
             raise ValueError(
-                f"tokens can be shuffled on one grid only; semantic features lie on "
-                f"{tuple(features.semantic.shape[-2:])}, the prior's on {tuple(features.prior.shape[-2:])}"
+                "expected both streams on one token grid to shuffle them, got semantic features on "
+                f"{(height, width)} and the prior's on {tuple(features.prior.shape[-2:])}"
             )
-        features.prior = _in_order(features.prior, order)
-
-
-def _in_order(features: Tensor, order: Tensor) -> Tensor:
-    height = features.shape[-2]
-    flat = rearrange(features, "b v c h w -> b v c (h w)")[..., order.to(features.device)]
-    return rearrange(flat, "b v c (h w) -> b v c h w", h=height)
+        features.prior = permute(features.prior)
+    features.semantic = permute(features.semantic)
 
 
 def zero_prior(features: Features) -> None:
-    """Silence the prior."""
-    features.prior = torch.zeros_like(_prior(features))
+    """Replace the prior's features by zeros."""
+    features.prior = torch.zeros_like(features.require_prior())
 
 
 class NoisePrior(Change):
-    """The prior's features replaced by noise with each channel's mean and deviation over the first batch.
+    """Replaces the prior's features by noise with each channel's mean and deviation over the first batch.
 
-    Statistics of the batch at hand would let the global content of the frames through.
+    Statistics of every batch would pass on the global content of its frames.
     """
 
     def __init__(self) -> None:
         self.reset()
 
     def reset(self) -> None:
-        """Forget statistics and place in the noise."""
+        """Forget the statistics and restart the noise."""
         self._statistics: tuple[Tensor, Tensor] | None = None
         self._generator = torch.Generator().manual_seed(SEED)
 
     def __call__(self, features: Features) -> None:
         """Replace the features."""
-        prior = _prior(features)
+        prior = features.require_prior()
         if self._statistics is None:
-            first = prior[features.active].float()
-            axes = (0, 1, 3, 4)
+            first, axes = prior[features.active].float(), (0, 1, 3, 4)
             self._statistics = first.mean(axes, keepdim=True), first.std(axes, keepdim=True)
         mean, deviation = self._statistics
         noise = torch.randn(prior.shape, generator=self._generator).to(prior.device)
@@ -346,17 +248,13 @@ class NoisePrior(Change):
 
 
 class NeighboursPrior(Change):
-    """Each row is given the prior's features of another row: of the same instant, or of its first frames.
+    """Gives each row the prior's features of another row: current ones, or those of its first frames.
 
-    A row whose episode is over keeps its last features, so that there is always another one.
+    A row whose episode is over keeps its last features, so that there is always another one. With
+    `first_frames` a row's very first features serve for the whole evaluation.
     """
 
     def __init__(self, *, first_frames: bool) -> None:
-        """Choose.
-
-        Args:
-            first_frames: Whether a row keeps the other's very first features for the whole evaluation.
-        """
         self._first_frames = first_frames
         self.reset()
 
@@ -366,19 +264,56 @@ class NeighboursPrior(Change):
 
     def __call__(self, features: Features) -> None:
         """Exchange the features."""
-        prior = _prior(features)
+        prior = features.require_prior()
         for row in features.active:
             if row not in self._memory or not self._first_frames:
                 self._memory[row] = prior[row].clone()
         known = sorted(self._memory)
         if len(known) < 2:
-            raise ValueError("features of another episode need at least 2 slots with episodes; raise slots")
+            raise ValueError(
+                f"expected at least 2 rows with episodes to exchange features, got {len(known)}; "
+                "set num_envs=2 or more"
+            )
         following = dict(zip(known, [*known[1:], known[0]], strict=True))
         features.prior = prior.clone()
         for row in features.active:
             features.prior[row] = self._memory[following[row]]
 
 
-def _prior(features: Features) -> Tensor:
-    assert features.prior is not None  # FeatureAblation refuses policies without a prior
-    return features.prior
+ABLATIONS = {
+    "none": Ablation(lambda policy, checkpoint: policy, "the policy as it is"),
+    "blind": Ablation(
+        lambda policy, checkpoint: BlindPolicy(policy, read_mean_frames(checkpoint)),
+        "every frame replaced by the dataset's mean frame",
+    ),
+    "tokens_shuffled": Ablation(
+        lambda policy, checkpoint: FeatureAblation(
+            policy, "tokens_shuffled", Change(shuffle_tokens), needs_prior=False
+        ),
+        "image tokens in another order, always the same",
+    ),
+    "prior_zero": Ablation(
+        lambda policy, checkpoint: FeatureAblation(policy, "prior_zero", Change(zero_prior)),
+        "the prior's features set to zero",
+    ),
+    "prior_noise": Ablation(
+        lambda policy, checkpoint: FeatureAblation(policy, "prior_noise", NoisePrior()),
+        "the prior's features replaced by noise of their statistics",
+        rows_independent=False,
+    ),
+    "prior_batch": Ablation(
+        lambda policy, checkpoint: FeatureAblation(
+            policy, "prior_batch", NeighboursPrior(first_frames=False)
+        ),
+        "the prior's features of another episode at the same time",
+        rows_independent=False,
+    ),
+    "prior_episode": Ablation(
+        lambda policy, checkpoint: FeatureAblation(
+            policy, "prior_episode", NeighboursPrior(first_frames=True)
+        ),
+        "the prior's features of the first frames of another episode",
+        rows_independent=False,
+    ),
+}
+"""Every ablation by name."""

@@ -1,12 +1,12 @@
-"""The process that steps simulators.
+"""The worker process that steps simulators.
 
-It runs as a file (`python worker.py <file descriptor>`), not as a module of the package: `import vega_policy`
-brings torch and LeRobot, which a simulator does not need and which would cost every worker seconds. So this
-file uses the standard library and numpy alone, and everything that crosses the connection is made of their
-types.
+It runs as a file (`python env_worker.py FILE_DESCRIPTOR`), not as a module of the package: `import
+vega_policy` brings torch and LeRobot, which a simulator does not need and which would cost every worker
+seconds. So this file imports the standard library and numpy alone, and all that crosses the connection
+consists of their types.
 
-Frames that nobody reads are never rendered: a slot executes its actions blindly and observes once, after the
-last.
+Frames that the policy does not read are never rendered: an environment executes its actions without observing
+and observes once, after the last.
 """
 
 from __future__ import annotations
@@ -25,54 +25,52 @@ import numpy as np
 
 
 class EpisodeSpec(TypedDict):
-    """Which episode to play.
-
-    `initial_state` picks an official initial state; None leaves the start to the seed. `start` float64 [n] is
-    a simulator state to be put in its place.
-    """
+    """The episode to run: task, seed of the reset, and where it starts."""
 
     suite: str
     task_index: int
     seed: int
-    initial_state: int | None
-    start: NotRequired[np.ndarray]
+    initial_state: int | None  # index of an official initial state; None: the seed alone decides
+    start: NotRequired[np.ndarray]  # simulator state float64 [n] that replaces the one after the reset
 
 
-class SlotSpec(TypedDict):
-    """What one slot does in a tick: execute `actions` [t a], then, if nothing is running, start `episode`."""
+class EnvCommand(TypedDict):
+    """What an environment does in a tick: execute `actions`, then start `episode` if none is running."""
 
-    actions: np.ndarray | None
+    actions: np.ndarray | None  # [t a]
     episode: EpisodeSpec | None
 
 
-class SlotObservation(TypedDict):
-    """What the policy may see.
+class EnvObservation(TypedDict):
+    """What the policy may observe."""
 
-    `frames` {camera: uint8 [h w 3], or [t h w 3] where a history is wanted}, empty if unrendered; `state`
-    float32 [s].
-    """
-
-    frames: dict[str, np.ndarray]
-    state: np.ndarray
+    frames: dict[str, np.ndarray]  # camera -> uint8 [h w 3], [t h w 3] with a history; empty if unrendered
+    state: np.ndarray  # float32 [s]
     instruction: str
     action_size: int
 
 
 class Outcome(TypedDict):
-    """How an episode ended; `states` float64 [length + 1, n] only if the pool was opened to keep them."""
+    """How an episode ended."""
 
     success: bool
     length: int
     initial_hash: str
     final_hash: str
-    states: np.ndarray | None
+    states: np.ndarray | None  # float64 [length + 1, n], if the pool was opened to keep them
 
 
-class SlotReport(TypedDict):
-    """The end of the episode that was running, if it ended, and the view of the one now running, if any."""
+class EnvReport(TypedDict):
+    """Outcome of the episode that ended in a tick, if any, and observation of the one now running, if any."""
 
     outcome: Outcome | None
-    observation: SlotObservation | None
+    observation: EnvObservation | None
+
+
+def resolve(path: str) -> Callable[..., Any]:
+    """Return the function that a dotted path such as `envs.make` names."""
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
 
 
 def state_hash(state: np.ndarray) -> str:
@@ -80,8 +78,8 @@ def state_hash(state: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(state, dtype=np.float64).tobytes()).hexdigest()[:16]
 
 
-class Stage:
-    """An environment of one task after another, built anew only when the task changes."""
+class TaskEnv:
+    """An environment of one task after another, rebuilt only when the task changes."""
 
     def __init__(self, make: Callable[..., Any], arguments: dict[str, Any]) -> None:
         self._make = make
@@ -90,35 +88,35 @@ class Stage:
         self.environment: Any = None
 
     def build(self, suite: str, task_index: int) -> None:
-        """Have the environment of a task."""
+        """Build the environment of a task unless it is there."""
         if (suite, task_index) != self._task:
             self.close()
             self.environment = self._make(suite, task_index, **self._arguments)
             self._task = (suite, task_index)
 
-    def begin(self, order: EpisodeSpec) -> Any:
+    def begin(self, spec: EpisodeSpec) -> Any:
         """Start an episode and return its first observation."""
-        self.build(order["suite"], order["task_index"])
-        official = order["initial_state"]
+        self.build(spec["suite"], spec["task_index"])
+        official = spec["initial_state"]
         options = {} if official is None else {"initial_state": official}
-        observation = self.environment.reset(seed=order["seed"], options=options)[0]
-        if "start" not in order:
+        observation = self.environment.reset(seed=spec["seed"], options=options)[0]
+        if "start" not in spec:
             return observation
-        self.environment.restore(order["start"])
+        self.environment.restore(spec["start"])
         return self.environment.observe()
 
     def close(self) -> None:
-        """Close the environment, so that no rendering context outlives it."""
+        """Close the environment, and with it its rendering context."""
         if self.environment is not None:
             self.environment.close()
         self.environment, self._task = None, None
 
 
-class Slot:
-    """One row of the policy's batch: plays one episode after another."""
+class EnvRunner:
+    """Runs one episode after another in one environment: one row of the policy's batch."""
 
-    def __init__(self, stage: Stage, *, keep_states: bool, history: int = 1) -> None:
-        self.stage = stage
+    def __init__(self, env: TaskEnv, *, keep_states: bool, history: int = 1) -> None:
+        self.env = env
         self.keep_states = keep_states
         self.history = history
         self._past: deque[dict[str, np.ndarray]] = deque()
@@ -126,31 +124,31 @@ class Slot:
         self._initial_hash = ""
         self._states: list[np.ndarray] = []
 
-    def advance(self, order: SlotSpec) -> SlotReport:
+    def advance(self, command: EnvCommand) -> EnvReport:
         """Execute the actions of a tick, start the next episode where one ended, and observe."""
         outcome, observation = None, None
-        if order["actions"] is not None:
-            outcome = self._play(order["actions"])
+        if command["actions"] is not None:
+            outcome = self._execute(command["actions"])
             if outcome is None:
-                return {"outcome": None, "observation": self._view(self.stage.environment.observe())}
-        if order["episode"] is not None:
-            observation = self._view(self._begin(order["episode"]))
+                return {"outcome": None, "observation": self._observation(self.env.environment.observe())}
+        if command["episode"] is not None:
+            observation = self._observation(self._begin(command["episode"]))
         return {"outcome": outcome, "observation": observation}
 
-    def _begin(self, order: EpisodeSpec) -> Any:
-        observation = self.stage.begin(order)
-        # Before the episode's start there is its first frame, as LeRobot's dataset pads a clip.
+    def _begin(self, spec: EpisodeSpec) -> Any:
+        observation = self.env.begin(spec)
+        # The frames before the start are the first frame, as LeRobot's dataset pads a clip.
         self._past = deque(maxlen=self.history)
         for _ in range(self.history - 1):
             self._remember(observation)
-        state = self.stage.environment.simulator_state()
+        state = self.env.environment.simulator_state()
         self._length, self._initial_hash = 0, state_hash(state)
         self._states = [state] if self.keep_states else []
         return observation
 
-    def _play(self, actions: np.ndarray) -> Outcome | None:
-        """Execute actions [t a] until the simulator says success or cuts the episode; None if it goes on."""
-        environment = self.stage.environment
+    def _execute(self, actions: np.ndarray) -> Outcome | None:
+        """Execute actions [t a] until success or truncation; None if the episode goes on."""
+        environment = self.env.environment
         for step, action in enumerate(actions, start=1):
             success, truncated = environment.step_blindly(action)
             self._length += 1
@@ -164,21 +162,21 @@ class Slot:
                     "final_hash": state_hash(environment.simulator_state()),
                     "states": np.stack(self._states) if self.keep_states else None,
                 }
-            if 0 < len(actions) - step < self.history:  # what comes after the last is seen by `_view`
+            if 0 < len(actions) - step < self.history:  # the frame after the last is added by `_observation`
                 self._remember(environment.observe())
         return None
 
     def _remember(self, observation: dict[str, Any]) -> None:
-        """Keep a copy of the frames: a simulator may draw the next ones into the same memory."""
+        """Keep a copy of the frames: a simulator may render the next ones into the same memory."""
         pixels = observation.get("pixels", {})
         self._past.append({camera: frame.copy() for camera, frame in pixels.items()})
 
-    def _view(self, observation: dict[str, Any]) -> SlotObservation:
-        environment = self.stage.environment
+    def _observation(self, observation: dict[str, Any]) -> EnvObservation:
+        environment = self.env.environment
         frames = dict(observation.get("pixels", {}))
         if self.history > 1:
             self._remember(observation)
-            frames = {camera: np.stack([seen[camera] for seen in self._past]) for camera in frames}
+            frames = {camera: np.stack([past[camera] for past in self._past]) for camera in frames}
         return {
             "frames": frames,
             "state": np.asarray(observation["agent_pos"], dtype=np.float32),
@@ -188,70 +186,63 @@ class Slot:
 
 
 class Worker:
-    """The slots of this process, by number, and what the pool may ask of them."""
+    """The environments of this process by index; its public methods are the requests of the pool."""
 
     def __init__(self, make: Callable[..., Any]) -> None:
         self._make = make
-        self._slots: dict[int, Slot] = {}
+        self._runners: dict[int, EnvRunner] = {}
         self._arguments: dict[str, Any] = {}
         self._keep_states = False
         self._history = 1
-        self._studio: tuple[dict[str, Any], Stage] | None = None
+        self._renderer: tuple[dict[str, Any], TaskEnv] | None = None
 
     def open(self, arguments: dict[str, Any], keep_states: bool, history: int) -> None:
-        """Give all slots environments made with these arguments; those that have them already keep them."""
+        """Set how environments are made and observed; those made with other arguments are closed."""
         if arguments != self._arguments:
             self.close()
         self._arguments, self._keep_states, self._history = arguments, keep_states, history
-        for slot in self._slots.values():
-            slot.keep_states, slot.history = keep_states, history
+        for runner in self._runners.values():
+            runner.keep_states, runner.history = keep_states, history
 
     def build(self, tasks: dict[int, tuple[str, int]]) -> None:
-        """Build the environments of slots for the tasks that they play first."""
-        for slot, task in tasks.items():
-            self._slot(slot).stage.build(*task)
+        """Build environments for the tasks that they run first."""
+        for index, task in tasks.items():
+            self._runner(index).env.build(*task)
 
-    def advance(self, orders: dict[int, SlotSpec]) -> dict[int, SlotReport]:
-        """Play one tick of each slot that has an order."""
-        return {slot: self._slot(slot).advance(order) for slot, order in orders.items()}
+    def advance(self, commands: dict[int, EnvCommand]) -> dict[int, EnvReport]:
+        """Run one tick of each environment that has a command."""
+        return {index: self._runner(index).advance(command) for index, command in commands.items()}
 
-    def film(self, order: EpisodeSpec, states: np.ndarray, arguments: dict[str, Any]) -> np.ndarray:
+    def render(self, spec: EpisodeSpec, states: np.ndarray, arguments: dict[str, Any]) -> np.ndarray:
         """Render states [t n] of an episode, uint8 [t h w 3]."""
-        if self._studio is None or self._studio[0] != arguments:
-            self._studio = (arguments, Stage(self._make, arguments))
-        stage = self._studio[1]
-        # The reset rebuilds what a state does not hold: LIBERO draws the poses of fixtures there.
-        stage.begin(order)
+        if self._renderer is None or self._renderer[0] != arguments:
+            self._renderer = (arguments, TaskEnv(self._make, arguments))
+        env = self._renderer[1]
+        # A state does not contain all that a reset draws: LIBERO draws the poses of fixtures there.
+        env.begin(spec)
         frames = []
         for state in states:
-            stage.environment.restore(state)
-            frames.append(stage.environment.render())
+            env.environment.restore(state)
+            frames.append(env.environment.render())
         return np.stack(frames)
 
     def close(self) -> None:
         """Close every environment."""
-        for slot in self._slots.values():
-            slot.stage.close()
-        self._slots = {}
-        if self._studio is not None:
-            self._studio[1].close()
-        self._studio = None
+        for runner in self._runners.values():
+            runner.env.close()
+        if self._renderer is not None:
+            self._renderer[1].close()
+        self._runners, self._renderer = {}, None
 
-    def _slot(self, slot: int) -> Slot:
-        if slot not in self._slots:
-            stage = Stage(self._make, self._arguments)
-            self._slots[slot] = Slot(stage, keep_states=self._keep_states, history=self._history)
-        return self._slots[slot]
-
-
-def resolve(path: str) -> Callable[..., Any]:
-    """Return the function that a dotted path such as `envs.make` names."""
-    module, _, name = path.rpartition(".")
-    return getattr(importlib.import_module(module), name)
+    def _runner(self, index: int) -> EnvRunner:
+        if index not in self._runners:
+            env = TaskEnv(self._make, self._arguments)
+            self._runners[index] = EnvRunner(env, keep_states=self._keep_states, history=self._history)
+        return self._runners[index]
 
 
 def serve(connection: Connection) -> None:
-    """Answer requests `(method, arguments)` with `("done", result)` until the other side hangs up.
+    """Answer requests `(method, arguments)` with `("done", result)` until the other side closes.
 
     An error is sent as `("failed", traceback)` and ends the process.
     """
@@ -268,7 +259,7 @@ def serve(connection: Connection) -> None:
             method, arguments = connection.recv()
             connection.send(("done", getattr(worker, method)(**arguments)))
     except (EOFError, BrokenPipeError, ConnectionResetError):
-        return  # The main process hung up or is gone.
+        return  # the main process closed the connection or is gone
     finally:
         worker.close()
 

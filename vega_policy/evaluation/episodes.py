@@ -1,15 +1,13 @@
-"""What is played, in which slot, and what is kept of it."""
+"""Episodes of an evaluation: the plan, the results on disk, and the shards of a distributed evaluation."""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import io
 import json
-import os
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +16,7 @@ import pyarrow
 import pyarrow.parquet
 
 from vega_policy.evaluation.env_worker import EpisodeSpec
+from vega_policy.run_dir import SETTINGS, check_same_settings, open_run, write_bytes, write_text
 
 FIRST_SEED = 1_000_000
 """Evaluation episodes are reset with seeds from here on; demonstrations use the seeds below."""
@@ -25,34 +24,35 @@ FIRST_SEED = 1_000_000
 EPISODES_PER_SEED = 10_000
 """Seed k of an evaluation owns the episode seeds FIRST_SEED + k * EPISODES_PER_SEED and following."""
 
+SUMMARY_FILE = "summary.json"
+EPISODES_FILE = "episodes.parquet"
+PROGRESS_FILE = "progress.json"
+TRAJECTORY_FOLDER = "trajectories"
+SHARD_FOLDER = "shards"
+
 
 class TaskDescription(Protocol):
-    """What an evaluation has to know of a task; `envs.base.Task` satisfies it."""
+    """A task of a suite; `envs.base.Task` satisfies it."""
 
     @property
     def suite(self) -> str:
         """Name of the suite."""
-        ...
 
     @property
     def index(self) -> int:
         """Position in the suite, from 0."""
-        ...
 
     @property
     def name(self) -> str:
         """Short name."""
-        ...
 
     @property
     def official_states(self) -> int:
         """Number of official initial states; 0 where there are none."""
-        ...
 
     @property
     def group(self) -> str:
-        """Group of the task where the suite has some, else empty."""
-        ...
+        """Group of the task (Meta-World's difficulty), else empty."""
 
 
 EpisodeKey = tuple[int, int]
@@ -61,31 +61,22 @@ EpisodeKey = tuple[int, int]
 
 @dataclass(frozen=True)
 class Episode:
-    """One episode to be played.
-
-    Attributes:
-        suite: Name of the suite.
-        task: Name of the task.
-        task_index: Index of the task in its suite.
-        index: Index of the episode within the task, from 0.
-        seed: Seed of the reset.
-        initial_state: Official initial state, or None where the seed alone decides.
-    """
+    """A planned episode."""
 
     suite: str
     task: str
     task_index: int
-    index: int
-    seed: int
-    initial_state: int | None
+    index: int  # within the task, from 0
+    seed: int  # of the reset
+    initial_state: int | None  # index of an official initial state; None: the seed alone decides
 
     @property
     def key(self) -> EpisodeKey:
-        """What identifies the episode within its evaluation."""
+        """Identifies the episode within its evaluation."""
         return self.task_index, self.index
 
-    def order(self) -> EpisodeSpec:
-        """Return the episode as a worker is told of it."""
+    def spec(self) -> EpisodeSpec:
+        """Return what a worker needs to run the episode."""
         return {
             "suite": self.suite,
             "task_index": self.task_index,
@@ -96,49 +87,53 @@ class Episode:
 
 @dataclass(frozen=True)
 class EpisodeResult:
-    """How one episode went: a row of episodes.parquet.
-
-    Attributes:
-        ablation: Name of the ablation it was played under.
-        suite: Name of the suite.
-        task: Name of the task.
-        task_index: Index of the task in its suite.
-        index: Index of the episode within the task.
-        seed: Seed of the reset.
-        success: Whether the simulator's own check was satisfied.
-        length: Number of executed actions.
-        policy_calls: Number of chunks predicted.
-        initial_hash: Short SHA-256 of the simulator state after the reset.
-        final_hash: Short SHA-256 of the last simulator state.
-    """
+    """Outcome of an episode: a row of episodes.parquet."""
 
     ablation: str
     suite: str
     task: str
     task_index: int
-    index: int
-    seed: int
-    success: bool
-    length: int
-    policy_calls: int
-    initial_hash: str
-    final_hash: str
+    index: int  # within the task
+    seed: int  # of the reset
+    success: bool  # by the simulator's own check
+    length: int  # executed actions
+    policy_calls: int  # predicted chunks
+    initial_hash: str  # short SHA-256 of the simulator state after the reset
+    final_hash: str  # of the last simulator state
 
     @property
     def key(self) -> EpisodeKey:
-        """What identifies the episode within its evaluation and ablation."""
+        """Identifies the episode within its evaluation and ablation."""
         return self.task_index, self.index
+
+
+_ARROW_TYPES = {"str": pyarrow.string(), "int": pyarrow.int64(), "bool": pyarrow.bool_()}
+_SCHEMA = pyarrow.schema([(field.name, _ARROW_TYPES[str(field.type)]) for field in fields(EpisodeResult)])
+
+
+def select_tasks(tasks: Sequence[TaskDescription], indices: Sequence[int] | None) -> list[TaskDescription]:
+    """Return the tasks with the given indices, in the suite's order; all of them for None.
+
+    Raises:
+        ValueError: If an index does not exist; lists the tasks.
+    """
+    if indices is None:
+        return list(tasks)
+    if unknown := sorted(set(indices) - {task.index for task in tasks}):
+        known = ", ".join(f"{task.index} {task.name}" for task in tasks)
+        raise ValueError(f"no tasks with index {unknown}; the suite has: {known}")
+    return [task for task in tasks if task.index in set(indices)]
 
 
 def plan_episodes(
     tasks: Sequence[TaskDescription], episodes_per_task: int, seed: int, *, official_states: bool
 ) -> list[Episode]:
-    """List all episodes of an evaluation, task by task.
+    """Return all episodes of an evaluation, task by task; different seeds share none.
 
     Args:
-        tasks: The tasks to evaluate on.
-        episodes_per_task: Episodes of each task, 1 to `EPISODES_PER_SEED`.
-        seed: Seed of the evaluation, at least 0; different seeds share no episode.
+        tasks: The tasks to evaluate.
+        episodes_per_task: 1 to `EPISODES_PER_SEED`.
+        seed: Seed of the evaluation, at least 0.
         official_states: Whether episode i starts from the suite's official initial state i.
 
     Raises:
@@ -170,7 +165,7 @@ def _require_official_states(tasks: Sequence[TaskDescription], episodes_per_task
         if task.official_states == 0:
             raise ValueError(
                 f"{task.name} of suite {task.suite!r} has no official initial states; set "
-                "official_states=false, and seeds draw its episodes"
+                "official_states=false to draw its episodes by seed"
             )
         if episodes_per_task > task.official_states:
             raise ValueError(
@@ -179,84 +174,67 @@ def _require_official_states(tasks: Sequence[TaskDescription], episodes_per_task
             )
 
 
-def slot_queues(
+def queue_episodes(
     episodes: Sequence[Episode], num_envs: int, finished: Collection[EpisodeKey]
 ) -> list[deque[Episode]]:
-    """Return each slot's episodes in the order of play.
+    """Return the unfinished episodes of each environment, in order.
 
-    Where an episode belongs depends on nothing that is finished: that is what makes a resumed evaluation
-    equal to an uninterrupted one.
-
-    Args:
-        episodes: All episodes of the evaluation.
-        num_envs: Number of slots.
-        finished: Keys of the episodes that need not be played again.
+    Which environment runs an episode does not depend on what is finished: so a resumed evaluation equals an
+    uninterrupted one.
     """
     queues: list[deque[Episode]] = [deque() for _ in range(num_envs)]
     for number, episode in enumerate(episodes):
         if episode.key not in finished:
-            queues[slot_of(number, len(episodes), num_envs)].append(episode)
+            queues[env_of(number, len(episodes), num_envs)].append(episode)
     return queues
 
 
-def slot_of(number: int, episodes: int, num_envs: int) -> int:
-    """Return the slot of one of all episodes: each slot plays a stretch of them.
+def env_of(number: int, episodes: int, num_envs: int) -> int:
+    """Return the index of the environment that runs one of all episodes: each runs a contiguous stretch.
 
-    So a slot stays with one task for as long as it can; building another one's scene costs a LIBERO
+    So an environment stays with one task for as long as it can; building another task's scene costs a LIBERO
     environment as long as an episode.
     """
     return number * num_envs // episodes
 
 
-SETTINGS_FILE = "settings.json"
-SUMMARY_FILE = "summary.json"
-EPISODES_FILE = "episodes.parquet"
-PROGRESS_FILE = "progress.json"
-LOCK_FILE = "lock"
-TRAJECTORY_FOLDER = "trajectories"
-SHARD_FOLDER = "shards"
-_ARROW_TYPES = {"str": pyarrow.string(), "int": pyarrow.int64(), "bool": pyarrow.bool_()}
-_SCHEMA = pyarrow.schema([(field.name, _ARROW_TYPES[str(field.type)]) for field in fields(EpisodeResult)])
+@dataclass(frozen=True)
+class Shard:
+    """Part `index`, from 0, of an evaluation in `count` parts.
 
-
-class FolderInUseError(RuntimeError):
-    """Another process evaluates into the same folder."""
-
-
-class OtherRunError(ValueError):
-    """The output folder belongs to something else; the message names the differing settings."""
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a kill leaves either the old or the new content.
-
-    Args:
-        path: The file; its folder is made if needed.
-        content: All of it.
+    Raises:
+        ValueError: If the index is not below the count.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(path.name + ".part")
-    with draft.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
+
+    index: int = 0
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.index < self.count:
+            raise ValueError(
+                f"shards are counted from 0: expected shard in [0, {self.count - 1}] with "
+                f"shards={self.count}, got {self.index}"
+            )
+
+    def folder(self, output_dir: Path) -> Path:
+        """Return the shard's folder; a single shard is `output_dir` itself."""
+        return output_dir if self.count == 1 else output_dir / SHARD_FOLDER / f"{self.index}_of_{self.count}"
+
+    def contains(self, env: int) -> bool:
+        """Return whether the shard runs the environment with this index."""
+        return env % self.count == self.index
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a value as indented JSON, atomically."""
-    write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
+class EvaluationFolder:
+    """An evaluation on disk, locked; opening it again with the same settings resumes it."""
 
-
-class RunFolder:
-    """One evaluation on disk; opening it again with the same settings goes on where it stopped."""
-
-    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+    def __init__(self, path: Path, settings: dict[str, Any], *, kept_videos: int = 0) -> None:
         """Open or begin an evaluation.
 
         Args:
             path: The folder.
-            settings: Everything that decides the results, as JSON values.
+            settings: All that decides the results, as JSON values.
+            kept_videos: Of how many successes and failures the simulator states are kept.
 
         Raises:
             OtherRunError: If the folder holds an evaluation with other settings, or other files.
@@ -264,39 +242,20 @@ class RunFolder:
         """
         self.path = path
         self.settings: dict[str, Any] = json.loads(json.dumps(settings))
-        with contextlib.ExitStack() as claim:
-            claim.enter_context(_claimed(path))
-            self._begin()
+        with contextlib.ExitStack() as lock:
+            lock.enter_context(open_run(path, self.settings, may_hold=[SHARD_FOLDER]))
             self._results = read_episodes(path) if (path / EPISODES_FILE).is_file() else []
-            self.progress = Progress(path / PROGRESS_FILE)
-            self._claim = claim.pop_all()
-
-    def _begin(self) -> None:
-        path = self.path
-        if (path / SETTINGS_FILE).is_file():
-            require_equal(path, json.loads((path / SETTINGS_FILE).read_text()), self.settings)
-        elif any(entry.name not in (LOCK_FILE, SHARD_FOLDER) for entry in path.iterdir()):
-            raise OtherRunError(
-                f"{path} holds files but no {SETTINGS_FILE}, so it is no evaluation; choose another folder"
-            )
-        else:
-            write_json(path / SETTINGS_FILE, self.settings)
-
-    def has(self, result: EpisodeResult) -> bool:
-        """Tell whether an episode is on record under its ablation."""
-        return any((known.ablation, known.key) == (result.ablation, result.key) for known in self._results)
+            self.progress = Progress.read(path / PROGRESS_FILE)
+            self.trajectories = Trajectories(path / TRAJECTORY_FOLDER, kept_videos)
+            self._lock = lock.pop_all()
 
     def results(self, ablation: str) -> list[EpisodeResult]:
         """Return the finished episodes under an ablation, in order of task and episode."""
         return sorted((r for r in self._results if r.ablation == ablation), key=lambda result: result.key)
 
-    def forget(self, ablation: str) -> None:
-        """Drop the finished episodes under an ablation, because it can only be played as a whole."""
+    def discard(self, ablation: str) -> None:
+        """Drop the finished episodes under an ablation, because it can only run as a whole."""
         self._results = [result for result in self._results if result.ablation != ablation]
-
-    def close(self) -> None:
-        """Let other processes evaluate into the folder; without, the end of the process does."""
-        self._claim.close()
 
     def add(self, results: Iterable[EpisodeResult]) -> None:
         """Record finished episodes; they are on disk when this returns."""
@@ -305,70 +264,74 @@ class RunFolder:
         table = pyarrow.Table.from_pylist([asdict(result) for result in ordered], schema=_SCHEMA)
         buffer = io.BytesIO()
         pyarrow.parquet.write_table(table, buffer)
-        write_atomically(self.path / EPISODES_FILE, buffer.getvalue())
+        write_bytes(self.path / EPISODES_FILE, buffer.getvalue())
+
+    def gather_shards(self, recorded_ablation: str) -> None:
+        """Add the finished episodes of all shards, and the simulator states of those under one ablation.
+
+        Raises:
+            OtherRunError: If a shard has other settings.
+        """
+        known = {(result.ablation, result.key) for result in self._results}
+        for path in sorted((self.path / SHARD_FOLDER).glob("*_of_*")):
+            if not (path / EPISODES_FILE).is_file():
+                continue
+            check_same_settings(path, json.loads((path / SETTINGS).read_text()), self.settings)
+            new = [result for result in read_episodes(path) if (result.ablation, result.key) not in known]
+            if not new:
+                continue
+            states = Trajectories(path / TRAJECTORY_FOLDER, 0)
+            for result in new:
+                if result.ablation == recorded_ablation:
+                    self.trajectories.offer(result, states.load(result))
+            self.progress.add(Progress.read(path / PROGRESS_FILE))
+            self.progress.write(self.path / PROGRESS_FILE)
+            self.add(new)
+            known |= {(result.ablation, result.key) for result in new}
+
+    def add_seconds(self, seconds: float) -> None:
+        """Add wall-clock time to the recorded cost and write it."""
+        self.progress.seconds += seconds
+        self.progress.write(self.path / PROGRESS_FILE)
+
+    def close(self) -> None:
+        """Free the lock; the end of the process does so too."""
+        self._lock.close()
 
 
-@contextlib.contextmanager
-def _claimed(path: Path) -> Iterator[None]:
-    """Hold a folder for this process."""
-    path.mkdir(parents=True, exist_ok=True)
-    with (path / LOCK_FILE).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise FolderInUseError(
-                f"another process is evaluating into {path}; wait for it, stop it, or choose another "
-                "output_dir"
-            ) from None
-        yield
-
-
+@dataclass
 class Progress:
-    """What an evaluation cost: seconds and policy-call durations, summed over its starts."""
+    """Cost of an evaluation over all its starts: wall-clock seconds and durations of policy calls."""
 
-    def __init__(self, path: Path) -> None:
+    seconds: float = 0.0
+    call_seconds: dict[str, list[float]] = field(default_factory=dict)  # by ablation
+    single_call_seconds: list[float] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, path: Path) -> Progress:
         """Read what earlier starts recorded, if anything."""
-        self._path = path
-        self.seconds: float = 0.0
-        self.call_seconds: dict[str, list[float]] = {}
-        self.single_call_seconds: list[float] = []
-        if path.is_file():
-            stored = json.loads(path.read_text())
-            self.seconds = stored["seconds"]
-            self.call_seconds = stored["call_seconds"]
-            self.single_call_seconds = stored["single_call_seconds"]
+        return cls(**json.loads(path.read_text())) if path.is_file() else cls()
 
-    def absorb(self, other: Progress) -> None:
-        """Add what another part of the evaluation cost."""
+    def add(self, other: Progress) -> None:
+        """Add the cost of another part of the evaluation."""
         self.seconds += other.seconds
         for ablation, seconds in other.call_seconds.items():
             self.call_seconds.setdefault(ablation, []).extend(seconds)
         self.single_call_seconds = self.single_call_seconds or other.single_call_seconds
-        self.save()
 
-    def save(self) -> None:
+    def write(self, path: Path) -> None:
         """Write it to disk."""
-        value = {
-            "seconds": self.seconds,
-            "call_seconds": self.call_seconds,
-            "single_call_seconds": self.single_call_seconds,
-        }
-        write_atomically(self._path, (json.dumps(value) + "\n").encode())
+        write_text(path, json.dumps(asdict(self)) + "\n")
 
 
 class Trajectories:
-    """Simulator states of the first successes and failures, kept so that they can be filmed afterwards.
+    """Simulator states of the first successes and failures, kept to render their videos afterwards.
 
-    "First" is by episode index across tasks, not by the time of finishing, so the choice is repeatable.
+    "First" is by episode index across tasks, not by time, so that the choice is repeatable.
     """
 
     def __init__(self, folder: Path, keep: int) -> None:
-        """Open the folder.
-
-        Args:
-            folder: Where the states lie.
-            keep: How many successes and how many failures are kept.
-        """
+        """Open the folder; of successes and of failures `keep` are kept each."""
         self._folder = folder
         self._keep = keep
 
@@ -378,62 +341,59 @@ class Trajectories:
             return
         buffer = io.BytesIO()
         np.save(buffer, states)
-        write_atomically(self._folder / _trajectory_name(result), buffer.getvalue())
-        for path in self._paths(result.success)[self._keep :]:
+        write_bytes(self._path(result), buffer.getvalue())
+        # Names begin with the episode's index, then the task's: their order is the order of choice.
+        kind = self._path(result).stem.rpartition("_")[-1]
+        for path in sorted(self._folder.glob(f"*_{kind}.npy"))[self._keep :]:
             path.unlink()
 
     def load(self, result: EpisodeResult) -> np.ndarray | None:
         """Return the states [t n] of an episode, or None if they were not kept."""
-        path = self._folder / _trajectory_name(result)
+        path = self._path(result)
         return np.load(path) if path.is_file() else None
 
-    def _paths(self, success: bool) -> list[Path]:
-        # Names begin with the episode's index, then the task's: their order is the order of choice.
-        return sorted(self._folder.glob(f"*_{_outcome(success)}.npy"))
+    def _path(self, result: EpisodeResult) -> Path:
+        kind = "success" if result.success else "failure"
+        return self._folder / f"{result.index:05d}_{result.task_index:03d}_{kind}.npy"
 
 
 def read_episodes(folder: Path) -> list[EpisodeResult]:
-    """Read the finished episodes of an evaluation.
-
-    Args:
-        folder: Folder of the evaluation.
+    """Return the finished episodes of an evaluation.
 
     Raises:
-        FileNotFoundError: If there is no evaluation, or none of its episodes finished.
+        FileNotFoundError: If there is no evaluation, or none of its episodes is finished.
     """
     path = folder / EPISODES_FILE
     if not path.is_file():
-        holds = "holds no evaluation with a finished episode" if folder.is_dir() else "is no folder"
+        found = "holds no evaluation with a finished episode" if folder.is_dir() else "is no folder"
         raise FileNotFoundError(
-            f"{path} does not exist: {folder} {holds}; evaluate first: "
+            f"{path} does not exist: {folder} {found}; evaluate first: "
             f"scripts/eval_policy.py checkpoint=... output_dir={folder}"
         )
     return [EpisodeResult(**row) for row in pyarrow.parquet.read_table(path, schema=_SCHEMA).to_pylist()]
 
 
-def _outcome(success: bool) -> str:
-    return "success" if success else "failure"
+def read_conditions(folder: Path) -> dict[str, Any]:
+    """Return the settings of an evaluation; empty where its folder holds episodes alone.
 
-
-def _trajectory_name(result: EpisodeResult) -> str:
-    return f"{result.index:05d}_{result.task_index:03d}_{_outcome(result.success)}.npy"
-
-
-def require_equal(path: Path, stored: dict[str, Any], settings: dict[str, Any]) -> None:
-    """Refuse to go on with other settings.
+    `action_steps` is taken from the summary if there is one: the settings hold null for the policy's own.
 
     Raises:
-        OtherRunError: Naming each setting that differs.
+        ValueError: If a file cannot be read.
     """
-    names = sorted(stored.keys() | settings.keys())
-    missing = "(not set)"
-    lines = [
-        f"  {name}: {stored.get(name, missing)!r} there, {settings.get(name, missing)!r} now"
-        for name in names
-        if stored.get(name, missing) != settings.get(name, missing)
-    ]
-    if lines:
-        raise OtherRunError(
-            f"{path} holds an evaluation with other settings; choose another folder, or delete this one:\n"
-            + "\n".join(lines)
+    settings, summary = (_read_json(folder / name) for name in (SETTINGS, SUMMARY_FILE))
+    return {**settings, **{name: summary[name] for name in ("action_steps",) if name in summary}}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read: {error}; copy it again") from error
+    if not isinstance(values, dict):
+        raise ValueError(
+            f"{path} cannot be read: expected an object, got {type(values).__name__}; copy it again"
         )
+    return values

@@ -1,4 +1,4 @@
-"""What a policy must offer to be evaluated: chunks of actions for a batch of observations, nothing more."""
+"""Interface of an evaluated policy (a chunk of actions a batch of observations) and its LeRobot adapter."""
 
 from __future__ import annotations
 
@@ -19,42 +19,32 @@ from lerobot.utils.constants import ACTION, OBS_STATE, PRETRAINED_MODEL_DIR
 from lerobot.utils.import_utils import register_third_party_plugins
 from torch import Tensor
 
-from vega_policy.evaluation.env_worker import SlotObservation
+from vega_policy.evaluation.env_worker import EnvObservation
 from vega_policy.modeling_vega import VegaPolicy
 
 IMAGE_PREFIX = "observation.images."
 """LeRobot's prefix of camera keys: the environment's camera `image` is the key `observation.images.image`."""
 
-LONE_IMAGE = "observation.image"
+SINGLE_IMAGE = "observation.image"
 """LeRobot's key of an environment's only camera."""
 
 
 @dataclass(frozen=True)
 class ObservationBatch:
-    """What the policy sees of all slots at one tick, in LeRobot's names.
+    """Observations of all environments at one tick, under LeRobot's keys."""
 
-    Attributes:
-        frames: Camera key -> uint8 [b h w 3], or [b t h w 3] for a policy that reads histories; empty if the
-            policy reads no frames.
-        state: Proprioception, float32 [b s].
-        instructions: b strings.
-        constant_frames: Whether the policy is shown these same frames at every call, so that it may encode
-            them once.
-        idle: Rows in which no episode is running; they mean nothing.
-    """
-
-    frames: dict[str, np.ndarray]
-    state: np.ndarray
-    instructions: list[str]
-    constant_frames: bool = False
-    idle: frozenset[int] = frozenset()
+    frames: dict[str, np.ndarray]  # camera key -> uint8 [b (t) h w 3], t with a history; may be empty
+    state: np.ndarray  # proprioception, float32 [b s]
+    instructions: list[str]  # b
+    constant_frames: bool = False  # the frames are the same at every call, so that they may be encoded once
+    idle: frozenset[int] = frozenset()  # rows without a running episode; their values are undefined
 
     def active_rows(self) -> list[int]:
         """Return the rows in which an episode is running."""
         return [row for row in range(len(self.instructions)) if row not in self.idle]
 
     def with_constant_frames(self, frames: dict[str, np.ndarray]) -> ObservationBatch:
-        """Return the same batch with frames uint8 [b h w 3] by camera key that never change."""
+        """Return the same batch with frames, uint8 [b h w 3] by camera key, that never change."""
         return replace(self, frames=frames, constant_frames=True)
 
     def row(self, index: int) -> ObservationBatch:
@@ -66,28 +56,18 @@ class ObservationBatch:
 
 @dataclass(frozen=True)
 class PolicyDescription:
-    """What a policy was trained on, in LeRobot's names.
+    """What a policy was trained on, under LeRobot's keys."""
 
-    Attributes:
-        name: Type of the policy, such as `vega`.
-        prior: Name of the prior, with "untrained" said where its weights are only seeded; `none` without one.
-        cameras: Camera keys it reads.
-        state_size: Number of state values it reads, or None if it reads no state.
-        action_size: Number of values in an action.
-        action_steps: How many actions of a chunk are executed before it is asked again.
-        history: Frames of each camera that it reads, the last ones of the episode.
-    """
-
-    name: str
-    prior: str
-    cameras: tuple[str, ...]
-    state_size: int | None
+    name: str  # type of the policy, such as `vega`
+    prior: str  # name of the prior, marked if its weights are untrained; `none` without one
+    cameras: tuple[str, ...]  # camera keys that it reads
+    state_size: int | None  # None if it reads no state
     action_size: int
-    action_steps: int
-    history: int = 1
+    action_steps: int  # actions of a chunk that are executed before the next one is predicted
+    history: int = 1  # frames of each camera that it reads, the last ones of the episode
 
     def frame_axes(self, rows: int) -> tuple[int, ...]:
-        """Leading axes of a camera's frames for so many rows: [b], or [b t] where histories are read."""
+        """Return the leading axes of a camera's frames: [b], or [b t] with a history."""
         return (rows,) if self.history == 1 else (rows, self.history)
 
 
@@ -106,7 +86,7 @@ class ChunkPolicy(Protocol):
 
     @property
     def reads_frames(self) -> bool:
-        """Whether frames matter; if not, the environments render nothing."""
+        """Whether the policy reads frames; if not, the environments render nothing."""
         ...
 
     def reset(self) -> None:
@@ -117,7 +97,7 @@ class ChunkPolicy(Protocol):
         """Predict actions in the environment's units.
 
         Args:
-            batch: Observations of b slots.
+            batch: Observations of b environments.
             noise: float32 [b t a] of `noise_shape`, or None if the policy takes none.
 
         Returns:
@@ -131,23 +111,19 @@ class IncompatiblePolicyError(ValueError):
 
 
 def check_compatible(
-    description: PolicyDescription, observation: SlotObservation, *, reads_frames: bool
+    description: PolicyDescription, observation: EnvObservation, *, reads_frames: bool
 ) -> None:
-    """Refuse a policy that an environment cannot feed, or that cannot drive it.
-
-    Args:
-        description: What the policy was trained on.
-        observation: A first observation of the environment.
-        reads_frames: Whether the policy is given the environment's frames.
+    """Refuse a policy that an environment has not the inputs for, or that has other actions.
 
     Raises:
         IncompatiblePolicyError: If cameras are missing, or the state or the action has another size.
     """
-    offered = sorted(IMAGE_PREFIX + camera for camera in observation["frames"])
-    if reads_frames and not set(description.cameras) <= set(lerobot_keys(observation["frames"])):
+    frames = observation["frames"]
+    if reads_frames and not set(description.cameras) <= set(lerobot_keys(frames)):
         raise IncompatiblePolicyError(
             f"the checkpoint reads the cameras {sorted(description.cameras)}, but the environment offers "
-            f"{offered}; evaluate it in an environment with the cameras it was trained on"
+            f"{sorted(IMAGE_PREFIX + camera for camera in frames)}; evaluate it in an environment with the "
+            "cameras it was trained on"
         )
     state_size = observation["state"].shape[0]
     if description.state_size not in (None, state_size):
@@ -163,28 +139,28 @@ def check_compatible(
 
 
 def lerobot_keys(cameras: Iterable[str]) -> dict[str, str]:
-    """Return LeRobot's key of each camera of an environment -> its name there.
+    """Return the name of each camera by LeRobot's key: `observation.images.<name>`.
 
-    That is `observation.images.<name>`, and `observation.image` as well for a lone one.
+    A single camera is `observation.image` as well.
     """
     names = list(cameras)
     keys = {IMAGE_PREFIX + name: name for name in names}
-    return keys if len(names) != 1 else {**keys, LONE_IMAGE: names[0]}
+    return keys if len(names) != 1 else {**keys, SINGLE_IMAGE: names[0]}
 
 
-def stack_observations(rows: Sequence[SlotObservation | None], cameras: Sequence[str]) -> ObservationBatch:
-    """Batch the observations of all slots; idle slots (None) become zeros, so that no row ever moves.
+def stack_observations(rows: Sequence[EnvObservation | None], cameras: Sequence[str]) -> ObservationBatch:
+    """Batch the observations of all environments; idle ones (None) become zeros, so that no row ever moves.
 
     Args:
-        rows: Observation of each slot; at least one is not None.
+        rows: Observation of each environment; at least one is not None.
         cameras: Camera keys to batch.
 
     Raises:
-        ValueError: If every slot is idle.
+        ValueError: If every environment is idle.
     """
     sample = next((row for row in rows if row is not None), None)
     if sample is None:
-        raise ValueError("expected at least one slot with an observation, got only idle ones")
+        raise ValueError("expected at least one environment with an observation, got only idle ones")
     state = np.zeros((len(rows), *sample["state"].shape), np.float32)
     keys = lerobot_keys(sample["frames"])
     names = {camera: keys[camera] for camera in cameras}
@@ -202,135 +178,61 @@ def stack_observations(rows: Sequence[SlotObservation | None], cameras: Sequence
     return ObservationBatch(frames, state, [row["instruction"] if row else "" for row in rows], idle=idle)
 
 
-_NOISE_SHAPES = {
-    "smolvla": ("chunk_size", "max_action_dim"),
-    "pi0": ("chunk_size", "max_action_dim"),
-    "pi05": ("chunk_size", "max_action_dim"),
-    "diffusion": ("horizon", None),
-}
-"""Policy type -> fields of its config that hold the two sizes of its noise; None is the size of an action."""
+def to_lerobot(
+    batch: ObservationBatch, description: PolicyDescription, *, keep_uint8: bool = False
+) -> dict[str, Any]:
+    """Return a batch as LeRobot's preprocessors expect it.
 
-_FINGERPRINTED = ("*.json", "*.safetensors")
-
-
-class LeRobotChunkPolicy:
-    """A LeRobot policy with its processors; asked for whole chunks, never for its own action queue."""
-
-    reads_frames = True
-
-    def __init__(
-        self,
-        policy: PreTrainedPolicy,
-        preprocessor: PolicyProcessorPipeline[dict[str, Any], dict[str, Any]],
-        postprocessor: PolicyProcessorPipeline[Any, Any],
-        *,
-        action_steps: int | None = None,
-    ) -> None:
-        """Wrap a loaded policy.
-
-        Args:
-            policy: The policy, in evaluation mode, on its device.
-            preprocessor: What its observations pass first.
-            postprocessor: What its actions pass last; brings them into the environment's units.
-            action_steps: Actions executed of each chunk; None takes the policy's own `n_action_steps`.
-
-        Raises:
-            ValueError: If the policy remembers past observations, or no `action_steps` are known or possible.
-        """
-        self.policy = policy
-        self.preprocessor = preprocessor
-        self.postprocessor = postprocessor
-        self._description = describe(policy, action_steps)
-        self._noise_shape = _noise_shape(policy)
-        self.reads_frames = bool(self._description.cameras)
-        self._constant_features: dict[int, dict[str, Tensor]] = {}
-
-    @property
-    def description(self) -> PolicyDescription:
-        """What the policy was trained on."""
-        return self._description
-
-    @property
-    def noise_shape(self) -> tuple[int, int] | None:
-        """Shape [t a] of its noise; None if it takes no noise, or not from outside."""
-        return self._noise_shape
-
-    def reset(self) -> None:
-        """Forget everything."""
-        self.policy.reset()
-        self._constant_features = {}
-
-    @torch.no_grad()
-    def chunk(self, batch: ObservationBatch, noise: np.ndarray | None) -> np.ndarray:
-        """Predict actions in the environment's units; see `ChunkPolicy.chunk`."""
-        inputs = self.inputs(batch)
-        if batch.constant_frames and isinstance(self.policy, VegaPolicy) and self.policy.base is None:
-            inputs |= self._encode_once(self.policy, inputs)
-        return self.predict(inputs, noise)
-
-    def inputs(self, batch: ObservationBatch) -> dict[str, Any]:
-        """Return a batch as the policy takes it, preprocessed."""
-        return self.preprocessor(to_lerobot(batch, self._description))
-
-    @torch.no_grad()
-    def predict(self, inputs: dict[str, Any], noise: np.ndarray | None) -> np.ndarray:
-        """Predict actions in the environment's units, float32 [b t a], from preprocessed inputs."""
-        if noise is None:
-            # A policy that draws its own noise draws the same at every call: by row, not by history.
-            with torch.random.fork_rng(devices=_cuda_devices()):
-                torch.manual_seed(0)
-                actions = self.policy.predict_action_chunk(inputs)
-        else:
-            start = torch.from_numpy(noise).to(self.policy.config.device)
-            actions = self.policy.predict_action_chunk(inputs, noise=start)  # pyright: ignore[reportCallIssue]
-        return self.postprocessor(actions).float().cpu().numpy()
-
-    def _encode_once(self, policy: VegaPolicy, inputs: dict[str, Any]) -> dict[str, Tensor]:
-        """Return the features of frames that never change, for as many rows as there are."""
-        rows = len(inputs["task"])
-        if rows not in self._constant_features:
-            observation = policy.observe(inputs)
-            features = {"vega.semantic": policy.model.semantic_features(observation)}
-            if policy.model.prior is not None:
-                features["vega.prior"] = policy.model.prior_features(observation)
-            self._constant_features[rows] = features
-        return self._constant_features[rows]
+    Frames become [b (t) 3 h w], float32 in [0, 1], or uint8 for a policy that converts them in its encoders.
+    """
+    inputs: dict[str, Any] = {}
+    for camera, pixels in batch.frames.items():
+        frames = rearrange(torch.from_numpy(np.ascontiguousarray(pixels)), "... h w c -> ... c h w")
+        inputs[camera] = frames if keep_uint8 else frames.float() / 255
+    if description.state_size is not None:
+        inputs[OBS_STATE] = torch.from_numpy(batch.state)
+    inputs["task"] = list(batch.instructions)
+    return inputs
 
 
 def find_checkpoint(path: Path) -> Path:
-    """Return the folder of a checkpoint that holds `config.json`.
-
-    Args:
-        path: A checkpoint of a training run, or its `pretrained_model` folder.
+    """Return the folder with `config.json`: a run's checkpoint, or its `pretrained_model` folder.
 
     Raises:
-        FileNotFoundError: If neither holds a `config.json`; the message says where it was looked for.
+        FileNotFoundError: If neither holds a `config.json`; lists what is there.
     """
     for folder in (path / PRETRAINED_MODEL_DIR, path):
         if (folder / "config.json").is_file():
             return folder
-    there = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else "nothing"
+    found = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else "nothing"
     raise FileNotFoundError(
         f"no checkpoint at {path}: expected {PRETRAINED_MODEL_DIR}/config.json or config.json there, found "
-        f"{there}; give a folder such as outputs/<run>/checkpoints/last"
+        f"{found}; give a folder such as outputs/<run>/checkpoints/last"
     )
 
 
 def checkpoint_fingerprint(folder: Path) -> str:
     """Return 16 hexadecimal digits of the SHA-256 over all configuration and weight files of a checkpoint."""
     digest = hashlib.sha256()
-    for path in sorted(path for pattern in _FINGERPRINTED for path in folder.glob(pattern)):
+    for path in sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")]):
         digest.update(path.name.encode())
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:16]
 
 
+def choose_device(device: str | None) -> str:
+    """Return a torch device; None takes a GPU if there is one, else the CPU."""
+    if device is not None:
+        return device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def load_lerobot_policy(folder: Path, *, device: str, action_steps: int | None = None) -> LeRobotChunkPolicy:
-    """Load a LeRobot checkpoint with its processors; the normalisation statistics travel with it.
+    """Load a LeRobot checkpoint with its processors, which hold the normalisation statistics.
 
     Args:
-        folder: Folder with `config.json`, as `find_checkpoint` returns it.
+        folder: Folder with `config.json`, see `find_checkpoint`.
         device: Torch device such as `cpu` or `cuda`.
         action_steps: Actions executed of each chunk; None takes the policy's own `n_action_steps`.
 
@@ -349,52 +251,126 @@ def load_lerobot_policy(folder: Path, *, device: str, action_steps: int | None =
     return LeRobotChunkPolicy(policy, preprocessor, postprocessor, action_steps=action_steps)
 
 
-def describe(policy: PreTrainedPolicy, action_steps: int | None) -> PolicyDescription:
-    """Read from a policy's config what the policy was trained on.
+class LeRobotChunkPolicy:
+    """A LeRobot policy with its processors; it predicts whole chunks and never uses its own action queue."""
 
-    Args:
-        policy: The policy.
-        action_steps: Actions executed of each chunk; None takes the policy's own `n_action_steps`.
+    def __init__(
+        self,
+        policy: PreTrainedPolicy,
+        preprocessor: PolicyProcessorPipeline[dict[str, Any], dict[str, Any]],
+        postprocessor: PolicyProcessorPipeline[Any, Any],
+        *,
+        action_steps: int | None = None,
+    ) -> None:
+        """Wrap a policy that is in evaluation mode and on its device.
+
+        Args:
+            policy: The policy.
+            preprocessor: Applied to observations.
+            postprocessor: Applied to actions; brings them into the environment's units.
+            action_steps: See `load_lerobot_policy`.
+
+        Raises:
+            ValueError: See `describe`.
+        """
+        self.policy = policy
+        self.preprocessor = preprocessor
+        self.postprocessor = postprocessor
+        self.description = describe(policy, action_steps)
+        self.noise_shape = _noise_shape(policy)
+        self.reads_frames = bool(self.description.cameras)
+        # A pre-trained base has processors of its own, which expect floats as all of LeRobot's do.
+        self._vega = policy if isinstance(policy, VegaPolicy) and policy.base is None else None
+        self._constant_features: dict[int, dict[str, Tensor]] = {}  # by number of rows
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.policy.reset()
+        self._constant_features = {}
+
+    @torch.no_grad()
+    def chunk(self, batch: ObservationBatch, noise: np.ndarray | None) -> np.ndarray:
+        """Predict actions in the environment's units; see `ChunkPolicy.chunk`."""
+        inputs = self.inputs(batch)
+        if batch.constant_frames and self._vega is not None:
+            inputs |= self._encode_once(self._vega, inputs)
+        return self.predict(inputs, noise)
+
+    def inputs(self, batch: ObservationBatch) -> dict[str, Any]:
+        """Return a preprocessed batch."""
+        return self.preprocessor(to_lerobot(batch, self.description, keep_uint8=self._vega is not None))
+
+    @torch.no_grad()
+    def predict(self, inputs: dict[str, Any], noise: np.ndarray | None) -> np.ndarray:
+        """Predict actions in the environment's units, float32 [b t a], from preprocessed inputs."""
+        if noise is None:
+            # A policy that samples its own noise samples the same at every call: by row, not by history.
+            devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
+            with torch.random.fork_rng(devices=list(devices)):
+                torch.manual_seed(0)
+                actions = self.policy.predict_action_chunk(inputs)
+        else:
+            start = torch.from_numpy(noise).to(self.policy.config.device)
+            actions = self.policy.predict_action_chunk(inputs, noise=start)  # pyright: ignore[reportCallIssue]
+        return self.postprocessor(actions).float().cpu().numpy()
+
+    def _encode_once(self, policy: VegaPolicy, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        """Return the features of frames that never change."""
+        rows = len(inputs["task"])
+        if rows not in self._constant_features:
+            observation = policy.observe(inputs)
+            features = {"vega.semantic": policy.model.semantic_features(observation)}
+            if policy.model.prior is not None:
+                features["vega.prior"] = policy.model.prior_features(observation)
+            self._constant_features[rows] = features
+        return self._constant_features[rows]
+
+
+def describe(policy: PreTrainedPolicy, action_steps: int | None) -> PolicyDescription:
+    """Return what a policy was trained on, from its config.
 
     Raises:
-        ValueError: If the policy needs several past observations, or does not say how many actions to
-            execute.
+        ValueError: If the policy reads several past observations, or the number of actions to execute is
+            unknown or below 1.
     """
     config, fields = policy.config, vars(policy.config)
     if config.n_obs_steps != 1:
         raise ValueError(
-            f"policy {config.type!r} reads {config.n_obs_steps} past observations; this harness evaluates "
-            "policies of one observation (n_obs_steps=1)"
+            f"policy {config.type!r} reads {config.n_obs_steps} past observations; expected a policy of one "
+            "observation (n_obs_steps=1)"
         )
-    if action_steps is None and "n_action_steps" not in fields:
+    steps = fields.get("n_action_steps") if action_steps is None else action_steps
+    if steps is None:
         raise ValueError(f"policy {config.type!r} has no n_action_steps: set action_steps in the evaluation")
-    steps = fields["n_action_steps"] if action_steps is None else action_steps
     if steps < 1:
         raise ValueError(f"expected action_steps of at least 1, got {steps}")
     state, action = config.robot_state_feature, config.action_feature
     if action is None:
         raise ValueError(f"policy {config.type!r} has no output feature {ACTION!r}")
+    prior, history = "none", None
+    if isinstance(policy, VegaPolicy):
+        history = policy.config.observation_delta_indices
+        if policy.model.prior is not None:
+            untrained = " (untrained prior)" if policy.model.prior.untrained else ""
+            prior = policy.config.prior.name + untrained
     return PolicyDescription(
         name=config.type,
-        prior=_prior_label(policy),
+        prior=prior,
         cameras=tuple(config.image_features),
         state_size=None if state is None else state.shape[0],
         action_size=action.shape[0],
         action_steps=steps,
-        history=_history(policy),
+        history=1 if history is None else len(history),
     )
 
 
-def _history(policy: PreTrainedPolicy) -> int:
-    steps = policy.config.observation_delta_indices if isinstance(policy, VegaPolicy) else None
-    return 1 if steps is None else len(steps)
-
-
-def _prior_label(policy: PreTrainedPolicy) -> str:
-    if not isinstance(policy, VegaPolicy) or policy.model.prior is None:
-        return "none"
-    name = policy.config.prior.name
-    return f"{name} (untrained prior)" if policy.model.prior.untrained else name
+_NOISE_SHAPES = {
+    "smolvla": ("chunk_size", "max_action_dim"),
+    "pi0": ("chunk_size", "max_action_dim"),
+    "pi05": ("chunk_size", "max_action_dim"),
+    "diffusion": ("horizon", None),
+}
+"""Policy type -> fields of its config with the two sizes of its noise; None is the size of an action."""
 
 
 def _noise_shape(policy: PreTrainedPolicy) -> tuple[int, int] | None:
@@ -406,25 +382,3 @@ def _noise_shape(policy: PreTrainedPolicy) -> tuple[int, int] | None:
     length, size = _NOISE_SHAPES[config.type]
     fields = vars(config)
     return fields[length], config.action_feature.shape[0] if size is None else fields[size]
-
-
-def _cuda_devices() -> list[int]:
-    return list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-
-
-def to_lerobot(batch: ObservationBatch, description: PolicyDescription) -> dict[str, Any]:
-    """Return a batch as LeRobot's preprocessors expect it: frames float32 [b (t) 3 h w] in [0, 1].
-
-    Args:
-        batch: Frames uint8 [b (t) h w 3], state and instructions.
-        description: What the policy reads.
-    """
-    inputs: dict[str, Any] = {
-        camera: rearrange(torch.from_numpy(np.ascontiguousarray(pixels)), "... h w c -> ... c h w").float()
-        / 255
-        for camera, pixels in batch.frames.items()
-    }
-    if description.state_size is not None:
-        inputs[OBS_STATE] = torch.from_numpy(batch.state)
-    inputs["task"] = list(batch.instructions)
-    return inputs

@@ -1,9 +1,9 @@
-"""The loop: observe all slots, predict one batch of chunks, execute them open loop, repeat.
+"""Batched closed-loop rollout: observe all environments, predict one batch of chunks, execute them, repeat.
 
-Time is cut into ticks. In each tick every slot executes the first actions of its row's chunk, and an episode
-that ended is followed by the next one of the same slot. Batch shape and row positions never change, and the
-noise of a row depends on its episode and on how far it is, not on what the other rows do: so neither the
-number of processes nor an interruption can change a result.
+Time is divided into ticks. In each tick every environment executes the first actions of its row's chunk, and
+an episode that ended is followed by the next one of the same environment. Batch shape and row positions never
+change, and the noise of a row depends on its episode and the number of the call alone: so neither the number
+of processes nor an interruption can change a result.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from vega_policy.evaluation.env_pool import WorkerPool
-from vega_policy.evaluation.env_worker import Outcome, SlotObservation, SlotReport, SlotSpec
+from vega_policy.evaluation.env_worker import EnvCommand, EnvObservation, EnvReport, Outcome
 from vega_policy.evaluation.episodes import Episode
 from vega_policy.evaluation.policies import (
     ChunkPolicy,
@@ -28,13 +28,7 @@ from vega_policy.evaluation.policies import (
 
 @dataclass(frozen=True)
 class FinishedEpisode:
-    """An episode that ended.
-
-    Attributes:
-        episode: What was played.
-        outcome: How it went.
-        policy_calls: Number of chunks predicted for it.
-    """
+    """An episode that ended, its outcome, and the number of chunks that were predicted for it."""
 
     episode: Episode
     outcome: Outcome
@@ -43,19 +37,18 @@ class FinishedEpisode:
 
 @dataclass
 class _Row:
-    """One slot as the main process sees it."""
+    """State of one environment in the main process."""
 
     queue: deque[Episode]
     episode: Episode | None = None
-    observation: SlotObservation | None = None
+    observation: EnvObservation | None = None
     calls: int = 0
 
-    def order(self, actions: np.ndarray | None) -> SlotSpec:
-        following = self.queue[0].order() if self.queue else None
-        return {"actions": actions, "episode": following}
+    def command(self, actions: np.ndarray | None) -> EnvCommand:
+        return {"actions": actions, "episode": self.queue[0].spec() if self.queue else None}
 
-    def take(self, report: SlotReport) -> FinishedEpisode | None:
-        """Follow what the worker did with the last order."""
+    def update(self, report: EnvReport) -> FinishedEpisode | None:
+        """Take over what the worker did with the last command."""
         outcome, finished = report["outcome"], None
         if self.episode is not None and outcome is not None:
             finished = FinishedEpisode(self.episode, outcome, self.calls)
@@ -67,27 +60,15 @@ class _Row:
 
 @dataclass
 class Rollout:
-    """Plays episodes with a batched policy.
-
-    Attributes:
-        policy: The policy.
-        pool: Opened workers.
-        action_steps: How many actions of each chunk are executed.
-        call_seconds: Duration of every policy call so far.
-        last_batch: The last batch that the policy saw.
-    """
+    """Runs episodes with a batched policy."""
 
     policy: ChunkPolicy
-    pool: WorkerPool
-    action_steps: int
-    call_seconds: list[float] = field(default_factory=list)
-    last_batch: ObservationBatch | None = None
+    pool: WorkerPool  # opened
+    call_seconds: list[float] = field(default_factory=list)  # duration of every policy call
+    last_batch: ObservationBatch | None = None  # input of the last policy call
 
-    def play(self, queues: Sequence[deque[Episode]]) -> Iterator[FinishedEpisode]:
-        """Play all episodes and yield each one as it ends.
-
-        Args:
-            queues: Episodes of each slot in the order of play; their number is the batch size.
+    def run(self, queues: Sequence[deque[Episode]]) -> Iterator[FinishedEpisode]:
+        """Run the episodes of each environment in order and yield each one as it ends.
 
         Raises:
             IncompatiblePolicyError: If the policy does not fit the environment.
@@ -96,32 +77,30 @@ class Rollout:
         """
         self.policy.reset()
         rows = [_Row(deque(queue)) for queue in queues]
-        orders = {slot: row.order(None) for slot, row in enumerate(rows) if row.queue}
-        while orders:
-            reports = self.pool.advance(orders)
-            for slot in sorted(reports):
-                finished = rows[slot].take(reports[slot])
+        commands = {index: row.command(None) for index, row in enumerate(rows) if row.queue}
+        while commands:
+            reports = self.pool.advance(commands)
+            for index in sorted(reports):
+                finished = rows[index].update(reports[index])
                 if finished is not None:
                     yield finished
-            orders = self._next_orders(rows)
+            commands = self._next_commands(rows)
 
-    def _next_orders(self, rows: Sequence[_Row]) -> dict[int, SlotSpec]:
-        active = [slot for slot, row in enumerate(rows) if row.episode is not None]
+    def _next_commands(self, rows: Sequence[_Row]) -> dict[int, EnvCommand]:
+        active = [index for index, row in enumerate(rows) if row.episode is not None]
         if not active:
             return {}
-        for slot in active:
-            self._check(rows[slot])
+        for row in (rows[index] for index in active):
+            if row.calls == 0 and row.observation is not None:
+                reads_frames = self.policy.reads_frames
+                check_compatible(self.policy.description, row.observation, reads_frames=reads_frames)
         actions = self._predict(rows, active)
-        for slot in active:
-            rows[slot].calls += 1
-        return {slot: rows[slot].order(actions[slot]) for slot in active}
-
-    def _check(self, row: _Row) -> None:
-        if row.calls == 0 and row.observation is not None:
-            check_compatible(self.policy.description, row.observation, reads_frames=self.policy.reads_frames)
+        for index in active:
+            rows[index].calls += 1
+        return {index: rows[index].command(actions[index]) for index in active}
 
     def _predict(self, rows: Sequence[_Row], active: Sequence[int]) -> np.ndarray:
-        """Return the actions to execute, float32 [b action_steps a]; those of idle rows mean nothing."""
+        """Return the actions to execute, float32 [b action_steps a]; those of idle rows are undefined."""
         description = self.policy.description
         cameras = description.cameras if self.policy.reads_frames else ()
         batch = stack_observations([row.observation for row in rows], cameras)
@@ -130,13 +109,13 @@ class Rollout:
         chunk = self.policy.chunk(batch, noise)
         self.call_seconds.append(time.perf_counter() - start)
         self.last_batch = batch
-        expected = (len(rows), self.action_steps, description.action_size)
-        _check_chunk(chunk, expected, active)
-        return np.asarray(chunk[:, : self.action_steps], dtype=np.float32)
+        steps = description.action_steps
+        _check_chunk(chunk, (len(rows), steps, description.action_size), active)
+        return np.asarray(chunk[:, :steps], dtype=np.float32)
 
 
 def _batch_noise(rows: Sequence[_Row], shape: tuple[int, int]) -> np.ndarray:
-    """Draw the noise of every row, float32 [b t a]; zeros for idle rows."""
+    """Return the noise of every row, float32 [b t a]; zeros for idle rows."""
     noise = np.zeros((len(rows), *shape), np.float32)
     for index, row in enumerate(rows):
         if row.episode is not None:
@@ -145,29 +124,8 @@ def _batch_noise(rows: Sequence[_Row], shape: tuple[int, int]) -> np.ndarray:
 
 
 def episode_noise(seed: int, call: int, shape: tuple[int, int]) -> np.ndarray:
-    """Draw the noise of one chunk, standard normal float32 [t a], by episode seed and number of the call."""
+    """Return the standard normal noise of one chunk, float32 [t a], by episode seed and call number."""
     return np.random.default_rng((seed, call)).standard_normal(shape, dtype=np.float32)
-
-
-def single_call_seconds(
-    policy: ChunkPolicy, batch: ObservationBatch, calls: int, warm_up: int = 3
-) -> list[float]:
-    """Time the policy on one observation at a time, as a robot would ask it.
-
-    Args:
-        policy: The policy.
-        batch: Observations, of which the first is shown.
-        calls: Number of timed calls.
-        warm_up: Number of calls before them.
-    """
-    one = batch.row(0)
-    seconds = []
-    for call in range(warm_up + calls):
-        noise = None if policy.noise_shape is None else episode_noise(0, call, policy.noise_shape)[None]
-        start = time.perf_counter()
-        policy.chunk(one, noise)
-        seconds.append(time.perf_counter() - start)
-    return seconds[warm_up:]
 
 
 def _check_chunk(chunk: np.ndarray, expected: tuple[int, int, int], active: Sequence[int]) -> None:
@@ -177,6 +135,22 @@ def _check_chunk(chunk: np.ndarray, expected: tuple[int, int, int], active: Sequ
             f"expected a chunk of shape [{rows}, at least {steps}, {size}], got {list(chunk.shape)}; "
             "action_steps must not exceed the length of the policy's chunk"
         )
-    bad = [slot for slot in active if not np.isfinite(chunk[slot, :steps]).all()]
+    bad = [index for index in active if not np.isfinite(chunk[index, :steps]).all()]
     if bad:
-        raise ValueError(f"the policy predicted actions that are not finite (NaN or infinite) in rows {bad}")
+        raise ValueError(
+            f"expected finite actions, got NaN or infinite ones in rows {bad}; check the checkpoint"
+        )
+
+
+def single_call_seconds(
+    policy: ChunkPolicy, batch: ObservationBatch, calls: int, warm_up: int = 3
+) -> list[float]:
+    """Return the durations of `calls` policy calls with the first observation of a batch, as on a robot."""
+    one = batch.row(0)
+    seconds = []
+    for call in range(warm_up + calls):
+        noise = None if policy.noise_shape is None else episode_noise(0, call, policy.noise_shape)[None]
+        start = time.perf_counter()
+        policy.chunk(one, noise)
+        seconds.append(time.perf_counter() - start)
+    return seconds[warm_up:]
