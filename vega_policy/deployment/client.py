@@ -54,8 +54,7 @@ class PolicyClient:
         Raises:
             PolicyUnavailableError: If the server is unreachable now.
             PermissionError: If it does not accept the token.
-            ValueError: If the address is invalid, the server speaks another protocol, or it offers another
-                policy than at the first connection.
+            ValueError: If the address is invalid, or protocol or policy have changed.
         """
         if self._connection is not None and self._hello is not None:
             return self._hello
@@ -91,12 +90,9 @@ class PolicyClient:
     def predict(
         self, batch: ObservationBatch, noise: np.ndarray | None = None, rtc: RTCContext | None = None
     ) -> Reply:
-        """Request actions; opens a session if there is none.
+        """Request actions for b rows; opens a session if there is none.
 
-        Args:
-            batch: Observations of b rows.
-            noise: float32 [b t a]; None leaves it to the server.
-            rtc: The chunk to continue, for one row.
+        `noise` is float32 [b t a], or None for the server's own; `rtc` is the chunk to continue, for one row.
 
         Raises:
             PolicyUnavailableError: If the connection broke or no answer came in time; a retry may succeed.
@@ -140,14 +136,8 @@ class PolicyClient:
 class RemotePolicy:
     """A policy on a server as a `ChunkPolicy`: the same rows and noise give the same actions as locally.
 
-    Args:
-        address: Address of the server.
-        action_steps: Actions executed of each chunk; None takes the policy's own.
-        patience_seconds: Time to retry a server that is unavailable, before giving up.
-
-    Raises:
-        PolicyUnavailableError: If the server is unreachable for that time.
-        PermissionError: If it does not accept the token.
+    `action_steps` of each chunk are executed, None takes the policy's own. A server that is unavailable for
+    `patience_seconds` is a PolicyUnavailableError.
     """
 
     def __init__(

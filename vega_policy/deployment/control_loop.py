@@ -171,10 +171,8 @@ def predict_chunk(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return a chunk [t a] in the policy's units and on its device, and in the robot's units on the CPU.
 
-    Args:
-        context: LeRobot's rollout.
-        processed: A robot's observation, after LeRobot's observation processor.
-        **rtc: Of real-time chunking: `inference_delay`, `prev_chunk_left_over`.
+    `processed` is an observation after LeRobot's observation processor; `rtc` has `inference_delay` and
+    `prev_chunk_left_over` for real-time chunking.
     """
     cfg, policy = context.runtime.cfg, context.policy
     frame = build_dataset_frame(context.data.dataset_features, processed, prefix=OBS_STR)

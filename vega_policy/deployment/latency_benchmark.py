@@ -134,17 +134,12 @@ def benchmark_discrete_time(
 ) -> Iterator[Row]:
     """Yield the success of each mode at each number of thinking steps, over the same episodes.
 
-    Args:
-        chunks: A policy of type vega.
-        environment: One of `envs`, with the cameras that the policy was trained on.
-        first_seed: Seed of the first episode; the others follow.
-        episodes: Episodes of each row.
-        thinking_steps: Environment steps from an observation until its chunk arrives.
-        threshold: Actions left at which real-time chunking predicts the next chunk.
-        modes: Keys of `MODES`.
+    `environment` is one of `envs`, with the cameras that the policy was trained on. A thinking step is an
+    environment step between an observation and the arrival of its chunk. Real-time chunking predicts the next
+    chunk at `threshold` actions left.
 
     Raises:
-        ValueError: If the policy is of another type or a mode is unknown.
+        ValueError: If the policy is not of type vega, or a mode is unknown.
     """
     policy, description = chunks.policy, chunks.description
     if not isinstance(policy, VegaPolicy):
@@ -196,9 +191,9 @@ def benchmark_inference(
         overrides: Overrides of configs/deploy.yaml, such as `checkpoint=...`.
         output: Folder of the logs.
         episodes: Episodes of each inference.
-        block: Episodes before the other one's turn.
+        block: Episodes of one inference before the other one's turn.
         seconds: Length of an episode.
-        extra_latency: Seconds that are added to each prediction.
+        extra_latency: Seconds added to each prediction.
         command: Program that deploys; takes overrides.
 
     Raises:
@@ -238,14 +233,9 @@ def summarize_log(name: str, log: Path, episodes: int | None = None) -> Row:
     `held_fraction` is the fraction of steps without a command, `late_fraction` that of steps that the
     simulator itself began late: above a few percent, the machine was too slow for the log to be meaningful.
 
-    Args:
-        name: Name of the row.
-        log: JSON lines.
-        episodes: Uses the first episodes only; None uses all.
-
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it holds fewer episodes, or an older version wrote it.
+        ValueError: If it holds fewer than `episodes` (None uses all), or an older version wrote it.
     """
     if not log.exists():
         raise FileNotFoundError(f"no log of a simulated robot at {log}")

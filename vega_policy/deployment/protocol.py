@@ -65,7 +65,7 @@ class Schema(Struct, frozen=True, forbid_unknown_fields=True):
     """A map with exactly the declared fields."""
 
 
-class Array(Schema):
+class Array(Schema, frozen=True):
     """An array, row-major and little-endian."""
 
     shape: Annotated[tuple[Size, ...], Meta(max_length=5)]
@@ -99,7 +99,7 @@ class Array(Schema):
         return array
 
 
-class MessageLimits(Schema):
+class MessageLimits(Schema, frozen=True):
     """Size and rate limits of requests."""
 
     message_bytes: Count
@@ -108,7 +108,7 @@ class MessageLimits(Schema):
     requests_per_second: Annotated[float, Meta(gt=0, lt=1e9)]  # of one session
 
 
-class ServedDescription(Schema):
+class ServedDescription(Schema, frozen=True):
     """The served policy: the fields of `PolicyDescription`, and those of `ServedPolicy`."""
 
     name: Name
@@ -129,7 +129,7 @@ class ServedDescription(Schema):
         return PolicyDescription(**{name: getattr(self, name) for name in names})
 
 
-class Hello(Schema, tag_field="type", tag="hello"):
+class Hello(Schema, frozen=True, tag_field="type", tag="hello"):
     """First message of a session."""
 
     version: int
@@ -138,7 +138,7 @@ class Hello(Schema, tag_field="type", tag="hello"):
     limits: MessageLimits
 
 
-class RTCMessage(Schema):
+class RTCMessage(Schema, frozen=True):
     """`RTCContext` in a message."""
 
     actions: Array
@@ -147,7 +147,7 @@ class RTCMessage(Schema):
     guidance: Annotated[float, Meta(gt=0, le=1000)]
 
 
-class PredictMessage(Schema, tag_field="type", tag="predict"):
+class PredictMessage(Schema, frozen=True, tag_field="type", tag="predict"):
     """A request."""
 
     session: bytes
@@ -159,7 +159,7 @@ class PredictMessage(Schema, tag_field="type", tag="predict"):
     rtc: RTCMessage | None
 
 
-class ActionsMessage(Schema, tag_field="type", tag="actions"):
+class ActionsMessage(Schema, frozen=True, tag_field="type", tag="actions"):
     """An answer: a chunk for each row, and the seconds spent in the model and on the server in all."""
 
     sequence: SequenceNumber
@@ -168,7 +168,7 @@ class ActionsMessage(Schema, tag_field="type", tag="actions"):
     server_seconds: float
 
 
-class ErrorMessage(Schema, tag_field="type", tag="error"):
+class ErrorMessage(Schema, frozen=True, tag_field="type", tag="error"):
     """A refusal."""
 
     sequence: SequenceNumber | None
@@ -200,11 +200,7 @@ def encode(message: Schema) -> bytes:
 
 
 def decode_hello(data: bytes | str) -> Hello:
-    """Decode the server's first message.
-
-    Raises:
-        ProtocolError: If it violates the schema or has another version.
-    """
+    """Decode the server's first message; a ProtocolError if it violates the schema or the version."""
     hello = _decode(data, Hello)
     if hello.version != VERSION:
         raise ProtocolError("malformed", f"expected protocol version {VERSION}, got {hello.version}")
@@ -214,17 +210,19 @@ def decode_hello(data: bytes | str) -> Hello:
 def encode_request(session: bytes, request: Request) -> bytes:
     """Encode a request."""
     batch, noise, rtc = request.batch, request.noise, request.rtc
-    return encode(
-        PredictMessage(
-            session,
-            request.sequence,
-            {camera: Array.pack(frames, "u1") for camera, frames in batch.frames.items()},
-            Array.pack(batch.state, "<f4"),
-            list(batch.instructions),
-            None if noise is None else Array.pack(noise, "<f4"),
-            None if rtc is None else RTCMessage(**vars(rtc) | {"actions": Array.pack(rtc.actions, "<f4")}),
-        )
+    context = None
+    if rtc is not None:
+        context = RTCMessage(Array.pack(rtc.actions, "<f4"), rtc.delay, rtc.horizon, rtc.guidance)
+    message = PredictMessage(
+        session,
+        request.sequence,
+        {camera: Array.pack(frames, "u1") for camera, frames in batch.frames.items()},
+        Array.pack(batch.state, "<f4"),
+        list(batch.instructions),
+        None if noise is None else Array.pack(noise, "<f4"),
+        context,
     )
+    return encode(message)
 
 
 def decode_request(
@@ -282,12 +280,7 @@ def decode_answer(data: bytes | str, sequence: int) -> Reply:
 
 
 def read_token(path: Path | None) -> str | None:
-    """Read a token from a file that only its owner may read; None for None.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        PermissionError: If others may read it.
-    """
+    """Read a token from a file; None for None. A file that others may read is a PermissionError."""
     if path is None:
         return None
     mode = stat.S_IMODE(path.stat().st_mode)

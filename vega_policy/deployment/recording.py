@@ -47,15 +47,8 @@ class RecordingFormat:
 class EpisodeRecorder:
     """Receives frames from a control loop and writes them in its own thread.
 
-    Use it as a context manager: leaving it saves the running episode.
-
-    Args:
-        folder: Folder of the episodes, one folder each; existing ones are kept and numbering continues.
-        layout: Format of the episodes.
-
-    Attributes:
-        saved: Folders of finished episodes.
-        failure: Error that ended the recording early, or None.
+    Each episode is a folder in `folder`; existing ones are kept and numbering continues. Use it as a context
+    manager: leaving it saves the running episode.
     """
 
     def __init__(self, folder: Path, layout: RecordingFormat) -> None:
@@ -63,7 +56,7 @@ class EpisodeRecorder:
         self._layout = layout
         self._queue: queue.Queue[dict[str, Any] | str | None] = queue.Queue()
         self._thread = threading.Thread(target=self._run, name="recorder", daemon=True)
-        self.failure: Exception | None = None
+        self.failure: Exception | None = None  # ended the recording early
         self.saved: list[Path] = finished_episodes(folder)
 
     def __enter__(self) -> Self:
@@ -80,10 +73,7 @@ class EpisodeRecorder:
             logger.error("the last episode was not recorded: %s", self.failure)
 
     def add(self, frame: dict[str, Any]) -> None:
-        """Record one step; returns at once.
-
-        Args:
-            frame: As `LeRobotDataset.add_frame` expects it, with all features and `task`.
+        """Record one step, as `LeRobotDataset.add_frame` expects it with `task`; returns at once.
 
         Raises:
             RuntimeError: If writing failed before, or cannot keep up: a recording must have no gaps.
@@ -149,14 +139,9 @@ def finished_episodes(folder: Path) -> list[Path]:
 
 
 def merge_episodes(folder: Path, root: Path, repo_id: str) -> int:
-    """Merge finished episodes into one LeRobotDataset and return their number.
+    """Merge the episodes of an `EpisodeRecorder` into one LeRobotDataset in `root` and return their number.
 
     Each episode keeps its files: joining them would rewrite the whole file for each episode.
-
-    Args:
-        folder: Folder of an `EpisodeRecorder`.
-        root: Folder of the dataset; must not exist.
-        repo_id: LeRobot's name of the dataset.
 
     Raises:
         FileNotFoundError: If there is no finished episode.

@@ -161,12 +161,9 @@ class VegaRemotePolicy(PreTrainedPolicy):
     ) -> Tensor:
         """Return a chunk of actions [1 t a] in the robot's units.
 
-        Args:
-            batch: One observation: frames [1 3 h w] in [0, 1], state [1 s], task.
-            inference_delay: Number of actions executed before the chunk arrives; None without real-time
-                chunking.
-            prev_chunk_left_over: The rest of the last chunk [t a]; None for the first.
-            **kwargs: Ignored.
+        `batch` is one observation: frames [1 3 h w] in [0, 1], state [1 s], task. With real-time chunking
+        `inference_delay` is the number of actions executed before the chunk arrives, and
+        `prev_chunk_left_over` the rest of the last chunk [t a].
         """
         rtc = {"inference_delay": inference_delay or 0, "prev_chunk_left_over": prev_chunk_left_over}
         if self._adapter is not None and inference_delay is not None:

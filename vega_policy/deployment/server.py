@@ -473,13 +473,7 @@ class ServedCheckpoint:
 
 
 def load_served_policy(path: Path, *, device: str, action_steps: int | None = None) -> ServedCheckpoint:
-    """Load a checkpoint to be served; arguments and errors as of `load_lerobot_policy`.
-
-    Args:
-        path: A checkpoint of a training run, or its `pretrained_model` folder.
-        device: Torch device such as `cpu` or `cuda`.
-        action_steps: Actions executed of each chunk; None takes the policy's own `n_action_steps`.
-    """
+    """Load a checkpoint of a training run to be served; see `load_lerobot_policy`."""
     folder = find_checkpoint(path)
     chunks = load_lerobot_policy(folder, device=device, action_steps=action_steps)
     return ServedCheckpoint(chunks, checkpoint_fingerprint(folder))
