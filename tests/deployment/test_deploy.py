@@ -93,10 +93,10 @@ class Robot:
     """Two joints that reach a command at once."""
 
     robot_type = name = "two joints"
-    action_features = observation_features = dict.fromkeys(JOINTS, float)
 
-    def __init__(self):
-        self.joints, self.sent, self.seconds = dict(JOINTS), [], 0.0
+    def __init__(self, joints=JOINTS):
+        self.joints, self.sent, self.seconds = dict(joints), [], 0.0
+        self.action_features = self.observation_features = dict.fromkeys(joints, float)
 
     def get_observation(self):
         joints = dict(self.joints)
@@ -132,18 +132,14 @@ class Engine:
     stop = resume = start
 
 
-def roll_out(
-    actions, steps, teleop=None, on_step=lambda strategy, step: None, run=False, camera=None, **options
-):
-    """Run some steps; return robot, recorded frames, strategy and filter."""
-    robot, engine, frames = Robot() if camera is None else camera, Engine(actions), []
-    safety = SafetyFilter(LIMITS, period=0.05, **options)
+def make_context(robot, engine, safety, teleop=None):
+    """What LeRobot's rollout passes to its strategies."""
     features = {
         **hw_to_dataset_features(robot.action_features, "action"),
         **hw_to_dataset_features(robot.observation_features, "observation"),
     }
     to_teleop, _, to_observation = make_default_processors()
-    context = SimpleNamespace(
+    return SimpleNamespace(
         runtime=SimpleNamespace(
             cfg=SimpleNamespace(fps=1000, task="test", interpolation_multiplier=1),
             shutdown_event=threading.Event(),
@@ -155,39 +151,38 @@ def roll_out(
             robot_action_processor=safe_action_pipeline(safety),
             robot_observation_processor=to_observation,
         ),
-        data=SimpleNamespace(dataset_features=features, ordered_action_keys=list(JOINTS)),
+        data=SimpleNamespace(dataset_features=features, ordered_action_keys=list(robot.joints)),
     )
+
+
+def roll_out(engine, steps, *, robot=None, teleop=None, before_step=lambda strategy, step: None, **options):
+    """Run some steps, then the end of a rollout; return robot, recorded frames and filter."""
+    robot, frames = robot or Robot(), []
+    safety = SafetyFilter(LIMITS, period=0.05, **options)
+    context = make_context(robot, engine, safety, teleop)
     recorder = SimpleNamespace(add=frames.append, end_episode=lambda: None)
     strategy = SafeRollout(safety, episodes=1, episode_seconds=1.0, recorder=recorder)
     strategy.setup(context)
     strategy.reset()
     for step in range(steps):
-        on_step(strategy, step)
+        before_step(strategy, step)
         strategy.step(context)
-    if run:
-        context.runtime.shutdown_event.set()
-        strategy.run(context)
-    return robot, frames, engine, safety
-
-
-class Velocity(Robot):
-    """One joint that keeps its last commanded speed."""
-
-    def __init__(self):
-        super().__init__()
-        self.joints = {"x.vel": 0.0}
+    context.runtime.shutdown_event.set()
+    strategy.run(context)
+    return robot, frames, safety
 
 
 def test_a_robot_is_at_rest_before_it_is_released():
-    robot, order = Velocity(), []
+    robot, engine, order = Robot({"x.vel": 0.0}), Engine([]), []
+    engine.stop = lambda: order.append(len(robot.sent))
     safety = SafetyFilter([JointLimits("x.vel", -1.0, 1.0, speed=2.0, rest=0.0)], period=0.02)
-    context = SimpleNamespace(hardware=SimpleNamespace(robot_wrapper=robot))
+    context = make_context(robot, engine, safety)
     for _ in range(20):
         robot.send_action(safety.command({"x.vel": 1.0}, robot.joints))
         time.sleep(0.02)
     fast = robot.sent[-1]["x.vel"]
     strategy = SafeRollout(safety, episodes=1, episode_seconds=1.0)
-    strategy._engine = SimpleNamespace(stop=lambda: order.append(len(robot.sent)))
+    strategy.setup(context)
     strategy.come_to_rest(context)
     assert order == [20]  # inference ended first
     assert fast > 0.3
@@ -197,22 +192,19 @@ def test_a_robot_is_at_rest_before_it_is_released():
 
 def test_a_robot_that_was_never_commanded_gets_no_command_at_the_end():
     robot, safety = Robot(), SafetyFilter(LIMITS, period=0.05)
-    SafeRollout(safety, episodes=1, episode_seconds=1.0).come_to_rest(
-        SimpleNamespace(hardware=SimpleNamespace(robot_wrapper=robot))
-    )
+    SafeRollout(safety, episodes=1, episode_seconds=1.0).come_to_rest(make_context(robot, None, safety))
     assert robot.sent == []
 
 
 def test_an_engine_that_failed_stops_the_deployment():
-    def fail(strategy, step):
-        strategy._engine.failed = True
-
-    *_, safety = roll_out([[0.1, 0.5]], steps=1, on_step=fail, run=True)
+    engine = Engine([[0.1, 0.5]])
+    engine.failed = True
+    *_, safety = roll_out(engine, steps=1)
     assert "inference failed" in safety.stopped
 
 
 def test_commands_and_actions_of_the_policy_are_recorded():
-    robot, frames, _, _ = roll_out([[0.1, 0.5], [math.nan, 0.5], [0.2, 0.6]], steps=4)
+    robot, frames, _ = roll_out(Engine([[0.1, 0.5], [math.nan, 0.5], [0.2, 0.6]]), steps=4)
     assert len(robot.sent) == len(frames) == 3  # a step without a prediction commands and records nothing
     assert [bool(frame["intervention"][0]) for frame in frames][:2] == [False, True]
     np.testing.assert_allclose(frames[0]["action"], [0.1, 0.5])
@@ -222,29 +214,28 @@ def test_commands_and_actions_of_the_policy_are_recorded():
 
 
 def test_a_person_takes_over_and_returns_control():
-    def turn(strategy, step):
+    def switch(strategy, step):
         if step in (1, 3):
             strategy.toggle_human()
 
+    engine = Engine([[0.1, 0.5]] * 9)
     teleop = SimpleNamespace(get_action=lambda: {"pan.pos": -0.1, "lift.pos": 0.4})
-    robot, frames, engine, _ = roll_out([[0.1, 0.5]] * 9, steps=5, teleop=teleop, on_step=turn)
+    robot, frames, _ = roll_out(engine, steps=5, teleop=teleop, before_step=switch)
     assert [bool(frame["intervention"][0]) for frame in frames][:3] == [False, True, True]
     np.testing.assert_allclose(frames[2]["policy_action"], [-0.1, 0.4])
-    assert engine.resets == 4  # at the start (twice), and at each change of hands
+    assert engine.resets == 4  # at the start (twice), and at each change of control
     assert len(robot.sent) == 5
 
 
 @pytest.mark.parametrize("slow_part", ["policy", "camera"])
 def test_an_action_from_an_old_observation_is_refused_and_predicted_again(slow_part):
-    robot = Robot()
+    robot, engine = Robot(), Engine([[0.1, 0.5], [0.2, 0.5], [0.15, 0.5]])
 
     def slow(strategy, step):
-        part = robot if slow_part == "camera" else strategy._engine
+        part = robot if slow_part == "camera" else engine
         part.seconds = 0.6 if step == 1 else 0.0
 
-    robot, _, engine, safety = roll_out(
-        [[0.1, 0.5], [0.2, 0.5], [0.15, 0.5]], steps=3, on_step=slow, camera=robot, max_observation_age=0.5
-    )
+    _, _, safety = roll_out(engine, steps=3, robot=robot, before_step=slow, max_observation_age=0.5)
     assert safety.counts["stale"] == 1
     assert robot.sent[1] == robot.sent[0]
     assert robot.sent[2]["pan.pos"] > robot.sent[1]["pan.pos"]

@@ -20,8 +20,14 @@ class World:
     def __init__(self, thinking, threshold=10, chunk=CHUNK):
         self.done, self.requests, self.thinking, self.chunk = [], [], thinking, chunk
         self.safety = SafetyFilter([JointLimits("x.pos", -1.0, 1.0)], period=0.05)
+        self.shutdown = threading.Event()
         self.engine = RealTimeEngine(
-            self.predict, lambda: None, self.safety, threshold=threshold, shutdown=threading.Event()
+            lambda *arguments: self.predict(*arguments),
+            lambda: None,
+            self.safety,
+            threshold=threshold,
+            shutdown=self.shutdown,
+            retry_seconds=0.0,
         )
 
     def tick(self):
@@ -65,14 +71,14 @@ def test_the_rest_of_the_chunk_and_the_longest_delay_reach_the_policy():
 def test_a_chunk_of_the_last_episode_is_not_executed():
     world = World(thinking=0).run(3)
     world.thinking = 2
-    forget = world.predict
+    unchanged = world.predict
 
     def predict(*arguments):
-        answer = forget(*arguments)
+        answer = unchanged(*arguments)
         world.engine.reset()
         return answer
 
-    world.engine._predict = predict
+    world.predict = predict
     world.run(5)  # few actions are left
     world.done.clear()
     for _ in range(3):
@@ -89,15 +95,14 @@ def test_a_chunk_from_an_old_observation_is_refused():
     assert world.safety.counts == {"stale chunk": 1}
 
 
-def test_a_policy_that_fails_repeatedly_ends_the_rollout(monkeypatch):
-    monkeypatch.setattr("vega_policy.deployment.rtc.SECONDS_AFTER_FAILURE", 0.0)
+def test_a_policy_that_fails_repeatedly_ends_the_rollout():
     world, calls = World(thinking=0), []
 
     def fail(*arguments):
         calls.append(arguments)
         raise ConnectionError("gone")
 
-    world.engine._predict = fail
+    world.predict = fail
     world.engine.start()
     end = time.monotonic() + 10
     while not world.engine.failed and time.monotonic() < end:
@@ -105,7 +110,7 @@ def test_a_policy_that_fails_repeatedly_ends_the_rollout(monkeypatch):
         time.sleep(0.001)
     world.engine.stop()
     assert world.engine.failed
-    assert world.engine._shutdown.is_set()
+    assert world.shutdown.is_set()
     assert len(calls) == MAX_FAILURES
 
 

@@ -27,7 +27,6 @@ Predict = Callable[[dict[str, Any], int, Tensor | None], tuple[Tensor, Tensor]]
 
 REMEMBERED_DELAYS = 10  # the longest of them is the delay that the next chunk assumes
 MAX_FAILURES = 10  # in a row
-SECONDS_AFTER_FAILURE = 0.5
 
 
 @dataclass(frozen=True)
@@ -85,6 +84,7 @@ class RealTimeEngine(InferenceEngine):
         safety: Knows the time of the last observation, and the largest age of one when its chunk arrives.
         threshold: The next chunk is predicted when at most this many actions are left.
         shutdown: Set after `MAX_FAILURES` failed predictions in a row.
+        retry_seconds: Pause after a failed prediction.
     """
 
     def __init__(
@@ -95,9 +95,11 @@ class RealTimeEngine(InferenceEngine):
         *,
         threshold: int,
         shutdown: threading.Event,
+        retry_seconds: float = 0.5,
     ) -> None:
         self._predict, self._reset_policy = predict, reset_policy
         self._safety, self._threshold, self._shutdown = safety, threshold, shutdown
+        self._retry_seconds = retry_seconds
         self._queue = ChunkQueue()
         self._delays: deque[int] = deque(maxlen=REMEMBERED_DELAYS)
         self._latest: Snapshot | None = None
@@ -174,7 +176,7 @@ class RealTimeEngine(InferenceEngine):
                 except (OSError, RuntimeError, ValueError) as error:
                     failures += 1
                     logger.error("prediction failed (%d in a row): %s", failures, error)
-                    self._ended.wait(SECONDS_AFTER_FAILURE)
+                    self._ended.wait(self._retry_seconds)
         finally:
             if not self._ended.is_set():
                 self._failed = True
