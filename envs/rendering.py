@@ -18,26 +18,18 @@ import numpy as np
 
 MUJOCO_VERSION = "3.3.7"
 
-UNSEEN_GROUP = (
-    5  # geometry group of what a camera cannot see; robosuite, LIBERO and Meta-World leave it empty
-)
+UNSEEN_GROUP = 5  # of shapes outside a camera's view; robosuite, LIBERO and Meta-World leave it empty
 
 MjModel = MjData = Any  # mujoco is a compiled module without type stubs
 
 
 @dataclass(frozen=True)
 class Profile:
-    """How much of the picture is paid for.
-
-    Attributes:
-        shadows: Whether lights cast shadows.
-        reflections: Whether surfaces mirror the scene.
-        samples: Samples a pixel (anti-aliasing); None keeps what the scene asks for.
-    """
+    """Rendering quality."""
 
     shadows: bool
     reflections: bool
-    samples: int | None
+    samples: int | None  # per pixel (anti-aliasing); None keeps the scene's own
 
 
 PROFILES = {
@@ -47,11 +39,7 @@ PROFILES = {
 
 
 def profile(name: str) -> Profile:
-    """Return a rendering profile by name.
-
-    Raises:
-        ValueError: If there is none of that name.
-    """
+    """Return a rendering profile by name; a ValueError lists the known ones."""
     if name not in PROFILES:
         raise ValueError(f"unknown rendering profile {name!r}; known: {', '.join(PROFILES)}")
     return PROFILES[name]
@@ -82,7 +70,7 @@ def load_mujoco() -> Any:
     with quiet_import():
         import mujoco
         import mujoco.gl_context
-    if _uses_egl():  # mujoco settles on its own default if it is imported before EGL was chosen here
+    if _uses_egl():  # mujoco keeps its own default if it was imported before EGL was chosen here
         from mujoco.egl import GLContext
 
         mujoco.GLContext = mujoco.gl_context.GLContext = GLContext
@@ -94,11 +82,7 @@ def _uses_egl() -> bool:
 
 
 def check_mujoco_version() -> None:
-    """Refuse any mujoco but the one on which robosuite, LIBERO and Meta-World all run unpatched.
-
-    Raises:
-        RuntimeError: Naming the version found and the way out.
-    """
+    """Refuse any mujoco but the one on which robosuite, LIBERO and Meta-World all run unpatched."""
     try:
         found = importlib.metadata.version("mujoco")
     except importlib.metadata.PackageNotFoundError:
@@ -113,11 +97,7 @@ def check_mujoco_version() -> None:
 
 
 def check_egl() -> None:
-    """Refuse to start without the EGL library, naming the package that holds it.
-
-    Raises:
-        RuntimeError: If libEGL cannot be loaded.
-    """
+    """Raise a RuntimeError that names the packages to install if the EGL library is missing."""
     try:
         ctypes.CDLL("libEGL.so.1")
     except OSError as error:
@@ -130,7 +110,7 @@ def check_egl() -> None:
 
 @contextmanager
 def quiet_import() -> Iterator[None]:
-    """Silence what simulators say while they are imported: macro files, escape sequences, deprecations."""
+    """Silence the simulators' warnings at import: macro files, escape sequences, deprecations."""
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -142,11 +122,21 @@ def quiet_import() -> Iterator[None]:
 
 
 class CameraRig:
-    """The cameras of one environment, rendered off screen, upright for a person unless `flipped`.
+    """The cameras of one environment, rendered off screen; the model is changed to follow the profile.
 
-    The context is made at the first frame, so that an environment that never shows one costs nothing. Where
-    there are neither shadows nor reflections, what lies outside a camera's view is not drawn: the picture is
-    the same, and a software renderer has to transform a fraction of the robot's 170,000 triangles.
+    The context is created at the first frame. Without shadows and reflections, shapes outside a camera's view
+    are not drawn: the image is the same, and a software renderer transforms a fraction of the robot's 170,000
+    triangles.
+
+    Args:
+        model: Compiled model.
+        data: The simulation's state; must be up to date when frames are rendered.
+        cameras: Name in the observation -> name in the simulator; the first is used for videos.
+        frame_size: Height and width in pixels, at least 8.
+        rendering: Rendering profile.
+        hidden_groups: Geometry groups that are not drawn (collision shapes).
+        flipped: Axes along which upright images are flipped: (1,) mirrors them left to right, (0, 1) rotates
+            them by 180 degrees.
     """
 
     def __init__(
@@ -160,21 +150,6 @@ class CameraRig:
         hidden_groups: tuple[int, ...] = (),
         flipped: tuple[int, ...] = (),
     ) -> None:
-        """Look at a simulation; its model is changed to follow the profile.
-
-        Args:
-            model: Compiled model.
-            data: The simulation's state; must be up to date when frames are asked for.
-            cameras: Name in the observation -> name in the simulator; the first is used for videos.
-            frame_size: Height and width in pixels.
-            rendering: How much of the picture is paid for.
-            hidden_groups: Geometry groups that are not shown (collision shapes).
-            flipped: Axes along which pictures are flipped: (1,) mirrors them left to right, (0, 1) turns them
-                by 180 degrees.
-
-        Raises:
-            ValueError: If the frame is too small to be one.
-        """
         if frame_size < 8:
             raise ValueError(f"frame_size must be at least 8 pixels, got {frame_size}")
         apply_profile(model, rendering)
@@ -186,11 +161,11 @@ class CameraRig:
 
     def frames(self) -> dict[str, np.ndarray]:
         """Render every camera, {name: uint8 [h w 3]}."""
-        return {name: self._picture(camera) for name, camera in self._cameras.items()}
+        return {name: self._render(camera) for name, camera in self._cameras.items()}
 
     def frame(self) -> np.ndarray:
         """Render the first camera, uint8 [h w 3]."""
-        return self._picture(next(iter(self._cameras.values())))
+        return self._render(next(iter(self._cameras.values())))
 
     def close(self) -> None:
         """Free the rendering context now: left to the interpreter's exit, it ends in an EGL traceback."""
@@ -199,22 +174,18 @@ class CameraRig:
             self._screen.close()
             self._screen = None
 
-    def _picture(self, camera: int) -> np.ndarray:
-        frame = self._render(camera)
-        return np.ascontiguousarray(np.flip(frame, self._flipped)) if self._flipped else frame
-
     def _render(self, camera: int) -> np.ndarray:
         if self._screen is None:
             self._screen = _Screen(self._model, self._frame_size, self._hidden_groups)
             atexit.register(self._screen.close)  # for callers who forget: before EGL itself shuts down
-        if not self._culls:
-            return self._screen.draw(self._data, camera)
         groups = self._model.geom_group.copy()
-        self._model.geom_group[out_of_view(self._model, self._data, camera)] = UNSEEN_GROUP
+        if self._culls:
+            self._model.geom_group[out_of_view(self._model, self._data, camera)] = UNSEEN_GROUP
         try:
-            return self._screen.draw(self._data, camera)
+            frame = self._screen.draw(self._data, camera)
         finally:
             self._model.geom_group[:] = groups
+        return np.ascontiguousarray(np.flip(frame, self._flipped)) if self._flipped else frame
 
 
 class _Screen:
@@ -236,7 +207,7 @@ class _Screen:
             self._options.geomgroup[group] = 0
 
     def draw(self, data: MjData, camera: int) -> np.ndarray:
-        """Return what a camera sees, uint8 [h w 3]."""
+        """Render a camera, uint8 [h w 3]."""
         mujoco = self._mujoco
         frame = np.empty((self._viewport.height, self._viewport.width, 3), np.uint8)
         self._camera.fixedcamid = camera
@@ -256,10 +227,9 @@ class _Screen:
 
 
 def out_of_view(model: MjModel, data: MjData, camera: int) -> np.ndarray:
-    """Tell which shapes a square frame of a camera cannot show: bounding boxes outside its pyramid.
+    """Return which shapes have bounding boxes outside the view of a camera's square frame, bool [geoms].
 
-    Returns:
-        bool [geoms]; unbounded shapes (planes) are never out of view.
+    Unbounded shapes (planes) are never out of view.
     """
     half_angle = np.radians(model.cam_fovy[camera]) / 2
     sides = np.array([[1, 0], [-1, 0], [0, 1], [0, -1]]) * np.cos(half_angle)

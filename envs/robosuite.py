@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import abc
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
 from typing import Any, ClassVar
@@ -16,14 +15,14 @@ from envs.base import ManipulationEnv, Task, global_seed
 from envs.rendering import CameraRig, load_mujoco, profile, quiet_import
 
 CAMERAS = {"image": "agentview", "image2": "robot0_eye_in_hand"}
-COLLISION_GROUP = 0  # robosuite keeps collision shapes in geometry group 0 and what is to be seen in 1
+COLLISION_GROUP = 0  # robosuite keeps collision shapes in geometry group 0 and visible ones in 1
 
 
 class PandaEnv(ManipulationEnv):
     """A Panda under OSC_POSE control at 20 Hz with two cameras.
 
     The model is compiled once and an episode starts with robosuite's soft reset. Simulation steps are
-    robosuite's own, without its observables, which nobody reads.
+    robosuite's own, without its unused observables.
 
     An action is 6 pose deltas (full scale 5 cm, 0.5 rad) and the gripper (-1 open, 1 closed). The state is
     the end effector's position in metres and orientation as axis-angle, both in the world's frame, and the
@@ -33,26 +32,18 @@ class PandaEnv(ManipulationEnv):
     flipped: ClassVar[tuple[int, ...]] = ()  # axes along which upright pictures are flipped
 
     def __init__(self, task: Task, *, frame_size: int, rendering: str, render: bool) -> None:
-        """Compile the model.
-
-        Args:
-            task: What is run.
-            frame_size: Height and width of a frame in pixels.
-            rendering: Name of a rendering profile.
-            render: Whether there are cameras at all.
-        """
         super().__init__(task, cameras=tuple(CAMERAS) if render else (), frame_size=frame_size)
         chosen = profile(rendering)
         self._mujoco = load_mujoco()
-        self._raw = self._compile()
-        self._raw.hard_reset = False  # after the first compilation, which robosuite insists on
-        self._resumes = False
-        self._model, self._data = self._raw.sim.model._model, self._raw.sim.data._data
-        self._substeps = round(self._raw.control_timestep / self._raw.model_timestep)
+        self.raw = self._compile()
+        self.raw.hard_reset = False  # after the first compilation, which robosuite insists on
+        self._resumes = False  # whether the controller's goal is stale, after `restore`
+        self.model, self.data = self.raw.sim.model._model, self.raw.sim.data._data
+        self._substeps = round(self.raw.control_timestep / self.raw.model_timestep)
         if render:
             self.camera_rig = CameraRig(
-                self._model,
-                self._data,
+                self.model,
+                self.data,
                 CAMERAS,
                 frame_size=frame_size,
                 rendering=chosen,
@@ -65,17 +56,12 @@ class PandaEnv(ManipulationEnv):
         """Build robosuite's environment, without renderer."""
 
     @property
-    def raw(self) -> Any:
-        """The environment of robosuite itself, for demonstrators."""
-        return self._raw
-
-    @property
     def _gripper(self) -> Any:
-        return self._raw.robots[0].gripper
+        return self.raw.robots[0].gripper
 
     def _advance(self, action: np.ndarray) -> bool:
-        raw = self._raw
-        if self._resumes:  # done only when an episode goes on: most states are restored to be looked at
+        raw = self.raw
+        if self._resumes:  # only when an episode continues: most states are restored to be rendered
             raw.robots[0].controller.update(force=True)
             raw.robots[0].controller.reset_goal()
             self._resumes = False
@@ -85,63 +71,30 @@ class PandaEnv(ManipulationEnv):
             raw.sim.step()
         return bool(raw._check_success())
 
-    def _refresh(self) -> None:
-        # Poses lag one substep behind the joints after a step. Only kinematics is redone: a forward pass
-        # would warm-start the solver anew, and a watched episode would part from an unwatched one.
-        self._mujoco.mj_kinematics(self._model, self._data)
-        self._mujoco.mj_comPos(self._model, self._data)
-        self._mujoco.mj_camlight(self._model, self._data)
-
     def _proprioception(self) -> np.ndarray:
-        robot, data = self._raw.robots[0], self._data
+        robot, data = self.raw.robots[0], self.data
         position = data.site_xpos[robot.eef_site_id]
-        orientation = axis_angle(data.xquat[self._hand_id])
+        hand = self.raw.sim.model.body_name2id(robot.robot_model.eef_name)
+        orientation = axis_angle(data.xquat[hand])
         fingers = data.qpos[robot._ref_gripper_joint_pos_indexes]
         return np.concatenate([position, orientation, fingers]).astype(np.float32)
 
     @property
-    def _hand_id(self) -> int:
-        return self._raw.sim.model.body_name2id(self._raw.robots[0].robot_model.eef_name)
-
-    @property
     def _state_parts(self) -> int:
-        """Which parts of MuJoCo's state `simulator_state` holds."""
+        """Time, joint positions, joint velocities and activations."""
         return self._mujoco.mjtState.mjSTATE_FULLPHYSICS
 
-    def simulator_state(self) -> np.ndarray:
-        """Return time, joint positions, joint velocities and activations, float64 [n]."""
-        spec = self._state_parts
-        state = np.empty(self._mujoco.mj_stateSize(self._model, spec))
-        self._mujoco.mj_getState(self._model, self._data, state, spec)
-        return state
-
     def restore(self, state: np.ndarray) -> None:
-        """Put the physical state back; the controller then holds the pose it finds.
-
-        Args:
-            state: As returned by `simulator_state`.
-
-        Raises:
-            ValueError: If the state is of another model.
-        """
-        spec = self._state_parts
-        size = self._mujoco.mj_stateSize(self._model, spec)
-        if np.shape(state) != (size,):
-            raise ValueError(f"a state of {self.task.name} has {size} values, got shape {np.shape(state)}")
-        self._mujoco.mj_setState(self._model, self._data, np.asarray(state, np.float64), spec)
-        self._refresh()
+        """Put the physical state back; the controller then holds the pose it finds."""
+        super().restore(state)
         self._resumes = True
-
-    def close(self) -> None:
-        """Free the rendering context and the simulator."""
-        super().close()
-        self._raw.close()
 
 
 def axis_angle(quaternion: np.ndarray) -> np.ndarray:
-    """Turn a unit quaternion [4] (w x y z) into axis times angle [3]; the angle runs over [0, 2 pi].
+    """Return axis times angle [3] of a unit quaternion [4] (w x y z); the angle runs over [0, 2 pi].
 
-    The angle is not folded at pi: a hand that points down stays clear of the jump there.
+    The angle is not folded at pi as in scipy's `Rotation`: a hand that points down is near that jump. LeRobot
+    has this convention for LIBERO.
     """
     w = float(np.clip(quaternion[0], -1.0, 1.0))
     sine = np.sqrt(1.0 - w * w)
@@ -162,7 +115,7 @@ def load_robosuite() -> ModuleType:
     with quiet_import():
         import robosuite
     if chosen is not None:
-        os.environ["MUJOCO_GL"] = chosen  # robosuite puts EGL in its place
+        os.environ["MUJOCO_GL"] = chosen  # robosuite's import sets it to EGL
 
     return robosuite
 
@@ -172,22 +125,12 @@ COMPILE_SEED = 0  # Lift draws its cube's edge (40 to 44 mm) when it is compiled
 
 @dataclass(frozen=True)
 class RobosuiteTask:
-    """One entry of the table.
+    """One entry of the table of tasks."""
 
-    Attributes:
-        environment: Name of robosuite's environment class.
-        instruction: What a person would say to the robot.
-        horizon: Steps of control before an episode is cut: about twice what the demonstrator needs.
-        cube_range: Half-width in metres of the square about the table's centre in which the cube starts, with
-            any yaw; None leaves the placement to robosuite.
-        options: Further arguments of robosuite's environment.
-    """
-
-    environment: str
+    environment: str  # robosuite's environment class
     instruction: str
-    horizon: int
-    cube_range: float | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
+    horizon: int  # about twice what the demonstrator needs
+    cube_range: float | None = None  # m; half-width of the square in which the cube starts, with any yaw
 
 
 TASKS = {
@@ -216,43 +159,33 @@ def make(task: Task, *, frame_size: int, rendering: str, render: bool) -> Robosu
 class RobosuiteEnv(PandaEnv):
     """A robosuite task whose episodes depend on their seed alone.
 
-    A soft reset takes 1 ms instead of 300 ms; what it leaves of the episode before (the gripper's command) is
-    cleared here.
+    A soft reset takes 1 ms instead of 300 ms; the gripper's command, which it keeps, is cleared here.
     """
 
     def _compile(self) -> Any:
+        entry, robosuite = TASKS[self.task.name], load_robosuite()
+        options = {}
+        if entry.cube_range is not None:
+            options["placement_initializer"] = _cube_placement(entry.cube_range)
         with global_seed(COMPILE_SEED):
-            return _compile(TASKS[self.task.name])
+            return robosuite.make(
+                entry.environment,
+                robots="Panda",
+                controller_configs=robosuite.load_controller_config(default_controller="OSC_POSE"),
+                control_freq=20,
+                has_renderer=False,
+                has_offscreen_renderer=False,
+                use_camera_obs=False,
+                use_object_obs=False,
+                ignore_done=True,
+                **options,
+            )
 
     def _reset_simulator(self, seed: int, options: dict[str, Any]) -> None:
-        if "initial_state" in options:
-            raise ValueError(
-                f"{self.task.name} has no official initial states (asked for {options['initial_state']!r}); "
-                "choose its episodes by seed"
-            )
         self._gripper.current_action = np.zeros_like(self._gripper.current_action)
         with global_seed(seed):
-            self._raw.reset()
+            self.raw.reset()
         self._resumes = False
-
-
-def _compile(entry: RobosuiteTask) -> Any:
-    robosuite = load_robosuite()
-    options = dict(entry.options)
-    if entry.cube_range is not None:
-        options["placement_initializer"] = _cube_placement(entry.cube_range)
-    return robosuite.make(
-        entry.environment,
-        robots="Panda",
-        controller_configs=robosuite.load_controller_config(default_controller="OSC_POSE"),
-        control_freq=20,
-        has_renderer=False,
-        has_offscreen_renderer=False,
-        use_camera_obs=False,
-        use_object_obs=False,
-        ignore_done=True,
-        **options,
-    )
 
 
 def _cube_placement(half_width: float) -> Any:

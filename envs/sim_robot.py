@@ -1,10 +1,9 @@
-"""A simulated robot for LeRobot: a process of its own, as a robot is, that neither waits nor slows down."""
+"""A simulated robot for LeRobot, in a process of its own that steps on the wall clock, like a real robot."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import logging
 import os
 import socket
 import subprocess
@@ -27,21 +26,26 @@ ACTION_NAMES = ("x.vel", "y.vel", "z.vel", "roll.vel", "pitch.vel", "yaw.vel", "
 
 CAMERAS = ("image", "image2")
 _SIMULATOR = Path(__file__).with_name("sim_robot_process.py")
-_SECONDS_TO_START = 180.0
-_SECONDS_TO_ANSWER = 20.0
-
-logger = logging.getLogger(__name__)
+_START_TIMEOUT, _ANSWER_TIMEOUT = 180.0, 20.0  # s
+_SINGLE_THREADED = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+_OPTIONS = (
+    "suite",
+    "task_index",
+    "frame_size",
+    "rendering",
+    "seed",
+    "first_episode",
+    "auto_reset",
+    "reset_seconds",
+    "log_file",
+)
 
 
 class VegaSim(Robot):
-    """A robosuite or LIBERO scene behind LeRobot's interface of a robot.
+    """A robosuite or LIBERO scene behind LeRobot's robot interface.
 
-    The simulator steps on the wall clock, 20 times a second: a command is executed in the next step, without
-    one the hand holds still, and what comes faster than it can be executed is lost. Its own check decides
-    what is a success, and its log is the record.
-
-    Args:
-        config: What is simulated.
+    The simulator takes 20 steps a second: a command is executed in the next step, without one the hand holds
+    still, and surplus commands are dropped. Success is the simulator's own check; its log is the record.
     """
 
     config_class = VegaSimConfig  # pyright: ignore[reportAssignmentType]
@@ -55,13 +59,13 @@ class VegaSim(Robot):
 
     @property
     def observation_features(self) -> dict[str, Any]:
-        """The state's entries, and cameras as (height, width, 3)."""
+        """Entries of the state, and cameras as (height, width, 3)."""
         size = self.config.frame_size
         return {**dict.fromkeys(STATE_NAMES, float), **dict.fromkeys(CAMERAS, (size, size, 3))}
 
     @property
     def action_features(self) -> dict[str, Any]:
-        """The action's entries."""
+        """Entries of the action."""
         return dict.fromkeys(ACTION_NAMES, float)
 
     @property
@@ -71,14 +75,17 @@ class VegaSim(Robot):
 
     @property
     def is_calibrated(self) -> bool:
-        """Always: there is nothing to calibrate."""
+        """True: there is nothing to calibrate."""
         return True
 
-    def connect(self, calibrate: bool = True) -> None:
-        """Start the simulator and wait until it has laid out its first scene.
+    def calibrate(self) -> None:
+        """Do nothing."""
 
-        Args:
-            calibrate: Taken for LeRobot's sake.
+    def configure(self) -> None:
+        """Do nothing."""
+
+    def connect(self, calibrate: bool = True) -> None:
+        """Start the simulator and wait for its first scene.
 
         Raises:
             DeviceAlreadyConnectedError: If it runs already.
@@ -87,58 +94,50 @@ class VegaSim(Robot):
         if self.is_connected:
             raise DeviceAlreadyConnectedError("the simulated robot is connected already")
         ours, theirs = socket.socketpair()
-        threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", str(_SIMULATOR), str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
-                env={**os.environ, **threads},
-                start_new_session=True,  # Ctrl-C is for the program that drives it
+                env={**os.environ, **_SINGLE_THREADED},
+                start_new_session=True,  # Ctrl-C is for the client
             )
         self._connection = Connection(ours.detach())
         options = dataclasses.asdict(self.config)
         self._connection.send((sys.path, {key: options[key] for key in _OPTIONS}))
-        if not self._connection.poll(_SECONDS_TO_START):
+        if not self._connection.poll(_START_TIMEOUT):
             self.disconnect()
-            raise RuntimeError(f"the simulator did not start within {_SECONDS_TO_START} s")
+            raise RuntimeError(f"the simulator did not start within {_START_TIMEOUT} s")
         self._receive()
 
-    def calibrate(self) -> None:
-        """Nothing to do."""
-
-    def configure(self) -> None:
-        """Nothing to do."""
-
     def get_observation(self) -> dict[str, Any]:
-        """The latest state and camera frames (uint8 [h w 3]); does not wait for a new one.
+        """Return the latest state and camera frames (uint8 [h w 3]) without waiting for new ones.
 
         Raises:
             DeviceNotConnectedError: If the simulator does not run.
         """
-        state, frames = self._ask("observe", None)
+        state, frames = self._request("observe", None)
         return {**dict(zip(STATE_NAMES, state.tolist(), strict=True)), **frames}
 
     def send_action(self, action: dict[str, float]) -> dict[str, float]:
         """Queue one command for the next step.
 
-        Being sent to a pose (the names of the state) means, as in LeRobot's rollout, back to where it
-        started: a new scene is laid out, unless the present one was not touched. It returns when the new one
-        is shown.
+        A pose (the state's entries) is LeRobot's command to return to the start: a new scene is drawn, unless
+        no command has changed the present one. It returns when the new scene is observable.
 
         Raises:
             DeviceNotConnectedError: If the simulator does not run.
             ValueError: If the command has other entries, or values that are not finite.
         """
         if set(action) == set(STATE_NAMES):
-            self._ask("return", None)
+            self._request("return", None)
             return action
         if set(action) != set(ACTION_NAMES):
             raise ValueError(f"expected the entries {list(ACTION_NAMES)}, got {list(action)}")
         values = np.array([float(action[name]) for name in ACTION_NAMES])
         if not np.isfinite(values).all():
             raise ValueError(f"expected finite values, got {action}")
-        self._ask("act", values)
+        self._request("act", values)
         return action
 
     def disconnect(self) -> None:
@@ -150,19 +149,19 @@ class VegaSim(Robot):
             connection.close()
         if self._process is not None:
             try:
-                self._process.wait(_SECONDS_TO_ANSWER)
+                self._process.wait(_ANSWER_TIMEOUT)
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
         self._process = None
 
-    def _ask(self, request: str, argument: Any) -> Any:
+    def _request(self, request: str, argument: Any) -> Any:
         if self._connection is None:
             raise DeviceNotConnectedError("the simulated robot is not connected: call connect() first")
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            self._connection.send((request, argument))  # if it is dead, its last words can still be read
-        if not self._connection.poll(_SECONDS_TO_ANSWER):
-            raise DeviceNotConnectedError(f"the simulator did not answer within {_SECONDS_TO_ANSWER} s")
+            self._connection.send((request, argument))  # if it is dead, its error can still be received
+        if not self._connection.poll(_ANSWER_TIMEOUT):
+            raise DeviceNotConnectedError(f"the simulator did not answer within {_ANSWER_TIMEOUT} s")
         return self._receive()
 
     def _receive(self) -> Any:
@@ -170,20 +169,7 @@ class VegaSim(Robot):
         try:
             kind, value = self._connection.recv()
         except (EOFError, ConnectionResetError) as error:
-            raise DeviceNotConnectedError("the simulator ended without a word") from error
+            raise DeviceNotConnectedError("the simulator ended without an error message") from error
         if kind == "failed":
             raise RuntimeError(f"the simulator failed:\n{value}")
         return value
-
-
-_OPTIONS = (
-    "suite",
-    "task_index",
-    "frame_size",
-    "rendering",
-    "seed",
-    "first_episode",
-    "auto_reset",
-    "reset_seconds",
-    "log_file",
-)

@@ -13,7 +13,7 @@ from vega_policy.cli.app import Command
 
 def run(config: DictConfig) -> str:
     """Return failures and the number of successes."""
-    from envs.demos.replay import collected_metadata, read_episodes
+    from envs.demos.shards import collected_metadata, read_episodes
     from vega_policy.evaluation.env_pool import EnvironmentFactory, RecordedEpisode, WorkerPool, replay
 
     dataset = Path(config.dataset)

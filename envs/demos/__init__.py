@@ -1,90 +1,138 @@
-"""Scripted demonstrators with privileged state: they plan on collision geometry, which no policy sees."""
+"""Scripted demonstrators with privileged state: they plan on collision geometry, which no policy observes."""
+
+from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from envs.demos.options import (
-    DemonstrationOptions,
-    OrnsteinUhlenbeck,
+from envs.demos.planner_arm import (
+    Array,
+    Command,
+    Skill,
     UnreachableStartError,
     start_after_a_miss,
     widen_start,
 )
-from envs.demos.planner_arm import Command, Skill
-from envs.demos.planner_grasping import NoGraspError
-from envs.demos.planner_skills import Workcell
+from envs.demos.planner_grasping import NoGraspError, Workcell
 from envs.demos.tasks_libero import achieve_goals
-from envs.demos.tasks_metaworld import packaged_commands
 from envs.demos.tasks_robosuite import DEMONSTRATORS, lift
-
-__all__ = ["ActionPair", "DemonstrationOptions", "demonstrate"]
+from envs.metaworld import packaged_policy
 
 logger = logging.getLogger(__name__)
 
 type ActionPair = tuple[NDArray[np.float32], NDArray[np.float32]]
 """(executed, clean): float32 [a] each, in [-1, 1]; they differ by the action noise."""
 
+ROTATION_NOISE = 0.3  # of the translation's: turning the hand moves the fingers through clutter sooner
+METAWORLD_SUCCESSES = 3  # steps in a row that end a recording; some handles spring back after 5
+
+
+@dataclass(frozen=True)
+class DemonstrationOptions:
+    """Options of `demonstrate`; the defaults give a plain recording to the end of the task.
+
+    Attributes:
+        noise_correlation: Of the action noise between two control steps, in [0, 1).
+        start_spread: Largest shift of the hand's start in x, y (both ways) and upwards z (m), up to 0.3.
+        detour: Largest error of the first approach: metres of x and y (up to 0.1), radians of yaw (up to 1).
+            The hand first goes to a wrong place above the object, then corrects itself: recordings show
+            corrections while every action stays the demonstrator's own. Lift and LiftWide only.
+        missed_fraction: Fraction of the episodes that begin as if a grasp had just missed: the hand closed,
+            empty, 4 to 14 cm above the object's centre, up to 4 cm aside in x and in y, turned by up to
+            0.6 rad. Recordings then show a second attempt but no miss; `start_spread` does not apply to them.
+            Lift and LiftWide only.
+        follow_through: Continue until the hand has let go and retreated; False ends at the first success.
+    """
+
+    noise_correlation: float = 0.9
+    start_spread: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    detour: tuple[float, float] = (0.0, 0.0)
+    missed_fraction: float = 0.0
+    follow_through: bool = True
+
+    def __post_init__(self) -> None:
+        missed = self.missed_fraction
+        if not (isinstance(missed, int | float) and not isinstance(missed, bool) and 0.0 <= missed <= 1.0):
+            raise ValueError(f"missed_fraction: expected a number in [0, 1], got {missed!r}")
+        if not (0.0 <= self.detour[0] <= 0.1 and 0.0 <= self.detour[1] <= 1.0):
+            raise ValueError(f"detour: expected up to 0.1 m and up to 1 rad, got {self.detour}")
+        if not all(0.0 <= spread <= 0.3 for spread in self.start_spread):
+            raise ValueError(f"start_spread: expected [0, 0.3] m for each axis, got {self.start_spread}")
+
+
+class OrnsteinUhlenbeck:
+    """A mean-reverting random walk over the six pose entries of an action, in units of their full scale.
+
+    `scale` is the stationary standard deviation of the translations, in [0, 1]; `correlation` is that between
+    one control step and the next, in [0, 1). The first value is drawn from the stationary distribution.
+    """
+
+    def __init__(self, scale: float, correlation: float, rng: np.random.Generator) -> None:
+        if not 0.0 <= scale <= 1.0:
+            raise ValueError(f"action noise: expected a fraction of full scale in [0, 1], got {scale}")
+        if not 0.0 <= correlation < 1.0:
+            raise ValueError(f"noise correlation: expected [0, 1), got {correlation}")
+        self._scales = scale * np.array([1.0, 1.0, 1.0, ROTATION_NOISE, ROTATION_NOISE, ROTATION_NOISE])
+        self._correlation, self._rng = correlation, rng
+        self._value = self._scales * rng.standard_normal(6)
+
+    def step(self) -> Array:
+        """Return the next value [6] of the walk."""
+        fresh = np.sqrt(1.0 - self._correlation**2) * self._rng.standard_normal(6)
+        self._value = self._correlation * self._value + self._scales * fresh
+        return self._value
+
 
 def demonstrate(
-    env: Any,
-    *,
-    rng: np.random.Generator,
-    noise: float = 0.0,
-    options: DemonstrationOptions | None = None,
+    env: Any, *, rng: np.random.Generator, noise: float = 0.0, options: DemonstrationOptions | None = None
 ) -> Iterator[ActionPair]:
-    """Demonstrates the task of a live environment that has just been reset.
+    """Yield (executed, clean) actions that do the task of an environment that has just been reset.
 
-    The caller steps the environment with each executed action before it asks for the next one. The end of
-    the iteration says nothing about success: ask the environment. Where no grasp fits, or the
-    arm does not reach its start, it ends.
+    The caller steps the environment with each executed action before it takes the next one. The iteration
+    ends with the task, or where no grasp fits or the arm does not reach its start; only the environment
+    knows whether it succeeded.
 
     Args:
-        env: a manipulation environment with `task` and `raw` (the simulator's own environment).
-        rng: source of the action noise and of where the hand starts; owned by the caller.
-        noise: stationary standard deviation of the Ornstein-Uhlenbeck action noise, in shares of full scale
-            [0, 1]; slow, precise phases bear a third of it, the gripper none.
-        options: everything else; None takes the defaults.
-
-    Yields:
-        (executed, clean) actions, float32 [a] in [-1, 1].
+        env: Environment with `task` and `raw` (the simulator's own environment).
+        rng: Source of the action noise and of the hand's start.
+        noise: Stationary standard deviation of the action noise, in fractions of full scale [0, 1]; precise
+            phases bear a third of it, the gripper none.
+        options: None takes the defaults.
 
     Raises:
-        ValueError: no demonstrator for this task, noise outside its range, or an option that this
-            demonstrator does not have.
+        ValueError: No demonstrator for this task, noise outside its range, or an option that this
+            demonstrator does not support.
     """
     options = options or DemonstrationOptions()
     walk = OrnsteinUhlenbeck(noise, options.noise_correlation, rng)
-    play = packaged_commands if env.task.suite.startswith("metaworld_") else _panda_commands
-    for command in _until_lost(play(env, options, rng), env.task.name):
-        clean = np.clip(command.action, -1.0, 1.0)
-        executed = clean.copy()
-        disturbed = clean[:-1] + command.noise_share * walk.step()[: len(clean) - 1]  # not the gripper
-        executed[:-1] = np.clip(disturbed, -1.0, 1.0)
-        yield executed.astype(np.float32), clean.astype(np.float32)
-
-
-def _until_lost(commands: Iterator[Command], task: str) -> Iterator[Command]:
+    commands = _metaworld_commands if env.task.suite.startswith("metaworld_") else _panda_commands
     try:
-        yield from commands
+        for command in commands(env, options, rng):
+            clean = np.clip(command.action, -1.0, 1.0)
+            executed = clean.copy()
+            disturbed = clean[:-1] + command.noise_share * walk.step()[: len(clean) - 1]  # not the gripper
+            executed[:-1] = np.clip(disturbed, -1.0, 1.0)
+            yield executed.astype(np.float32), clean.astype(np.float32)
     except (NoGraspError, UnreachableStartError) as error:
-        logger.info("%s: the demonstrator gives up: %s", task, error)
+        logger.info("%s: the demonstration ends early: %s", env.task.name, error)
 
 
 def _panda_commands(env: Any, options: DemonstrationOptions, rng: np.random.Generator) -> Iterator[Command]:
     program = _program(env)
     if (any(options.detour) or options.missed_fraction) and program is not lift:
         raise ValueError(
-            f"the demonstrator of {env.task.name!r} makes no detour and starts after no miss, which only "
-            f"lift and lift_wide show; set detour to (0, 0) and missed_fraction to 0, got {options.detour} "
-            f"and {options.missed_fraction}"
+            f"the demonstrator of {env.task.name!r} supports neither detour nor missed_fraction, only lift "
+            f"and lift_wide do; set them to (0, 0) and 0, got {options.detour} and {options.missed_fraction}"
         )
     if any(options.start_spread):
         widen_start(env.raw, np.array(options.start_spread), rng)
-    # Guarded, so that recordings without misses draw what they always drew.
+    # The guard keeps the random draws of recordings without misses as they are.
     if options.missed_fraction and rng.random() < options.missed_fraction:
         start_after_a_miss(env.raw, Workcell.of(env.raw).scene.position("cube_main"), rng)
     meters, radians = options.detour
@@ -97,7 +145,6 @@ def _panda_commands(env: Any, options: DemonstrationOptions, rng: np.random.Gene
 
 
 def _program(env: Any) -> Callable[[Workcell], Skill]:
-    """The program of skills for the task of `env`: one for every goal in LIBERO, one a task in robosuite."""
     if env.task.suite.startswith("libero_"):
         return achieve_goals
     if env.task.name not in DEMONSTRATORS:
@@ -106,3 +153,24 @@ def _program(env: Any) -> Callable[[Workcell], Skill]:
             f"demonstrators for every libero_* and metaworld_* suite and for {sorted(DEMONSTRATORS)}"
         )
     return DEMONSTRATORS[env.task.name]
+
+
+def _metaworld_commands(env: Any, options: DemonstrationOptions, _: np.random.Generator) -> Iterator[Command]:
+    """Yield the commands of Meta-World's own scripted policy until the task is done, or to the horizon.
+
+    Some of these policies exceed full scale; the commands are clipped, so that they are what is executed.
+    """
+    if any(options.detour) or any(options.start_spread) or options.missed_fraction:
+        raise ValueError(
+            "Meta-World's demonstrators support no detour, start_spread or missed_fraction; set them to "
+            f"zeros, got {options.detour}, {options.start_spread} and {options.missed_fraction}"
+        )
+    policy, successes = packaged_policy(env.task.name), 0
+    for _step in range(env.task.horizon):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Constant.* may be too high")
+            action = policy.get_action(env.privileged)
+        yield Command(np.clip(action, -1.0, 1.0))
+        successes = successes + 1 if env.success else 0
+        if successes >= (METAWORLD_SUCCESSES if options.follow_through else 1):
+            return

@@ -1,4 +1,4 @@
-"""The hand of a Panda under robosuite's OSC_POSE controller: where it is, and how to drive it to a pose."""
+"""The hand of a Panda under robosuite's OSC_POSE controller: pose, motions, reachability, start pose."""
 
 from collections.abc import Generator
 from dataclasses import dataclass
@@ -6,65 +6,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.spatial.transform import Rotation
 
 from envs.rendering import load_mujoco
 
 Array = NDArray[np.floating[Any]]
-
-
-def about_x(angle: float) -> Array:
-    """Rotation matrix [3 3] about the x axis by `angle` rad."""
-    c, s = np.cos(angle), np.sin(angle)
-    return np.array([[1.0, 0.0, 0.0], [0.0, c, -s], [0.0, s, c]])
-
-
-def about_z(angle: float) -> Array:
-    """Rotation matrix [3 3] about the z axis by `angle` rad."""
-    c, s = np.cos(angle), np.sin(angle)
-    return np.array([[c, -s, 0.0], [s, c, 0.0], [0.0, 0.0, 1.0]])
-
-
-def about_axis(axis: Array, angle: float) -> Array:
-    """Rotation matrix [3 3] about a unit vector [3] by `angle` rad (Rodrigues)."""
-    cross = np.array([[0.0, -axis[2], axis[1]], [axis[2], 0.0, -axis[0]], [-axis[1], axis[0], 0.0]])
-    return np.eye(3) + np.sin(angle) * cross + (1 - np.cos(angle)) * cross @ cross
-
-
-def rotation_vector(rotation: Array) -> Array:
-    """Axis times angle [3] (rad, norm in [0, pi]) of a rotation matrix [3 3]: its logarithm.
-
-    Half turns are read from the symmetric part, where the antisymmetric part vanishes.
-    """
-    angle = float(np.arccos(np.clip((np.trace(rotation) - 1) / 2, -1.0, 1.0)))
-    twist = np.array(
-        [
-            rotation[2, 1] - rotation[1, 2],
-            rotation[0, 2] - rotation[2, 0],
-            rotation[1, 0] - rotation[0, 1],
-        ]
-    )
-    if angle < 1e-6:
-        return twist / 2
-    if angle < np.pi - 1e-4:
-        return twist * angle / (2 * np.sin(angle))
-    # rotation = 2 n n^T - 1 at a half turn: any column of (rotation + 1) is parallel to the axis n.
-    outer = (rotation + np.eye(3)) / 2
-    axis = outer[:, int(np.argmax(np.diag(outer)))]
-    return angle * axis / np.linalg.norm(axis)
-
-
-def wrap(angle: float, period: float = 2 * np.pi) -> float:
-    """The equivalent of `angle` modulo `period`, in [-period/2, period/2)."""
-    return float((angle + period / 2) % period - period / 2)
-
-
-def nearest_equivalent(angle: float, reference: float, period: float) -> float:
-    """The angle equal to `angle` modulo `period` that lies closest to `reference` (all rad).
-
-    A cube looks the same every quarter turn (period pi/2), two fingers every half turn (period pi).
-    """
-    return reference + wrap(angle - reference, period)
-
 
 OPEN, CLOSED = -1.0, 1.0
 GRIP_SITE = "gripper0_grip_site"
@@ -72,8 +18,40 @@ TRANSLATION_PER_STEP = 0.05  # m, OSC_POSE's full scale
 ROTATION_PER_STEP = 0.5  # rad, OSC_POSE's full scale
 GAIN = 2.0  # the controller goes about half of each commanded delta in a control step
 STALL_WINDOW, STALL_PROGRESS = 12, 0.002  # steps; m: less than this in that window is no motion
-# The grip site looking straight down, its fingers closing along the world's y axis: yaw zero.
+# The grip site pointing straight down, its fingers closing along the world's y axis: yaw zero.
 DOWN = np.array([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, -1.0]])
+LINKS = ("robot0_link", "robot0_right_hand", "gripper0_right_gripper")  # fingers touch what they grasp
+PREDICTION_ITERATIONS = 25
+DAMPING = 1e-3
+POSTURE_GAIN = 0.3  # of the pull towards the first posture, which the controller's null space has too
+START_ITERATIONS = 30
+MISSED_SHIFT = ((-0.04, -0.04, 0.04), (0.04, 0.04, 0.14))  # m from its centre: least and largest x, y, z
+MISSED_TURN = 0.6  # rad, largest turn of the hand against its rest
+START_WITHIN = (0.005, 0.05)  # m, rad: how exactly a start must be reached
+FINGERS_CLOSED = (0.001, -0.001)  # m, joints of a Panda's fingers that hold nothing
+
+
+def about_z(angle: float) -> Array:
+    """Return the rotation matrix [3 3] about the z axis by `angle` rad."""
+    return Rotation.from_euler("z", angle).as_matrix()
+
+
+def rotation_error(goal: Array, actual: Array) -> Array:
+    """Return the rotation vector [3] (rad, norm in [0, pi]) that takes one rotation matrix to another."""
+    return Rotation.from_matrix(goal @ actual.T).as_rotvec()
+
+
+def wrap(angle: float, period: float = 2 * np.pi) -> float:
+    """Return the equivalent of `angle` modulo `period`, in [-period/2, period/2)."""
+    return float((angle + period / 2) % period - period / 2)
+
+
+def nearest_equivalent(angle: float, reference: float, period: float) -> float:
+    """Return the angle equal to `angle` modulo `period` that lies closest to `reference` (all rad).
+
+    A cube looks the same every quarter turn (period pi/2), two fingers every half turn (period pi).
+    """
+    return reference + wrap(angle - reference, period)
 
 
 class Command(NamedTuple):
@@ -84,7 +62,7 @@ class Command(NamedTuple):
 
 
 type Skill = Generator[Command, None, bool]
-"""Yields commands while the caller steps the simulation; returns whether it got where it wanted."""
+"""Yield commands while the caller steps the simulation; returns whether it reached its goal."""
 
 
 @dataclass(frozen=True)
@@ -108,55 +86,55 @@ LOWERING = Reach(within=0.006, within_angle=0.1, speed=0.7, noise_share=0.3, plu
 
 
 class Arm:
-    """Reads the hand's pose and turns pose errors into actions."""
+    """Read the hand's pose and turns pose errors into actions."""
 
     def __init__(self, sim: Any) -> None:
-        """Finds the Panda's grip site in `sim`, the `MjSim` of a robosuite 1.4 environment."""
+        """Find the Panda's grip site in `sim`, the `MjSim` of a robosuite 1.4 environment."""
         self._data = sim.data._data
         self._site = sim.model.site_name2id(GRIP_SITE)
 
     @property
     def position(self) -> Array:
-        """Point [3] between the fingertips, in the world (m)."""
+        """Return point [3] between the fingertips, in the world (m)."""
         return np.array(self._data.site_xpos[self._site])
 
     @property
     def rotation(self) -> Array:
-        """Rotation matrix [3 3] of the grip site in the world."""
+        """Return the rotation matrix [3 3] of the grip site in the world."""
         return np.array(self._data.site_xmat[self._site]).reshape(3, 3)
 
     @property
     def yaw(self) -> float:
-        """Angle (rad) by which the closing axis is turned from the world's y axis, seen from above."""
+        """Angle (rad) of the closing axis from the world's y axis, seen from above."""
         closing = self.rotation[:, 0]
         return float(np.arctan2(-closing[0], closing[1]))
 
     def command(
         self, position: Array, rotation: Array, gripper: float, speed: float = 1.0, plumb: bool = False
     ) -> Array:
-        """The action [7] that moves the hand towards a pose, proportional near it and limited far from it.
+        """Return the action [7] towards a pose: proportional near it, limited far from it.
 
         Args:
-            position: wanted grip point [3] (m, world).
-            rotation: wanted rotation [3 3] of the grip site.
+            position: goal of the grip point [3] (m, world).
+            rotation: goal of the grip site [3 3].
             gripper: OPEN or CLOSED.
-            speed: largest share of full scale that any translation may take.
-            plumb: limit the vertical and the horizontal part each for itself; otherwise the hand goes in a
-                straight line, and a long way down leaves a small sideways error for last.
+            speed: limit of each translation, as a share of full scale.
+            plumb: limit the vertical and the horizontal part separately; otherwise the hand goes straight,
+                and a long way down leaves a small sideways error for last.
         """
         shift = GAIN * (position - self.position) / TRANSLATION_PER_STEP
-        turn = GAIN * rotation_vector(rotation @ self.rotation.T) / ROTATION_PER_STEP
+        turn = GAIN * rotation_error(rotation, self.rotation) / ROTATION_PER_STEP
         parts = [shift[:2], shift[2:]] if plumb else [shift]
         limited = [_limited(part, speed) for part in parts]
         return np.concatenate([*limited, _limited(turn, 1.0), [gripper]])
 
     def move(self, position: ArrayLike, rotation: Array, gripper: float, reach: Reach | None = None) -> Skill:
-        """Pursues a pose until it is reached (True), or time is up or the hand stalls (False)."""
+        """Pursue a pose until it is reached (True), or time is up or the hand stalls (False)."""
         reach = reach or Reach()
         goal, distances = np.asarray(position, dtype=np.float64), []
         for _ in range(reach.steps):
             away = float(np.linalg.norm(goal - self.position))
-            turn = float(np.linalg.norm(rotation_vector(rotation @ self.rotation.T)))
+            turn = float(np.linalg.norm(rotation_error(rotation, self.rotation)))
             if away < reach.within and turn < reach.within_angle:
                 return True
             distances.append(away + 0.05 * turn)
@@ -167,28 +145,26 @@ class Arm:
         return False
 
     def hold(self, position: Array, rotation: Array, gripper: float, steps: int) -> Skill:
-        """Keeps a pose for some steps, such as those that the fingers need to close."""
+        """Keep a pose for some steps, such as those that the fingers need to close."""
         for _ in range(steps):
             yield Command(self.command(position, rotation, gripper), PRECISE.noise_share)
         return True
 
 
 def down(yaw: float) -> Array:
-    """Rotation [3 3] of a hand that looks straight down with its closing axis turned by `yaw` rad."""
+    """Return the rotation [3 3] of a hand that points straight down, its closing axis turned by `yaw` rad."""
     return about_z(yaw) @ DOWN
 
 
 def pointing(approach: Array, closing: Array) -> Array:
-    """Rotation [3 3] of a hand that points along a unit vector [3] and closes along another one."""
+    """Return the rotation [3 3] of a hand that points along one unit vector [3] and closes along another."""
     return np.stack([closing, np.cross(approach, closing), approach], axis=1)
 
 
 def leaning(heading: Array, pitch: float) -> Array:
-    """Rotation [3 3] of a hand that leans towards a horizontal unit vector [3], closing level and across it.
+    """Return the rotation [3 3] of a hand that leans along a horizontal unit vector [3], closing across it.
 
-    Args:
-        heading: where the fingers point to when the hand lies flat.
-        pitch: 0 looks straight down, pi/2 straight along the heading (rad).
+    `pitch` 0 points straight down, pi/2 straight along the heading (rad).
     """
     approach = np.sin(pitch) * heading - np.array([0.0, 0.0, np.cos(pitch)])
     across = np.array([-heading[1], heading[0], 0.0])
@@ -197,7 +173,7 @@ def leaning(heading: Array, pitch: float) -> Array:
 
 
 def above(position: Array, height: float) -> Array:
-    """The point [3] that lies `height` metres above `position`."""
+    """Return the point [3] that lies `height` metres above `position`."""
     return position + np.array([0.0, 0.0, height])
 
 
@@ -213,21 +189,13 @@ def _stalled(distances: list[float]) -> bool:
     return distances[-STALL_WINDOW - 1] - distances[-1] < STALL_PROGRESS
 
 
-LINKS = ("robot0_link", "robot0_right_hand", "gripper0_right_gripper")  # fingers touch what they grasp
-ITERATIONS = 25
-DAMPING = 1e-3
-POSTURE_GAIN = 0.3  # of the pull towards the first posture, which the controller's null space has too
-
-
 class ArmClearance:
-    """Predicts the arm's posture at a pose of the hand on a copy of the simulation; nothing moves in it."""
+    """Predict the arm's posture at a pose of the hand on a copy of the simulation; nothing moves in it."""
 
     def __init__(self, sim: Any, robot: Any) -> None:
-        """Takes the arm's posture now for the one that the controller prefers.
+        """Take the arm's posture now for the one that the controller prefers.
 
-        Args:
-            sim: `MjSim` of a robosuite 1.4 environment that has just been reset.
-            robot: its robot.
+        `sim` is the `MjSim` of a robosuite 1.4 environment that has just been reset.
         """
         self._mujoco = load_mujoco()
         self._model, self._live = sim.model._model, sim.data._data
@@ -239,15 +207,10 @@ class ArmClearance:
         self._owners = [self._model.body(body).name for body in self._model.geom_bodyid]
 
     def touched(self, position: Array, rotation: Array) -> set[str]:
-        """Names of the bodies that the arm, without its fingers, would touch with its hand at a pose.
-
-        Args:
-            position: of the grip point [3] (m, world).
-            rotation: of the grip site [3 3].
-        """
+        """Return the bodies that the arm without its fingers would touch with the grip site at a pose."""
         scratch = self._scratch
         scratch.qpos[:] = self._live.qpos
-        for _ in range(ITERATIONS):
+        for _ in range(PREDICTION_ITERATIONS):
             self._step_towards(position, rotation)
         self._mujoco.mj_kinematics(self._model, scratch)
         self._mujoco.mj_collision(self._model, scratch)
@@ -271,8 +234,67 @@ class ArmClearance:
         self._mujoco.mj_jacSite(self._model, scratch, jacobian[:3], jacobian[3:], self._site)
         jacobian = jacobian[:, self._speeds]
         hand = scratch.site_xmat[self._site].reshape(3, 3)
-        error = np.concatenate([position - scratch.site_xpos[self._site], rotation_vector(rotation @ hand.T)])
+        error = np.concatenate([position - scratch.site_xpos[self._site], rotation_error(rotation, hand)])
         inverse = jacobian.T @ np.linalg.inv(jacobian @ jacobian.T + DAMPING * np.eye(6))
         drift = POSTURE_GAIN * (self._preferred - scratch.qpos[self._joints])
         free = np.eye(len(self._joints)) - inverse @ jacobian
         scratch.qpos[self._joints] += inverse @ error + free @ drift
+
+
+class UnreachableStartError(RuntimeError):
+    """The arm does not reach the start of an episode; the message holds the remaining error."""
+
+
+def widen_start(raw: Any, spread: Array, rng: np.random.Generator) -> None:
+    """Move the resting hand by a uniformly drawn shift, before the first step of an episode.
+
+    Nothing else in the scene moves. `spread` is the largest shift [3] in x, y (both ways) and upwards z (m).
+
+    Raises:
+        UnreachableStartError: The arm does not get there.
+    """
+    shift = rng.uniform([-spread[0], -spread[1], 0.0], spread)
+    arm = Arm(raw.sim)
+    _put_hand(raw, arm, arm.position + shift, arm.rotation)
+
+
+def start_after_a_miss(raw: Any, body: Array, rng: np.random.Generator) -> None:
+    """Put the hand where a missed grasp leaves it: closed, empty, above the object centre `body` [3].
+
+    Raises:
+        UnreachableStartError: The arm does not get there.
+    """
+    arm, robot = Arm(raw.sim), raw.robots[0]
+    shift, turn = rng.uniform(*MISSED_SHIFT), rng.uniform(-MISSED_TURN, MISSED_TURN)
+    raw.sim.data.qpos[robot._ref_gripper_joint_pos_indexes] = FINGERS_CLOSED
+    robot.gripper.current_action = np.array([-1.0, 1.0])
+    _put_hand(raw, arm, body + shift, about_z(turn) @ arm.rotation)
+
+
+def _put_hand(raw: Any, arm: Arm, goal: Array, rotation: Array) -> None:
+    """Set the joints by damped least squares; no time passes, and the controller's goal follows the hand."""
+    robot = raw.robots[0]
+    for _ in range(START_ITERATIONS):
+        _step_joints(raw.sim, arm, robot, goal, rotation)
+    off = float(np.linalg.norm(goal - arm.position))
+    turned = float(np.linalg.norm(rotation_error(rotation, arm.rotation)))
+    if off > START_WITHIN[0] or turned > START_WITHIN[1]:
+        raise UnreachableStartError(
+            f"expected a start at {goal.round(3)}, got no nearer than {off:.3f} m and {turned:.2f} rad"
+        )
+    raw.sim.data.qvel[robot._ref_joint_vel_indexes] = 0.0
+    raw.sim.forward()
+    robot.controller.update(force=True)
+    robot.controller.reset_goal()
+
+
+def _step_joints(sim: Any, arm: Arm, robot: Any, goal: Array, rotation: Array) -> None:
+    """One damped least-squares step of the joints towards a pose of the grip site."""
+    model, data = sim.model._model, sim.data._data
+    jacobian = np.zeros((6, model.nv))
+    load_mujoco().mj_jacSite(model, data, jacobian[:3], jacobian[3:], sim.model.site_name2id(GRIP_SITE))
+    arm_jacobian = jacobian[:, robot._ref_joint_vel_indexes]
+    error = np.concatenate([goal - arm.position, rotation_error(rotation, arm.rotation)])
+    damped = arm_jacobian @ arm_jacobian.T + DAMPING * np.eye(6)
+    data.qpos[robot._ref_joint_pos_indexes] += arm_jacobian.T @ np.linalg.solve(damped, error)
+    sim.forward()

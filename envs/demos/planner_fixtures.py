@@ -1,11 +1,13 @@
-"""Skills for what is built in: drawers, knobs."""
+"""LIBERO's regions, joints and goals, and the skills for drawers, knobs, doors and chambers."""
+
+from __future__ import annotations
 
 import re
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.spatial.transform import Rotation
 
-from envs.demos.libero_scene import Region, joint_of, joint_position, region
 from envs.demos.planner_arm import (
     CLEARING,
     CLOSED,
@@ -16,31 +18,96 @@ from envs.demos.planner_arm import (
     Command,
     Reach,
     Skill,
-    about_axis,
-    about_x,
     about_z,
     above,
     down,
     leaning,
 )
-from envs.demos.planner_grasping import closing_axis, extents, find_rim
-from envs.demos.planner_skills import ABOVE_GRASP, CLOSING_STEPS, OPENING_STEPS, Workcell, descend, transit
+from envs.demos.planner_grasping import (
+    ABOVE_GRASP,
+    CLOSING_STEPS,
+    OPENING_STEPS,
+    Workcell,
+    closing_axis,
+    descend,
+    extents,
+    find_rim,
+    transit,
+)
 
-OPEN_FULLY, OPEN_TO_FILL = (
-    0.155,
-    0.125,
-)  # m; a drawer pulled out farther is in the way of the hand that fills it
+OPEN_FULLY = 0.155  # m
+OPEN_TO_FILL = 0.125  # m; a drawer pulled out farther blocks the hand that fills it
 SHUT = 0.0005  # m past zero
 PUSHING_PITCH = np.deg2rad(35)
 BAR_DEPTH = 0.017  # m from the frontmost point of a drawer that belongs to the bar of its handle
 KNOB_TURN = 1.2  # rad; the stove is on from 0.5
+LEAN = np.deg2rad(50)  # flat enough to stay below the roof, steep enough to reach over a rim
+PUSH_GAP, PUSH_DEPTH = 0.03, 0.035  # m before a vessel's wall; m below its rim
+GRIP_DEPTH = 0.014  # m below the rim
+INSIDE = 0.025  # m that the origin of a thing must be inside of its region
+DOOR_SHUT = 0.003  # rad from the closed door; LIBERO calls 0.005 closed
+WIDE = 1.9  # rad; a microwave draws its door from 1.3 to 2.1, and less than this hinders a leaning hand
+LEAD = 0.25  # rad that the pushing hand aims ahead of the door
+SIDES = tuple(
+    np.array(side) for side in ((0.0, -1.0, 0.0), (0.0, 1.0, 0.0), (-1.0, 0.0, 0.0), (1.0, 0.0, 0.0))
+)
+
+type Goal = tuple[str, ...]
+"""A predicate and its arguments in lower case, such as ("on", "plate_1", "flat_stove_1_cook_region")."""
+
+
+@dataclass(frozen=True)
+class Region:
+    """A box-shaped site that a goal names."""
+
+    centre: Array  # [3] m, world
+    half_extents: Array  # [3] m, along the axes of the world, as LIBERO's own checks take them
+
+
+def region(cell: Workcell, name: str) -> Region:
+    """Return the region `name` where it is now."""
+    site = cell.env.sim.model.site_name2id(name)
+    rotation = np.array(cell.env.sim.data.site_xmat[site]).reshape(3, 3)
+    half = np.abs(rotation @ np.array(cell.scene.model.site_size[site]))
+    return Region(np.array(cell.env.sim.data.site_xpos[site]), half)
+
+
+def body_of(cell: Workcell, name: str) -> str:
+    """Return the name of the body that carries the collision geometry of a BDDL object."""
+    return name if name in cell.scene else f"{name}_main"
+
+
+def is_object(cell: Workcell, name: str) -> bool:
+    """Return whether `name` is an object with a body of its own, False if it is a region."""
+    return body_of(cell, name) in cell.scene
+
+
+def joint_of(cell: Workcell, region_name: str) -> str | None:
+    """Return the name of the joint that moves a region (a drawer's slide), or None if it is fixed."""
+    site = cell.env.object_sites_dict.get(region_name)
+    return site.joints[0] if site is not None and site.joints else None
+
+
+def joint_position(cell: Workcell, joint: str) -> float:
+    """Return the position of a slide (m) or hinge (rad)."""
+    return float(cell.scene.data.joint(joint).qpos[0])
+
+
+def goals(cell: Workcell) -> list[Goal]:
+    """Return the predicates of the problem, all of which have to hold at the end."""
+    return [tuple(goal) for goal in cell.env.parsed_problem["goal_state"]]
+
+
+def holds(cell: Workcell, goal: Goal) -> bool:
+    """Return whether LIBERO's own check of a predicate is true now."""
+    return bool(cell.env._eval_predicate(list(goal)))
 
 
 class Drawer:
     """One drawer of a LIBERO cabinet: where its handle is and along which way it slides."""
 
     def __init__(self, cell: Workcell, region_name: str) -> None:
-        """Reads the drawer of a region such as "wooden_cabinet_1_top_region".
+        """Read the drawer of a region such as "wooden_cabinet_1_top_region".
 
         Raises:
             ValueError: the region is not a drawer.
@@ -73,11 +140,11 @@ class Drawer:
 
 
 def open_drawer(cell: Workcell, region_name: str, opening: float = OPEN_FULLY) -> Skill:
-    """Reaches for the bar horizontally, one finger above and one below, and pulls."""
+    """Reach for the bar horizontally, one finger above and one below, and pull."""
     drawer = Drawer(cell, region_name)
     outwards, handle = drawer.outwards, drawer.handle
     yaw = float(np.arctan2(outwards[1], outwards[0])) - np.pi / 2
-    rotation = about_z(yaw + np.deg2rad(25)) @ about_x(np.deg2rad(-80)) @ down(0.0)
+    rotation = Rotation.from_euler("ZX", [yaw + np.deg2rad(25), np.deg2rad(-80)]).as_matrix() @ down(0.0)
     approach = rotation[:, 2]
     ready = handle - 0.09 * approach
     via = ready + 0.10 * outwards
@@ -95,7 +162,7 @@ def open_drawer(cell: Workcell, region_name: str, opening: float = OPEN_FULLY) -
 
 
 def _pull(cell: Workcell, drawer: Drawer, rotation: Array, opening: float) -> Skill:
-    """Draws the hand along the slide, 3 cm ahead of where it is, until the drawer is out."""
+    """Draw the hand along the slide, 3 cm ahead of where it is, until the drawer is out."""
     start, outwards = cell.arm.position, drawer.outwards
     for _ in range(80):
         if drawer.opening > opening:
@@ -107,7 +174,7 @@ def _pull(cell: Workcell, drawer: Drawer, rotation: Array, opening: float) -> Sk
 
 
 def close_drawer(cell: Workcell, region_name: str) -> Skill:
-    """Pushes the bar of the handle with closed fingers until the drawer is shut.
+    """Push the bar of the handle with closed fingers until the drawer is shut.
 
     The hand leans, so that its palm stays clear of the drawers above.
     """
@@ -124,7 +191,7 @@ def close_drawer(cell: Workcell, region_name: str) -> Skill:
 
 
 def _push(cell: Workcell, drawer: Drawer, rotation: Array) -> Skill:
-    """Pushes along the slide, 3 cm ahead of where the hand is, until the drawer is shut or nothing moves."""
+    """Push along the slide, 3 cm ahead of where the hand is, until the drawer is shut or nothing moves."""
     start, inwards = cell.arm.position, -drawer.outwards
     pushed: list[float] = []
     for _ in range(100):
@@ -139,12 +206,9 @@ def _push(cell: Workcell, drawer: Drawer, rotation: Array) -> Skill:
 
 
 def turn_knob(cell: Workcell, fixture: str, direction: float) -> Skill:
-    """Grips the ridge of a stove's knob from above and turns it about the knob's axis.
+    """Grip the ridge of a stove's knob from above and turn it about the knob's axis.
 
-    Args:
-        cell: where.
-        fixture: name of the stove.
-        direction: +1 turns on, -1 turns off.
+    `direction` +1 turns the stove on, -1 off.
     """
     knob = f"{fixture}_button"
     cloud, axis = cell.scene.cloud(knob), cell.scene.position(knob)
@@ -166,24 +230,10 @@ def turn_knob(cell: Workcell, fixture: str, direction: float) -> Skill:
     return (yield from cell.arm.move(above(here, 0.08), turned, OPEN, Reach(0.02, 9.0)))
 
 
-LEAN = np.deg2rad(50)  # flat enough to stay below the roof, steep enough to reach over a rim
-PUSH_GAP, PUSH_DEPTH = 0.03, 0.035  # m before a vessel's wall; m below its rim
-GRIP_DEPTH = 0.014  # m below the rim
-INSIDE = 0.025  # m that the origin of a thing must be inside of its region
-DOOR_SHUT = 0.003  # rad from the closed door; LIBERO calls 0.005 closed
-WIDE = 1.9  # rad; a microwave draws its door from 1.3 to 2.1, and less than this hinders a leaning hand
-LEAD = 0.25  # rad that the pushing hand aims ahead of the door
-SIDES = tuple(
-    np.array(side) for side in ((0.0, -1.0, 0.0), (0.0, 1.0, 0.0), (-1.0, 0.0, 0.0), (1.0, 0.0, 0.0))
-)
-
-
 def open_side(cloud: Array, chamber: Region) -> Array:
-    """The horizontal direction [3] in which a chamber has no wall.
+    """Return the horizontal direction [3] in which a chamber has no wall.
 
-    Args:
-        cloud: points [n 3] of the walls (m, world).
-        chamber: the space inside.
+    `cloud` [n 3] samples the walls (m, world), `chamber` is the space inside.
     """
     relative = cloud - chamber.centre
     level = np.abs(relative[:, 2]) < 0.5 * chamber.half_extents[2]
@@ -197,12 +247,10 @@ def open_side(cloud: Array, chamber: Region) -> Array:
 
 
 def resting_place(cloud: Array, chamber: Region, inwards: Array) -> Array:
-    """The point [3] on a chamber's floor midway between its side walls, just inside of its region.
+    """Return the point [3] on a chamber's floor midway between its side walls, just inside of its region.
 
-    Args:
-        cloud: points [n 3] of the walls, the floor and the roof (m, world).
-        chamber: the region, which may reach into a wall.
-        inwards: direction [3] from the open front.
+    `cloud` [n 3] samples walls, floor and roof (m, world); the region may reach into a wall; `inwards` [3]
+    points away from the open front.
     """
     across = np.array([-inwards[1], inwards[0], 0.0])
     relative = cloud - chamber.centre
@@ -219,7 +267,7 @@ def resting_place(cloud: Array, chamber: Region, inwards: Array) -> Array:
 
 
 def insert(cell: Workcell, body: str, chamber_name: str) -> Skill:
-    """Takes a vessel by the side of its rim with a leaning hand and brings it in through the open front."""
+    """Take a vessel by the side of its rim with a leaning hand and bring it in through the open front."""
     fixture = cell.env.object_sites_dict[chamber_name].parent_name
     yield from _open_wide(cell, fixture)
     chamber, walls = region(cell, chamber_name), cell.scene.cloud(f"{fixture}_main")
@@ -243,7 +291,7 @@ def insert(cell: Workcell, body: str, chamber_name: str) -> Skill:
 
 
 def _push_in(cell: Workcell, body: str, inside: Array, inwards: Array, rotation: Array) -> Skill:
-    """Pushes a vessel that stands in the front of a chamber, from outside, until its origin is `inside`."""
+    """Push a vessel that stands in the front of a chamber, from outside, until its origin is `inside`."""
     cloud = cell.scene.cloud(body)
     near_side = float((cloud @ inwards).min())
     start = cell.scene.position(body) + (near_side - PUSH_GAP - cell.scene.position(body) @ inwards) * inwards
@@ -268,7 +316,7 @@ def _side_near_robot(cell: Workcell, body: str, across: Array) -> float:
 
 
 def _grasp_leaning(cell: Workcell, body: str, rotation: Array, first_side: float) -> Skill:
-    """Pinches the wall of a vessel beside its middle; True if it comes along."""
+    """Pinch the wall of a vessel beside its middle; True if it comes along."""
     across = rotation[:, 0]
     for side in (first_side, -first_side):
         rim = find_rim(cell.scene.cloud(body), cell.scene.rotation(body), cell.scene.position(body))
@@ -289,7 +337,7 @@ def _grasp_leaning(cell: Workcell, body: str, rotation: Array, first_side: float
 
 
 def _hand_for(cell: Workcell, body: str, point: Array) -> Array:
-    """Where the hand must be [3] for the held body to stand on `point` [3]."""
+    """Return where the hand must be [3] for the held body to stand on `point` [3]."""
     hand = cell.arm.position
     goal = hand + point - cell.scene.position(body)
     goal[2] = point[2] + hand[2] - cell.scene.bottom(body)
@@ -306,8 +354,8 @@ class Door:
     anchor: Array  # [3] m
 
     @classmethod
-    def of(cls, cell: Workcell, fixture: str) -> "Door":
-        """The first hinged door of a fixture."""
+    def of(cls, cell: Workcell, fixture: str) -> Door:
+        """Return the first hinged door of a fixture."""
         joint = cell.env.get_object(fixture).joints[0]
         data = cell.scene.data.joint(joint)
         body = cell.scene.model.body(cell.scene.model.joint(joint).bodyid[0]).name
@@ -315,12 +363,12 @@ class Door:
 
 
 def close_door(cell: Workcell, fixture: str) -> Skill:
-    """Pushes a door shut."""
+    """Push a door shut."""
     return (yield from _swing(cell, Door.of(cell, fixture), 0.0))
 
 
 def _open_wide(cell: Workcell, fixture: str) -> Skill:
-    """Pushes a door that stands ajar, if there is one, out of the way of a hand that goes in."""
+    """Push a door that stands ajar, if there is one, out of the way of a hand that goes in."""
     if not cell.env.get_object(fixture).joints:
         return True
     door = Door.of(cell, fixture)
@@ -331,7 +379,7 @@ def _open_wide(cell: Workcell, fixture: str) -> Skill:
 
 
 def _swing(cell: Workcell, door: Door, wanted: float) -> Skill:
-    """Pushes a door to the joint position `wanted` (rad) with closed fingers, below its upper edge."""
+    """Push a door to the joint position `wanted` (rad) with closed fingers, below its upper edge."""
     sign = float(np.sign(wanted - joint_position(cell, door.joint)))
     sense = sign * door.axis
     contact = _pushed_point(cell, door, sense)
@@ -350,15 +398,15 @@ def _swing(cell: Workcell, door: Door, wanted: float) -> Skill:
         angle = joint_position(cell, door.joint)
         if sign * (wanted - angle) < DOOR_SHUT:
             break
-        turn = about_axis(sense, abs(first - angle) + LEAD)
-        goal = door.anchor + turn @ (contact - door.anchor)
+        turn = Rotation.from_rotvec((abs(first - angle) + LEAD) * sense)
+        goal = door.anchor + turn.apply(contact - door.anchor)
         yield Command(cell.arm.command(goal, rotation, CLOSED, 0.6), PRECISE.noise_share)
     yield from cell.arm.move(above(cell.arm.position, 0.10), rotation, CLOSED, CLEARING)
     return sign * (wanted - joint_position(cell, door.joint)) < DOOR_SHUT
 
 
 def _pushed_point(cell: Workcell, door: Door, sense: Array) -> Array:
-    """Where to put the closed fingers [3]: towards the free edge, behind, below the upper edge."""
+    """Return where to put the closed fingers [3]: towards the free edge, behind, below the upper edge."""
     cloud = cell.scene.cloud(door.body)
     arms = cloud - door.anchor
     arms -= np.outer(arms @ door.axis, door.axis)

@@ -1,15 +1,59 @@
-"""Where to grasp: two-finger grasps from above, planned on point clouds of collision geometry."""
+"""Grasps and the skills built on them: transit, descend, grasp, place, release.
 
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, field
+Grasps are planned on point clouds of collision geometry. A skill is a generator of commands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Generator, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
-from envs.demos.planner_arm import Array, wrap
+from envs.demos.planner_arm import (
+    ALIGNING,
+    CLEARING,
+    CLOSED,
+    LOWERING,
+    OPEN,
+    PASSING,
+    PRECISE,
+    Arm,
+    ArmClearance,
+    Array,
+    Command,
+    Reach,
+    Skill,
+    above,
+    down,
+    wrap,
+)
 from envs.rendering import load_mujoco
 
-SPACING = 0.012  # closer than a finger is wide (about 0.02), so no gap between points lets a finger through
+SPACING = 0.012  # m; less than the width of a finger (about 0.02), so no finger fits between points
+ROBOT_PREFIXES = ("robot0", "gripper0", "mount0")
+SUPPORTS = ("world", "floor", "table")  # endings of what objects stand on: no obstacle to a hand above it
+MAX_WIDTH = 0.077  # m; the Panda opens 0.08
+HALF_OPEN = 0.04  # m from the grip point to the inner face of an open finger
+FINGER_REACH = 0.03  # m below the top of an object that the fingers go, where it is tall enough
+RIM_REACH = 0.016
+FLOOR_GAP = 0.011  # m that the grip point stays above the lowest point of the object
+COMFORTABLE_REACH = 0.70  # m from the base of the robot; farther away the elbow nears its limit
+MOST_PREDICTED = 40  # grasps for which the arm's posture is predicted, each in some milliseconds
+NEIGHBOURHOOD = 0.25  # m around an object that the hand can touch while grasping it
+YAWS = np.deg2rad(np.arange(-90.0, 91.0, 2.5))
+RIM_ANGLES = np.deg2rad(np.arange(0.0, 360.0, 10.0))
+CLOSING_STEPS = 11  # until the fingers press with full force
+OPENING_STEPS = 8
+CORRIDOR = 0.10  # m to each side of the hand's path that must be free
+ABOVE_GRASP = 0.06  # m
+SLIPPED = 0.04  # m by which a held body has moved in the hand that no longer holds it
+TIGHT = 0.066  # m; a body as wide as that leaves each open finger a few millimetres
+STUCK = 0.02  # m above its goal at which a lowered object sits on something
+BESIDE, BESIDE_TRIES, RISE = 0.01, 3, 0.02  # m aside, how often, after rising by so many metres
+NEAREST = 0.36  # m from the axis of the robot's base; a hand that rises nearer folds the elbow to its limit
 
 
 def _samples(half_length: float) -> Array:
@@ -18,7 +62,7 @@ def _samples(half_length: float) -> Array:
 
 
 def box_surface(half_extents: Array) -> Array:
-    """Points [n 3] on the six faces of a box centred at the origin with these half extents [3]."""
+    """Return points [n 3] on the six faces of a box centred at the origin with these half extents [3]."""
     faces = []
     for axis in range(3):
         first, second = (a for a in range(3) if a != axis)
@@ -32,24 +76,20 @@ def box_surface(half_extents: Array) -> Array:
 
 
 def cylinder_surface(radius: float, half_height: float, sides: int = 24) -> Array:
-    """Points [n 3] on the mantle of an upright cylinder centred at the origin, both rims included."""
+    """Return points [n 3] on the mantle of an upright cylinder centred at the origin, both rims included."""
     angles = np.linspace(0.0, 2 * np.pi, sides, endpoint=False)
     angle, height = np.meshgrid(angles, _samples(half_height))
     return np.stack([radius * np.cos(angle), radius * np.sin(angle), height], axis=-1).reshape(-1, 3)
 
 
 def sphere_surface(radius: float, sides: int = 16) -> Array:
-    """Points [n 3] on a sphere around the origin, on rings of equal spacing in height, poles included."""
+    """Return points [n 3] on a sphere around the origin, on equally spaced rings, poles included."""
     heights = np.linspace(-radius, radius, sides // 2 + 1)
     rings = np.sqrt(np.maximum(radius**2 - heights**2, 0.0))
     angles = np.linspace(0.0, 2 * np.pi, sides, endpoint=False)
     x, y = np.outer(rings, np.cos(angles)), np.outer(rings, np.sin(angles))
     z = np.broadcast_to(heights[:, None], x.shape)
     return np.stack([x, y, z], axis=-1).reshape(-1, 3)
-
-
-ROBOT_PREFIXES = ("robot0", "gripper0", "mount0")
-SUPPORTS = ("world", "floor", "table")  # endings of what objects stand on: no obstacle to a hand above it
 
 
 class Scene:
@@ -59,7 +99,7 @@ class Scene:
     """
 
     def __init__(self, sim: Any) -> None:
-        """Samples the shapes of `sim`, the `MjSim` of a robosuite 1.4 environment."""
+        """Sample the shapes of `sim`, the `MjSim` of a robosuite 1.4 environment."""
         self._mujoco = load_mujoco()
         self.model: Any = sim.model._model
         self.data: Any = sim.data._data
@@ -93,20 +133,20 @@ class Scene:
                 return None
 
     def refresh(self) -> None:
-        """Brings poses in line with the joints: after a simulation step they lag one substep behind."""
+        """Bring poses in line with the joints: after a simulation step they lag one substep behind."""
         self._mujoco.mj_kinematics(self.model, self.data)
 
     def __contains__(self, body: str) -> bool:
-        """True if `body` has collision geometry here."""
+        """Return whether `body` has collision geometry here."""
         return body in self._geoms
 
     @property
     def bodies(self) -> list[str]:
-        """Names of all bodies with collision geometry, the robot's included."""
+        """Return the names of all bodies with collision geometry, the robot's included."""
         return list(self._geoms)
 
     def geoms(self, body: str) -> list[int]:
-        """Ids of the colliding geoms of `body`.
+        """Return ids of the colliding geoms of `body`.
 
         Raises:
             KeyError: `body` has no collision geometry; the message lists those that have.
@@ -118,16 +158,16 @@ class Scene:
         return self._geoms[body]
 
     def geom_cloud(self, geom: int) -> Array:
-        """Points [n 3] of one geom, placed in the world."""
+        """Return points [n 3] of one geom, placed in the world."""
         rotation = self.data.geom_xmat[geom].reshape(3, 3)
         return self._shapes[geom] @ rotation.T + self.data.geom_xpos[geom]
 
     def cloud(self, body: str) -> Array:
-        """Points [n 3] on `body`, where it is now."""
+        """Return points [n 3] on `body`, where it is now."""
         return np.concatenate([self.geom_cloud(geom) for geom in self.geoms(body)])
 
     def obstacles(self, excluded: Collection[str] = ()) -> Array:
-        """Points [n 3] on everything that is neither robot, support, nor one of the `excluded` bodies."""
+        """Return points [n 3] on all bodies except robot, supports and the `excluded` ones."""
         clouds = [self.cloud(body) for body in self._geoms if not self._passes(body, excluded)]
         return np.concatenate(clouds) if clouds else np.zeros((0, 3))
 
@@ -136,32 +176,20 @@ class Scene:
         return body in excluded or body.endswith(SUPPORTS) or body.startswith(ROBOT_PREFIXES)
 
     def position(self, body: str) -> Array:
-        """Origin [3] of `body` in the world (m)."""
+        """Return the origin [3] of `body` in the world (m)."""
         return np.array(self.data.body(body).xpos)
 
     def rotation(self, body: str) -> Array:
-        """Rotation matrix [3 3] of `body` in the world."""
+        """Return the rotation matrix [3 3] of `body` in the world."""
         return np.array(self.data.body(body).xmat).reshape(3, 3)
 
     def bottom(self, body: str) -> float:
-        """Height of the lowest point of `body` (m)."""
+        """Return the height of the lowest point of `body` (m)."""
         return float(self.cloud(body)[:, 2].min())
 
     def top(self, body: str) -> float:
-        """Height of the highest point of `body` (m)."""
+        """Return the height of the highest point of `body` (m)."""
         return float(self.cloud(body)[:, 2].max())
-
-
-MAX_WIDTH = 0.077  # m; the Panda opens 0.08
-HALF_OPEN = 0.04  # m from the grip point to the inner face of an open finger
-FINGER_REACH = 0.03  # m below the top of an object that the fingers go, where it is tall enough
-RIM_REACH = 0.016
-FLOOR_GAP = 0.011  # m that the grip point stays above the lowest point of the object
-COMFORTABLE_REACH = 0.70  # m from the base of the robot; farther away the elbow nears its limit
-MOST_ASKED = 40  # grasps for which the arm's posture is predicted, each in some milliseconds
-NEIGHBOURHOOD = 0.25  # m around an object that the hand can touch while grasping it
-YAWS = np.deg2rad(np.arange(-90.0, 91.0, 2.5))
-RIM_ANGLES = np.deg2rad(np.arange(0.0, 360.0, 10.0))
 
 
 @dataclass(frozen=True)
@@ -176,8 +204,8 @@ class Grasp:
 
 
 @dataclass(frozen=True)
-class GraspWish:
-    """What a task asks of a grasp."""
+class GraspRequest:
+    """Constraints of a task on a grasp."""
 
     yaw: float = 0.0  # rad, preferred
     yaw_limit: float = np.pi / 2  # rad, largest distance from the preferred yaw
@@ -187,24 +215,24 @@ class GraspWish:
 
 
 def closing_axis(yaw: float) -> Array:
-    """Unit vector [2] along which the fingers close."""
+    """Return the unit vector [2] along which the fingers close."""
     return np.array([-np.sin(yaw), np.cos(yaw)])
 
 
 def side_axis(yaw: float) -> Array:
-    """Unit vector [2] across the closing axis, in the plane of the table."""
+    """Return the unit vector [2] across the closing axis, in the plane of the table."""
     return np.array([np.cos(yaw), np.sin(yaw)])
 
 
 def extents(points: Array, axis: Array) -> tuple[float, float]:
-    """Width (m) and middle (m) of points [n 2] projected on a unit vector [2]."""
+    """Return the width (m) and middle (m) of points [n 2] projected on a unit vector [2]."""
     along = points @ axis
     low, high = float(along.min()), float(along.max())
     return high - low, (high + low) / 2
 
 
 def obstruction(points: Array, position: Array, yaw: float) -> int:
-    """Number of points [n 3] inside the space of the open fingers and the palm at a grasp pose.
+    """Return the number of points [n 3] inside the space of the open fingers and the palm at a grasp pose.
 
     The boxes are the Panda hand's, widened by its controller's error: fingers of 4 x 3.6 cm from 1.4 cm below
     the grip point upwards, a palm of 21 x 7 cm from 2.2 cm above it.
@@ -220,18 +248,15 @@ def obstruction(points: Array, position: Array, yaw: float) -> int:
     return int(fingers.sum() + palm.sum())
 
 
-def centre_grasps(cloud: Array, obstacles: Array, wish: GraspWish) -> Iterator[tuple[float, Grasp]]:
-    """Grasps around a whole object, each with its cost: narrow, near the wished yaw and free is cheap.
+def centre_grasps(cloud: Array, obstacles: Array, request: GraspRequest) -> Iterator[tuple[float, Grasp]]:
+    """Yield grasps around a whole object with their costs: narrow, near the requested yaw and free is cheap.
 
-    Args:
-        cloud: points [n 3] of the object.
-        obstacles: points [m 3] of everything around it.
-        wish: preferred yaw, its limit and the depth.
+    `cloud` [n 3] is the object, `obstacles` [m 3] everything around it.
     """
     top, bottom = cloud[:, 2].max(), cloud[:, 2].min()
-    depth = FINGER_REACH if wish.depth is None else wish.depth
+    depth = FINGER_REACH if request.depth is None else request.depth
     height = max(top - depth, bottom + FLOOR_GAP)
-    for yaw in _allowed_yaws(wish):
+    for yaw in _allowed_yaws(request):
         width, middle = extents(cloud[:, :2], closing_axis(yaw))
         if width > MAX_WIDTH:
             continue
@@ -239,29 +264,26 @@ def centre_grasps(cloud: Array, obstacles: Array, wish: GraspWish) -> Iterator[t
         centre = closing_axis(yaw) * middle + side_axis(yaw) * beside
         position = np.array([centre[0], centre[1], height])
         blocked = obstruction(obstacles, position, yaw)
-        cost = 100.0 * width + 0.8 * abs(yaw - wish.yaw) + 0.05 * min(blocked, 200)
+        cost = 100.0 * width + 0.8 * abs(yaw - request.yaw) + 0.05 * min(blocked, 200)
         yield cost, Grasp(position, float(yaw), "centre", blocked)
 
 
-def _allowed_yaws(wish: GraspWish) -> Array:
-    return YAWS[np.abs(YAWS - wish.yaw) <= wish.yaw_limit + 1e-3]
+def _allowed_yaws(request: GraspRequest) -> Array:
+    return YAWS[np.abs(YAWS - request.yaw) <= request.yaw_limit + 1e-3]
 
 
 @dataclass(frozen=True)
 class Rim:
-    """The upper edge of a round vessel."""
+    """Return the upper edge of a round vessel."""
 
     middle: Array  # [3] m, world
     points: Array  # [k 3] candidates on the edge, m, world
 
 
 def find_rim(cloud: Array, rotation: Array, origin: Array) -> Rim:
-    """The rim of a vessel that may stand tilted: the top 8 mm along the body axis closest to vertical.
+    """Return the rim of a vessel that may stand tilted: the top 8 mm along the body axis closest to vertical.
 
-    Args:
-        cloud: points [n 3] of the object (world).
-        rotation: of the object's body [3 3].
-        origin: of the object's body [3].
+    `cloud` [n 3] is in the world, `rotation` [3 3] and `origin` [3] are those of the object's body.
     """
     local = (cloud - origin) @ rotation
     up = int(np.argmax(np.abs(rotation[2])))
@@ -279,18 +301,18 @@ def find_rim(cloud: Array, rotation: Array, origin: Array) -> Rim:
 
 
 def rim_grasps(
-    rim: Rim, bottom: float, obstacles: Array, base: Array, wish: GraspWish
+    rim: Rim, bottom: float, obstacles: Array, base: Array, request: GraspRequest
 ) -> Iterator[tuple[float, Grasp]]:
-    """Radial grasps of a rim, each with its cost: free, near the robot and not on the low side is cheap.
+    """Yield radial grasps of a rim with their costs: free, near the robot, not on the low side is cheap.
 
     Args:
         rim: candidates.
         bottom: height of the lowest point of the object (m).
         obstacles: points [m 3] of everything around it.
-        base: of the robot [2] (m); far grasps make the arm stick at its limits.
-        wish: preferred yaw, its limit, the depth and the offsets not to try again.
+        base: of the robot [2] (m); the arm reaches its limits in far grasps.
+        request: its offsets to avoid are not tried again.
     """
-    depth = RIM_REACH if wish.depth is None else wish.depth
+    depth = RIM_REACH if request.depth is None else request.depth
     for point in rim.points:
         offset = (point - rim.middle)[:2]
         radial = np.arctan2(offset[1], offset[0])
@@ -298,10 +320,10 @@ def rim_grasps(
         reach_cost = (
             distance + 25 * max(0.0, distance - COMFORTABLE_REACH) + 10 * abs(point[2] - rim.middle[2])
         )
-        reach_cost += 4.0 * sum(float(np.linalg.norm(offset - failed)) < 0.022 for failed in wish.avoided)
+        reach_cost += 4.0 * sum(float(np.linalg.norm(offset - failed)) < 0.022 for failed in request.avoided)
         for yaw in (wrap(radial - np.pi / 2), wrap(radial + np.pi / 2)):
-            away = abs(yaw - wish.yaw)
-            if away > min(wish.yaw_limit, np.pi / 2) + 1e-6:
+            away = abs(yaw - request.yaw)
+            if away > min(request.yaw_limit, np.pi / 2) + 1e-6:
                 continue
             position = np.array([point[0], point[1], max(point[2] - depth, bottom + FLOOR_GAP)])
             blocked = obstruction(obstacles, position, yaw)
@@ -310,47 +332,217 @@ def rim_grasps(
 
 
 class NoGraspError(Exception):
-    """A thing lies so that no grasp of it fits: this episode is lost, as it is for a robot."""
+    """No grasp of an object fits in its present pose; the episode fails, as it does for a robot."""
 
 
 def plan_grasp(
     scene: Scene,
     body: str,
-    wish: GraspWish | None = None,
-    hindered: Callable[[Grasp], bool] = lambda planned: False,
+    request: GraspRequest | None = None,
+    is_blocked: Callable[[Grasp], bool] = lambda planned: False,
 ) -> Grasp:
-    """The cheapest grasp of `body` in its present pose and surroundings.
+    """Return the cheapest grasp of `body` in its present pose and surroundings.
 
-    Args:
-        scene: what stands where.
-        body: what is grasped.
-        wish: what a task asks of the grasp.
-        hindered: whether the arm cannot be where a grasp needs it; asked from the cheapest grasp onwards,
-            until one is free. If none is, the cheapest is taken.
+    `is_blocked` says whether the arm cannot be where a grasp needs it. It is called from the cheapest grasp
+    onwards, until one is free; if none is, the cheapest is taken.
 
     Raises:
-        NoGraspError: no grasp satisfies the wish.
+        NoGraspError: No grasp satisfies the request.
     """
-    wish = wish or GraspWish()
+    request = request or GraspRequest()
     cloud = scene.cloud(body)
     obstacles = near(scene.obstacles((body,)), cloud)
     grasps: list[tuple[float, Grasp]] = []
-    if wish.kind != "rim":
-        grasps = list(centre_grasps(cloud, obstacles, wish))
-    if not grasps and wish.kind != "centre":
+    if request.kind != "rim":
+        grasps = list(centre_grasps(cloud, obstacles, request))
+    if not grasps and request.kind != "centre":
         rim = find_rim(cloud, scene.rotation(body), scene.position(body))
         base = scene.position("robot0_base")[:2]
-        grasps = list(rim_grasps(rim, float(cloud[:, 2].min()), obstacles, base, wish))
+        grasps = list(rim_grasps(rim, float(cloud[:, 2].min()), obstacles, base, request))
     if not grasps:
-        kind = wish.kind or "possible"
+        kind = request.kind or "possible"
         raise NoGraspError(
-            f"no {kind} grasp of {body!r} within {wish.yaw_limit:.2f} rad of yaw {wish.yaw:.2f}"
+            f"no {kind} grasp of {body!r} within {request.yaw_limit:.2f} rad of yaw {request.yaw:.2f}"
         )
     ranked = [planned for _, planned in sorted(grasps, key=lambda pair: pair[0])]
-    return next((planned for planned in ranked[:MOST_ASKED] if not hindered(planned)), ranked[0])
+    return next((planned for planned in ranked[:MOST_PREDICTED] if not is_blocked(planned)), ranked[0])
 
 
 def near(points: Array, cloud: Array) -> Array:
-    """Those of `points` [n 3] within reach of a hand that grasps `cloud` [m 3], seen from above."""
+    """Return those of `points` [n 3] within reach of a hand that grasps `cloud` [m 3], seen from above."""
     low, high = cloud[:, :2].min(0) - NEIGHBOURHOOD, cloud[:, :2].max(0) + NEIGHBOURHOOD
     return points[np.all((points[:, :2] > low) & (points[:, :2] < high), axis=1)]
+
+
+@dataclass(frozen=True)
+class Workcell:
+    """The scene and the arm in it: the state that skills read."""
+
+    scene: Scene
+    arm: Arm
+    clearance: ArmClearance
+    env: Any  # the raw robosuite environment, for task-specific geometry (pegs, bins, goals)
+    detour: Array = field(default_factory=lambda: np.zeros(3))  # x, y (m), yaw (rad) of the first approach
+
+    @classmethod
+    def of(cls, raw: Any, detour: Array | None = None) -> Workcell:
+        """Return the workcell of a raw robosuite 1.4 (or LIBERO) environment that has just been reset."""
+        clearance = ArmClearance(raw.sim, raw.robots[0])
+        return cls(Scene(raw.sim), Arm(raw.sim), clearance, raw, np.zeros(3) if detour is None else detour)
+
+
+def corridor_top(points: Array, start: ArrayLike, end: ArrayLike, radius: float = CORRIDOR) -> float:
+    """Return the height (m) of the highest of `points` [n 3] on or beside the way; -inf if it is free."""
+    first, last = np.asarray(start, dtype=np.float64)[:2], np.asarray(end, dtype=np.float64)[:2]
+    way = last - first
+    share = np.clip((points[:, :2] - first) @ way / (way @ way + 1e-9), 0.0, 1.0)
+    aside = np.linalg.norm(points[:, :2] - (first + share[:, None] * way), axis=1)
+    return float(points[aside < radius, 2].max(initial=-np.inf))
+
+
+def away_from_base(cell: Workcell, position: Array) -> Array:
+    """Return the point [3] itself, or the nearest one at its height far enough from the robot's base."""
+    base = cell.scene.position("robot0_base")[:2]
+    out = position[:2] - base
+    short = NEAREST / float(np.linalg.norm(out))
+    return position if short < 1.0 else np.array([*(base + short * out), position[2]])
+
+
+def transit(
+    cell: Workcell,
+    position: ArrayLike,
+    rotation: Array,
+    gripper: float,
+    carried: str | None = None,
+    clearance: float = 0.05,
+) -> Skill:
+    """Go over everything in between to a point at or above `position`: up, then across.
+
+    Args:
+        cell: the scene.
+        position: goal of the grip point [3] (m); raised where obstacles on the way require it.
+        rotation: of the grip site at the goal [3 3].
+        gripper: OPEN or CLOSED.
+        carried: body in the hand, whose underside has to clear the way too.
+        clearance: between the highest obstacle and the lowest carried point (m).
+    """
+    goal, here = np.asarray(position, dtype=np.float64), cell.arm.position
+    hanging = here[2] - cell.scene.bottom(carried) if carried else 0.012
+    obstacles = cell.scene.obstacles((carried,) if carried else ())
+    height = max(goal[2], corridor_top(obstacles, here, goal) + hanging + clearance)
+    if here[2] < height - 0.02:
+        upright = rotation if carried else cell.arm.rotation
+        risen = away_from_base(cell, np.array([here[0], here[1], height]))
+        yield from cell.arm.move(risen, upright, gripper, CLEARING)
+    return (yield from cell.arm.move([goal[0], goal[1], height], rotation, gripper, PASSING))
+
+
+def descend(
+    cell: Workcell, position: Array, rotation: Array, gripper: float = OPEN, tight: bool = False
+) -> Skill:
+    """Align above a point, more exactly where it is `tight`, then go straight down to it, slowly."""
+    aligning = replace(ALIGNING, within=0.003, steps=30) if tight else ALIGNING
+    yield from cell.arm.move(above(position, ABOVE_GRASP), rotation, gripper, aligning)
+    return (yield from cell.arm.move(position, rotation, gripper, PRECISE))
+
+
+def grasp(
+    cell: Workcell, body: str, request: GraspRequest | None = None, tries: int = 3
+) -> Generator[Command, None, Grasp | None]:
+    """Grasp `body` and lift it by 6 cm, planning again above it and after each failure.
+
+    Returns the grasp that holds, or None after `tries` failures.
+    """
+    request = request or GraspRequest()
+
+    def is_blocked(planned: Grasp) -> bool:
+        return bool(cell.clearance.touched(planned.position, down(planned.yaw)) - {body})
+
+    for _ in range(tries):
+        planned = plan_grasp(cell.scene, body, request, is_blocked)
+        ready = above(planned.position, ABOVE_GRASP + 0.01)
+        yield from transit(cell, ready, down(planned.yaw), OPEN, clearance=0.03)
+        planned = plan_grasp(
+            cell.scene, body, replace(request, yaw=planned.yaw, yaw_limit=0.6, kind=planned.kind), is_blocked
+        )
+        rotation = down(planned.yaw)
+        width, _ = extents(cell.scene.cloud(body)[:, :2], closing_axis(planned.yaw))
+        yield from descend(cell, planned.position, rotation, tight=planned.kind == "centre" and width > TIGHT)
+        yield from cell.arm.hold(planned.position, rotation, CLOSED, CLOSING_STEPS)
+        before = cell.scene.bottom(body)
+        outside = away_from_base(cell, planned.position)
+        if outside is not planned.position:
+            yield from cell.arm.move(outside, rotation, CLOSED, Reach(0.015, 9.0, speed=0.5))
+        lifted = above(outside, ABOVE_GRASP)
+        yield from cell.arm.move(lifted, rotation, CLOSED, replace(CLEARING, within=0.015))
+        if cell.scene.bottom(body) > before + 0.025:
+            return planned
+        request = replace(request, avoided=(*request.avoided, planned.offset))
+        yield from cell.arm.hold(cell.arm.position, rotation, OPEN, OPENING_STEPS)
+    return None
+
+
+def hand_goal(cell: Workcell, body: str, xy: ArrayLike, underside: float) -> Array:
+    """Return the grip point [3] that puts the held body over `xy`, its lowest point at `underside` (m)."""
+    hand = cell.arm.position
+    offset = cell.scene.position(body) - hand
+    hanging = hand[2] - cell.scene.bottom(body)
+    goal = np.asarray(xy, dtype=np.float64)[:2]
+    return np.array([goal[0] - offset[0], goal[1] - offset[1], underside + hanging])
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where and how to set down what is held."""
+
+    xy: Array  # [2] m, for the origin of the body
+    support: float  # m, height of the surface below
+    drop: float = 0.008  # m above the surface at which the hand opens
+    clearance: float = 0.04  # m above obstacles on the way
+    retreat: float = 0.08  # m upwards after letting go
+    let_go: bool = True
+
+
+def place(cell: Workcell, body: str, rotation: Array, placement: Placement) -> Skill:
+    """Carry the held `body` over its goal, lower it, let go and retreat; False if it slips out of the hand.
+
+    The offset between hand and body is measured again after transit and after aligning, because the body
+    settles in the fingers on the way.
+    """
+    before = cell.scene.position(body) - cell.arm.position
+    underside = placement.support + placement.drop
+    goal = hand_goal(cell, body, placement.xy, underside)
+    yield from transit(cell, above(goal, 0.05), rotation, CLOSED, carried=body, clearance=placement.clearance)
+    if np.linalg.norm(cell.scene.position(body) - cell.arm.position - before) > SLIPPED:
+        yield from release(cell, rotation, placement.retreat)
+        return False
+    goal = hand_goal(cell, body, placement.xy, underside)
+    aligned = np.array([goal[0], goal[1], cell.arm.position[2]])
+    yield from cell.arm.move(aligned, rotation, CLOSED, Reach(0.008, 0.1, steps=40, noise_share=0.6))
+    goal[:2] = hand_goal(cell, body, placement.xy, underside)[:2]
+    yield from _lower(cell, goal, rotation)
+    if placement.let_go:
+        yield from release(cell, rotation, placement.retreat, goal)
+    return True
+
+
+def _lower(cell: Workcell, goal: Array, rotation: Array) -> Skill:
+    """Lower what is held to `goal` [3]; where it sits on an edge, beside, where the edge pushes it."""
+    lowered = yield from cell.arm.move(goal, rotation, CLOSED, LOWERING)
+    for _ in range(BESIDE_TRIES):
+        if lowered or cell.arm.position[2] < goal[2] + STUCK:
+            return True
+        pushed = cell.arm.position - goal
+        pushed[2] = 0.0
+        goal = goal + BESIDE * pushed / (np.linalg.norm(pushed) + 1e-9)
+        high = np.array([*goal[:2], cell.arm.position[2] + RISE])
+        yield from cell.arm.move(high, rotation, CLOSED, Reach(0.008, 9.0, noise_share=0.3))
+        lowered = yield from cell.arm.move(goal, rotation, CLOSED, LOWERING)
+    return lowered
+
+
+def release(cell: Workcell, rotation: Array, retreat: float = 0.08, position: Array | None = None) -> Skill:
+    """Open the hand where it is (or at `position`) and go straight up by `retreat` metres."""
+    here = cell.arm.position if position is None else position
+    yield from cell.arm.hold(here, rotation, OPEN, OPENING_STEPS)
+    return (yield from cell.arm.move(above(here, retreat), rotation, OPEN, CLEARING))

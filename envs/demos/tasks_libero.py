@@ -1,20 +1,76 @@
-"""The demonstrator of every LIBERO and LIBERO-PRO task: achieves the goal predicate by predicate."""
+"""The demonstrator of every LIBERO and LIBERO-PRO task: reaches the goal predicate by predicate."""
 
-from envs.demos.libero_scene import Goal, body_of, goals, holds, joint_of
-from envs.demos.planner_arm import Skill
-from envs.demos.planner_fixtures import OPEN_TO_FILL, close_door, close_drawer, open_drawer, turn_knob
-from envs.demos.planner_placing import pull_from_below, put
-from envs.demos.planner_skills import Workcell
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from envs.demos.planner_arm import CLOSED, OPEN, Array, Reach, Skill, about_z, above, down, wrap
+from envs.demos.planner_fixtures import (
+    OPEN_TO_FILL,
+    Drawer,
+    Goal,
+    body_of,
+    close_door,
+    close_drawer,
+    goals,
+    holds,
+    insert,
+    is_object,
+    joint_of,
+    open_drawer,
+    region,
+    turn_knob,
+)
+from envs.demos.planner_grasping import (
+    ABOVE_GRASP,
+    CLOSING_STEPS,
+    COMFORTABLE_REACH,
+    Placement,
+    Workcell,
+    closing_axis,
+    corridor_top,
+    descend,
+    grasp,
+    near,
+    place,
+    release,
+    side_axis,
+    transit,
+)
 
 ORDER = {"open": 0, "turnon": 1, "turnoff": 1, "on": 2, "in": 2, "close": 3}
-ROUNDS = 2  # what a later step has spoilt is done again once
+ROUNDS = 2  # a predicate that a later step made false is achieved again once
+TURNS = np.deg2rad(np.arange(-180.0, 180.0, 5.0))
+COMFORTABLE_YAW = np.deg2rad(95.0)
+ENOUGH = 0.06  # m of free space around an object; more is no better
+MARGIN = 0.015  # m of play that an object should have in its compartment
+SPREAD = 0.7  # share of a region's half extents over which shared spots are spread
+CONTAINER = "_contain_region"
+CARRIES = 2  # an object that slips out of the hand on the way is grasped again once
+AT_GOAL = 0.025  # m; LIBERO's own limit is 0.04
+LOST = 0.04  # m between a plate's edge and the hand that should hold it
+RIM_GRIP, FLAT_LIFT = 0.010, 0.035  # m above the lowest point of a plate; m that its rim is lifted
+BESIDE_PLATE = 0.015  # m that must be free beside a plate that is drawn
+CARRYING = Reach(0.006, 0.1, speed=0.6, noise_share=0.3)
+IN_BELOW = 0.01  # m by which LIBERO's own check reaches below a region
+STANDING = 0.04  # m above a region that separates objects on it from its own surface
+SHIFTING = 20.0  # rad of turning that a shift by one metre is as bad as
+DIRECTIONS = np.array([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
+JITTER = np.array([[0.0, 0.0, 0.0], [0.01, 0.0, 0.0], [-0.01, 0.0, 0.0], [0.0, 0.01, 0.0], [0.0, -0.01, 0.0]])
+WALL_GAP = 0.002  # m that stay free between an object and the walls of its drawer
+BEFORE_DRAWER = 0.02  # m between an object and the drawer that is opened above it
+GRAZE = 0.001  # m; nearer than that, a lowered object touches what it passes
+SIDEWAYS = np.deg2rad([20, -20, 40, -40, 60, -60, 90, -90, 120, -120, 150, -150, 180])
+ANGLES = np.deg2rad(np.arange(0.0, 360.0, 15.0))
 
 
 def achieve_goals(cell: Workcell) -> Skill:
-    """Makes every predicate of the problem's goal true, in an order in which none hinders the next.
+    """Make every predicate of the problem's goal true, in an order in which none hinders the next.
 
     Raises:
-        ValueError: the goal has a predicate for which there is no skill.
+        ValueError: The goal has a predicate for which there is no skill.
     """
     wanted = goals(cell)
     unknown = [goal for goal in wanted if goal[0] not in ORDER]
@@ -40,15 +96,310 @@ def _achieve(cell: Workcell, goal: Goal) -> Skill:
             return (yield from turn_knob(cell, fixture, 1.0))
         case ("turnoff", fixture):
             return (yield from turn_knob(cell, fixture, -1.0))
-        case (_, thing, target):
-            yield from _make_room(cell, thing, target)
-            return (yield from put(cell, thing, target))
+        case (_, name, target):
+            yield from _make_room(cell, name, target)
+            return (yield from put(cell, name, target))
     raise ValueError(f"no skill for {goal}")
 
 
-def _make_room(cell: Workcell, thing: str, target: str) -> Skill:
-    """Opens the drawer that something is to be put into, if it is not open enough."""
+def _make_room(cell: Workcell, name: str, target: str) -> Skill:
+    """Open the drawer that an object is to be put into, if it is not open enough."""
     if joint_of(cell, target) is None or holds(cell, ("open", target)):
         return True
-    yield from pull_from_below(cell, body_of(cell, thing), target, OPEN_TO_FILL)
+    yield from pull_from_below(cell, body_of(cell, name), target, OPEN_TO_FILL)
     return (yield from open_drawer(cell, target, OPEN_TO_FILL))
+
+
+def fitting_turn(footprint: Array, room: Array, yaw: float) -> float:
+    """Return the smallest turn (rad) that fits a footprint into an axis-aligned rectangle with some play.
+
+    Args:
+        footprint: points [n 2] of the held object (m).
+        room: side lengths [2] of the rectangle (m).
+        yaw: present yaw of the hand (rad), whose wrist limits the turn.
+    """
+
+    def cost(turn: float) -> float:
+        sides = np.ptp(footprint @ about_z(turn)[:2, :2].T, axis=0)
+        too_wide = float(np.maximum(sides + MARGIN - room, 0.0).sum())
+        twisted = max(0.0, abs(yaw + turn) - COMFORTABLE_YAW)
+        return 100.0 * too_wide + 0.1 * abs(turn) + 5.0 * twisted
+
+    return float(min(TURNS, key=cost))
+
+
+def open_fingers(yaw: float) -> Array:
+    """Return points [n 2] under the open fingers, relative to the grip point."""
+    along, aside = np.meshgrid([-0.075, -0.055, -0.035, 0.035, 0.055, 0.075], [-0.012, 0.0, 0.012])
+    return along.reshape(-1, 1) * closing_axis(yaw) + aside.reshape(-1, 1) * side_axis(yaw)
+
+
+def thinned(points: Array) -> Array:
+    """Return those of `points` [n 2] that differ when rounded to 2 mm, as they are rounded."""
+    return 0.002 * np.unique(np.round(points / 0.002), axis=0)
+
+
+def clearance(footprint: Array, obstacles: Array) -> float:
+    """Return the smallest distance (m) between two sets of points [n 2] and [m 2]; inf if one is empty."""
+    if not len(footprint) or not len(obstacles):
+        return float("inf")
+    apart = footprint[:, None] - obstacles[None]
+    return float(np.sqrt((apart**2).sum(-1).min()))
+
+
+def shared_spot(footprint: Array, obstacles: Array, centre: Array, half_extents: Array, base: Array) -> Array:
+    """Return a spot [2] for one of several objects that share a region.
+
+    A spot is good if it leaves 6 cm around the object and the fingers that let it go, then if it is far from
+    the middle of the region, which leaves room for the next object, and not too far for the arm.
+
+    Args:
+        footprint: points [n 2] under the object and the fingers, relative to the object's origin (m).
+        obstacles: points [m 2] of objects that stand there already (m).
+        centre: middle of the region [2] (m).
+        half_extents: of the region [2] (m).
+        base: of the robot [2] (m).
+    """
+    steps = SPREAD * np.array([-1.0, -0.5, 0.0, 0.5, 1.0])
+    spots = [centre + half_extents * np.array([x, y]) for x in steps for y in steps]
+
+    def cost(spot: Array) -> float:
+        free = min(clearance(footprint + spot, obstacles), ENOUGH)
+        stretched = max(0.0, float(np.linalg.norm(spot - base)) - COMFORTABLE_REACH)
+        return -free - 0.1 * float(np.linalg.norm(spot - centre)) + 0.5 * stretched
+
+    return min(spots, key=cost)
+
+
+def put(cell: Workcell, name: str, target: str) -> Skill:
+    """Bring object `name` to `target`, by the skill that fits the shapes of both."""
+    body = body_of(cell, name)
+    if _is_flat(cell.scene.cloud(body)) and not is_object(cell, target):
+        return (yield from carry_flat(cell, body, region(cell, target).centre[:2]))
+    if _is_chamber(cell, target):
+        return (yield from insert(cell, body, target))
+    for _ in range(CARRIES):
+        held = yield from grasp(cell, body)
+        if held is None:
+            return False
+        yield from slide_out(cell, body, down(held.yaw))
+        turn, placement = _free_placement(cell, body, target, held.yaw)
+        if (yield from place(cell, body, down(held.yaw + turn), placement)):
+            return True
+    return False
+
+
+def _is_flat(cloud: Array) -> bool:
+    """A plate: too wide for the hand and too low for a rim that fingers could go around."""
+    return bool(np.ptp(cloud[:, 2]) < 0.035 and np.ptp(cloud[:, :2], axis=0).min() > 0.09)
+
+
+def _is_chamber(cell: Workcell, target: str) -> bool:
+    """A space that is closed above, such as a microwave's: no drawer, no basket, no flat region."""
+    if is_object(cell, target) or target.endswith(CONTAINER) or joint_of(cell, target) is not None:
+        return False
+    return bool(region(cell, target).half_extents.min() > 0.05)
+
+
+def _turn(cell: Workcell, body: str, target: str, yaw: float) -> float:
+    """Return how far (rad) the held `body` has to be turned to fit into the compartment `target`."""
+    if not target.endswith(CONTAINER):
+        return 0.0
+    return fitting_turn(cell.scene.cloud(body)[:, :2], 2 * region(cell, target).half_extents[:2], yaw)
+
+
+def _free_placement(cell: Workcell, body: str, target: str, yaw: float) -> tuple[float, Placement]:
+    """Return the turn (rad) and the placement of the held `body` with which the arm touches nothing.
+
+    The first way that is free with a centimetre to spare, the plainest first; else the freest.
+    """
+    fitting = _turn(cell, body, target, yaw)
+    turns = [fitting]
+    if not target.endswith(CONTAINER):
+        turns += [turn for turn in SIDEWAYS if abs(yaw + turn) < COMFORTABLE_YAW]
+    ways = [(turn, shift) for turn in turns for shift in _shifts(cell, body, target)]
+    ways.sort(key=lambda way: abs(way[0] - fitting) + SHIFTING * float(np.linalg.norm(way[1])))
+    plain: dict[float, Placement] = {}
+    best, fewest = (fitting, _placement(cell, body, target, yaw + fitting)), 2 * len(JITTER) + 1
+    for turn, shift in ways:
+        if turn not in plain:
+            plain[turn] = _placement(cell, body, target, yaw + turn)
+            if target.endswith(CONTAINER):  # an object's origin need not be its middle
+                turned = _footprint(cell, body, turn)
+                plain[turn] = replace(plain[turn], xy=plain[turn].xy - (turned.min(0) + turned.max(0)) / 2)
+        shifted = replace(plain[turn], xy=plain[turn].xy + shift)
+        touched = _touching(cell, body, yaw, turn, shifted)
+        touched += len(JITTER) * _overhung(cell, body, target, turn, shifted)
+        if touched < fewest:
+            best, fewest = (turn, shifted), touched
+        if not touched:
+            break
+    return best
+
+
+def _shifts(cell: Workcell, body: str, target: str) -> list[Array]:
+    """Return shifts [2] from the middle of `target` to try, none of which takes the object out of it."""
+    middle = np.zeros(2)
+    if is_object(cell, target) or target.endswith(CONTAINER):
+        return [middle]
+    half = region(cell, target).half_extents[:2]
+    if joint_of(cell, target) is None:
+        return [middle, *(0.5 * half * direction for direction in DIRECTIONS)]
+    outwards = Drawer(cell, target).outwards[:2]  # the front of a drawer lies farther from its cabinet
+    axes = np.stack([outwards, [-outwards[1], outwards[0]]])
+    size = np.ptp(cell.scene.cloud(body)[:, :2] @ axes.T, axis=0)
+    room = np.maximum(0.0, np.abs(axes) @ half - size / 2 - WALL_GAP)
+    return [room * [out, aside] @ axes for out in (0.0, 0.5, 1.0) for aside in (0.0, 0.6, -0.6)]
+
+
+def _footprint(cell: Workcell, body: str, turn: float) -> Array:
+    """Return the points [n 2] under the held `body` turned by `turn` rad, relative to its origin (m)."""
+    return (cell.scene.cloud(body) - cell.scene.position(body))[:, :2] @ about_z(turn)[:2, :2].T
+
+
+def _overhung(cell: Workcell, body: str, target: str, turn: float, placement: Placement) -> bool:
+    """Return whether `body` would meet what protrudes above the drawer `target` on its way down into it."""
+    if is_object(cell, target) or joint_of(cell, target) is None:
+        return False
+    footprint = _footprint(cell, body, turn)
+    obstacles = cell.scene.obstacles((body, Drawer(cell, target).body))
+    above_it = obstacles[obstacles[:, 2] > placement.support + IN_BELOW, :2] - placement.xy
+    above_it = above_it[np.abs(above_it).max(axis=1) < np.abs(footprint).max() + GRAZE]
+    return clearance(thinned(footprint), thinned(above_it)) < GRAZE
+
+
+def _touching(cell: Workcell, body: str, yaw: float, turn: float, placement: Placement) -> int:
+    """Return how many poses near that in which the hand lets `body` go have the arm touch anything else."""
+    offset = about_z(turn) @ (cell.arm.position - cell.scene.position(body))
+    hanging = cell.arm.position[2] - cell.scene.bottom(body)
+    height = placement.support + placement.drop + hanging
+    hand, rotation = np.array([*(placement.xy + offset[:2]), height]), down(yaw + turn)
+    return sum(bool(cell.clearance.touched(hand + shift, rotation) - {body}) for shift in JITTER)
+
+
+def _spot(cell: Workcell, body: str, target: str, yaw: float) -> Array:
+    """Return the spot [2] of the region `target` for the held `body`: its middle, unless others go there."""
+    goal = region(cell, target)
+    if sum(wanted[-1] == target for wanted in goals(cell)) < 2:
+        return goal.centre[:2]
+    origin = cell.scene.position(body)
+    fingers = open_fingers(yaw) + (cell.arm.position - origin)[:2]
+    footprint = np.concatenate([cell.scene.cloud(body)[:, :2] - origin[:2], fingers])
+    standing = near(cell.scene.obstacles((body,)), goal.centre[None])
+    standing = standing[standing[:, 2] > goal.centre[2] + STANDING]
+    base = cell.scene.position("robot0_base")[:2]
+    return shared_spot(footprint, standing[:, :2], goal.centre[:2], goal.half_extents[:2], base)
+
+
+def _placement(cell: Workcell, body: str, target: str, yaw: float) -> Placement:
+    """Return where the held `body` has to be set down for `target`."""
+    scene = cell.scene
+    if is_object(cell, target):
+        support = body_of(cell, target)
+        cloud, origin = scene.cloud(support), scene.position(support)
+        below = np.linalg.norm(cloud[:, :2] - origin[:2], axis=1) < 0.035
+        return Placement(origin[:2], float(cloud[below, 2].max()))
+    goal = region(cell, target)
+    hanging = cell.arm.position[2] - scene.bottom(body)
+    if target.endswith(CONTAINER):
+        rim = scene.top(body_of(cell, cell.env.object_sites_dict[target].parent_name))
+        # As deep as the hand can go without touching the rim.
+        depth = max(rim - 0.06, rim + 0.012 - hanging)
+        return Placement(goal.centre[:2], depth, drop=0.0, let_go=not _too_deep(cell, body, target))
+    if joint_of(cell, target) is not None:
+        floor, top = goal.centre[2] - goal.half_extents[2], goal.centre[2] + goal.half_extents[2]
+        return Placement(goal.centre[:2], max(floor, top - 0.008 - hanging), drop=0.004)
+    return Placement(_spot(cell, body, target, yaw), float(goal.centre[2]))
+
+
+def _too_deep(cell: Workcell, body: str, target: str) -> bool:
+    """Return whether LIBERO's check fails once `body` stands on the floor of the compartment `target`.
+
+    The regions of the desk caddy end above its floor: an object counts as inside only while it is held.
+    """
+    goal, scene = region(cell, target), cell.scene
+    walls = scene.cloud(body_of(cell, cell.env.object_sites_dict[target].parent_name))
+    inside = np.abs(walls - goal.centre)[:, :2] < 0.8 * goal.half_extents[:2]
+    floor = walls[inside.all(1) & (walls[:, 2] < goal.centre[2]), 2]
+    origin = float(scene.position(body)[2]) - scene.bottom(body)
+    return bool(len(floor) and floor.max() + origin < goal.centre[2] - goal.half_extents[2] - IN_BELOW)
+
+
+def slide_out(cell: Workcell, body: str, rotation: Array) -> Skill:
+    """Slide a held object out horizontally if something overhangs it, before it is lifted."""
+    cloud, obstacles = cell.scene.cloud(body), cell.scene.obstacles((body,))
+    centre, radius = cloud[:, :2].mean(0), np.ptp(cloud[:, 0]) / 2 + 0.004
+    above_it = obstacles[:, 2] > cloud[:, 2].max() + 0.004
+    if not np.any(above_it & (np.linalg.norm(obstacles[:, :2] - centre, axis=1) < radius)):
+        return True
+    base = cell.scene.position("robot0_base")[:2]
+    high = obstacles[obstacles[:, 2] > cloud[:, 2].min() + 0.02, :2]
+
+    def cost(shift: Array) -> float:
+        hit = np.count_nonzero(np.linalg.norm(high - centre - shift, axis=1) < radius)
+        return (
+            hit + 100.0 * float(np.linalg.norm(shift)) + 20.0 * float(np.linalg.norm(centre + shift - base))
+        )
+
+    shifts = [r * np.array([np.cos(a), np.sin(a)]) for a in ANGLES for r in (0.04, 0.07, 0.10, 0.13)]
+    shift = min(shifts, key=cost)
+    goal = cell.arm.position + np.array([*shift, 0.0])
+    return (yield from cell.arm.move(goal, rotation, CLOSED, Reach(0.015)))
+
+
+def carry_flat(cell: Workcell, body: str, xy: Array) -> Skill:
+    """Pinch a plate's rim on the side that faces its goal, lift that side and take the plate there.
+
+    Where the way is free, the far edge stays on the table and the plate is drawn; else it is lifted over
+    everything in between, hanging aslant. Up to three times, until its origin is at `xy` [2].
+    """
+    radius = float(np.ptp(cell.scene.cloud(body)[:, 0])) / 2
+    for _ in range(3):
+        centre = cell.scene.position(body)
+        way = xy - centre[:2]
+        if np.linalg.norm(way) < AT_GOAL:
+            return True
+        heading = np.array([*(way / np.linalg.norm(way)), 0.0])
+        rotation = down(wrap(float(np.arctan2(way[1], way[0])) - np.pi / 2, np.pi))
+        rim = centre + heading * radius
+        rim[2] = cell.scene.bottom(body) + RIM_GRIP
+        lift = _flat_lift(cell, body, xy, rim[2])
+        yield from transit(cell, above(rim, ABOVE_GRASP), rotation, OPEN, clearance=0.03)
+        yield from descend(cell, rim, rotation)
+        yield from cell.arm.hold(rim, rotation, CLOSED, CLOSING_STEPS)
+        yield from cell.arm.move(above(rim, lift), rotation, CLOSED, Reach(0.01, 9.0, speed=0.5))
+        for height in (lift, lift, 0.0):
+            rest = xy - cell.scene.position(body)[:2]
+            goal = np.array([*(cell.arm.position[:2] + rest), rim[2] + height])
+            if np.linalg.norm(cell.arm.position[:2] - cell.scene.position(body)[:2]) < radius + LOST:
+                yield from cell.arm.move(goal, rotation, CLOSED, CARRYING)
+        yield from release(cell, rotation, ABOVE_GRASP)
+    return bool(np.linalg.norm(xy - cell.scene.position(body)[:2]) < AT_GOAL)
+
+
+def _flat_lift(cell: Workcell, body: str, xy: Array, rim: float) -> float:
+    """Return how far (m) to lift the edge, at height `rim`, of a plate that has to go to `xy` [2]."""
+    cloud = cell.scene.cloud(body)
+    diameter = float(np.ptp(cloud[:, 0]))
+    obstacles = cell.scene.obstacles((body,))
+    top = corridor_top(obstacles, cell.scene.position(body), xy, diameter / 2 + BESIDE_PLATE)
+    return FLAT_LIFT if top < rim + FLAT_LIFT else top + diameter - rim
+
+
+def pull_from_below(cell: Workcell, body: str, target: str, opening: float) -> Skill:
+    """Take `body` away from where the drawer `target` will overhang it, once it is opened by `opening` m."""
+    drawer = Drawer(cell, target)
+    outwards, cloud, walls = drawer.outwards, cell.scene.cloud(body), cell.scene.cloud(drawer.body)
+    aside = np.array([-outwards[1], outwards[0], 0.0])
+    apart = max((cloud @ aside).min() - (walls @ aside).max(), (walls @ aside).min() - (cloud @ aside).max())
+    way = (walls @ outwards).max() + opening - drawer.opening + BEFORE_DRAWER - (cloud @ outwards).min()
+    if apart > BEFORE_DRAWER or way < 0 or cloud[:, 2].min() > walls[:, 2].min():
+        return True
+    held = yield from grasp(cell, body)
+    if held is None:
+        return False
+    goal = cell.arm.position + way * outwards
+    yield from cell.arm.move(goal, down(held.yaw), CLOSED, CARRYING)
+    lowered = above(goal, held.position[2] - goal[2])
+    yield from cell.arm.move(lowered, down(held.yaw), CLOSED, CARRYING)
+    return (yield from release(cell, down(held.yaw), ABOVE_GRASP))

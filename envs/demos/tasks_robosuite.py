@@ -1,4 +1,4 @@
-"""Demonstrators of the robosuite tasks: each a short program of skills over the live scene."""
+"""Demonstrators of the robosuite tasks: each a short program of skills."""
 
 from collections.abc import Callable, Generator
 
@@ -19,7 +19,7 @@ from envs.demos.planner_arm import (
     nearest_equivalent,
     wrap,
 )
-from envs.demos.planner_skills import (
+from envs.demos.planner_grasping import (
     ABOVE_GRASP,
     CLOSING_STEPS,
     OPENING_STEPS,
@@ -40,9 +40,9 @@ PEG_SINK = 0.05  # m that the nut must be below the peg's top before it is let g
 
 
 def lift(cell: Workcell) -> Skill:
-    """Lift, LiftWide: take the cube across its nearest pair of faces and raise it, up to three times.
+    """Lift, LiftWide: grasp the cube across its nearest pair of faces and raise it, up to three times.
 
-    One strategy for every cube pose: the hand turns by at most 45 degrees, to the face that is nearest.
+    The hand turns by at most 45 degrees for every cube pose.
     """
     if cell.detour.any():
         yield from _approach_beside(cell, "cube_main")
@@ -61,7 +61,7 @@ def lift(cell: Workcell) -> Skill:
 
 
 def _approach_beside(cell: Workcell, body: str) -> Skill:
-    """Goes above `body`, but off by the detour: what follows shows how to correct it."""
+    """Go above `body`, off by the detour, so that the recording shows a correction."""
     shift, turn = [*cell.detour[:2], ABOVE_GRASP], cell.detour[2]
     yaw = nearest_equivalent(_body_yaw(cell, body), cell.arm.yaw, np.pi / 2)
     beside = cell.scene.position(body) + shift
@@ -108,7 +108,7 @@ def nut_assembly_square(cell: Workcell) -> Skill:
 
 
 def _grasp_handle(cell: Workcell) -> Generator[Command, None, float | None]:
-    """Grasps the nut by its handle and lifts it; the yaw of the hand (rad), or None after three tries."""
+    """Grasp the nut by its handle and lift it; return the hand's yaw (rad), or None after three tries."""
     site = cell.env.sim.model.site_name2id("SquareNut_handle_site")
     for _ in range(3):
         handle = np.array(cell.env.sim.data.site_xpos[site])
@@ -129,13 +129,13 @@ def _grasp_handle(cell: Workcell) -> Generator[Command, None, float | None]:
 
 
 def _body_yaw(cell: Workcell, body: str) -> float:
-    """Heading (rad) of the body's x axis, seen from above."""
+    """Return the heading (rad) of the body's x axis, seen from above."""
     rotation = cell.scene.rotation(body)
     return float(np.arctan2(rotation[1, 0], rotation[0, 0]))
 
 
 def _turn_to_square(cell: Workcell, peg_xy: Array, hand_yaw: float) -> float:
-    """The turn (rad) that makes the nut parallel to the world's axes within the reach of arm and wrist."""
+    """Return the turn (rad) that makes the nut parallel to the world's axes within reach of arm and wrist."""
     offset = (cell.arm.position - cell.scene.position(NUT))[:2]
     base = cell.scene.position("robot0_base")[:2]
 
@@ -148,13 +148,13 @@ def _turn_to_square(cell: Workcell, peg_xy: Array, hand_yaw: float) -> float:
 
 
 def _above_peg(cell: Workcell, peg_xy: Array, height: float) -> Array:
-    """Where the hand must be [3] for the held nut to be centred over the peg."""
+    """Return the hand position [3] that centres the held nut over the peg."""
     offset = (cell.scene.position(NUT) - cell.arm.position)[:2]
     return np.array([*(peg_xy - offset), height])
 
 
 def _lower_over_peg(cell: Workcell, peg_xy: Array, peg_top: float, rotation: Array) -> Skill:
-    """Lowers the nut step by step while keeping it centred; True once it sits below the peg's top."""
+    """Lower the nut step by step, keeping it centred; True once it is below the peg's top."""
     for _ in range(60):
         if cell.scene.bottom(NUT) < peg_top - PEG_SINK:
             return True

@@ -9,15 +9,15 @@ from hypothesis import strategies as st
 import envs
 from envs.posed_views import (
     PosedCamera,
-    Scatter,
+    RandomLayout,
     SceneSpec,
     Viewpoint,
     arc,
     base_pose,
-    bodies,
-    boxes,
+    describe_objects,
+    find_objects,
+    object_of_geom,
     overview_and_pan,
-    thing_of_geom,
     write_scenes,
 )
 from tests.question_checks import Known, agree
@@ -34,15 +34,15 @@ def table():
     env = envs.make("libero_spatial", 0, render=False)
     env.reset_blindly(seed=0)
     with PosedCamera(env, frame_size=SIZE) as camera:
-        yield env, camera, Scatter(env)
+        yield env, camera, RandomLayout(env)
     env.close()
 
 
 def photographed(table, seed, viewpoints):
-    env, camera, scatter = table
-    there = scatter.draw(np.random.default_rng(seed))
-    views = camera.take(viewpoints, scatter.middle, base_pose(env), thing_of_geom(env, there))
-    return Scene(str(seed), views, tuple(boxes(env, there)))
+    env, camera, layout = table
+    there = layout.draw(np.random.default_rng(seed))
+    views = camera.take(viewpoints, layout.middle, base_pose(env), object_of_geom(env, there))
+    return Scene(str(seed), views, tuple(describe_objects(env, there)))
 
 
 def test_depth_and_cameras_put_every_thing_into_its_box(table):
@@ -61,8 +61,8 @@ def test_depth_and_cameras_put_every_thing_into_its_box(table):
 
 @pytest.mark.slow
 def test_the_policys_own_camera_sees_the_same_picture(table):
-    env, camera, scatter = table
-    scatter.draw(np.random.default_rng(2))
+    env, camera, layout = table
+    layout.draw(np.random.default_rng(2))
     watched = envs.make("libero_spatial", 0, frame_size=SIZE, rendering="fast")
     try:
         watched.reset_blindly(seed=0)
@@ -70,15 +70,15 @@ def test_the_policys_own_camera_sees_the_same_picture(table):
         expected = watched.observe()["pixels"]["image"].astype(int)
     finally:
         watched.close()
-    views = camera.take([Viewpoint()], scatter.middle, base_pose(env), thing_of_geom(env, []))
+    views = camera.take([Viewpoint()], layout.middle, base_pose(env), object_of_geom(env, []))
     different = np.abs(views.frames[0].astype(int) - expected).max(axis=-1) > 8
     assert different.mean() < 0.02
 
 
-def test_scattered_things_stand_on_the_table_apart_from_each_other(table):
-    env, _, scatter = table
+def test_layout_things_stand_on_the_table_apart_from_each_other(table):
+    env, _, layout = table
     for seed in range(5):
-        described = boxes(env, scatter.draw(np.random.default_rng(seed)))
+        described = describe_objects(env, layout.draw(np.random.default_rng(seed)))
         bottoms = [thing.centre[2] - thing.size[2] / 2 for thing in described if thing.movable]
         assert np.ptp(bottoms) < 1e-6
         for first in described:
@@ -98,7 +98,7 @@ def raw_state(env, names):
     """Boxes from joint frames, quaternions and mesh files' corners, with robosuite's own accessors."""
     model, data = env.raw.sim.model._model, env.raw.sim.data._data
     found = []
-    for body in bodies(env):
+    for body in find_objects(env):
         if body.name not in names:
             continue
         corners = []
@@ -174,7 +174,7 @@ def test_scenes_on_disk_do_not_depend_on_interruptions(tmp_path):
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("layout", "tidy", "layout: expected one of scattered, task; got 'tidy'"),
+        ("layout", "tidy", "layout: expected one of random, task; got 'tidy'"),
         ("shots", "selfie", "shots: expected one of arc"),
         ("count", 0, "count 0"),
     ],

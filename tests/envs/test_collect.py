@@ -1,4 +1,4 @@
-"""Collecting demonstrations: what lies in the dataset, and what survives a kill, damage or a dying worker."""
+"""Collecting demonstrations: what the dataset holds; kills, damage and dying workers change nothing."""
 
 import json
 import logging
@@ -22,9 +22,8 @@ from envs import rendering
 from envs.base import DEMONSTRATION_SEEDS, EVALUATION_SEED
 from envs.demos import DemonstrationOptions
 from envs.demos import collect as collection
-from envs.demos import collect as workers
-from envs.demos.collect import CollectionSettings, Job, Workers, collect
-from envs.demos.shards import FILE, Demonstrator, read_metadata, read_shard, record
+from envs.demos.collect import CollectionSettings, Job, Workers, collect, context
+from envs.demos.shards import METADATA, Demonstrator, read_metadata, read_shard, record
 
 SETTINGS = CollectionSettings(
     "lift_wide",
@@ -72,7 +71,7 @@ def states_of(root):
     return [episodes[name] for name in sorted(episodes)]
 
 
-def test_the_dataset_holds_what_was_asked_for(root, dataset):
+def test_the_dataset_holds_the_requested_episodes(root, dataset):
     assert dataset.num_episodes == 3
     assert dataset.fps == 20
     frame = dataset[0]
@@ -84,7 +83,7 @@ def test_the_dataset_holds_what_was_asked_for(root, dataset):
     assert np.abs(table(root)["action"]).max() <= 1.0
 
 
-def test_the_metadata_tells_seeds_settings_and_failures(root, dataset):
+def test_the_metadata_holds_seeds_settings_and_failures(root, dataset):
     metadata = collection.read_metadata(root)
     assert metadata["settings"]["rendering"] == "fast"
     assert metadata["settings"]["demonstrator"]["noise"] == 0.2
@@ -138,39 +137,39 @@ def test_a_finished_dataset_is_left_alone(root, caplog):
 def test_a_dataset_from_before_a_setting_existed_has_its_default(root, tmp_path, caplog):
     folder = tmp_path / "older"
     shutil.copytree(root, folder)
-    metadata = json.loads((folder / FILE).read_text())
+    metadata = json.loads((folder / METADATA).read_text())
     del metadata["settings"]["demonstrator"]["options"]["missed_fraction"]
-    (folder / FILE).write_text(json.dumps(metadata))
+    (folder / METADATA).write_text(json.dumps(metadata))
     with caplog.at_level(logging.INFO):
         collect(SETTINGS, folder, processes=1)
     assert "nothing to collect" in caplog.text
     other = Demonstrator(noise=0.2, options=DemonstrationOptions(missed_fraction=0.5))
-    with pytest.raises(ValueError, match=r"missed_fraction is 0\.0 there, 0\.5 here"):
+    with pytest.raises(ValueError, match=r"missed_fraction \(stored: 0\.0, received: 0\.5\)"):
         collect(replace(SETTINGS, demonstrator=other), folder, processes=1)
 
 
 def test_other_settings_are_refused_by_name(root):
     other = replace(SETTINGS, frame_size=64, demonstrator=Demonstrator(noise=0.5))
     with pytest.raises(
-        ValueError, match=r"frame_size is 32 there, 64 here; demonstrator\.noise is 0\.2 there"
+        ValueError, match=r"demonstrator\.noise \(stored: 0\.2, .*frame_size \(stored: 32, received: 64\)"
     ):
         collect(other, root, processes=1)
 
 
 def test_a_folder_that_holds_something_else_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match="did not collect"):
+    with pytest.raises(FileExistsError, match="did not write"):
         collect(SETTINGS, tmp_path, processes=1)
 
 
-def test_a_killed_collection_goes_on_and_a_damaged_shard_is_collected_again(root, tmp_path, caplog, capsys):
+def test_a_killed_collection_resumes_and_a_damaged_shard_is_collected_again(root, tmp_path, caplog, capsys):
     target = tmp_path / "lift_wide"
     shards = [target.with_name("lift_wide.partial") / f"000_lift_wide_0000{index}" for index in range(3)]
-    process = workers.context().Process(target=collect, args=(SETTINGS, target), kwargs={"processes": 1})
+    process = context().Process(target=collect, args=(SETTINGS, target), kwargs={"processes": 1})
     process.start()
     try:
         wait_for(shards[1].exists, process)
-        with pytest.raises(RuntimeError, match="another process is collecting"):
+        with pytest.raises(RuntimeError, match="is in use by process"):
             collect(SETTINGS, target, processes=1)
     finally:
         process.kill()
@@ -179,12 +178,12 @@ def test_a_killed_collection_goes_on_and_a_damaged_shard_is_collected_again(root
     video = next(shards[0].rglob("*.mp4"))
     video.write_bytes(video.read_bytes()[:-100])
     assert read_shard(shards[0]) is None
-    with pytest.raises(ValueError, match="frame_size is 32 there, 64 here"):
+    with pytest.raises(ValueError, match=r"frame_size \(stored: 32, received: 64\)"):
         collect(replace(SETTINGS, frame_size=64), target, processes=1)
     with caplog.at_level(logging.INFO):
         collect(SETTINGS, target, processes=1)
     assert "damaged shards are collected again: 000_lift_wide_00000" in caplog.text
-    assert "of 3 shards are there" in caplog.text
+    assert "of 3 shards are complete" in caplog.text
     assert "merging 3 shards into one dataset" in caplog.text
     assert "Copy data and videos: 100%" in capsys.readouterr().err
     assert_same_demonstrations(root, target)
@@ -201,7 +200,7 @@ def wait_for(happened, process, seconds=400):
 
 @dataclass(frozen=True)
 class FatalOnce:
-    """Seeds that kill the worker process which first asks for them."""
+    """Seeds that kill the worker process that uses them first."""
 
     marker: Path
     seeds: range
@@ -216,9 +215,7 @@ class FatalOnce:
 @pytest.mark.slow
 def test_a_worker_that_dies_costs_no_more_than_its_shard(root, tmp_path, caplog):
     jobs = [
-        Job(
-            task, tmp_path / str(shard), 1, seeds, 32, "fast", SETTINGS.demonstrator, SETTINGS.repo_id, "h264"
-        )
+        Job(task, tmp_path / str(shard), replace(SETTINGS, video="h264"), episodes=1, seeds=seeds)
         for task in envs.tasks("lift_wide")
         for shard, seeds in enumerate((FatalOnce(tmp_path / "died", range(1000)), range(1000, 2000)))
     ]
@@ -231,9 +228,9 @@ def test_a_worker_that_dies_costs_no_more_than_its_shard(root, tmp_path, caplog)
 
 
 def test_a_demonstrator_that_never_succeeds_is_an_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(workers, "record", lambda env, seed, demonstrator: None)
-    monkeypatch.setattr(workers, "PATIENCE", 4)
-    with pytest.raises(RuntimeError, match=r"lift_wide succeeded in 0 of 4 episodes \(seeds 0 to 3\)"):
+    monkeypatch.setattr(collection, "record", lambda env, seed, demonstrator: None)
+    monkeypatch.setattr(collection, "MAX_ATTEMPTS", 4)
+    with pytest.raises(RuntimeError, match=r"demonstrations of lift_wide.* 0 of 4 episodes \(seeds 0 to 3\)"):
         collect(SETTINGS, tmp_path / "none", processes=1)
     assert not (tmp_path / "none").exists()
 
@@ -259,13 +256,13 @@ def test_another_mujoco_is_one_error_and_not_the_death_of_workers(tmp_path, monk
     assert not (tmp_path / "none").exists()
 
 
-def test_tasks_that_the_suite_lacks_are_refused(tmp_path):
+def test_tasks_outside_the_suite_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"has no tasks \[7\]; its tasks are: 0 lift_wide"):
         collect(replace(SETTINGS, tasks=(7,)), tmp_path / "none", processes=1)
 
 
 def test_the_script_skips_a_finished_dataset_and_reports_errors_in_one_line(root, monkeypatch, capsys):
-    asked = [
+    arguments = [
         "env=lift_wide",
         f"root={root}",
         f"repo_id={SETTINGS.repo_id}",
@@ -274,13 +271,13 @@ def test_the_script_skips_a_finished_dataset_and_reports_errors_in_one_line(root
         "demonstrator.noise=0.2",
     ]
     script = Path(__file__).parents[2] / "scripts" / "collect_demos.py"
-    monkeypatch.setattr(sys, "argv", [str(script), *asked, "env.frame_size=32"])
+    monkeypatch.setattr(sys, "argv", [str(script), *arguments, "env.frame_size=32"])
     runpy.run_path(str(script), run_name="__main__")
     printed = capsys.readouterr().out
     assert "nothing to collect" in printed
     assert "lift_wide: 3 demonstrations" in printed
-    run = [sys.executable, str(script), *asked, "env.frame_size=64"]
+    run = [sys.executable, str(script), *arguments, "env.frame_size=64"]
     refused = subprocess.run(run, capture_output=True, text=True, timeout=120)
     assert refused.returncode == 1
-    assert refused.stderr.startswith(f"{root} was collected with other settings: frame_size is 32 there")
+    assert refused.stderr.startswith(f"{root} holds a run with other settings: frame_size (stored: 32")
     assert refused.stderr.count("\n") == 1

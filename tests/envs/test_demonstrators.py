@@ -9,13 +9,19 @@ import pytest
 
 import envs
 from envs import demos as demonstrators
-from envs.demos import DemonstrationOptions, demonstrate
-from envs.demos import options as start_pose
+from envs.demos import DemonstrationOptions, demonstrate, planner_arm
 from envs.demos import planner_grasping as grasping
-from envs.demos.options import UnreachableStartError, start_after_a_miss, widen_start
-from envs.demos.planner_arm import CLOSED, OPEN, Arm, Reach, down
-from envs.demos.planner_grasping import plan_grasp
-from envs.demos.planner_skills import NEAREST, Workcell, away_from_base
+from envs.demos.planner_arm import (
+    CLOSED,
+    OPEN,
+    Arm,
+    Reach,
+    UnreachableStartError,
+    down,
+    start_after_a_miss,
+    widen_start,
+)
+from envs.demos.planner_grasping import NEAREST, Workcell, away_from_base, plan_grasp
 from envs.demos.shards import Demonstrator, record
 
 
@@ -27,7 +33,7 @@ def lift_wide():
 
 
 def rollout(env, seed, **kwargs):
-    """Play one demonstration; returns the actions [t 2 7] and whether the last step was a success."""
+    """Roll out one demonstration; returns the actions [t 2 7] and whether the last step was a success."""
     env.reset_blindly(seed=seed)
     actions, success = [], False
     for executed, clean in demonstrate(env, rng=np.random.default_rng(seed), **kwargs):
@@ -74,7 +80,7 @@ def test_noisy_demonstrations_recover_and_stay_within_the_action_limits(lift_wid
         assert np.abs(actions).max() <= 1.0
 
 
-def test_the_same_seed_gives_the_same_demonstration_watched_or_not(lift_wide):
+def test_the_same_seed_gives_the_same_demonstration_rendered_or_not(lift_wide):
     first, _ = rollout(lift_wide, 3, noise=0.2)
     lift_wide.reset_blindly(seed=3)
     second = []
@@ -126,7 +132,7 @@ def test_a_start_after_a_miss_is_an_empty_closed_hand_above_the_cube_and_the_gra
         assert recording.actions[-1, -1] == CLOSED
 
 
-def test_so_large_a_share_of_the_episodes_begins_after_a_miss(lift_wide, monkeypatch):
+def test_the_given_fraction_of_the_episodes_begins_after_a_miss(lift_wide, monkeypatch):
     missed = []
     monkeypatch.setattr(demonstrators, "start_after_a_miss", lambda *_: missed.append(True))
     for seed in range(100):
@@ -136,7 +142,7 @@ def test_so_large_a_share_of_the_episodes_begins_after_a_miss(lift_wide, monkeyp
 
 
 @pytest.mark.parametrize(("share", "draws"), [(0.0, 0), (1e-9, 1)])
-def test_a_share_of_zero_draws_nothing_so_that_older_recordings_stay_as_they_are(lift_wide, share, draws):
+def test_a_fraction_of_zero_draws_nothing_so_that_older_recordings_stay_as_they_are(lift_wide, share, draws):
     rng = MagicMock(wraps=np.random.default_rng(0))
     lift_wide.reset_blindly(seed=0)
     next(demonstrate(lift_wide, rng=rng, options=DemonstrationOptions(missed_fraction=share)))
@@ -144,7 +150,7 @@ def test_a_share_of_zero_draws_nothing_so_that_older_recordings_stay_as_they_are
 
 
 def test_a_start_that_the_arm_does_not_reach_is_a_failed_demonstration(lift_wide, monkeypatch):
-    monkeypatch.setattr(start_pose, "ITERATIONS", 1)
+    monkeypatch.setattr(planner_arm, "START_ITERATIONS", 1)
     with pytest.raises(UnreachableStartError, match=r"no nearer than 0\.\d+ m"):
         start_after_a_miss(lift_wide.raw, np.array([0.1, 0.1, 0.83]), np.random.default_rng(0))
     assert record(lift_wide, 0, Demonstrator(options=DemonstrationOptions(missed_fraction=1.0))) is None
@@ -172,16 +178,16 @@ def test_the_arm_touches_nothing_where_it_is_and_the_table_where_its_palm_would_
     np.testing.assert_array_equal(lift_wide.simulator_state(), before)
 
 
-def test_a_hindered_grasp_gives_way_to_the_next_best_and_all_hindered_to_the_cheapest(lift_wide):
+def test_a_blocked_grasp_is_replaced_by_the_next_best_and_if_all_are_blocked_by_the_cheapest(lift_wide):
     lift_wide.reset_blindly(seed=0)
     scene = Workcell.of(lift_wide.raw).scene
     cheapest = plan_grasp(scene, "cube_main")
-    other = plan_grasp(scene, "cube_main", hindered=lambda planned: abs(planned.yaw - cheapest.yaw) < 0.1)
+    other = plan_grasp(scene, "cube_main", is_blocked=lambda planned: abs(planned.yaw - cheapest.yaw) < 0.1)
     assert abs(other.yaw - cheapest.yaw) >= 0.1
-    assert plan_grasp(scene, "cube_main", hindered=lambda planned: True).yaw == cheapest.yaw
+    assert plan_grasp(scene, "cube_main", is_blocked=lambda planned: True).yaw == cheapest.yaw
 
 
-def test_where_no_grasp_fits_the_episode_is_lost_and_nothing_else(lift_wide, monkeypatch):
+def test_where_no_grasp_fits_the_demonstration_ends_without_an_error(lift_wide, monkeypatch):
     def lost(cell):
         yield from islice(cell.arm.hold(cell.arm.position, down(0.0), OPEN, 3), 3)
         raise grasping.NoGraspError("no centre grasp of 'cube_main'")
@@ -219,7 +225,7 @@ def test_a_start_spread_beyond_the_arm_is_refused():
     with pytest.raises(ValueError, match="start_spread"):
         DemonstrationOptions(start_spread=(0.5, 0.0, 0.0))
     for wrong in (1.5, True, "often"):
-        with pytest.raises(ValueError, match=f"missed_fraction.*expected a number in .0, 1., got {wrong!r}"):
+        with pytest.raises(ValueError, match=f"missed_fraction: expected a number in .0, 1., got {wrong!r}"):
             DemonstrationOptions(missed_fraction=wrong)
 
 
@@ -228,13 +234,13 @@ def test_a_demonstration_is_lazy_and_can_be_left_early(lift_wide):
     assert len(list(islice(demonstrate(lift_wide, rng=np.random.default_rng(0)), 3))) == 3
 
 
-def test_a_detour_is_refused_where_no_demonstrator_makes_one():
+def test_a_detour_is_refused_where_the_demonstrator_supports_none():
     env = envs.make("stack", 0, render=False)
     env.reset_blindly(seed=0)
     options = DemonstrationOptions(detour=(0.02, 0.2))
     for refused in (options, DemonstrationOptions(missed_fraction=0.3)):
         with pytest.raises(
-            ValueError, match=r"'stack' makes no detour and starts after no miss.*set detour to"
+            ValueError, match=r"'stack' supports neither detour nor missed_fraction.*set them to"
         ):
             next(demonstrate(env, rng=np.random.default_rng(0), options=refused))
     env.close()

@@ -3,12 +3,13 @@
 import numpy as np
 import pytest
 
-from envs.demos.options import ROTATION_SHARE, OrnsteinUhlenbeck
-from envs.demos.planner_arm import DOWN, about_x, about_z, down, nearest_equivalent, rotation_vector, wrap
+from envs.demos import ROTATION_NOISE, OrnsteinUhlenbeck
+from envs.demos.planner_arm import DOWN, about_z, down, nearest_equivalent, rotation_error, wrap
 from envs.demos.planner_grasping import (
-    GraspWish,
+    GraspRequest,
     box_surface,
     centre_grasps,
+    corridor_top,
     cylinder_surface,
     extents,
     find_rim,
@@ -16,20 +17,18 @@ from envs.demos.planner_grasping import (
     rim_grasps,
     sphere_surface,
 )
-from envs.demos.planner_skills import corridor_top
 
 NOTHING = np.zeros((0, 3))
 
 
 @pytest.mark.parametrize("angle", [0.0, 1e-8, 0.3, -2.0, np.pi - 1e-3, np.pi - 1e-7])
-def test_the_rotation_vector_inverts_a_turn_about_an_axis(angle):
-    np.testing.assert_allclose(rotation_vector(about_z(angle)), [0, 0, angle], atol=1e-6)
-    np.testing.assert_allclose(rotation_vector(about_x(angle)), [angle, 0, 0], atol=1e-6)
+def test_the_rotation_error_is_the_turn_in_the_world_from_actual_to_goal(angle):
+    np.testing.assert_allclose(rotation_error(about_z(angle) @ DOWN, DOWN), [0, 0, angle], atol=1e-6)
 
 
-def test_the_rotation_vector_of_a_half_turn_about_a_slanted_axis_keeps_axis_and_angle():
+def test_the_rotation_error_of_a_half_turn_about_a_slanted_axis_keeps_axis_and_angle():
     axis = np.array([1.0, 2.0, -2.0]) / 3.0
-    vector = rotation_vector(2 * np.outer(axis, axis) - np.eye(3))
+    vector = rotation_error(2 * np.outer(axis, axis) - np.eye(3), np.eye(3))
     assert np.linalg.norm(vector) == pytest.approx(np.pi)
     assert abs(vector @ axis) == pytest.approx(np.pi)
 
@@ -43,7 +42,7 @@ def test_a_cube_turned_by_80_degrees_is_taken_at_minus_10():
     assert np.rad2deg(nearest_equivalent(np.deg2rad(80), 0.0, np.pi / 2)) == pytest.approx(-10)
 
 
-def test_a_hand_that_looks_down_at_yaw_zero_closes_along_y():
+def test_a_hand_that_points_down_at_yaw_zero_closes_along_y():
     np.testing.assert_allclose(down(0.0), DOWN)
     np.testing.assert_allclose(down(np.pi / 2)[:, 0], [-1, 0, 0], atol=1e-12)
 
@@ -72,7 +71,7 @@ def planted_box(yaw):
 @pytest.mark.parametrize("degrees", [-60, -15, 0, 45, 75])
 def test_the_planner_finds_width_yaw_and_centre_of_a_planted_box(degrees):
     cloud = planted_box(np.deg2rad(degrees))
-    best = cheapest(centre_grasps(cloud, NOTHING, GraspWish()))
+    best = cheapest(centre_grasps(cloud, NOTHING, GraspRequest()))
     assert np.rad2deg(best.yaw) == pytest.approx(degrees)
     width, _ = extents(cloud[:, :2], np.array([-np.sin(best.yaw), np.cos(best.yaw)]))
     assert width == pytest.approx(0.04)
@@ -80,7 +79,7 @@ def test_the_planner_finds_width_yaw_and_centre_of_a_planted_box(degrees):
 
 
 def test_a_box_wider_than_the_hand_has_no_centre_grasp():
-    assert not list(centre_grasps(box_surface(np.array([0.05, 0.05, 0.05])), NOTHING, GraspWish()))
+    assert not list(centre_grasps(box_surface(np.array([0.05, 0.05, 0.05])), NOTHING, GraspRequest()))
 
 
 def cheapest(grasps):
@@ -94,8 +93,8 @@ def shifted(points, *by):
 def test_a_neighbour_beside_the_fingers_turns_the_grasp_away():
     cube = box_surface(np.array([0.02, 0.02, 0.02]))
     wall = shifted(box_surface(np.array([0.02, 0.005, 0.03])), 0.0, 0.045, 0.01)
-    assert cheapest(centre_grasps(cube, NOTHING, GraspWish())).yaw == 0.0
-    assert abs(cheapest(centre_grasps(cube, wall, GraspWish())).yaw) == pytest.approx(np.pi / 2)
+    assert cheapest(centre_grasps(cube, NOTHING, GraspRequest())).yaw == 0.0
+    assert abs(cheapest(centre_grasps(cube, wall, GraspRequest())).yaw) == pytest.approx(np.pi / 2)
 
 
 def test_obstruction_counts_points_in_finger_and_palm_space_only():
@@ -112,7 +111,7 @@ def test_the_rim_of_a_bowl_is_its_upper_edge_and_is_grasped_radially():
     rim = find_rim(bowl, np.eye(3), np.array([0.5, 0.2, 0.8]))
     np.testing.assert_allclose(rim.middle, [0.5, 0.2, 0.86], atol=1e-9)
     np.testing.assert_allclose(np.linalg.norm((rim.points - rim.middle)[:, :2], axis=1), 0.056, atol=1e-9)
-    for _, grasp in rim_grasps(rim, 0.8, NOTHING, np.zeros(2), GraspWish()):
+    for _, grasp in rim_grasps(rim, 0.8, NOTHING, np.zeros(2), GraspRequest()):
         closing = np.array([-np.sin(grasp.yaw), np.cos(grasp.yaw)])
         assert abs(closing @ grasp.offset) == pytest.approx(0.056, abs=1e-6)
 
@@ -121,9 +120,9 @@ def test_a_rim_grasp_that_failed_is_not_the_first_choice_again():
     rim = find_rim(
         shifted(cylinder_surface(0.06, 0.03), 0.5, 0.2, 0.83), np.eye(3), np.array([0.5, 0.2, 0.8])
     )
-    first = cheapest(rim_grasps(rim, 0.8, NOTHING, np.zeros(2), GraspWish()))
-    wish = GraspWish(avoided=(first.offset,))
-    second = cheapest(rim_grasps(rim, 0.8, NOTHING, np.zeros(2), wish))
+    first = cheapest(rim_grasps(rim, 0.8, NOTHING, np.zeros(2), GraspRequest()))
+    request = GraspRequest(avoided=(first.offset,))
+    second = cheapest(rim_grasps(rim, 0.8, NOTHING, np.zeros(2), request))
     assert np.linalg.norm(second.offset - first.offset) > 0.022
 
 
@@ -137,7 +136,7 @@ def test_action_noise_has_the_stated_spread_and_memory():
     walk = OrnsteinUhlenbeck(0.35, 0.9, np.random.default_rng(0))
     values = np.array([walk.step().copy() for _ in range(40_000)])
     np.testing.assert_allclose(values[:, :3].std(axis=0), 0.35, rtol=0.05)
-    np.testing.assert_allclose(values[:, 3:].std(axis=0), 0.35 * ROTATION_SHARE, rtol=0.05)
+    np.testing.assert_allclose(values[:, 3:].std(axis=0), 0.35 * ROTATION_NOISE, rtol=0.05)
     assert np.corrcoef(values[:-1, 0], values[1:, 0])[0, 1] == pytest.approx(0.9, abs=0.02)
 
 

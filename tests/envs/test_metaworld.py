@@ -111,7 +111,7 @@ def test_packaged_demonstrators_are_clipped_and_end_when_the_task_stays_done(pus
 def test_options_that_the_packaged_demonstrators_do_not_have_are_refused(push):
     push.reset_blindly(seed=0)
     for options in (DemonstrationOptions(detour=(0.02, 0.1)), DemonstrationOptions(missed_fraction=0.2)):
-        with pytest.raises(ValueError, match="make no detour"):
+        with pytest.raises(ValueError, match="support no detour"):
             next(demonstrate(push, rng=np.random.default_rng(0), options=options))
 
 

@@ -95,7 +95,7 @@ def test_what_a_camera_cannot_see_is_not_drawn_and_not_missed(fast, monkeypatch)
         monkeypatch.setattr(fast.camera_rig, "_culls", culls)
         drawn.append(fast.observe()["pixels"])
     for index in fast.camera_rig._cameras.values():
-        hidden.append(rendering.out_of_view(fast._model, fast._data, index).mean())
+        hidden.append(rendering.out_of_view(fast.model, fast.data, index).mean())
     assert min(hidden) > 0.2
     for camera in ("image", "image2"):
         assert np.array_equal(drawn[0][camera], drawn[1][camera])
@@ -108,8 +108,8 @@ def test_profiles_change_the_picture_and_not_the_physics(fast, full):
     assert np.array_equal(fast.simulator_state(), full.simulator_state())
     one, other = (env.observe()["pixels"]["image"].astype(int) for env in (fast, full))
     assert 0 < np.abs(one - other).mean() < 20  # reflections and soft edges
-    assert fast._model.light_castshadow.max() == 0 == fast._model.mat_reflectance.max()
-    assert fast._model.vis.quality.offsamples == 0 < full._model.vis.quality.offsamples
+    assert fast.model.light_castshadow.max() == 0 == fast.model.mat_reflectance.max()
+    assert fast.model.vis.quality.offsamples == 0 < full.model.vis.quality.offsamples
 
 
 def test_closing_one_environment_leaves_the_pictures_of_another_alone(fast):

@@ -19,7 +19,7 @@ from envs.sim_robot_process import WallClockRobot
 
 
 class Table:
-    """Stands for a simulator: counts steps, succeeds when told 1, and takes as long as it is told."""
+    """Replaces a simulator: counts steps, succeeds at command 1; a step takes `seconds`."""
 
     metadata = {"render_fps": 50}  # noqa: RUF012 gymnasium's own name
     action_space = type("Space", (), {"shape": (2,)})
@@ -94,7 +94,7 @@ def test_time_goes_on_without_a_command_and_the_hand_holds_still(tmp_path):
     assert table.closed
 
 
-def test_what_comes_faster_than_it_can_be_executed_is_lost(tmp_path):
+def test_commands_faster_than_the_steps_are_dropped(tmp_path):
     table = Table()
     with Running(table, tmp_path) as running:
         for value in (0.1, 0.2, 0.3, 0.4):
@@ -105,13 +105,13 @@ def test_what_comes_faster_than_it_can_be_executed_is_lost(tmp_path):
     assert len(sent) <= 3
 
 
-def test_a_new_scene_is_seen_before_its_episode_begins_and_what_was_planned_for_the_old_is_dropped(tmp_path):
+def test_a_new_scene_is_shown_before_its_episode_begins_and_commands_for_the_old_one_are_dropped(tmp_path):
     table = Table()
     with Running(table, tmp_path, reset_seconds=0.3) as running:
         running.robot.act(np.array([1.0, 0.0]))
         running.wait_for_episodes(1)
         end = time.monotonic() + 20
-        while running.robot.observe()[0][0] != 0:  # steps taken in the scene that is seen
+        while running.robot.observe()[0][0] != 0:  # steps taken in the scene that is shown
             assert time.monotonic() < end
         running.robot.act(np.array([0.7, 0.0]))
         running.wait_for_episodes(2)
@@ -132,26 +132,26 @@ def test_without_automatic_reset_the_scene_stays_until_the_robot_is_sent_back(tm
         running.robot.act(np.array([1.0, 0.0]))
         time.sleep(0.5)
         assert table.seeds == [5]
-        running.robot.lay_out()
+        running.robot.new_scene()
         record = running.wait_for_episodes(1)[0]
         assert record["success"]
         assert record["steps"] > 10
 
 
-def test_being_sent_back_again_and_again_lays_out_one_scene_that_waits_for_its_first_command(tmp_path):
+def test_repeated_returns_draw_one_scene_that_waits_for_its_first_command(tmp_path):
     table = Table()
     with Running(table, tmp_path, auto_reset=False, first_episode=3) as running:
         running.robot.act(np.array([1.0, 0.0]))
         time.sleep(0.1)
         for _ in range(5):  # as LeRobot's rollout does, 50 times a second
-            running.robot.lay_out()
+            running.robot.new_scene()
         assert running.robot.observe()[0][0] == 0  # it is shown when the call returns
         time.sleep(0.2)
         assert table.seeds == [8, 9]
         assert table.steps == 0
         running.robot.act(np.array([0.5, 0.0]))
         time.sleep(0.1)
-        running.robot.lay_out()
+        running.robot.new_scene()
         assert [record["episode"] for record in running.wait_for_episodes(2)] == [3, 4]
 
 
@@ -159,28 +159,28 @@ def test_a_failure_that_was_sent_back_is_an_episode_too(tmp_path):
     with Running(Table(), tmp_path, auto_reset=False) as running:
         running.robot.act(np.array([0.5, 0.0]))
         time.sleep(0.1)
-        running.robot.lay_out()
+        running.robot.new_scene()
         record = running.wait_for_episodes(1)[0]
     assert (record["success"], record["cut_short"]) == (False, False)
 
 
-def test_a_simulator_that_dies_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(threading, "excepthook", lambda _: None)  # it is told on stderr, too
+def test_a_simulator_that_dies_reports_its_traceback(tmp_path, monkeypatch):
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)  # it is printed on stderr, too
     table = Table()
     with Running(table, tmp_path) as running:
-        table.step_blindly = None  # calling it is a TypeError, which no simulator is known to raise
+        table.step_blindly = None  # calling it is a TypeError, which no simulator raises
         running.robot.act(np.array([0.5, 0.0]))
         running.thread.join(10)
         assert "TypeError" in running.robot.failure
 
 
-def test_a_simulator_that_cannot_keep_up_says_so(tmp_path):
+def test_a_simulator_that_is_too_slow_counts_late_steps(tmp_path):
     with Running(Table(horizon=4, seconds=0.1), tmp_path) as running:
         running.robot.act(np.array([0.0, 0.0]))
         assert running.wait_for_episodes(1)[0]["late_steps"] >= 1
 
 
-def test_when_its_client_is_gone_it_holds_still_and_says_how_still(tmp_path):
+def test_without_its_client_it_holds_still_and_logs_the_remaining_motion(tmp_path):
     with Running(Table(horizon=1000), tmp_path) as running:
         running.robot.act(np.array([0.5, 0.0]))
         running.robot.hold_alone()
@@ -213,7 +213,7 @@ def sim(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_hand_goes_where_it_is_sent_and_holds_when_nothing_comes(sim):
+def test_the_hand_follows_commands_and_holds_without_them(sim):
     start = sim.get_observation()
     assert start["image"].shape == (64, 64, 3)
     for _ in range(20):

@@ -1,4 +1,4 @@
-"""The table of demonstrators' successes."""
+"""Success rates of demonstrators: counting, resuming, and results of other code."""
 
 import pytest
 
@@ -33,19 +33,19 @@ def test_more_official_states_than_there_are_are_refused():
         list(measure(["lift"], episodes=1, official=True, processes=1))
 
 
-def test_stored_results_come_back_and_known_episodes_are_not_played_again(tmp_path):
+def test_stored_results_come_back_and_known_episodes_are_not_repeated(tmp_path):
     (task,) = envs.tasks("lift")
     path = tmp_path / "table.json"
     assert load_results(path) == []
     save_results(path, [TaskSuccess(task, False, (7, 0))])
     (result,) = measure(
         ["lift"], episodes=2, official=False, processes=1, known=load_results(path)
-    )  # nobody lifts in 7 steps
+    )  # no demonstrator lifts in 7 steps
     assert result.lengths == (7, 0)
 
 
 @pytest.mark.slow
-def test_a_measurement_that_goes_on_equals_an_uninterrupted_one():
+def test_a_resumed_measurement_equals_an_uninterrupted_one():
     arguments = {"official": False, "processes": 1}
     first = list(measure(["lift"], episodes=1, **arguments))
     (longer,) = measure(["lift"], episodes=2, known=first, **arguments)

@@ -23,7 +23,7 @@ class SceneSettings:
         folders: Folders of posed RGB-D frames, each one scene.
         tasks: Tasks of the suite between which scenes are dealt.
         count: Scenes of the suite.
-        layout: `scattered` (things anywhere on the table, some left out) or `task` (as each task draws them).
+        layout: `random` (objects anywhere on the table, some absent) or `task` (as each task draws them).
         views: Views a scene; of a folder, at most so many frames.
         camera: The simulation's camera about which views are taken.
         rendering: Rendering profile, `full` or `fast`.
@@ -34,7 +34,7 @@ class SceneSettings:
     folders: list[str] = field(default_factory=list)
     tasks: list[int] = field(default_factory=lambda: [0, 1])
     count: int = 24
-    layout: str = "scattered"
+    layout: str = "random"
     views: int = 6
     camera: str = "agentview"
     rendering: str = "fast"

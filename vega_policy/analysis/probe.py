@@ -183,10 +183,10 @@ def draw(
 
 
 def answer_questions(settings: ProbeSettings) -> Reasoning:
-    """Ask about scattered scenes, train the models, score them on unseen scenes."""
+    """Ask about random layouts, train the models, score them on unseen scenes."""
     wanted = settings.questions
     order = {"count": wanted.scenes, "frame_size": wanted.frame_size, "seed": settings.seed + 1}
-    order |= {"shots": QUESTION_SHOTS, "views": QUESTION_VIEWS, "layout": "scattered"}
+    order |= {"shots": QUESTION_SHOTS, "views": QUESTION_VIEWS, "layout": "random"}
     key, scenes = rendered(settings, _order(settings) | order)
     asked = question_set(scenes, wanted.per_kind, wanted.texts, settings.seed)
     backbone = replace(settings.backbone, depth=wanted.depth, latents=wanted.latents)

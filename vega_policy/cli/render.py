@@ -19,7 +19,7 @@ FIELDS = {
 
 def run(config: DictConfig) -> str:
     """Render and return the number of demonstrations."""
-    render_again = import_module("envs.demos.render").render_again
+    render_again = import_module("envs.demos.collect").render_again
     options = {name: config[name] for name in ("frame_size", "rendering", "video", "processes")}
     metadata = render_again(Path(config.source), Path(config.root), **options)
     return f"{len(metadata['episodes'])} demonstrations of {config.frame_size} pixels: {config.root}"

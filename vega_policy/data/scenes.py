@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from vega_policy.run_dir import atomic_file
+
 NO_OBJECT = -1
 """Value of `Views.segments` where a pixel belongs to none of the scene's objects."""
 
@@ -70,8 +72,7 @@ def save_scene(scene: Scene, path: Path) -> None:
     views = {field.name: getattr(scene.views, field.name) for field in fields(Views)}
     views["depth"] = scene.views.depth.astype(np.float16)
     description = json.dumps({"name": scene.name, "objects": [asdict(one) for one in scene.objects]})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
+    with atomic_file(path) as draft, draft.open("wb") as file:
         np.savez_compressed(file, description=np.array(description), **views)
 
 
