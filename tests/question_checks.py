@@ -32,9 +32,9 @@ def apart(first, second):
 def right_answer(text, things):
     """What is right, by reading the question's text."""
     for pattern, answer in CHECKS.items():
-        asked = re.fullmatch(pattern, text)
-        if asked:
-            return answer(things, *asked.groups())
+        match = re.fullmatch(pattern, text)
+        if match:
+            return answer(things, *match.groups())
     raise AssertionError(f"no check for {text!r}")
 
 

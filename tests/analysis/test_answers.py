@@ -1,41 +1,46 @@
-"""The head that answers spatial questions: it reads what is planted, guesses when blind, and is cached."""
+"""Question-answering models read planted answers, guess without vision, and are cached."""
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from tests.synthetic_scenes import scenes
-from vega_policy.analysis import report as page
-from vega_policy.analysis.probe import gates_of
-from vega_policy.analysis.report import Episode, gate_over, write_recording
-from vega_policy.analysis.spatial_qa import Codec, Features, Question, chance, score
+from vega_policy.analysis.features import FeatureCache
+from vega_policy.analysis.probe import compute_gates
+from vega_policy.analysis.report import Episode, examples_table, overlay_gate, qa_table, write_recording
+from vega_policy.analysis.spatial_qa import Question, chance_scores, make_question_set, score
 from vega_policy.analysis.spatial_qa_model import (
-    AnswerModel,
-    AnswerTraining,
-    Draws,
-    Eyes,
-    Looker,
-    answer,
-    compare,
-    question_set,
-    train,
+    AnswerCodec,
+    Features,
+    QATraining,
+    QuestionSampler,
+    SpatialQAModel,
+    compare_models,
+    predict_answers,
+    qa_model_config,
+    train_qa_model,
 )
+from vega_policy.html_report import Section, render_report
 from vega_policy.model.config import BackboneConfig, FusionConfig, PriorConfig
 
 GRID = (4, 4)
 SMALL = BackboneConfig(
     width=32, depth=0, heads=2, pretrained=False, freeze_image_encoder=True, freeze_text_encoder=True
 )
-EYES = Eyes(SMALL, FusionConfig(), 64, 4)
-REACH = ((0.3, 0.8), (-0.3, 0.3))  # where synthetic things stand: x and y in the robot's frame (m)
+CONFIG = qa_model_config(SMALL, FusionConfig(), 64, 4)
+PRIOR = PriorConfig(name="random", seed=3)
+TRAINING = QATraining(steps=3, scenes=4, questions=4)
+REACH = ((0.3, 0.8), (-0.3, 0.3))  # where synthetic objects stand: x and y in the robot's frame (m)
 
 
 def scored(model, codec, questions, features):
-    given = answer(model, codec, codec.batch(questions), features)
-    return np.array([score(question, one) for question, one in zip(questions, given, strict=True)])
+    answers = predict_answers(model, codec, codec.encode(questions), features)
+    return np.array([score(question, one) for question, one in zip(questions, answers, strict=True)])
 
 
-def test_an_answer_head_reads_a_planted_count_in_unseen_scenes_and_guesses_when_blind():
+def test_a_planted_count_is_read_in_unseen_scenes_and_guessed_without_vision():
     options = ("0", "1", "2", "3")
     asked = [
         Question(scene, "object_count", "How many?", options, choice=str(scene % 4)) for scene in range(64)
@@ -43,18 +48,18 @@ def test_an_answer_head_reads_a_planted_count_in_unseen_scenes_and_guesses_when_
     planted = torch.zeros(64, 4, 112, *GRID)
     for scene in range(64):
         planted[scene, :, scene % 4] = 3.0
-    features, codec = Features(planted, None), Codec(asked[:48])
-    how = AnswerTraining(steps=80, scenes=32, rate=3e-3)
-    right = {}
+    features, codec = Features(planted, None), AnswerCodec(asked[:48])
+    training = QATraining(steps=80, scenes=32, learning_rate=3e-3)
+    accuracy = {}
     for name, shown in {"seeing": features, "blind": features.mean()}.items():
-        model, _ = train(EYES.model(PriorConfig(name="none")), codec, codec.batch(asked[:48]), shown, how)
-        right[name] = scored(model, codec, asked[48:], shown).mean()
-    assert right["seeing"] == 1.0
-    assert right["blind"] == 0.25, "one answer to all"
+        model, _ = train_qa_model(CONFIG, codec, codec.encode(asked[:48]), shown, training)
+        accuracy[name] = scored(model, codec, asked[48:], shown).mean()
+    assert accuracy["seeing"] == 1.0
+    assert accuracy["blind"] == 0.25, "one answer to all"
 
 
 def planted_prior(shown, width=256):
-    """Tokens of a prior that knows space: what stands in a cell of a map of the table, and where exactly."""
+    """Return prior tokens that are a map of the table: the objects in each cell and their exact place."""
     names = sorted({thing.category for one in shown for thing in one.objects})
     tokens = torch.zeros(len(shown), 4, width, 8, 8)
     for index, one in enumerate(shown):
@@ -68,57 +73,60 @@ def planted_prior(shown, width=256):
 
 
 @pytest.mark.slow
-def test_where_the_priors_tokens_carry_the_answer_the_fused_model_finds_it():
+def test_the_fused_model_finds_answers_planted_in_the_priors_tokens():
     shown = scenes(400)
-    asked = question_set(shown)
+    questions = make_question_set(shown)
     kinds = ("object_count", "relative_distance")
-    parts = [[q for q in part if q.kind in kinds] for part in (asked.train, asked.test)]
+    parts = [[q for q in part if q.kind in kinds] for part in (questions.train, questions.test)]
     backbone = BackboneConfig(**{**vars(SMALL), "width": 128, "heads": 4})
-    eyes, codec = Eyes(backbone, FusionConfig(), 128, 1), Codec(parts[0])
+    codec = AnswerCodec(parts[0])
     features = Features(torch.zeros(len(shown), 1, 112, 8, 8), planted_prior(shown)[:, :1])
-    config = eyes.model(PriorConfig(name="random"))
-    model, _ = train(config, codec, codec.batch(parts[0]), features, AnswerTraining())
-    right, guessed = scored(model, codec, parts[1], features), chance(*parts)
+    config = replace(qa_model_config(backbone, FusionConfig(), 128, 1), prior=PriorConfig(name="random"))
+    model, _ = train_qa_model(config, codec, codec.encode(parts[0]), features, QATraining())
+    scores, chance = scored(model, codec, parts[1], features), chance_scores(*parts)
     of = {kind: np.array([question.kind == kind for question in parts[1]]) for kind in kinds}
-    assert right[of["object_count"]].mean() > guessed[of["object_count"]].mean() + 0.2
-    assert right[of["relative_distance"]].mean() > guessed[of["relative_distance"]].mean() + 0.1
+    assert scores[of["object_count"]].mean() > chance[of["object_count"]].mean() + 0.2
+    assert scores[of["relative_distance"]].mean() > chance[of["relative_distance"]].mean() + 0.1
 
 
-def test_a_step_asks_of_few_scenes_and_of_all_types_alike():
-    scene = torch.arange(300) % 3
-    kinds = ["object_count" if index < 270 else "grounding" for index in range(300)]
-    draw = Draws(scene, kinds, AnswerTraining(scenes=2, questions=4))
-    rows = torch.cat([draw() for _ in range(200)])
-    assert len(draw()) == 8
-    assert len(scene[draw()].unique()) == 2
-    share = np.mean([kinds[row] == "grounding" for row in rows.tolist()])
-    assert share == pytest.approx(0.5, abs=0.06), "a tenth of the questions, half of what is asked"
+def test_a_step_samples_few_scenes_and_all_kinds_equally_often():
+    counts = [
+        Question(index % 3, "object_count", "How many?", ("0", "1"), choice="0") for index in range(270)
+    ]
+    places = [Question(index % 3, "grounding", "Where?", box=(0.0,) * 6) for index in range(30)]
+    questions = AnswerCodec(counts + places).encode(counts + places)
+    sampler = QuestionSampler(questions, QATraining(scenes=2, questions=4))
+    rows = torch.cat([sampler.sample() for _ in range(200)])
+    assert len(sampler.sample()) == 8
+    assert len(questions.scene[sampler.sample()].unique()) == 2
+    fraction = np.mean([questions.kinds[row] == "grounding" for row in rows.tolist()])
+    assert fraction == pytest.approx(0.5, abs=0.06), "a tenth of the questions, half of the samples"
 
 
-def test_questions_are_answered_alike_in_any_company():
+def test_answers_do_not_depend_on_the_other_questions_of_the_batch():
     asked = [
         Question(index % 3, "object_count", f"How many of {index}?", ("0", "1"), choice="0")
         for index in range(8)
     ]
     features = Features(torch.randn(3, 4, 112, *GRID, generator=torch.Generator().manual_seed(0)), None)
-    codec = Codec(asked)
-    model = AnswerModel(EYES.model(PriorConfig(name="none")), 2, features).eval()
+    codec = AnswerCodec(asked)
+    model = SpatialQAModel(CONFIG, 2, features).eval()
     with torch.no_grad():
-        together = model(features, codec.batch(asked))
-        alone = [model(features, codec.batch([question])) for question in asked]
+        together = model(features, codec.encode(asked))
+        alone = [model(features, codec.encode([question])) for question in asked]
     for whole, parts in zip(together, zip(*alone, strict=True), strict=True):
         torch.testing.assert_close(whole, torch.cat(parts), atol=1e-5, rtol=1e-5)
 
 
-def test_the_frozen_encoders_of_an_answer_head_stay_frozen_and_the_rest_learns():
+def test_frozen_encoders_stay_frozen_and_the_rest_is_trained():
     features = Features(torch.randn(2, 4, 112, *GRID), torch.randn(2, 4, 256, *GRID))
-    model = AnswerModel(EYES.model(PriorConfig(name="random")), 3, features)
+    model = SpatialQAModel(replace(CONFIG, prior=PriorConfig(name="random")), 3, features)
     learning = {
-        name.split(".")[1] if name.startswith("eyes") else name.split(".")[0]
+        name.split(".")[1] if name.startswith("encoder") else name.split(".")[0]
         for name, part in model.named_parameters()
         if part.requires_grad
     }
-    assert {"backbone", "fusion", "project", "queries", "lookup", "name", "number", "box"} <= learning
+    assert {"backbone", "fusion", "project", "queries", "attention", "name", "number", "box"} <= learning
     frozen = {name for name, part in model.named_parameters() if not part.requires_grad}
     assert any("image_encoder" in name for name in frozen)
     assert not any("matrix" in name for name, _ in model.named_parameters()), "the prior is no part of it"
@@ -128,54 +136,56 @@ def test_the_frozen_encoders_of_an_answer_head_stay_frozen_and_the_rest_learns()
 def compared(tmp_path_factory):
     """A comparison on few scenes and steps, and its cache."""
     shown = scenes(40)
-    asked = question_set(shown, per_kind=60, texts=5)
-    looker = Looker(shown, "forty", 64, tmp_path_factory.mktemp("answers"))
-    how = AnswerTraining(steps=3, scenes=4, questions=4)
-    return shown, asked, looker, how, compare(looker, asked, EYES, PriorConfig(name="random", seed=3), how)
+    questions = make_question_set(shown, max_per_kind=60, max_texts=5)
+    cache = FeatureCache(shown, "forty", 64, tmp_path_factory.mktemp("answers"))
+    return questions, cache, compare_models(cache, questions, CONFIG, PRIOR, TRAINING)
 
 
-def test_the_comparison_has_every_model_and_control_and_a_page_shows_them(compared, tmp_path):
-    shown, asked, _, _, result = compared
+def test_the_comparison_has_every_model_and_ablation_and_a_report_shows_them(compared):
+    questions, _, comparison = compared
     expected = {
         "chance",
-        "words alone (constant)",
+        "text only (constant)",
         "semantic only",
         "fused",
         "fused, random prior",
         "fused, blind",
     }
-    controls = {f"fused, prior {name}" for name in ("zeroed", "noise", "shuffled")}
-    assert result.answers.scores.keys() == expected | controls
-    for scores in result.answers.scores.values():
-        assert len(scores) == len(asked.test)
+    ablations = {f"fused, prior {name}" for name in ("zeroed", "noise", "shuffled")}
+    assert comparison.scores.scores.keys() == expected | ablations
+    for scores in comparison.scores.scores.values():
+        assert len(scores) == len(questions.test)
         assert 0 <= scores.min() <= scores.max() <= 1
-    written = page.write_page(tmp_path, "t", {"Q": page.answers_table(result.answers) + page.examples(asked)})
-    text = written.read_text()
-    assert "fused minus semantic only" in text
-    assert "grounding" in text
-    moments = shown[0].views
-    episode = Episode(shown[0], np.zeros((8, 7), np.float32), np.arange(4) * 2, "lift it")
-    gates = gates_of(result.model, episode)
+    page = render_report("t", [Section("Q", [*qa_table(comparison.scores), examples_table(questions)])])
+    assert "fused minus semantic only" in page
+    assert "grounding" in page
+
+
+def test_the_fused_models_gate_is_recorded_over_an_episode(compared, tmp_path):
+    _, cache, comparison = compared
+    episode = Episode(cache.scenes[0], np.zeros((8, 7), np.float32), np.arange(4) * 2, "lift it")
+    gates = compute_gates(comparison.model, episode)
     assert gates is not None
     assert gates.shape == (4, 4, 4)
     assert 0 < gates.min() < gates.max() < 1
-    assert gate_over(moments.frames[0], gates[0]).shape == (32, 64, 3)
+    assert overlay_gate(cache.scenes[0].views.frames[0], gates[0]).shape == (32, 64, 3)
     write_recording(tmp_path / "episode.rrd", episode, gates)
     assert (tmp_path / "episode.rrd").stat().st_size > 1000
-    with pytest.raises(ValueError, match="each of 4 moments, got 2"):
+    with pytest.raises(ValueError, match="each of 4 views, got 2"):
         write_recording(tmp_path / "other.rrd", episode, gates[:2])
 
 
-def test_a_second_start_looks_and_trains_no_more_and_answers_the_same(compared, monkeypatch):
-    def forbidden(*_args, **_named):
-        raise AssertionError("the cache should have answered")
-
-    _, asked, looker, how, first = compared
-    monkeypatch.setattr("vega_policy.analysis.spatial_qa_model.train", forbidden)
-    monkeypatch.setattr(Looker, "_look", forbidden)
-    again = compare(looker, asked, EYES, PriorConfig(name="random", seed=3), how)
-    assert again.answers.losses == first.answers.losses
-    for name, scores in first.answers.scores.items():
-        np.testing.assert_array_equal(again.answers.scores[name], scores)
-    with pytest.raises(AssertionError, match="the cache should have answered"):
-        compare(looker, asked, EYES, PriorConfig(name="random", seed=3), AnswerTraining(steps=4))
+def test_a_second_run_neither_encodes_nor_trains_and_gives_the_same_scores(compared):
+    questions, cache, first = compared
+    blank = [
+        replace(scene, views=replace(scene.views, frames=np.zeros_like(scene.views.frames)))
+        for scene in cache.scenes
+    ]
+    before = {path: path.stat().st_mtime_ns for path in cache.folder.iterdir()}
+    again = compare_models(replace(cache, scenes=blank), questions, CONFIG, PRIOR, TRAINING)
+    assert {path: path.stat().st_mtime_ns for path in cache.folder.iterdir()} == before
+    assert again.scores.losses == first.scores.losses
+    for name, scores in first.scores.scores.items():
+        np.testing.assert_array_equal(again.scores.scores[name], scores)
+    compare_models(cache, questions, CONFIG, PRIOR, replace(TRAINING, steps=4))
+    assert len(list(cache.folder.glob("*.pt"))) == 2 * len(first.scores.losses), "other steps, other models"

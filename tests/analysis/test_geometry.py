@@ -1,4 +1,4 @@
-"""Cameras, correspondence, probes, intervals: each against what is known in closed form."""
+"""Cameras, correspondence, probes and intervals agree with closed forms."""
 
 import json
 import math
@@ -9,17 +9,24 @@ import pytest
 import torch
 from torch.nn import functional
 
-from vega_policy.analysis.correspondence import correspondence, difference, estimate, explained
-from vega_policy.analysis.features import TokenGeometry, token_geometry
-from vega_policy.analysis.linear_probes import ProbeData, probe
-from vega_policy.analysis.scenes import normals, pose_change, project, read_folder, world_points
+from vega_policy.analysis.correspondence import correspondence, difference, estimate, r_squared
+from vega_policy.analysis.linear_probes import ProbeData, cross_validate
+from vega_policy.analysis.scenes import (
+    TokenGeometry,
+    project,
+    read_folder,
+    relative_pose,
+    surface_normals,
+    token_geometry,
+    world_points,
+)
 from vega_policy.data.scenes import Scene, SceneObject, Views, load_scene, save_scene
 
 SIZE = 28
 
 
 def looking_down(x=0.0, y=0.0, height=1.0, tilt=0.0, turn=0.0):
-    """A camera above the floor z = 0: looks straight down, turned about the vertical, tilted upwards."""
+    """Return the pose of a camera above the floor z = 0, turned about the vertical and tilted upwards."""
     cos, sin = math.cos(turn), math.sin(turn)
     turned = torch.tensor([[cos, -sin, 0.0], [sin, cos, 0.0], [0.0, 0.0, 1.0]]).double()
     cos, sin = math.cos(tilt), math.sin(tilt)
@@ -35,7 +42,7 @@ def lens(focal=30.0):
 
 
 def floor_depth(pose, intrinsics):
-    """Depth of the floor z = 0 under each pixel: the ray meets it where height and slope say."""
+    """Return the depth of the floor z = 0 under each pixel."""
     depth = torch.ones(1, SIZE, SIZE).double()
     directions = world_points(depth, intrinsics[None], pose[None])[0] - pose[:3, 3]
     return -pose[2, 3] / directions[..., 2]
@@ -53,7 +60,7 @@ def floor_views(poses, intrinsics):
 
 
 @pytest.mark.parametrize("focal", [30.0, -30.0])
-def test_pixels_go_to_world_points_and_back_in_mirrored_pictures_too(focal):
+def test_pixels_map_to_world_points_and_back_also_in_mirrored_images(focal):
     pose, intrinsics = looking_down(0.3, -0.2, 1.2, tilt=0.4, turn=0.7), lens(focal)
     depth = floor_depth(pose, intrinsics)
     points = world_points(depth[None], intrinsics[None], pose[None])[0]
@@ -67,15 +74,17 @@ def test_pixels_go_to_world_points_and_back_in_mirrored_pictures_too(focal):
 @pytest.mark.parametrize("focal", [30.0, -30.0])
 def test_the_normal_of_the_floor_points_up(focal):
     pose, intrinsics = looking_down(tilt=0.5, turn=1.0), lens(focal)
-    normal = normals(floor_depth(pose, intrinsics)[None], intrinsics[None])[0, 1:-1, 1:-1] @ pose[:3, :3].T
+    normal = (
+        surface_normals(floor_depth(pose, intrinsics)[None], intrinsics[None])[0, 1:-1, 1:-1] @ pose[:3, :3].T
+    )
     torch.testing.assert_close(normal, torch.tensor([0.0, 0.0, 1.0]).double().expand_as(normal))
 
 
-def test_no_normal_is_claimed_at_borders_edges_and_where_depth_is_unknown():
+def test_normals_are_zero_at_borders_at_edges_and_where_depth_is_unknown():
     depth = torch.ones(1, 9, 9).double()
     depth[:, :, 5:] = 2.0
     depth[:, 4, 2] = 0.0
-    known = normals(depth, lens()[None]).norm(dim=-1)[0] > 0
+    known = surface_normals(depth, lens()[None]).norm(dim=-1)[0] > 0
     assert not known[0].any()
     assert not known[:, 4:6].any(), "the edge"
     assert not known[3:6, 2].any(), "beside a hole"
@@ -83,10 +92,10 @@ def test_no_normal_is_claimed_at_borders_edges_and_where_depth_is_unknown():
 
 
 def test_a_turn_about_the_optical_axis_is_that_rotation_vector():
-    change = pose_change(looking_down(), looking_down(turn=-0.3, height=0.8))
+    turned = torch.stack([looking_down(turn=-0.3, height=0.8), looking_down(turn=math.pi - 1e-6)])
+    change, half_turn = relative_pose(looking_down().expand(2, 4, 4), turned)
     torch.testing.assert_close(change, torch.tensor([0, 0, 0.2, 0, 0, 0.3]).double())
-    half = pose_change(looking_down(), looking_down(turn=math.pi - 1e-6))
-    assert half[3:].norm() == pytest.approx(math.pi, abs=1e-5)
+    assert half_turn[3:].norm() == pytest.approx(math.pi, abs=1e-5)
 
 
 def test_a_token_lies_at_the_mean_of_its_pixels_that_have_depth():
@@ -106,7 +115,7 @@ def test_a_token_lies_at_the_mean_of_its_pixels_that_have_depth():
 
 
 def scattered_geometry(views=4, tokens=60, seed=0):
-    """Every view sees the same points in another order; each point lies in a voxel of its own."""
+    """Return tokens of which every view has the same points in another order, one point a voxel."""
     generator = torch.Generator().manual_seed(seed)
     lattice = torch.stack(torch.meshgrid(*[torch.arange(5)] * 3, indexing="ij"), dim=-1).reshape(-1, 3)
     points = (
@@ -152,7 +161,7 @@ def test_a_common_component_raises_the_raw_score_and_its_chance_level_but_not_th
     assert scores.centred == pytest.approx(scores.centred_chance, abs=0.03)
 
 
-def test_tokens_without_depth_take_no_part_in_correspondence():
+def test_tokens_without_depth_do_not_count_in_correspondence():
     geometry = scattered_geometry()
     features = functional.one_hot(
         (geometry.points / 0.11).round().long() @ torch.tensor([1, 5, 25]), 125
@@ -164,7 +173,7 @@ def test_tokens_without_depth_take_no_part_in_correspondence():
     assert correspondence(features, geometry, radius=0.05).retrieval == 1.0
 
 
-def test_correspondence_refuses_a_single_view_and_foreign_features():
+def test_correspondence_refuses_a_single_view_and_features_of_other_views():
     geometry = scattered_geometry(views=1)
     with pytest.raises(ValueError, match="only one"):
         correspondence(torch.zeros(1, 60, 8), geometry)
@@ -173,7 +182,7 @@ def test_correspondence_refuses_a_single_view_and_foreign_features():
 
 
 def r2(found):
-    return estimate(found.squares.sum(axis=1), explained).value
+    return estimate(found.squares.sum(axis=1), r_squared).value
 
 
 def test_a_probe_recovers_planted_depth_and_finds_none_in_noise():
@@ -187,27 +196,27 @@ def test_a_probe_recovers_planted_depth_and_finds_none_in_noise():
         target = geometry.depth[view, :, None]
         data["noise"].append(ProbeData(noise, target))
         data["planted"].append(ProbeData(noise * 1e-3 + target.float() @ planted, target))
-    found = probe(data["planted"])
-    assert estimate(found.squares[:, 0], explained).low > 0.999
+    found = cross_validate(data["planted"])
+    assert estimate(found.squares[:, 0], r_squared).low > 0.999
     assert torch.cat(found.errors).abs().mean() < 0.005
-    assert r2(probe(data["noise"])) < 0.1
+    assert r2(cross_validate(data["noise"])) < 0.1
 
 
 def test_a_probe_with_more_features_than_samples_gives_the_same_as_the_textbook_formula():
     generator = torch.Generator().manual_seed(0)
     weights = torch.randn(40, 2, generator=generator).double()
     draws = [torch.randn(12, 40, generator=generator).double() for _ in range(6)]
-    wide = probe([ProbeData(x, x @ weights) for x in draws])
-    narrow = probe([ProbeData(x[:, :5], x[:, :5] @ weights[:5]) for x in draws])
+    wide = cross_validate([ProbeData(x, x @ weights) for x in draws])
+    narrow = cross_validate([ProbeData(x[:, :5], x[:, :5] @ weights[:5]) for x in draws])
     assert r2(narrow) > 0.999
     assert 0.3 < r2(wide) <= 1.0, "60 samples do not fix 40 weights on 48 of them"
 
 
-def test_a_probe_is_tested_on_scenes_it_never_saw():
+def test_a_probe_is_tested_on_held_out_scenes():
     scenes = [ProbeData(torch.ones(8, 1), torch.full((8, 1), float(index))) for index in range(5)]
-    assert r2(probe(scenes)) <= 1e-9, "only seen scenes could be told apart"
-    with pytest.raises(ValueError, match="at least 3 scenes; got 2"):
-        probe(scenes[:2])
+    assert r2(cross_validate(scenes)) <= 1e-9, "only training scenes can be distinguished"
+    with pytest.raises(ValueError, match=r"at least 3 scenes .*; got 2"):
+        cross_validate(scenes[:2])
 
 
 def test_intervals_are_over_scenes_and_differences_are_paired():
@@ -222,7 +231,7 @@ def test_intervals_are_over_scenes_and_differences_are_paired():
         difference(first, second[1:])
 
 
-def test_a_scene_survives_the_disk(tmp_path):
+def test_a_scene_is_saved_and_loaded_unchanged(tmp_path):
     views = floor_views([looking_down(tilt=0.3), looking_down()], lens())
     bowl = SceneObject("black bowl 1", "black bowl", (0.1, 0.2, 0.3), (0.1, 0.1, 0.05), 0.1, True)
     save_scene(Scene("first", views, (bowl,)), tmp_path / "first.npz")
@@ -235,7 +244,7 @@ def test_a_scene_survives_the_disk(tmp_path):
 
 @pytest.fixture
 def posed_folder(tmp_path):
-    """The floor from two cameras as nerfstudio would have it: wide pictures, depth in millimetres."""
+    """Write the floor from two cameras in nerfstudio's layout: wide images, depth in millimetres."""
     opengl = np.diag([1.0, -1.0, -1.0, 1.0])
     intrinsics, frames = lens(), []
     for index, pose in enumerate([looking_down(tilt=0.4), looking_down(0.2, turn=0.3)]):
@@ -255,24 +264,24 @@ def posed_folder(tmp_path):
     return tmp_path, content
 
 
-def test_a_folder_of_posed_frames_shows_the_floor_where_it_is(posed_folder):
+def test_a_folder_of_posed_frames_gives_points_on_the_floor(posed_folder):
     scene = read_folder(posed_folder[0], SIZE)
     assert scene.views.frames.shape == (2, SIZE, SIZE, 3)
     assert scene.views.frames[1].max() == 40
     points = token_geometry(scene.views, (7, 7)).points
     assert points[..., 2].abs().max() < 2e-3, "depth is rounded to millimetres"
-    assert len(read_folder(posed_folder[0], SIZE, frames=1).views) == 1
+    assert len(read_folder(posed_folder[0], SIZE, max_frames=1).views) == 1
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"k1": 0.1}, "k1 are not 0.*Undistort"),
-        ({"fl_x": None}, "lacks fl_x"),
+        ({"fl_x": None}, "has no fl_x"),
         ({"frames": []}, "lists no frames"),
     ],
 )
-def test_a_folder_that_cannot_be_read_says_why(posed_folder, change, message):
+def test_unreadable_folders_are_refused(posed_folder, change, message):
     folder, content = posed_folder
     changed = {key: value for key, value in {**content, **change}.items() if value is not None}
     (folder / "transforms.json").write_text(json.dumps(changed))

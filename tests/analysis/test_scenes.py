@@ -22,7 +22,7 @@ from envs.posed_views import (
 )
 from tests.question_checks import Known, agree
 from vega_policy.analysis.scenes import project, world_points
-from vega_policy.analysis.spatial_qa import KINDS, SEEN, ask, seen_shares
+from vega_policy.analysis.spatial_qa import KINDS, MIN_VISIBLE, generate_questions, visible_fractions
 from vega_policy.data.scenes import Scene, load_scene
 
 SIZE = 96
@@ -134,13 +134,13 @@ def raw_state(env, names):
 def test_answers_agree_with_a_second_computation_from_the_raw_simulator_state(table, seed):
     scene = photographed(table, seed, overview_and_pan(4, np.random.default_rng(seed)))
     state = raw_state(table[0], {thing.name for thing in scene.objects})
-    shares = seen_shares(scene)[1:]
+    shares = visible_fractions(scene)[1:]
     for index, thing in enumerate(state):
-        views = np.flatnonzero(shares[:, index] >= 2 * SEEN)
+        views = np.flatnonzero(shares[:, index] >= 2 * MIN_VISIBLE)
         thing.first_seen = int(views[0]) if len(views) else 99
-    asked = ask(0, scene, ["black bowl", "plate"])
-    assert len({question.kind for question in asked}) >= len(KINDS) - 2
-    for question in asked:
+    questions = generate_questions(0, scene, ["black bowl", "plate"])
+    assert len({question.kind for question in questions}) >= len(KINDS) - 2
+    for question in questions:
         assert agree(question, state, tolerance=1e-5), question
 
 

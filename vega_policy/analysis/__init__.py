@@ -1,7 +1,6 @@
-"""Where does a model know space? Correspondence between views, linear probes, spatial questions, pictures.
+"""Measures what features encode about space: correspondence between views, linear probes, spatial questions.
 
-Everything here reads frozen features of frames whose cameras and depth are known (`scenes`): from the
-simulators, through a function that a config names, or from a folder of posed RGB-D frames. Source of the
-correspondence score: VEGA-3D, arXiv 2603.19235; of the questions' types: VSI-Bench, arXiv 2412.14171, and
-ScanRefer, arXiv 1912.08830.
+All of it measures frozen features of frames with known cameras and depth (`scenes`), rendered by a simulator
+or read from a folder. Sources: the correspondence score of VEGA-3D (arXiv 2603.19235); the questions of
+VSI-Bench (arXiv 2412.14171) and ScanRefer (arXiv 1912.08830).
 """

@@ -1,45 +1,32 @@
-"""Do tokens of two views that show the same place look alike? The score of VEGA-3D, with what it hides.
+"""Correspondence between views as in VEGA-3D, with its chance level; bootstrap intervals over scenes.
 
-The paper's score is a cosine that is not centred: a component that all tokens share gives 0.9 for any two
-of them. So three numbers belong together: the score, the same for random pairs of places (chance), and the
-score after the mean token is taken off. Retrieval asks in centimetres: does the nearest token of the other
-view show the point?
+The paper's score is a cosine that is not centred: a component common to all tokens gives 0.9 for any two of
+them. Three numbers belong together: the score, the same for pairs of different places (chance), and the score
+after the mean token is subtracted. Retrieval measures in metres: whether the most similar token of the other
+view shows the same point.
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from vega_policy.analysis.features import TokenGeometry
+from vega_policy.analysis.scenes import TokenGeometry
 
 
 @dataclass(frozen=True)
 class Correspondence:
-    """Scores of one scene, each a mean over its adjacent views; nan where no two views share a place.
+    """Scores of one scene, each a mean over pairs of adjacent views; nan if no two views share a place."""
 
-    Attributes:
-        raw: Mean cosine of the two views' mean tokens in the same voxel.
-        chance: The same for all pairs of different voxels: what the raw score is without any geometry.
-        centred: The raw score after the scene's mean token is taken off.
-        centred_chance: Chance level of `centred`.
-        retrieval: Share of points of which the most similar token of the other view lies within the radius.
-        retrieval_chance: The same for a token drawn at random.
-    """
-
-    raw: float
-    chance: float
-    centred: float
+    raw: float  # mean cosine of both views' mean tokens in the same voxel
+    chance: float  # mean cosine over all pairs of different voxels
+    centred: float  # `raw` after the scene's mean token is subtracted
     centred_chance: float
-    retrieval: float
-    retrieval_chance: float
-
-    def values(self) -> dict[str, float]:
-        """Scores by name."""
-        return asdict(self)
+    retrieval: float  # fraction of points whose most similar token in the other view lies within the radius
+    retrieval_chance: float  # the same for a token drawn at random
 
 
 def correspondence(
@@ -49,12 +36,12 @@ def correspondence(
 
     Args:
         features: Tokens [n t d] of the scene's views.
-        geometry: Where they lie.
+        geometry: Their geometry.
         voxel: Side of a voxel in metres.
-        radius: How far from the point a retrieved token may lie, in metres.
+        radius: Distance in metres within which a retrieved token is correct.
 
     Raises:
-        ValueError: If features and geometry do not belong together, or there is only one view.
+        ValueError: If features and geometry have different tokens, or there is only one view.
     """
     if features.shape[:2] != geometry.valid.shape:
         raise ValueError(
@@ -64,64 +51,83 @@ def correspondence(
     if len(features) < 2:
         raise ValueError("correspondence compares views; this scene has only one")
     raw = functional.normalize(features.double(), dim=-1)
-    mean = raw[geometry.valid].mean(dim=0)
-    centred = functional.normalize(raw - mean, dim=-1)
+    centred = functional.normalize(raw - raw[geometry.valid].mean(dim=0), dim=-1)
     pairs = []
     for first in range(len(raw) - 1):
         two = slice(first, first + 2)
-        places, valid = geometry.points[two], geometry.valid[two]
-        scores = [_voxel_scores(tokens[two], places, valid, voxel) for tokens in (raw, centred)]
-        pairs.append(torch.stack([*scores[0], *scores[1], *_retrieval(centred[two], places, valid, radius)]))
+        points, valid = geometry.points[two], geometry.valid[two]
+        scores = [*_voxel_scores(raw[two], points, valid, voxel)]
+        scores += _voxel_scores(centred[two], points, valid, voxel)
+        pairs.append(torch.stack([*scores, *_retrieval(centred[two], points, valid, radius)]))
     return Correspondence(*torch.stack(pairs).nanmean(dim=0).tolist())
 
 
 def _voxel_scores(tokens: Tensor, points: Tensor, valid: Tensor, voxel: float) -> tuple[Tensor, Tensor]:
-    """Mean cosine in shared voxels, and between different ones; two views [2 t d], [2 t 3], [2 t]."""
+    """Return the mean cosine in shared voxels and between different ones; [2 t d], [2 t 3], [2 t]."""
     lowest = points[valid].amin(dim=0) if valid.any() else points.new_zeros(3)
-    places = ((points - lowest) / voxel).floor().long()
-    both = torch.cat([places[0][valid[0]], places[1][valid[1]]])
-    _, inverse = both.unique(dim=0, return_inverse=True)
-    split = inverse.split([int(valid[0].sum()), int(valid[1].sum())])
+    cells = ((points - lowest) / voxel).floor().long()
+    _, inverse = torch.cat([cells[0][valid[0]], cells[1][valid[1]]]).unique(dim=0, return_inverse=True)
     count = int(inverse.max()) + 1 if len(inverse) else 0
-    means, seen = [], []
-    for view in (0, 1):
-        total = tokens.new_zeros(count, tokens.shape[-1]).index_add(0, split[view], tokens[view][valid[view]])
+    means, occupied = [], []
+    for view, index in enumerate(inverse.split([int(valid[0].sum()), int(valid[1].sum())])):
+        total = tokens.new_zeros(count, tokens.shape[-1]).index_add(0, index, tokens[view][valid[view]])
         means.append(functional.normalize(total, dim=-1))
-        seen.append(torch.bincount(split[view], minlength=count) > 0)
-    shared = seen[0] & seen[1]
+        occupied.append(torch.bincount(index, minlength=count) > 0)
+    shared = occupied[0] & occupied[1]
     m = int(shared.sum())
-    nothing = tokens.new_tensor(float("nan"))
+    nan = tokens.new_tensor(float("nan"))
     if m == 0:
-        return nothing, nothing
+        return nan, nan
     first, second = means[0][shared], means[1][shared]
     same = (first * second).sum()
-    others = (first.sum(dim=0) * second.sum(dim=0)).sum() - same  # every pair of different voxels
-    return same / m, others / (m * (m - 1)) if m > 1 else nothing
+    different = (first.sum(dim=0) * second.sum(dim=0)).sum() - same  # over every pair of different voxels
+    return same / m, different / (m * (m - 1)) if m > 1 else nan
 
 
 def _retrieval(tokens: Tensor, points: Tensor, valid: Tensor, radius: float) -> tuple[Tensor, Tensor]:
-    """Share of points found in the other view, and that of a blind guess, over both directions."""
+    """Return the fraction of points retrieved in the other view, and chance level, over both directions."""
     near = torch.cdist(points[0], points[1]) <= radius  # [t t]
     near &= valid[0][:, None] & valid[1][None]
-    likeness = tokens[0] @ tokens[1].T
-    found, guessed = [], []
-    for close, alike, other in ((near, likeness, valid[1]), (near.T, likeness.T, valid[0])):
-        asked = close.any(dim=1)  # points that the other view shows too
-        best = alike.masked_fill(~other[None], -2.0)[asked].argmax(dim=1)
-        found.append(close[asked].gather(1, best[:, None])[:, 0].double())
-        guessed.append(close[asked].sum(dim=1) / other.sum().clamp_min(1))
-    return torch.cat(found).mean(), torch.cat(guessed).double().mean()
+    similarity = tokens[0] @ tokens[1].T
+    correct, by_chance = [], []
+    for close, similar, candidates in ((near, similarity, valid[1]), (near.T, similarity.T, valid[0])):
+        shared = close.any(dim=1)  # points that the other view shows too
+        best = similar.masked_fill(~candidates[None], -2.0)[shared].argmax(dim=1)
+        correct.append(close[shared].gather(1, best[:, None])[:, 0].double())
+        by_chance.append(close[shared].sum(dim=1) / candidates.sum().clamp_min(1))
+    return torch.cat(correct).mean(), torch.cat(by_chance).double().mean()
+
+
+def match_tokens(
+    tokens: Tensor, geometry: TokenGeometry, left: int, radius: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Match the tokens of view `left` that the next view shows too with their most similar tokens there.
+
+    Args:
+        tokens: Both views' tokens [2 t d].
+        geometry: Geometry of all views.
+        left: Index of the first view.
+        radius: Distance in metres within which a match is correct.
+
+    Returns:
+        Indices in the first view [m], in the second [m], and whether the match is correct, bool [m].
+    """
+    centred = functional.normalize(tokens - tokens.flatten(0, 1).mean(dim=0), dim=-1)
+    near = torch.cdist(geometry.points[left], geometry.points[left + 1]) <= radius
+    near &= geometry.valid[left][:, None] & geometry.valid[left + 1][None]
+    first = near.any(dim=1).nonzero()[:, 0]
+    similarity = (centred[0] @ centred[1].T).masked_fill(~geometry.valid[left + 1][None], -2.0)
+    second = similarity[first].argmax(dim=1)
+    return first, second, near[first, second]
+
+
+RESAMPLES = 2000
+Statistic = Callable[[np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number with its 95% percentile bootstrap interval.
-
-    Attributes:
-        value: Over all scenes.
-        low: Lower end.
-        high: Upper end.
-    """
+    """A number with its 95% percentile bootstrap interval over scenes."""
 
     value: float
     low: float
@@ -130,61 +136,61 @@ class Estimate:
     def __str__(self) -> str:
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
-
-RESAMPLES = 2000
+    def scaled(self, factor: float) -> "Estimate":
+        """Return the estimate in another unit; a negative factor swaps the interval's ends."""
+        low, high = sorted((self.low * factor, self.high * factor))
+        return Estimate(self.value * factor, low, high)
 
 
 def ratio_of_sums(sums: np.ndarray) -> np.ndarray:
-    """First over second sum, [... 2] -> [...]: a mean where the second counts; nan if nothing was counted."""
+    """Return the first over the second sum, [... 2] -> [...]; nan if the second is 0."""
     with np.errstate(invalid="ignore", divide="ignore"):
         return sums[..., 0] / sums[..., 1]
 
 
-def explained(sums: np.ndarray) -> np.ndarray:
-    """R2 from squared errors and squared deviations, [... 2] -> [...]."""
+def r_squared(sums: np.ndarray) -> np.ndarray:
+    """Return R2 of summed squared errors and squared deviations, [... 2] -> [...]."""
     return 1 - ratio_of_sums(sums)
 
 
-Statistic = Callable[[np.ndarray], np.ndarray]
-
-
 def estimate(sums: np.ndarray, statistic: Statistic = ratio_of_sums, seed: int = 0) -> Estimate:
-    """A statistic of sums over scenes, with an interval from redrawing the scenes.
+    """Estimate a statistic of sums over scenes.
 
     Args:
         sums: What each scene adds, [scenes k].
         statistic: From summed [... k] to [...].
-        seed: Of the redrawing; the same seed redraws the same scenes, so that two estimates are paired.
+        seed: Seed of the resampling; equal seeds draw equal scenes, so that two estimates are paired.
 
     Raises:
         ValueError: If there is no scene.
     """
-    return _interval(statistic, seed, sums)
+    return _bootstrap(statistic, seed, sums)
 
 
 def difference(
     first: np.ndarray, second: np.ndarray, statistic: Statistic = ratio_of_sums, seed: int = 0
 ) -> Estimate:
-    """Statistic of the first minus that of the second, scene by scene paired, both [scenes k].
+    """Estimate a statistic of the first minus that of the second, paired by scene, both [scenes k].
 
     Raises:
-        ValueError: If the two are not of the same scenes.
+        ValueError: If the two have different numbers of scenes.
     """
     if len(first) != len(second):
         raise ValueError(f"expected sums of the same scenes, got {len(first)} and {len(second)}")
-    return _interval(statistic, seed, first, second)
+    return _bootstrap(statistic, seed, first, second)
 
 
-def _interval(statistic: Statistic, seed: int, *sums: np.ndarray) -> Estimate:
+def _bootstrap(statistic: Statistic, seed: int, *sums: np.ndarray) -> Estimate:
+    # One multinomial draw of scene counts instead of scipy.stats.bootstrap: 2,000 matrix products of sums.
     scenes = len(sums[0])
     if scenes == 0:
         raise ValueError("expected at least one scene, got none")
-    whole = [statistic(part.sum(axis=0)) for part in sums]
-    value = float(whole[0] - whole[1] if len(whole) > 1 else whole[0])
+    totals = [statistic(part.sum(axis=0)) for part in sums]
+    value = float(totals[0] - totals[1] if len(totals) > 1 else totals[0])
     if scenes == 1:
-        return Estimate(value, float("nan"), float("nan"))  # one scene says nothing about others
-    draws = np.random.default_rng(seed).multinomial(scenes, np.full(scenes, 1 / scenes), size=RESAMPLES)
-    values = [statistic(draws @ part) for part in sums]
+        return Estimate(value, float("nan"), float("nan"))
+    counts = np.random.default_rng(seed).multinomial(scenes, np.full(scenes, 1 / scenes), size=RESAMPLES)
+    values = [statistic(counts @ part) for part in sums]
     spread = values[0] - values[1] if len(values) > 1 else values[0]
     low, high = np.nanquantile(spread, [0.025, 0.975]) if np.isfinite(spread).any() else (np.nan, np.nan)
     return Estimate(value, float(low), float(high))

@@ -1,72 +1,364 @@
-"""What lies under each token of a view: world point, depth, normal, and the things it shows."""
+"""Frozen features of scenes: extractors for the prior and its baselines, and a cache on disk."""
 
-from dataclasses import dataclass
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor
 from torch.nn import functional
+from tqdm import tqdm
 
-from vega_policy.analysis.scenes import camera_points, normals, to_world
-from vega_policy.data.scenes import Views
+from vega_policy.analysis.config import BASELINES
+from vega_policy.backbones import make_backbone
+from vega_policy.backbones.compact import STRIDE, ImageEncoder
+from vega_policy.data.feature_cache import fingerprint
+from vega_policy.data.scenes import Scene
+from vega_policy.model.config import BackboneConfig, PriorConfig
+from vega_policy.model.layers import grid_positions
+from vega_policy.model.observation import resize
+from vega_policy.priors import PRIORS, WAN, has_trained_weights, make_prior, resolve
+from vega_policy.priors.base import pool
+from vega_policy.priors.wan import LatentWorldSimulator
+from vega_policy.priors.wan_fast import FrameEncoder
+from vega_policy.priors.weights import locate
+from vega_policy.run_dir import atomic_file
 
-KNOWN_SHARE = 0.1
-"""Share of a token's pixels that need depth for the token to count (VEGA-3D's released score)."""
+BATCH = 16  # frames encoded at once
+CACHE_VERSION = 1  # raised when a change of the code changes cached numbers
+UNTRAINED = "untrained copy"
 
 
 @dataclass(frozen=True)
-class TokenGeometry:
-    """Geometry of the tokens of n views, tokens in row order.
+class FeatureSpec:
+    """Features of one encoder; those of a prior at one layer and noise level."""
 
-    Attributes:
-        points: World point of each token, the mean of its pixels', [n t 3] (m).
-        depth: Mean depth [n t] (m).
-        normals: Mean normal in the camera's frame, unit length or zero where there is none, [n t 3].
-        valid: Whether enough pixels have depth, bool [n t].
-        cover: Share of each token's pixels that show thing k, [n k t].
+    encoder: str
+    layer: int | None = None
+    noise_level: float | None = None
+
+    def __str__(self) -> str:
+        if self.layer is None:
+            return self.encoder
+        return f"{self.encoder}, layer {self.layer}, noise {self.noise_level:g}"
+
+
+class FeatureExtractor(Protocol):
+    """A frozen encoder of frames."""
+
+    name: str
+    fingerprint: str  # identifies the weights
+    specs: list[FeatureSpec]  # all features that it offers
+
+    def extract(self, frames: Tensor, specs: Sequence[FeatureSpec]) -> Iterator[tuple[FeatureSpec, Tensor]]:
+        """Yield the tokens [n t d] of frames [n 3 h w] in [0, 1] for each of `specs`, in any order."""
+        ...
+
+
+class EncoderFeatures:
+    """Features of a function from frames [n 3 h w] to maps [n d gh gw], without layers or noise."""
+
+    def __init__(self, name: str, fingerprint: str, encode: Callable[[Tensor], Tensor]) -> None:
+        self.name, self.fingerprint, self.specs = name, fingerprint, [FeatureSpec(name)]
+        self._encode = encode
+
+    @torch.no_grad()
+    def extract(self, frames: Tensor, specs: Sequence[FeatureSpec]) -> Iterator[tuple[FeatureSpec, Tensor]]:
+        """Yield tokens as `FeatureExtractor.extract`."""
+        maps = torch.cat([self._encode(part) for part in frames.split(BATCH)])
+        for spec in specs:
+            yield spec, _to_tokens(maps)
+
+
+class WanFeatures:
+    """Features of Wan at many layers and noise levels: one VAE pass, then one pass per noise level."""
+
+    def __init__(
+        self, name: str, prior: LatentWorldSimulator, layers: Sequence[int], noise_levels: Sequence[float]
+    ) -> None:
+        """`prior` is built for the deepest of `layers`, with the plain engine."""
+        self.name, self.fingerprint = name, f"{prior.fingerprint}-{prior.seed}"
+        self._prior, self._encoder = prior, FrameEncoder(prior.vae)
+        self.specs = [FeatureSpec(name, layer, level) for level in noise_levels for layer in layers]
+
+    @torch.no_grad()
+    def extract(self, frames: Tensor, specs: Sequence[FeatureSpec]) -> Iterator[tuple[FeatureSpec, Tensor]]:
+        """Yield tokens as `FeatureExtractor.extract`, noise level by noise level."""
+        latents = torch.cat([self.encode_latents(part) for part in frames.split(BATCH)])
+        for level in dict.fromkeys(spec.noise_level for spec in specs):
+            chosen = [spec for spec in specs if spec.noise_level == level]
+            self._prior.noise_level = level or 0.0
+            layers = {spec.layer for spec in chosen}
+            parts = [self._run_blocks(part, layers) for part in latents.split(BATCH)]
+            for spec in chosen:
+                yield spec, torch.cat([part[spec.layer] for part in parts])
+
+    def encode_latents(self, frames: Tensor) -> Tensor:
+        """Return normalised latents, [n 3 h w] in [0, 1] -> [n z 1 h/8 w/8]."""
+        prior = self._prior
+        mean = self._encoder(resize(frames, *prior.input_size))[:, :, None].float()
+        return (mean - prior.latents_mean) / prior.latents_std
+
+    def _run_blocks(self, latents: Tensor, layers: set[int | None]) -> dict[int | None, Tensor]:
+        """Return the tokens [n t d] after each of `layers`."""
+        prior, found = self._prior, {}
+        noisy = prior.add_noise(latents, None)
+        tokens, conditions = prior.embed(noisy)
+        for layer, block in enumerate(prior.transformer.blocks):
+            tokens = block(tokens, *conditions)
+            if layer in layers:
+                found[layer] = _to_tokens(pool(prior.to_grid(tokens, noisy), prior.grid)[:, 0])
+        return found
+
+
+class PriorFeatures:
+    """Features of any other prior, which is built again for each layer and noise level.
+
+    Without `layers` or `noise_levels` they are those of the prior's defaults.
     """
 
-    points: Tensor
-    depth: Tensor
-    normals: Tensor
-    valid: Tensor
-    cover: Tensor
+    def __init__(
+        self,
+        config: PriorConfig,
+        grid: tuple[int, int],
+        layers: Sequence[int] | None,
+        noise_levels: Sequence[float] | None,
+    ) -> None:
+        resolved = resolve(config)
+        self._config, self._grid, self.name = config, grid, config.name
+        self.fingerprint = make_prior(config, grid).fingerprint
+        layers = layers or [resolved.layer or 0]
+        noise_levels = noise_levels or [resolved.noise_level or 0.0]
+        self.specs = [FeatureSpec(self.name, layer, level) for level in noise_levels for layer in layers]
+
+    @torch.no_grad()
+    def extract(self, frames: Tensor, specs: Sequence[FeatureSpec]) -> Iterator[tuple[FeatureSpec, Tensor]]:
+        """Yield tokens as `FeatureExtractor.extract`."""
+        for spec in specs:
+            config = replace(self._config, layer=spec.layer, noise_level=spec.noise_level)
+            prior = make_prior(config, self._grid)
+            maps = [prior(part[:, None, None])[:, 0].float() for part in frames.split(BATCH)]
+            yield spec, _to_tokens(torch.cat(maps))
 
 
-def token_geometry(
-    views: Views, grid: tuple[int, int], things: int = 0, farthest: float = 10.0
-) -> TokenGeometry:
-    """Average the pixels of each cell of a token grid.
+def _to_tokens(maps: Tensor) -> Tensor:
+    return rearrange(maps, "n d gh gw -> n (gh gw) d").float()
+
+
+def prior_extractors(
+    config: PriorConfig,
+    grid: tuple[int, int],
+    layers: Sequence[int] | None,
+    noise_levels: Sequence[float] | None,
+) -> list[FeatureExtractor]:
+    """Return the prior's extractor, and that of its untrained copy if its weights are trained.
 
     Args:
-        views: Posed RGB-D frames.
+        config: The prior; it reads single frames.
         grid: Token grid (gh, gw).
-        things: Number of the scene's things.
-        farthest: Depth in metres beyond which a pixel counts as unknown (sky, the walls of a hall).
+        layers: None takes all of a Wan, the default of another prior.
+        noise_levels: None takes the default, as do priors that read clean frames.
     """
-    depth = torch.from_numpy(views.depth).double()
-    depth = depth.masked_fill(depth > farthest, 0.0)
-    intrinsics, poses = torch.from_numpy(views.intrinsics), torch.from_numpy(views.poses)
-    known = (depth > 0).double()
-    share = _cells(known[..., None], grid)  # [n t 1]
-    weight = share.clamp_min(1e-9)
-    in_camera = camera_points(depth, intrinsics)
-    seen = _cells(in_camera * known[..., None], grid) / weight
-    normal = _cells(normals(depth, intrinsics), grid)
-    segments = torch.from_numpy(views.segments)
-    cover = torch.zeros(len(views), things, grid[0] * grid[1])
-    for index in range(things):
-        cover[:, index] = _cells((segments == index).double()[..., None], grid)[..., 0]
-    return TokenGeometry(
-        points=to_world(seen, poses),
-        depth=seen[..., 2],
-        normals=functional.normalize(normal, dim=-1),
-        valid=share[..., 0] >= KNOWN_SHARE,
-        cover=cover,
-    )
+    default = resolve(config).noise_level or 0.0
+    if not is_wan(config):
+        return [PriorFeatures(config, grid, layers, noise_levels if default else None)]
+    if layers is None:
+        layers = range(int(wan_architecture(config)["transformer"]["num_layers"]))
+    levels = [default] if noise_levels is None else noise_levels
+    deepest = replace(config, layer=max(layers), engine="plain")
+    extractors: list[FeatureExtractor] = [WanFeatures(config.name, make_prior(deepest, grid), layers, levels)]
+    if has_untrained_copy(config):
+        extractors.append(WanFeatures(UNTRAINED, build_untrained_copy(deepest, grid), layers, levels))
+    return extractors
 
 
-def _cells(values: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Mean over the cells of a grid, [n h w c] -> [n t c]; cells overlap where the grid does not divide."""
-    pooled = functional.adaptive_avg_pool2d(rearrange(values, "n h w c -> n c h w"), grid)
-    return rearrange(pooled, "n c gh gw -> n (gh gw) c")
+def is_wan(config: PriorConfig) -> bool:
+    """Return whether a prior is a Wan, of which one pass gives every layer."""
+    return config.name in PRIORS and PRIORS[config.name].build == WAN
+
+
+def wan_architecture(config: PriorConfig) -> dict[str, dict[str, Any]]:
+    """Return the constructor arguments of a Wan's `vae` and `transformer`, from its entry or checkpoint."""
+    config = resolve(config)
+    entry = PRIORS[config.name]
+    if config.path is None:
+        return entry.architecture or {}
+    folder = locate(config, ["vae", "transformer"], entry.advice)
+    parts = {name: json.loads((folder / name / "config.json").read_text()) for name in ("vae", "transformer")}
+    return {
+        name: {key: value for key, value in part.items() if not key.startswith("_")}
+        for name, part in parts.items()
+    }
+
+
+def has_untrained_copy(config: PriorConfig) -> bool:
+    """Return whether a prior is a Wan with trained weights."""
+    return is_wan(config) and has_trained_weights(config)
+
+
+def build_untrained_copy(config: PriorConfig, grid: tuple[int, int]) -> LatentWorldSimulator:
+    """Build a Wan of the same architecture with weights from a seed, autoencoder included.
+
+    Raises:
+        ValueError: If the prior is not a Wan.
+    """
+    if not is_wan(config):
+        raise ValueError(f"expected a Wan prior to build an untrained copy of; got {config.name!r}")
+    resolved = replace(resolve(config), path=None)
+    copy = LatentWorldSimulator.from_seed(resolved, wan_architecture(config), grid)
+    return copy.eval().requires_grad_(False)
+
+
+def baseline_extractors(
+    names: Sequence[str],
+    prior: FeatureExtractor,
+    backbone: BackboneConfig,
+    grid: tuple[int, int],
+    seed: int = 0,
+) -> list[FeatureExtractor]:
+    """Return the extractors that the prior is compared with.
+
+    Args:
+        names: Entries of `BASELINES`; `vae` is left out if the prior is not a Wan.
+        prior: The prior's extractor, whose autoencoder `vae` takes.
+        backbone: Its image encoder is `semantic`.
+        grid: Token grid (gh, gw).
+        seed: Seed of `random`, a projection of pixels.
+
+    Raises:
+        ValueError: If a name is unknown.
+    """
+    unknown = [name for name in names if name not in BASELINES]
+    if unknown:
+        raise ValueError(
+            f"sweep.baselines: expected entries of {', '.join(BASELINES)}; got {', '.join(unknown)}"
+        )
+    return [
+        _baseline(name, prior, backbone, grid, seed)
+        for name in names
+        if name != "vae" or isinstance(prior, WanFeatures)
+    ]
+
+
+def _baseline(
+    name: str, prior: FeatureExtractor, backbone: BackboneConfig, grid: tuple[int, int], seed: int
+) -> EncoderFeatures:
+    if name == "semantic":
+        encoder = ImageEncoder(backbone.image_encoder, backbone.pretrained, frozen=True)
+        identity = f"{backbone.image_encoder}-{fingerprint(encoder)}"
+        return EncoderFeatures(name, identity, partial(_encode_resized, encoder, grid))
+    if name == "vae":
+        assert isinstance(prior, WanFeatures)
+        latents = prior.encode_latents
+        return EncoderFeatures(name, prior.fingerprint, lambda x: _unfold(latents(x)[:, :, 0], grid))
+    if name == "random":
+        random = make_prior(PriorConfig(name="random", seed=seed), grid)
+        return EncoderFeatures(name, random.fingerprint, lambda x: random(x[:, None, None])[:, 0])
+    if name == "pixels":  # colours of 4x4 places per cell, [n 48 gh gw]
+        shape = (4 * grid[0], 4 * grid[1])
+        return EncoderFeatures(
+            name, "4x4", lambda x: _unfold(functional.adaptive_avg_pool2d(x - 0.5, shape), grid)
+        )
+    places = rearrange(grid_positions(*grid, 64), "(gh gw) d -> d gh gw", gh=grid[0])
+    return EncoderFeatures(name, "64", lambda x: places.expand(len(x), -1, -1, -1))
+
+
+def _encode_resized(encoder: ImageEncoder, grid: tuple[int, int], frames: Tensor) -> Tensor:
+    maps = encoder(resize(frames, grid[0] * STRIDE, grid[1] * STRIDE))
+    return maps if maps.shape[-2:] == grid else functional.adaptive_avg_pool2d(maps, grid)
+
+
+def _unfold(maps: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Stack all values of a cell if the grid divides the map, else average them."""
+    rows, columns = maps.shape[-2] // grid[0], maps.shape[-1] // grid[1]
+    if maps.shape[-2:] != (rows * grid[0], columns * grid[1]):
+        return functional.adaptive_avg_pool2d(maps, grid)
+    return rearrange(maps, "n d (gh r) (gw c) -> n (d r c) gh gw", r=rows, c=columns)
+
+
+def frames_of(scenes: Sequence[Scene]) -> Tensor:
+    """Return all views of all scenes, [n 3 h w] in [0, 1]."""
+    return frames_to_float(np.concatenate([scene.views.frames for scene in scenes]))
+
+
+def frames_to_float(frames: np.ndarray) -> Tensor:
+    """Convert frames from uint8 [n h w 3] to float [n 3 h w] in [0, 1]."""
+    return torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 255
+
+
+def cache_key(**identity: object) -> str:
+    """Return a hash over all that determines cached numbers, 16 hexadecimal digits."""
+    text = json.dumps({"format": CACHE_VERSION, **identity}, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class FeatureCache:
+    """Frozen encoders' features of scenes, computed once and kept on disk."""
+
+    scenes: Sequence[Scene]
+    key: str  # hash that identifies the scenes
+    frame_size: int  # pixels
+    folder: Path | None = None  # None keeps nothing
+
+    def semantic(self, config: BackboneConfig) -> Tensor:
+        """Return the output of a backbone's image encoder, [s v c gh gw].
+
+        Raises:
+            ValueError: If the image encoder is trained: its features cannot be computed once.
+        """
+        if not config.frozen_features:
+            raise ValueError(
+                "questions are answered from cached features; set backbone.freeze_image_encoder=true"
+            )
+
+        def build() -> Callable[[Tensor], Tensor]:
+            backbone = make_backbone(config, 1, len(self.scenes[0].views), self.frame_size)
+            return lambda frames: backbone.encode(frames[None])[0]
+
+        return self._load_or_encode("semantic", build, semantic=asdict(config))
+
+    def prior(self, config: PriorConfig, grid: tuple[int, int], untrained: bool = False) -> Tensor:
+        """Return the output of a prior, or of its untrained copy, [s v d gh gw]."""
+        if untrained:
+            prior = build_untrained_copy(replace(resolve(config), engine="plain"), grid)
+        else:
+            prior = make_prior(config, grid)
+        return self._load_or_encode(
+            f"untrained {config.name}" if untrained else config.name,
+            lambda: lambda frames: prior(frames[:, None, None])[:, 0].float(),
+            weights=prior.fingerprint,
+            layer=prior.layer,
+            noise_level=prior.noise_level,
+            seed=config.seed,
+            input_size=config.input_size,
+            untrained=untrained,
+        )
+
+    @torch.no_grad()
+    def _load_or_encode(
+        self, label: str, build: Callable[[], Callable[[Tensor], Tensor]], **identity: object
+    ) -> Tensor:
+        """Return cached features, or those of the encoder that `build` makes."""
+        path = None
+        if self.folder is not None:
+            key = cache_key(scenes=self.key, frame_size=self.frame_size, **identity)
+            path = self.folder / f"{key}.npy"
+            if path.is_file():
+                return torch.from_numpy(np.load(path))
+        encode, maps = build(), []
+        frames = np.concatenate([scene.views.frames for scene in self.scenes])
+        for start in tqdm(range(0, len(frames), BATCH), f"Encoding: {label}", unit="batch"):
+            part = frames_to_float(frames[start : start + BATCH])
+            maps.append(encode(resize(part, self.frame_size, self.frame_size)))
+        features = torch.cat(maps).unflatten(0, (-1, len(self.scenes[0].views)))
+        if path is not None:
+            with atomic_file(path) as draft, draft.open("wb") as file:
+                np.save(file, features.numpy())
+        return features

@@ -1,11 +1,11 @@
-"""The model that answers spatial questions: the policy's eyes and backbone, and a small head that asks.
+"""Model that answers spatial questions: the policy's encoder and backbone under a question-answering head.
 
-A scene is read once, without words; a question's queries then look things up in that context. Frozen encoders
-are not asked here: their features come computed.
+A scene is encoded once, without the question; the question's queries then attend to that context. Frozen
+encoders are not run here: their features are computed before.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,43 +17,130 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from vega_policy.analysis.correspondence import Estimate, difference, estimate
-from vega_policy.analysis.linear_probes import cache_key, has_untrained_copy, untrained_copy
+from vega_policy.analysis.features import FeatureCache, cache_key, has_untrained_copy
 from vega_policy.analysis.spatial_qa import (
     KINDS,
-    STATE,
-    Batch,
-    Codec,
-    Features,
     Question,
-    ask,
-    balanced,
-    chance,
+    QuestionSet,
+    chance_scores,
     score,
-    without_looking,
+    text_only_scores,
 )
-from vega_policy.backbones import make_backbone
-from vega_policy.data.scenes import Scene
 from vega_policy.model.config import ActionHeadConfig, BackboneConfig, FusionConfig, ModelConfig, PriorConfig
 from vega_policy.model.layers import Attention, Mlp
-from vega_policy.model.observation import Observation, resize
+from vega_policy.model.observation import Observation
 from vega_policy.model.vega import VegaModel
-from vega_policy.priors import make_prior, resolve
+from vega_policy.run_dir import atomic_file
 
-QUERIES = 4  # of a question: it may name three things
-LOUDNESS = 10.0
-"""Factor on the first weights of both projectors. Positions have unit amplitude and a fresh projector gives
-a fifth of that; at first, what a token shows was not found in hundreds of steps.
-"""
-SHARPNESS = 3.0  # factor on the first weights of queries and keys: even attention hears all tokens alike
-FRESH = ("project", "backbone.project_image")
+STATE_DIM = 1  # there is no proprioception: the state is one zero
+QUERIES = 4  # per question: it may name three objects
+ANSWER_BATCH = 512
+TEXT_ONLY = "text only (constant)"
+CONTROLS = ("semantic only", "fused, random prior", "fused, untrained copy", "fused, blind", TEXT_ONLY)
+"""Models that the fused one is compared with."""
+
+# Position embeddings have unit amplitude and a fresh projector's output a fifth of that: with the default
+# initialisation, models did not find the content of tokens in hundreds of steps.
+PROJECTOR_GAIN = 10.0
+ATTENTION_GAIN = 3.0  # of queries and keys; default weights attend to all tokens alike
+PROJECTORS = ("project", "backbone.project_image")
 
 
-class Standard(nn.Module):
-    """Features of a frozen encoder, each channel with mean 0 and deviation 1 over all scenes.
+@dataclass(frozen=True)
+class Features:
+    """Outputs of the frozen encoders for s scenes."""
 
-    Args:
-        features: [s v c gh gw].
-    """
+    semantic: Tensor  # of the backbone's image encoder, [s v c gh gw]
+    prior: Tensor | None  # [s v d gh gw]
+
+    def mean(self) -> "Features":
+        """Replace every scene's features by their mean over scenes (blind ablation)."""
+        semantic, prior = (
+            None if part is None else part.mean(0, keepdim=True).expand_as(part)
+            for part in (self.semantic, self.prior)
+        )
+        assert semantic is not None
+        return Features(semantic, prior)
+
+    def __getitem__(self, scenes: Tensor) -> "Features":
+        """Select scenes."""
+        return Features(self.semantic[scenes], None if self.prior is None else self.prior[scenes])
+
+
+@dataclass(frozen=True)
+class QuestionBatch:
+    """Questions as tensors."""
+
+    scene: Tensor  # [b]
+    texts: list[str]
+    kinds: list[str]
+    allowed: Tensor  # bool [b n], names that are options; none for numbers and boxes
+    choice: Tensor  # [b], index of the correct name, or -1
+    number: Tensor  # [b], standardised logarithm of the correct number, or nan
+    box: Tensor  # [b 6], standardised box, or nan
+
+    def __getitem__(self, rows: Tensor) -> "QuestionBatch":
+        """Select questions."""
+        texts, kinds = ([words[row] for row in rows.tolist()] for words in (self.texts, self.kinds))
+        parts = (self.allowed[rows], self.choice[rows], self.number[rows], self.box[rows])
+        return QuestionBatch(self.scene[rows], texts, kinds, *parts)
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+
+class AnswerCodec:
+    """Converts between answers and network outputs; names and scales are those of the training questions."""
+
+    def __init__(self, questions: Sequence[Question]) -> None:
+        self.names = sorted({name for question in questions for name in question.options})
+        numbers = [np.log(question.number) for question in questions if question.number is not None]
+        boxes = [question.box for question in questions if question.box is not None]
+        self.number_scale = _mean_and_std(np.array(numbers)[:, None])
+        self.box_scale = _mean_and_std(np.array(boxes).reshape(-1, 6))
+
+    def encode(self, questions: Sequence[Question]) -> QuestionBatch:
+        """Encode questions whose options all occur in training."""
+        index = {name: place for place, name in enumerate(self.names)}
+        allowed = torch.zeros(len(questions), len(self.names), dtype=torch.bool)
+        choice = torch.full((len(questions),), -1)
+        number = torch.full((len(questions),), float("nan"))
+        box = torch.full((len(questions), 6), float("nan"))
+        for row, question in enumerate(questions):
+            allowed[row, [index[name] for name in question.options]] = True
+            if question.choice is not None:
+                choice[row] = index[question.choice]
+            if question.number is not None:
+                mean, deviation = self.number_scale
+                number[row] = float((np.log(question.number) - mean[0]) / deviation[0])
+            if question.box is not None:
+                mean, deviation = self.box_scale
+                box[row] = torch.from_numpy((np.array(question.box) - mean) / deviation)
+        scene = torch.tensor([question.scene for question in questions])
+        texts, kinds = [question.text for question in questions], [question.kind for question in questions]
+        return QuestionBatch(scene, texts, kinds, allowed, choice, number, box)
+
+    def decode(self, batch: QuestionBatch, logits: Tensor, number: Tensor, box: Tensor) -> list[Any]:
+        """Decode network outputs to a name, a number (cm) or a box [6] (m) for each question."""
+        choices = logits.masked_fill(~batch.allowed, -torch.inf).argmax(dim=1).tolist()
+        numbers = np.exp(number.numpy() * self.number_scale[1][0] + self.number_scale[0][0])
+        boxes = box.numpy() * self.box_scale[1] + self.box_scale[0]
+        kinds = zip(batch.allowed.any(dim=1).tolist(), batch.number.isfinite().tolist(), strict=True)
+        return [
+            self.names[choices[row]] if is_choice else float(numbers[row]) if is_number else tuple(boxes[row])
+            for row, (is_choice, is_number) in enumerate(kinds)
+        ]
+
+
+def _mean_and_std(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return mean and standard deviation of each column; 0 and 1 without rows."""
+    if not len(values):
+        return np.zeros(values.shape[1]), np.ones(values.shape[1])
+    return values.mean(axis=0), values.std(axis=0) + 1e-6
+
+
+class Standardize(nn.Module):
+    """Standardise the channels of features [s v c gh gw] by their mean and deviation over given scenes."""
 
     mean: Tensor
     deviation: Tensor
@@ -65,32 +152,27 @@ class Standard(nn.Module):
         self.register_buffer("deviation", features.std(axes).clamp_min(1e-4)[:, None, None])
 
     def forward(self, features: Tensor) -> Tensor:
-        """[s v c gh gw] -> [s v c gh gw]."""
+        """Standardise [s v c gh gw]."""
         return (features - self.mean) / self.deviation
 
 
-class Lookup(nn.Module):
-    """Queries of many questions look into the contexts of few scenes.
-
-    Args:
-        width: Token width d.
-        heads: Attention heads.
-    """
+class ContextAttention(nn.Module):
+    """Attention of many questions' queries to the contexts of few scenes; keys are computed once a scene."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.norm_query, self.norm_context = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attention = Attention(width, heads)
         with torch.no_grad():
-            self.attention.query.weight.mul_(SHARPNESS)
-            self.attention.key_value.weight[:width].mul_(SHARPNESS)
+            self.attention.query.weight.mul_(ATTENTION_GAIN)
+            self.attention.key_value.weight[:width].mul_(ATTENTION_GAIN)
 
     def forward(self, queries: Tensor, scene: Tensor, context: Tensor, mask: Tensor) -> Tensor:
-        """Look up, keys being made once a scene.
+        """Attend to each question's own scene.
 
         Args:
             queries: [b k d].
-            scene: Which context each question is about, [b].
+            scene: Index of each question's context, [b].
             context: [u n d].
             mask: [u n] (True: may be read).
 
@@ -102,394 +184,208 @@ class Lookup(nn.Module):
         place[order] = torch.arange(len(scene)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
         table = queries.new_zeros(len(context), int(counts.max()), *queries.shape[1:])
         table = table.index_put((scene, place), self.norm_query(queries))
-        found = self.attention(table.flatten(1, 2), self.norm_context(context), mask)
-        return queries + found.unflatten(1, table.shape[1:3])[scene, place]
+        read = self.attention(table.flatten(1, 2), self.norm_context(context), mask)
+        return queries + read.unflatten(1, table.shape[1:3])[scene, place]
 
 
-class AnswerModel(nn.Module):
-    """The policy's eyes and backbone with an answer head in the place of its action head.
+def qa_model_config(
+    backbone: BackboneConfig, fusion: FusionConfig, frame_size: int, views: int
+) -> ModelConfig:
+    """Return the config of a question-answering model's encoder, without a prior."""
+    return ModelConfig(
+        views=views,
+        state_dim=STATE_DIM,
+        action_dim=1,
+        chunk_size=1,
+        frame_size=frame_size,
+        prior=PriorConfig(name="none"),
+        fusion=fusion,
+        backbone=backbone,
+        head=ActionHeadConfig(width=32, depth=1, heads=2),  # the smallest: it is built and dropped
+    )
+
+
+class SpatialQAModel(nn.Module):
+    """The policy's encoder and backbone with an answer head instead of its action head.
 
     Args:
-        config: The eyes; `state_dim` is 1.
-        names: Number of names that may be answered.
-        features: What the frozen encoders see, for the scale of their channels.
+        config: The encoder; `state_dim` is 1.
+        names: Number of names that an answer may be.
+        features: Outputs of the frozen encoders, for the scale of their channels.
     """
 
     def __init__(self, config: ModelConfig, names: int, features: Features) -> None:
         super().__init__()
-        self.eyes = VegaModel(config)
-        self.eyes.head = nn.Identity()  # no actions here
+        self.encoder = VegaModel(config)
+        self.encoder.head = nn.Identity()
         fresh = {
-            name: part for name, part in self.eyes.named_modules() if name in FRESH and isinstance(part, Mlp)
+            name: part
+            for name, part in self.encoder.named_modules()
+            if name in PROJECTORS and isinstance(part, Mlp)
         }
         with torch.no_grad():
             for projector in fresh.values():
-                projector[-1].weight.mul_(LOUDNESS)  # pyright: ignore[reportArgumentType, reportCallIssue]
-        read_raw = "backbone.project_image" not in fresh  # a pre-trained projector knows its encoder's scale
-        self.semantic = nn.Identity() if read_raw else Standard(features.semantic)
-        self.prior = None if features.prior is None else Standard(features.prior)
-        width = self.eyes.backbone.width
+                projector[-1].weight.mul_(PROJECTOR_GAIN)  # pyright: ignore[reportArgumentType, reportCallIssue]
+        is_pretrained = "backbone.project_image" not in fresh  # then the projector expects unscaled features
+        self.semantic = nn.Identity() if is_pretrained else Standardize(features.semantic)
+        self.prior = None if features.prior is None else Standardize(features.prior)
+        width = self.encoder.backbone.width
         self.queries = nn.Parameter(torch.randn(QUERIES, width))
-        self.telling = nn.BatchNorm1d(width, affine=False)  # what tells questions apart, not what all share
-        self.ask = nn.Linear(width, QUERIES * width)
-        self.lookup = Lookup(width, config.backbone.heads)
-        whole = QUERIES * width
-        self.norm, self.mix = nn.LayerNorm(whole), Mlp(whole, 2 * width, whole)
-        self.conclude = nn.Sequential(nn.LayerNorm(whole), nn.Linear(whole, 2 * width), nn.GELU())
+        self.norm_text = nn.BatchNorm1d(width, affine=False)  # removes what all questions have in common
+        self.text_to_queries = nn.Linear(width, QUERIES * width)
+        self.attention = ContextAttention(width, config.backbone.heads)
+        total = QUERIES * width
+        self.norm, self.mix = nn.LayerNorm(total), Mlp(total, 2 * width, total)
+        self.output = nn.Sequential(nn.LayerNorm(total), nn.Linear(total, 2 * width), nn.GELU())
         self.name, self.number, self.box = (nn.Linear(2 * width, size) for size in (names, 1, 6))
 
-    def forward(self, features: Features, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits of names [b n], numbers [b], boxes [b 6]."""
-        context, mask, scene = self.read(features, batch)
-        told = self.telling(self.eyes.backbone.pool(batch.texts))
-        queries = self.queries + self.ask(told).unflatten(1, self.queries.shape)
-        found = self.lookup(queries, scene, context, mask).flatten(1)
-        answer = self.conclude(found + self.mix(self.norm(found)))
-        return self.name(answer), self.number(answer)[:, 0], self.box(answer)
+    def forward(self, features: Features, batch: QuestionBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """Return logits of names [b n], numbers [b] and boxes [b 6]."""
+        context, mask, scene = self.encode_context(features, batch)
+        text = self.norm_text(self.encoder.backbone.pool(batch.texts))
+        queries = self.queries + self.text_to_queries(text).unflatten(1, self.queries.shape)
+        read = self.attention(queries, scene, context, mask).flatten(1)
+        hidden = self.output(read + self.mix(self.norm(read)))
+        return self.name(hidden), self.number(hidden)[:, 0], self.box(hidden)
 
-    def read(self, features: Features, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """The policy's contexts [u s d], their mask [u s], and which one each question is about, [b]."""
-        scenes, back = batch.scene.unique(return_inverse=True)
-        words = [""] * len(scenes)
-        if self.eyes.prior is not None and self.eyes.fusion.reads_instruction:
-            scenes, back, words = batch.scene, torch.arange(len(batch)), batch.texts  # tokens hang on words
-        tokens = self.see(features[scenes], words)
-        state = torch.zeros(len(scenes), STATE)
-        return *self.eyes.backbone.encode_context(tokens, words, state, features.semantic[scenes]), back
+    def encode_context(self, features: Features, batch: QuestionBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the policy's contexts [u s d], their mask [u s], and each question's context, [b]."""
+        scenes, index = batch.scene.unique(return_inverse=True)
+        texts = [""] * len(scenes)
+        if self.encoder.prior is not None and self.encoder.fusion.reads_instruction:
+            scenes, index, texts = batch.scene, torch.arange(len(batch)), batch.texts  # tokens depend on text
+        tokens = self.fuse(features[scenes], texts)
+        state = torch.zeros(len(scenes), STATE_DIM)
+        context = self.encoder.backbone.encode_context(tokens, texts, state, features.semantic[scenes])
+        return *context, index
 
-    def see(self, features: Features, words: list[str]) -> Tensor:
-        """Fused tokens of some scenes, [s v n d]."""
+    def fuse(self, features: Features, texts: list[str]) -> Tensor:
+        """Return the fused tokens of scenes, [s v n d]."""
         semantic = self.semantic(features.semantic)
         prior = None if self.prior is None or features.prior is None else self.prior(features.prior)
-        state = torch.zeros(len(words), STATE)
-        observation = Observation(None, state, words, semantic=semantic, prior=prior)
-        return self.eyes.fuse(semantic, observation)
+        state = torch.zeros(len(texts), STATE_DIM)
+        observation = Observation(None, state, texts, semantic=semantic, prior=prior)
+        return self.encoder.fuse(semantic, observation)
 
-    def loss(self, features: Features, batch: Batch) -> Tensor:
-        """Mean over the questions: cross entropy among the options, absolute error of numbers and boxes."""
+    def loss(self, features: Features, batch: QuestionBatch) -> Tensor:
+        """Return the mean over questions of cross entropy (choices) and absolute error (numbers, boxes)."""
         logits, number, box = self(features, batch)
-        chooses = batch.choice >= 0
+        is_choice = batch.choice >= 0
         logits = logits.masked_fill(~batch.allowed, -1e4)
-        total = functional.cross_entropy(logits[chooses], batch.choice[chooses], reduction="sum")
-        known = batch.number.isfinite()
-        total = total + (number[known] - batch.number[known]).abs().sum()
-        placed = batch.box.isfinite().all(dim=1)
-        return (total + (box[placed] - batch.box[placed]).abs().mean(dim=1).sum()) / len(batch)
+        total = functional.cross_entropy(logits[is_choice], batch.choice[is_choice], reduction="sum")
+        is_number = batch.number.isfinite()
+        total = total + (number[is_number] - batch.number[is_number]).abs().sum()
+        is_box = batch.box.isfinite().all(dim=1)
+        return (total + (box[is_box] - batch.box[is_box]).abs().mean(dim=1).sum()) / len(batch)
 
 
 @dataclass(frozen=True)
-class AnswerTraining:
-    """How an answer head is trained.
-
-    Attributes:
-        steps: Optimizer steps.
-        scenes: Scenes a step.
-        questions: Questions about each of them; types are drawn equally often.
-        rate: Peak learning rate.
-        decay: Weight decay.
-        seed: Of weights and order.
-    """
+class QATraining:
+    """Training of a question-answering model."""
 
     steps: int = 400
-    scenes: int = 16
-    questions: int = 12
-    rate: float = 1e-3
-    decay: float = 1e-2
-    seed: int = 0
+    scenes: int = 16  # per step
+    questions: int = 12  # per scene; all kinds are drawn equally often
+    learning_rate: float = 1e-3  # peak
+    weight_decay: float = 1e-2
+    seed: int = 0  # of weights and order
 
 
-class Draws:
-    """Rows of a step's questions.
+class QuestionSampler:
+    """Samples the questions of each step: few scenes, all kinds equally often."""
 
-    Args:
-        scene: Scene of each question, [q].
-        kinds: Type of each question.
-        how: Scenes a step, questions a scene, seed.
-    """
-
-    def __init__(self, scene: Tensor, kinds: Sequence[str], how: AnswerTraining) -> None:
-        self._how, self._generator = how, torch.Generator().manual_seed(how.seed)
-        counts = Counter(kinds)
+    def __init__(self, questions: QuestionBatch, training: QATraining) -> None:
+        self._training, self._generator = training, torch.Generator().manual_seed(training.seed)
+        counts = Counter(questions.kinds)
         rows: dict[int, list[int]] = defaultdict(list)
-        for row, index in enumerate(scene.tolist()):
-            rows[index].append(row)
+        for row, scene in enumerate(questions.scene.tolist()):
+            rows[scene].append(row)
         self._rows = [torch.tensor(group) for group in rows.values()]
-        weights = torch.tensor([1.0 / counts[kind] for kind in kinds])
+        weights = torch.tensor([1.0 / counts[kind] for kind in questions.kinds])
         self._weights = [weights[group] for group in self._rows]
 
-    def __call__(self) -> Tensor:
-        """Rows [m]."""
-        chosen = torch.randperm(len(self._rows), generator=self._generator)[: self._how.scenes]
+    def sample(self) -> Tensor:
+        """Return the rows of one step, [m]."""
+        scenes = torch.randperm(len(self._rows), generator=self._generator)[: self._training.scenes]
         drawn = []
-        for index in chosen.tolist():
-            count = min(self._how.questions, len(self._rows[index]))
+        for index in scenes.tolist():
+            count = min(self._training.questions, len(self._rows[index]))
             places = self._weights[index].multinomial(count, generator=self._generator)
             drawn.append(self._rows[index][places])
         return torch.cat(drawn)
 
 
-def train(
+def train_qa_model(
     config: ModelConfig,
-    codec: Codec,
-    questions: Batch,
+    codec: AnswerCodec,
+    questions: QuestionBatch,
     features: Features,
-    how: AnswerTraining,
+    training: QATraining,
     label: str = "answers",
-) -> tuple[AnswerModel, float]:
-    """Train one model, its progress shown under a label.
+) -> tuple[SpatialQAModel, float]:
+    """Train one model; `label` names it in the progress bar.
 
     Returns:
-        The model in evaluation mode, and the mean loss of its last tenth of steps.
+        The model in evaluation mode, and the mean loss of the last tenth of the steps.
     """
-    torch.manual_seed(how.seed)
-    model = AnswerModel(config, len(codec.names), features)
-    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(learning, how.rate, weight_decay=how.decay)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, how.rate, how.steps, pct_start=0.1)
-    draw = Draws(questions.scene, questions.kinds, how)
+    torch.manual_seed(training.seed)
+    model = SpatialQAModel(config, len(codec.names), features)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, training.learning_rate, weight_decay=training.weight_decay)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, training.learning_rate, training.steps, pct_start=0.1
+    )
+    sampler = QuestionSampler(questions, training)
     losses = []
-    for _ in tqdm(range(how.steps), f"Training {label}", unit="step"):
-        loss = model.loss(features, questions[draw()])
+    for _ in tqdm(range(training.steps), f"Training {label}", unit="step"):
+        loss = model.loss(features, questions[sampler.sample()])
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(learning, 1.0)
+        nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
         losses.append(loss.item())
-    return model.eval(), float(np.mean(losses[-max(1, how.steps // 10) :]))
-
-
-def trained(
-    path: Path | None,
-    config: ModelConfig,
-    codec: Codec,
-    questions: Batch,
-    features: Features,
-    how: AnswerTraining,
-    label: str,
-) -> tuple[AnswerModel, float]:
-    """What `train` gives, from a file where it was trained before; else it is trained and kept.
-
-    Args:
-        path: Of what was learned; its name must tell all that the other arguments say. None keeps nothing.
-        config: See `train`.
-        codec: See `train`.
-        questions: See `train`.
-        features: See `train`.
-        how: See `train`.
-        label: See `train`.
-    """
-    if path is not None and path.is_file():
-        stored = torch.load(path, weights_only=True)
-        torch.manual_seed(how.seed)  # frozen encoders may be a seed's
-        model = AnswerModel(config, len(codec.names), features)
-        found = model.load_state_dict(stored["learned"], strict=False)  # frozen encoders are not kept
-        learned = {name for name, part in model.named_parameters() if part.requires_grad}
-        if found.unexpected_keys or learned & set(found.missing_keys):
-            raise ValueError(f"{path} was learned by other code; delete it, and it is learned again")
-        return model.eval(), stored["loss"]
-    model, loss = train(config, codec, questions, features, how, label)
-    if path is None:
-        return model, loss
-    frozen = {name for name, part in model.named_parameters() if not part.requires_grad}
-    learned = {name: part for name, part in model.state_dict().items() if name not in frozen}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".part")
-    torch.save({"learned": learned, "loss": loss}, draft)
-    draft.rename(path)
-    return model, loss
+    return model.eval(), float(np.mean(losses[-max(1, training.steps // 10) :]))
 
 
 @torch.no_grad()
-def answer(model: AnswerModel, codec: Codec, questions: Batch, features: Features) -> list[Any]:
-    """Answers to questions, scene by scene so that each is read once, in the order of the questions."""
+def predict_answers(
+    model: SpatialQAModel, codec: AnswerCodec, questions: QuestionBatch, features: Features
+) -> list[Any]:
+    """Return the model's answer to each question; each scene is encoded once a batch."""
     order = questions.scene.argsort(stable=True)
-    given: list[Any] = [None] * len(questions)
-    for rows in order.split(512):
+    answers: list[Any] = [None] * len(questions)
+    for rows in order.split(ANSWER_BATCH):
         batch = questions[rows]
-        for row, one in zip(rows.tolist(), codec.answers(batch, *model(features, batch)), strict=True):
-            given[row] = one
-    return given
-
-
-PICTURES = 16  # at once
-
-
-@dataclass(frozen=True)
-class Looker:
-    """Looks at scenes with one encoder after the other.
-
-    Args:
-        scenes: The scenes.
-        key: Names them.
-        frame_size: Side of the frames in pixels.
-        cache: Folder of what was seen before; None keeps nothing.
-    """
-
-    scenes: Sequence[Scene]
-    key: str
-    frame_size: int
-    cache: Path | None = None
-
-    def semantic(self, config: BackboneConfig) -> Tensor:
-        """Output of a backbone's image encoder, [s v c gh gw].
-
-        Raises:
-            ValueError: If the image encoder learns: then its features cannot be computed once.
-        """
-        if not config.frozen_features:
-            raise ValueError(
-                "questions are answered on cached features; set backbone.freeze_image_encoder=true"
-            )
-        path = self._path(semantic=asdict(config))
-        if path is not None and path.is_file():
-            return _load(path)
-        backbone = make_backbone(config, 1, len(self.scenes[0].views), self.frame_size)
-        return self._look("semantic", lambda frames: backbone.encode(frames[None])[0], path)
-
-    def prior(self, config: PriorConfig, grid: tuple[int, int], untrained: bool = False) -> Tensor:
-        """Output of a prior, or of its untrained copy, [s v d gh gw]."""
-        prior = (
-            untrained_copy(replace(resolve(config), engine="plain"), grid)
-            if untrained
-            else make_prior(config, grid)
-        )
-        identity = {"weights": prior.fingerprint, "layer": prior.layer, "noise_level": prior.noise_level}
-        path = self._path(**identity, seed=config.seed, input_size=config.input_size, untrained=untrained)
-        if path is not None and path.is_file():
-            return _load(path)
-        label = f"untrained {config.name}" if untrained else config.name
-        return self._look(label, lambda frames: prior(frames[:, None, None])[:, 0].float(), path)
-
-    def _path(self, **identity: object) -> Path | None:
-        if self.cache is None:
-            return None
-        return self.cache / f"{cache_key(scenes=self.key, frame_size=self.frame_size, **identity)}.npy"
-
-    @torch.no_grad()
-    def _look(self, label: str, read: Callable[[Tensor], Tensor], path: Path | None) -> Tensor:
-        views = len(self.scenes[0].views)
-        frames = np.concatenate([scene.views.frames for scene in self.scenes])
-        maps = []
-        for start in tqdm(range(0, len(frames), PICTURES), f"Looking: {label}", unit="batch"):
-            part = torch.from_numpy(frames[start : start + PICTURES]).permute(0, 3, 1, 2).float() / 255
-            maps.append(read(resize(part, self.frame_size, self.frame_size)))
-        features = torch.cat(maps).unflatten(0, (-1, views))
-        if path is not None:
-            _save(path, features)
-        return features
-
-
-def _load(path: Path) -> Tensor:
-    return torch.from_numpy(np.load(path))
-
-
-def _save(path: Path, features: Tensor) -> None:
-    """A file that is there is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".part")
-    with draft.open("wb") as file:
-        np.save(file, features.numpy())
-    draft.rename(path)
-
-
-SMALLEST_EXPERT = ActionHeadConfig(width=32, depth=1, heads=2)  # built and dropped: answers need none
-WORDS = "words alone (constant)"
-TEST_SHARE = 4  # every fourth scene is never trained on
-
-
-@dataclass(frozen=True)
-class QuestionSet:
-    """Questions about seen and unseen scenes, both balanced on their own.
-
-    Attributes:
-        train: Questions about the scenes that are trained on.
-        test: Questions about the others.
-    """
-
-    train: list[Question]
-    test: list[Question]
-
-
-def question_set(
-    scenes: Sequence[Scene], per_kind: int = 1500, texts: int = 60, seed: int = 0
-) -> QuestionSet:
-    """Ask and balance.
-
-    Args:
-        scenes: Every fourth is for the test.
-        per_kind: Most training questions of one kind; half as many are tested.
-        texts: Most texts of one kind.
-        seed: Decides which questions are kept.
-    """
-    names = {thing.category for scene in scenes for thing in scene.objects if thing.movable}
-    asked = [ask(index, scene, sorted(names)) for index, scene in enumerate(scenes)]
-    rng = np.random.default_rng(seed)
-    seen = [q for index, group in enumerate(asked) if index % TEST_SHARE for q in group]
-    kept = balanced(seen, rng, per_kind, texts)
-    known = {question.text for question in kept}
-    unseen = [q for group in asked[::TEST_SHARE] for q in group if q.text in known]
-    tested = balanced(unseen, rng, per_kind // 2, texts)
-    options = {name for question in kept for name in question.options}
-    return QuestionSet(kept, [q for q in tested if set(q.options) <= options])
-
-
-@dataclass(frozen=True)
-class Eyes:
-    """What all models of a comparison share.
-
-    Attributes:
-        backbone: The policy's backbone.
-        fusion: The policy's fusion.
-        frame_size: Side of the frames in pixels.
-        views: Views a scene.
-    """
-
-    backbone: BackboneConfig
-    fusion: FusionConfig
-    frame_size: int
-    views: int
-
-    def model(self, prior: PriorConfig) -> ModelConfig:
-        """Config of a model with some prior."""
-        return ModelConfig(
-            views=self.views,
-            state_dim=STATE,
-            action_dim=1,
-            chunk_size=1,
-            frame_size=self.frame_size,
-            prior=prior,
-            fusion=self.fusion,
-            backbone=self.backbone,
-            head=SMALLEST_EXPERT,
-        )
+        for row, answer in zip(rows.tolist(), codec.decode(batch, *model(features, batch)), strict=True):
+            answers[row] = answer
+    return answers
 
 
 @dataclass
-class Answers:
-    """Scores of every model on the same unseen scenes.
-
-    Attributes:
-        questions: The tested questions.
-        scores: Model -> score of each question in [0, 1].
-        losses: Trained model -> its last training loss.
-    """
+class QAScores:
+    """Scores of every model on the same test questions."""
 
     questions: list[Question]
-    scores: dict[str, np.ndarray] = field(default_factory=dict)
-    losses: dict[str, float] = field(default_factory=dict)
+    scores: dict[str, np.ndarray] = field(default_factory=dict)  # model -> score of each question in [0, 1]
+    losses: dict[str, float] = field(default_factory=dict)  # trained model -> final training loss
 
-    def row(self, name: str, kind: str | None = None) -> Estimate:
-        """Mean score with its interval over scenes; of all kinds, each with the same weight."""
+    @property
+    def kinds(self) -> list[str]:
+        """Kinds that occur among the questions."""
+        return [kind for kind in KINDS if any(question.kind == kind for question in self.questions)]
+
+    def mean(self, name: str, kind: str | None = None) -> Estimate:
+        """Return a model's mean score of one kind, or the mean over kinds, with its interval over scenes."""
         return estimate(self._sums(name, kind), _mean_of_kinds)
 
     def gain(self, first: str, second: str, kind: str | None = None) -> Estimate:
-        """Mean score of the first model minus that of the second, paired over scenes."""
+        """Return the mean score of the first model minus that of the second, paired by scene."""
         return difference(self._sums(first, kind), self._sums(second, kind), _mean_of_kinds)
 
     def _sums(self, name: str, kind: str | None) -> np.ndarray:
-        """Summed scores and counts, [scenes 2 kinds]."""
-        kinds = [kind] if kind else [k for k in KINDS if any(q.kind == k for q in self.questions)]
+        """Return summed scores and counts, [scenes 2 kinds]."""
+        kinds = [kind] if kind else self.kinds
         scenes = sorted({question.scene for question in self.questions})
         sums = np.zeros((len(scenes), 2 * len(kinds)))
         for question, number in zip(self.questions, self.scores[name], strict=True):
@@ -505,94 +401,119 @@ def _mean_of_kinds(sums: np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Reasoning:
-    """Result of the comparison.
+class QAComparison:
+    """Scores of all models, the questions, and the fused model, whose gate can be inspected."""
 
-    Attributes:
-        answers: Scores.
-        model: The fused model, whose gate can be looked at.
-        questions: What was asked.
-    """
-
-    answers: Answers
-    model: AnswerModel
+    scores: QAScores
+    model: SpatialQAModel
     questions: QuestionSet
 
 
-def compare(
-    looker: Looker, asked: QuestionSet, eyes: Eyes, prior: PriorConfig, how: AnswerTraining
-) -> Reasoning:
-    """Train and test: semantic only, fused, fused with an untrained or random prior, fused without sight.
+def compare_models(
+    cache: FeatureCache, questions: QuestionSet, config: ModelConfig, prior: PriorConfig, training: QATraining
+) -> QAComparison:
+    """Train and test models with the prior, without it, with random or untrained ones, and without vision.
 
-    Controls take the prior away from the fused model at test time.
+    Ablations replace the fused model's prior features at test time.
 
     Args:
-        looker: Sees all scenes.
-        asked: Questions about them.
-        eyes: Backbone and fusion.
+        cache: Features of all scenes.
+        questions: Questions about them.
+        config: Encoder without a prior, of `qa_model_config`.
         prior: The prior of the fused model.
-        how: Training.
+        training: How each model is trained.
     """
-    answers = Answers(asked.test)
-    answers.scores["chance"] = chance(asked.train, asked.test)
-    answers.scores[WORDS] = without_looking(asked.train, asked.test)
-    contest = _Contest(looker, asked, eyes, how, answers)
-    semantic = looker.semantic(eyes.backbone)
+    result = QAScores(questions.test)
+    result.scores["chance"] = chance_scores(questions.train, questions.test)
+    result.scores[TEXT_ONLY] = text_only_scores(questions.train, questions.test)
+    trainer = _CachedTrainer(cache, questions, config, training, result)
+    semantic = cache.semantic(config.backbone)
     grid = semantic.shape[-2], semantic.shape[-1]
-    seen = Features(semantic, looker.prior(prior, grid))
+    features = Features(semantic, cache.prior(prior, grid))
+    trainer.train_and_score("semantic only", PriorConfig(name="none"), Features(semantic, None))
     others = {"random prior": (PriorConfig(name="random"), False)}
     if has_untrained_copy(prior):
         others["untrained copy"] = (prior, True)
-    contest.enter("semantic only", PriorConfig(name="none"), Features(semantic, None))
-    for name, (other, untrained) in others.items():
-        contest.enter(f"fused, {name}", other, Features(semantic, looker.prior(other, grid, untrained)))
-    fused = contest.enter("fused", prior, seen)
-    for name, control in prior_controls(seen).items():
-        answers.scores[f"fused, prior {name}"] = contest.scores(fused, control)
-    contest.enter("fused, blind", prior, seen.mean())
-    return Reasoning(answers, fused, asked)
+    for name, (other, is_untrained) in others.items():
+        other_features = Features(semantic, cache.prior(other, grid, is_untrained))
+        trainer.train_and_score(f"fused, {name}", other, other_features)
+    fused = trainer.train_and_score("fused", prior, features)
+    for name, ablated in ablate_prior(features).items():
+        result.scores[f"fused, prior {name}"] = trainer.score(fused, ablated)
+    trainer.train_and_score("fused, blind", prior, features.mean())
+    return QAComparison(result, fused, questions)
 
 
-class _Contest:
-    """Trains models on the same questions and scores them on the same test."""
+class _CachedTrainer:
+    """Trains models on the same questions, or loads them from the cache, and scores them on the same test."""
 
     def __init__(
-        self, looker: Looker, asked: QuestionSet, eyes: Eyes, how: AnswerTraining, answers: Answers
+        self,
+        cache: FeatureCache,
+        questions: QuestionSet,
+        config: ModelConfig,
+        training: QATraining,
+        result: QAScores,
     ) -> None:
-        self._looker, self._asked, self._eyes, self._how, self._answers = looker, asked, eyes, how, answers
-        self._codec = Codec(asked.train)
-        self._train, self._test = self._codec.batch(asked.train), self._codec.batch(asked.test)
+        self._cache, self._questions, self._config = cache, questions, config
+        self._training, self._result, self._codec = training, result, AnswerCodec(questions.train)
+        self._train, self._test = self._codec.encode(questions.train), self._codec.encode(questions.test)
 
-    def enter(self, name: str, prior: PriorConfig, features: Features) -> AnswerModel:
-        """Train (or load) a model, score it, note its loss."""
-        config, cache = self._eyes.model(prior), self._looker.cache
+    def train_and_score(self, name: str, prior: PriorConfig, features: Features) -> SpatialQAModel:
+        """Train or load a model; add its test scores and training loss to the result."""
+        config = replace(self._config, prior=prior)
         path = None
-        if cache is not None:
-            path = cache / f"answers-{self._key(name, config, features)}.pt"
-        model, loss = trained(path, config, self._codec, self._train, features, self._how, name)
-        self._answers.losses[name] = loss
-        self._answers.scores[name] = self.scores(model, features)
+        if self._cache.folder is not None:
+            path = self._cache.folder / f"answers-{self._key(name, config, features)}.pt"
+        if path is not None and path.is_file():
+            model, loss = self._load(path, config, features)
+        else:
+            model, loss = train_qa_model(config, self._codec, self._train, features, self._training, name)
+            if path is not None:
+                _save_model(path, model, loss)
+        self._result.losses[name] = loss
+        self._result.scores[name] = self.score(model, features)
         return model
 
-    def scores(self, model: AnswerModel, features: Features) -> np.ndarray:
-        """Score of each tested question."""
-        given = answer(model, self._codec, self._test, features)
-        return np.array([score(q, one) for q, one in zip(self._asked.test, given, strict=True)])
+    def score(self, model: SpatialQAModel, features: Features) -> np.ndarray:
+        """Return the score of each test question."""
+        answers = predict_answers(model, self._codec, self._test, features)
+        return np.array([score(q, one) for q, one in zip(self._questions.test, answers, strict=True)])
+
+    def _load(self, path: Path, config: ModelConfig, features: Features) -> tuple[SpatialQAModel, float]:
+        stored = torch.load(path, weights_only=True)
+        torch.manual_seed(self._training.seed)  # frozen encoders are not stored and may come from the seed
+        model = SpatialQAModel(config, len(self._codec.names), features)
+        keys = model.load_state_dict(stored["weights"], strict=False)
+        trained = {name for name, part in model.named_parameters() if part.requires_grad}
+        if keys.unexpected_keys or trained & set(keys.missing_keys):
+            raise ValueError(f"{path} was trained by other code; delete it to train the model again")
+        return model.eval(), stored["loss"]
 
     def _key(self, name: str, config: ModelConfig, features: Features) -> str:
-        """Names all that decides what a model learns; its features by their sums."""
-        sums = [None if part is None else part.double().sum().item() for part in features.parts]
-        asked = [(q.scene, q.text, q.label, q.number, q.box) for q in self._asked.train]
-        values = {"config": asdict(config), "how": asdict(self._how), "features": sums, "asked": asked}
-        return cache_key(answers=1, model=name, scenes=self._looker.key, **values)
+        """Return a hash over all that determines the trained weights; features enter by their sums."""
+        sums = [
+            None if part is None else part.double().sum().item()
+            for part in (features.semantic, features.prior)
+        ]
+        content = [(q.scene, q.text, q.label, q.number, q.box) for q in self._questions.train]
+        values = {"config": asdict(config), "training": asdict(self._training), "features": sums}
+        return cache_key(answers=2, model=name, scenes=self._cache.key, questions=content, **values)
 
 
-def prior_controls(features: Features, seed: int = 0) -> Mapping[str, Features]:
-    """The prior's features taken away: zeros, noise of their mean and deviation, those of other scenes."""
+def _save_model(path: Path, model: SpatialQAModel, loss: float) -> None:
+    """Save all but the weights of frozen encoders."""
+    frozen = {name for name, part in model.named_parameters() if not part.requires_grad}
+    weights = {name: part for name, part in model.state_dict().items() if name not in frozen}
+    with atomic_file(path) as draft:
+        torch.save({"weights": weights, "loss": loss}, draft)
+
+
+def ablate_prior(features: Features, seed: int = 0) -> Mapping[str, Features]:
+    """Replace the prior's features by zeros, noise of equal mean and deviation, or those of other scenes."""
     prior = features.prior
     assert prior is not None
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(prior.shape, generator=generator) * prior.std() + prior.mean()
-    others = prior.roll(1, dims=0)
-    changed = {"zeroed": torch.zeros_like(prior), "noise": noise, "shuffled": others}
-    return {name: replace(features, prior=part) for name, part in changed.items()}
+    ablated = {"zeroed": torch.zeros_like(prior), "noise": noise, "shuffled": prior.roll(1, dims=0)}
+    return {name: replace(features, prior=part) for name, part in ablated.items()}
