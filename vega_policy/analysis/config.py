@@ -19,9 +19,7 @@ class SceneSettings:
     folders: list[str] = field(default_factory=list)  # each is one scene
     tasks: list[int] = field(default_factory=lambda: [0, 1])  # of the suite; scenes are spread over them
     count: int = 24  # scenes of the suite
-    layout: str = (
-        "scattered"  # objects anywhere on the table, some left out; "task": as each task places them
-    )
+    layout: str = "random"  # objects anywhere, some absent; "task": as each task places them
     views: int = 6  # per scene; of a folder, the largest number of frames
     camera: str = "agentview"  # simulation camera that the views are placed around
     rendering: str = "fast"  # rendering profile, `full` or `fast`
