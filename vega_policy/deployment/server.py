@@ -462,7 +462,9 @@ class ServedCheckpoint:
         policy.use_rtc(RTCConfig(execution_horizon=rtc.horizon, max_guidance_weight=rtc.guidance))
         # With the observation, the pre-processor brings the chunk into the policy's units.
         left = torch.from_numpy(rtc.actions)[None]
-        inputs = self._chunks.preprocessor(to_lerobot(batch, self.description) | {ACTION: left})
+        inputs = self._chunks.preprocessor(
+            to_lerobot(batch, self.description, keep_uint8=True) | {ACTION: left}
+        )
         actions = policy.predict_action_chunk(
             inputs,
             noise=None if noise is None else torch.from_numpy(noise).to(policy.config.device),
