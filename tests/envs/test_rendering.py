@@ -11,7 +11,8 @@ import pytest
 
 import envs
 from envs import rendering
-from envs.speed import measure_rendering
+from vega_policy.benchmarks.dataset import benchmark_simulate
+from vega_policy.benchmarks.timing import rendering_gain
 
 SIZE = 96
 
@@ -181,8 +182,9 @@ def test_unknown_profiles_and_tiny_frames_are_refused():
         envs.make("lift", 0, frame_size=4)
 
 
-def test_the_gain_of_the_fast_profile_is_measured():
-    speed = measure_rendering("lift", frame_size=64, steps=3)
-    assert speed.cameras == 2
-    assert set(speed.watched) == {"full", "fast"}
-    assert speed.gain() == speed.watched["fast"] / speed.watched["full"]
+def test_the_simulate_part_times_both_rendering_profiles_and_no_rendering():
+    rows = list(benchmark_simulate(["lift"], 64, seconds=0.01))
+    assert [(row["rendering"], row["cameras"]) for row in rows] == [("full", 2), ("fast", 2), ("none", 0)]
+    rate = {row["rendering"]: row["steps_per_s"] for row in rows}
+    gain = f"{rate['fast'] / rate['full']:.1f}"
+    assert rendering_gain(rows) == [f"lift: fast rendering is {gain} times as fast as full"]

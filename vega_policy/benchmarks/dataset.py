@@ -1,12 +1,13 @@
-"""Part `dataset`: the trainer's own steps a second, with videos decoded on the way and with a warm cache."""
+"""Parts `dataset` and `simulate`: steps a second of training from stored data, and of environments."""
 
-import argparse
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from vega_policy.configuration_vega import VegaConfig
@@ -18,42 +19,31 @@ from vega_policy.training.logging import Progress
 from vega_policy.training.train import make_trainer
 
 WARM_UP = 3
-"""Steps before the clock runs: workers start, pages of a mapped cache are read."""
+"""Steps that are not timed: workers start, pages of a mapped cache are read."""
 
 
-def benchmark_dataset(
-    options: argparse.Namespace, device: torch.device, seconds: float
-) -> Iterator[dict[str, Any]]:
-    """One row for each way to learn from one dataset: videos, a warm cache, and that without a prior.
+def benchmark_dataset(options: Any, device: torch.device, seconds: float) -> Iterator[dict[str, Any]]:
+    """Yield one row for training from videos, from a warm cache, and from a warm cache without a prior.
 
-    Args:
-        options: Those of `parts.add_options`: `root`, `repo_id`, `cache_root`, `cached`, `small`, `prior`,
-            `batch`, `frame_size`.
-        device: Where it runs.
-        seconds: About how long each figure is timed, at least five steps.
-
-    Yields:
-        `data` (`videos`, `cache`), `prior`, `steps_per_s`, `samples_per_s` and `data_wait_percent`.
+    Each is timed for about `seconds`, at least five steps. A row holds `data`, `prior`, `steps_per_s`,
+    `samples_per_s` and `data_wait_percent`.
     """
     use_available_cores()
     for cache, prior in (("none", options.prior), ("ram", options.prior), ("ram", "none")):
         with tempfile.TemporaryDirectory() as folder:
-            config = _run(options, device, cache, prior, Path(folder))
-            rate = _steps_a_second(config, device, seconds)
-        steps, waited = rate["steps_per_s"], rate["data_wait_percent"]
+            config = _train_config(options, device, cache, prior, Path(folder))
+            rate = _train_steps_per_second(config, device, seconds)
         yield {
             "data": "videos" if cache == "none" else "cache",
             "prior": prior,
-            "steps_per_s": steps,
-            "samples_per_s": steps * options.batch,
-            "data_wait_percent": waited,
+            "steps_per_s": rate["steps_per_s"],
+            "samples_per_s": rate["steps_per_s"] * options.batch,
+            "data_wait_percent": rate["data_wait_percent"],
         }
 
 
-def _run(
-    options: argparse.Namespace, device: torch.device, cache: str, prior: str, folder: Path
-) -> TrainConfig:
-    frozen = "semantic" in options.cached
+def _train_config(options: Any, device: torch.device, cache: str, prior: str, folder: Path) -> TrainConfig:
+    is_frozen = "semantic" in options.cached
     sizes: dict[str, Any] = {"width": 128, "depth": 1, "heads": 4, "latents": 8} if options.small else {}
     head = ActionHeadConfig(name="l1", width=128, depth=2, heads=4) if options.small else ActionHeadConfig()
     policy = VegaConfig(
@@ -61,16 +51,15 @@ def _run(
         push_to_hub=False,
         frame_size=options.frame_size,
         prior=PriorConfig(name=prior),
-        backbone=BackboneConfig(freeze_image_encoder=frozen, freeze_text_encoder=True, **sizes),
+        backbone=BackboneConfig(freeze_image_encoder=is_frozen, freeze_text_encoder=True, **sizes),
         head=head,
     )
-    cached = [name for name in options.cached if name != "prior" or prior != "none"]
     dataset = DatasetConfig(
         repo_id=options.repo_id,
         root=options.root,
         cache=cache,
-        cached=cached,
-        cache_root=options.cache_root,  # outlives the runs that are measured: each meets it warm
+        cached=[name for name in options.cached if name != "prior" or prior != "none"],
+        cache_root=options.cache_root,  # outlives the measured runs, so that each finds it warm
     )
     precision = "bf16" if device.type == "cuda" else "no"
     return TrainConfig(
@@ -78,7 +67,7 @@ def _run(
     )
 
 
-def _steps_a_second(config: TrainConfig, device: torch.device, seconds: float) -> dict[str, float]:
+def _train_steps_per_second(config: TrainConfig, device: torch.device, seconds: float) -> dict[str, float]:
     accelerator = make_accelerator(cpu=device.type == "cpu", precision=config.precision)
     trainer = make_trainer(config, accelerator, None)
     progress = Progress(trainer.run, 0, config.steps, [], shown=False)
@@ -92,3 +81,39 @@ def _steps_a_second(config: TrainConfig, device: torch.device, seconds: float) -
         step += 1
         progress.step(step, trainer.optimize(batches, progress, step))
     return progress.interval()
+
+
+def benchmark_simulate(suites: list[str], frame_size: int, seconds: float) -> Iterator[dict[str, Any]]:
+    """Yield one row for each suite of `envs` and rendering profile: full, fast, and none (no rendering).
+
+    The first task of a suite is timed for about `seconds` with random actions. A row holds `suite`,
+    `rendering`, `cameras`, `steps_per_s` and `reset_s`.
+    """
+    make: Callable[..., Any] = import_module("envs").make
+    for suite in suites:
+        for rendering in ("full", "fast", "none"):
+            is_rendered = rendering != "none"
+            profile = rendering if is_rendered else "full"
+            env = make(suite, 0, frame_size=frame_size, rendering=profile, render=is_rendered)
+            start = time.perf_counter()
+            observation, _ = env.reset(seed=0)
+            reset = time.perf_counter() - start
+            rate = _env_steps_per_second(env, seconds)
+            env.close()
+            yield {
+                "suite": suite,
+                "rendering": rendering,
+                "cameras": len(observation["pixels"]) if is_rendered else 0,
+                "steps_per_s": rate,
+                "reset_s": reset,
+            }
+
+
+def _env_steps_per_second(env: Any, seconds: float) -> float:
+    random = np.random.default_rng(0)
+    env.step(np.zeros(env.action_space.shape, np.float32))  # fills caches
+    steps, start = 0, time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        env.step(random.uniform(-1, 1, env.action_space.shape).astype(np.float32))
+        steps += 1
+    return steps / (time.perf_counter() - start)

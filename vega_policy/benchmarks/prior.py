@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from vega_policy.benchmarks.timing import busy_time, by_kind, kernel_times, longest, matmul_ceiling, measure
+from vega_policy.benchmarks.timing import busy_time, kernel_fields, matmul_ceiling, measure
 from vega_policy.model.config import PriorConfig
 from vega_policy.priors import PRIORS, resolve
 from vega_policy.priors.sizes import build_networks, build_without_weights, cast_as_loaded
@@ -53,8 +53,8 @@ def benchmark_prior(
 ) -> Iterator[dict[str, Any]]:
     """Yield one row a size (height and width in pixels), number of frames and path of a prior of `WAN`.
 
-    A row holds `p50_ms`, `p95_ms`, `frames_per_s`, `peak_gib` and the relative `error` against float32; for
-    the fast paths also the seconds it took to build and the fields of `Fast.measure_stages`.
+    A row holds the fields of `measure`, `frames_per_s` and the relative `error` against float32; for the fast
+    paths also the seconds it took to build and the fields of `Fast.measure_stages`.
     """
     ceiling = matmul_ceiling(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     for size in sizes:
@@ -103,15 +103,8 @@ def _measure_encoder(encode: Encode, frames: Tensor, device: torch.device, secon
     """Time an encoder of frames [... 3 h w]."""
     height, width = frames.shape[-2:]
     n = frames.shape[:-3].numel()
-    latency = measure(lambda: encode(frames), device, seconds)
-    return {
-        "size": f"{height}x{width}",
-        "frames": n,
-        "p50_ms": latency.p50,
-        "p95_ms": latency.p95,
-        "frames_per_s": 1000 * n / latency.p50,
-        "peak_gib": latency.peak_gib,
-    }
+    row = measure(lambda: encode(frames), device, seconds)
+    return {"size": f"{height}x{width}", "frames": n, **row, "frames_per_s": 1000 * n / row["p50_ms"]}
 
 
 @dataclass(frozen=True)
@@ -232,10 +225,7 @@ class Fast:
 
     @torch.no_grad()
     def measure_stages(self, frames: Tensor, ceiling: float) -> dict[str, Any]:
-        """Time encoder and transformer apart, and compare the transformer with the ceiling in TFLOP/s.
-
-        On a GPU the row also holds milliseconds by kind of kernel and the longest `kernels`.
-        """
+        """Time encoder and transformer apart; compare the latter with the ceiling in TFLOP/s."""
         noise = self._noise.expand(len(frames), *self._fast.latent).contiguous()
         tokens = self._run.embed(frames, noise)
         with FlopCounterMode(display=False, custom_mapping=FLOPS) as counter:
@@ -244,11 +234,7 @@ class Fast:
         dit = self._graphed_time(lambda: self._run.run_blocks(tokens))
         rate = counter.get_total_flops() / dit / 1e9
         shares = {"dit_tflops": rate, "ceiling_tflops": ceiling, "dit_of_ceiling": rate / ceiling}
-        row = {"vae_ms": vae, "dit_ms": dit, **shares}
-        if self._device.type != "cuda":
-            return row
-        kernels = kernel_times(lambda: self(frames))
-        return row | by_kind(kernels) | {"kernels": longest(kernels)}
+        return {"vae_ms": vae, "dit_ms": dit, **shares, **kernel_fields(lambda: self(frames), self._device)}
 
     def _graphed_time(self, call: Callable[[], Tensor]) -> float:
         if self._device.type != "cuda":

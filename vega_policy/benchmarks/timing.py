@@ -1,11 +1,10 @@
-"""Clocks: latency of a call, peak memory, and the ceiling that matrix products reach on this machine."""
+"""Latency, memory, kernels and the ceiling of matrix products; rows of results as a table and as JSON."""
 
 import json
 import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,39 +12,20 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 Call = Callable[[], Any]
-
-
-@dataclass(frozen=True)
-class Latency:
-    """How long a call takes.
-
-    Attributes:
-        p50: Median in milliseconds.
-        p95: 95th percentile in milliseconds.
-        calls: Number of timed calls.
-        peak_gib: Peak of allocated device memory in GiB during the calls; None on the CPU.
-    """
-
-    p50: float
-    p95: float
-    calls: int
-    peak_gib: float | None
+Row = dict[str, Any]
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all that was asked of it."""
+    """Wait until the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def measure(call: Call, device: torch.device, seconds: float = 1.0, warm_up: int = 3) -> Latency:
-    """Time a call from its start to the end of the work it gave to the device.
+def measure(call: Call, device: torch.device, seconds: float = 1.0, warm_up: int = 3) -> Row:
+    """Time a call to the end of its work on the device, for about `seconds`, at least five times.
 
-    Args:
-        call: What is timed, without arguments.
-        device: Where it runs.
-        seconds: About how long to go on; at least five calls are timed.
-        warm_up: Calls before the clock runs.
+    Returns:
+        `p50_ms`, `p95_ms`, and `peak_gib`, the peak of allocated device memory, None on the CPU.
     """
     for _ in range(warm_up):
         call()
@@ -61,11 +41,12 @@ def measure(call: Call, device: torch.device, seconds: float = 1.0, warm_up: int
         times.append(1000 * (time.perf_counter() - start))
     peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
     times.sort()
-    return Latency(statistics.median(times), times[int(0.95 * (len(times) - 1))], len(times), peak)
+    p95 = times[int(0.95 * (len(times) - 1))]
+    return {"p50_ms": statistics.median(times), "p95_ms": p95, "peak_gib": peak}
 
 
 def busy_time(call: Call, device: torch.device, repeat: int = 20) -> float:
-    """Mean milliseconds of a call when calls follow each other without a pause."""
+    """Return the mean milliseconds of a call when calls follow each other without a pause."""
     call()
     synchronize(device)
     start = time.perf_counter()
@@ -76,7 +57,7 @@ def busy_time(call: Call, device: torch.device, repeat: int = 20) -> float:
 
 
 def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
-    """TFLOP/s of a large product of random square matrices, the ceiling for everything made of products."""
+    """Return the TFLOP/s of a large matrix product, the ceiling for what consists of such products."""
     side = 8192 if device.type == "cuda" else 1024
     first, second = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     milliseconds = busy_time(lambda: first @ second, device, repeat=20 if device.type == "cuda" else 5)
@@ -84,7 +65,7 @@ def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name, or the number of threads on the CPU."""
+    """Return the GPU's name, or the number of threads on the CPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU, {torch.get_num_threads()} threads"
@@ -101,52 +82,48 @@ KINDS = {
 """Kind -> parts of kernel names, the first that fits; all others are `pointwise and sums`."""
 
 
-def kernel_times(call: Callable[[], Any], repeat: int = 5) -> dict[str, float]:
-    """Milliseconds of each CUDA kernel in one call, the longest first; empty without a GPU.
-
-    Args:
-        call: What is looked at, warmed up already.
-        repeat: Calls to take the mean of.
-    """
-    if not torch.cuda.is_available():
+def kernel_fields(call: Call, device: torch.device) -> Row:
+    """Return milliseconds of all CUDA kernels of a call, by kind, and of the longest; empty on the CPU."""
+    if device.type != "cuda":
         return {}
+    times = kernel_times(call)
+    return {"kernels_ms": sum(times.values()), **by_kind(times), "kernels": longest(times)}
+
+
+def kernel_times(call: Call, repeat: int = 5) -> dict[str, float]:
+    """Return milliseconds of each CUDA kernel, the longest first, as the mean over calls after the first."""
     torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         for _ in range(repeat):
             call()
         torch.cuda.synchronize()
     times: dict[str, float] = {}
-    for event in seen.key_averages():
+    for event in profiler.key_averages():
         times[event.key] = times.get(event.key, 0.0) + event.self_device_time_total / 1000 / repeat
     return dict(sorted(((name, time) for name, time in times.items() if time), key=lambda pair: -pair[1]))
 
 
-def operator_times(call: Callable[[], Any], most: int = 24) -> dict[str, float]:
-    """Milliseconds on the GPU by operator and shapes of its inputs, the longest first; empty without a GPU.
+def operator_times(call: Call, count: int = 24) -> dict[str, float]:
+    """Return milliseconds on the GPU by operator and input shapes, the longest first.
 
-    A copy is named by what it copies here, which its kernel does not tell. What a CUDA graph replays has no
-    operators.
-
-    Args:
-        call: What is looked at, warmed up already.
-        most: So many operators.
+    The shapes show what a copy copies, which its kernel's name does not.
     """
-    if not torch.cuda.is_available():
-        return {}
     activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
-    with profile(activities=activities, record_shapes=True) as seen:
+    with profile(activities=activities, record_shapes=True) as profiler:
         call()
         torch.cuda.synchronize()
-    events = [event for event in seen.key_averages(group_by_input_shape=True) if event.key.startswith("aten")]
+    events = [
+        event for event in profiler.key_averages(group_by_input_shape=True) if event.key.startswith("aten")
+    ]
     events.sort(key=lambda event: -event.self_device_time_total)
     return {
         f"{event.key} x{event.count} {event.input_shapes}"[:150]: event.self_device_time_total / 1000
-        for event in events[:most]
+        for event in events[:count]
     }
 
 
 def by_kind(times: dict[str, float]) -> dict[str, float]:
-    """Milliseconds by kind of kernel, as columns `<kind>_ms`."""
+    """Return milliseconds by kind of kernel, as columns `<kind>_ms`."""
     sums: dict[str, float] = {}
     for name, milliseconds in times.items():
         lower = name.lower()
@@ -157,19 +134,12 @@ def by_kind(times: dict[str, float]) -> dict[str, float]:
 
 
 def longest(times: dict[str, float], count: int = 14) -> dict[str, float]:
-    """The longest kernels under the first 90 letters of their names."""
+    """Return the longest kernels under the first 90 letters of their names."""
     return {name[:90]: round(time, 4) for name, time in list(times.items())[:count]}
 
 
-Row = dict[str, Any]
-
-
 def table(rows: Sequence[Row]) -> str:
-    """Rows as aligned columns; a field that a row lacks stays empty, one that holds fields is left out.
-
-    Args:
-        rows: Plain values by column.
-    """
+    """Return rows as aligned columns; a missing field is empty, nested fields are left out."""
     fields = (column for row in rows for column, value in row.items() if not isinstance(value, dict))
     columns = list(dict.fromkeys(fields))
     lines = [columns, *([_cell(row.get(column)) for column in columns] for row in rows)]
@@ -185,14 +155,16 @@ def _cell(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def ratios(rows: Sequence[Row], baseline: str, subject: str) -> list[str]:
-    """How much faster `subject` is than `baseline`, one sentence for each size and number of frames.
+def summarize(part: str, rows: Sequence[Row]) -> list[str]:
+    """Return the sentences that compare the rows of a part."""
+    if part == "prior":
+        baselines = ("released", "all_blocks", "early_stop")
+        return [sentence for baseline in baselines for sentence in ratios(rows, baseline, "fast")]
+    return {"train": cost_of_prior, "simulate": rendering_gain}.get(part, lambda _: [])(rows)
 
-    Args:
-        rows: Rows of the part `prior`.
-        baseline: A path.
-        subject: A path; its variants (`fast/encode=8`) count too.
-    """
+
+def ratios(rows: Sequence[Row], baseline: str, subject: str) -> list[str]:
+    """Compare a path, with any options (`fast/encode=8`), to a baseline at each size and number of frames."""
     times = {(row["size"], row["frames"], row["path"]): row["p50_ms"] for row in rows}
     return [
         f"{size}, {frames} frames: {path} is {times[size, frames, baseline] / time:.1f} times as fast as "
@@ -203,11 +175,7 @@ def ratios(rows: Sequence[Row], baseline: str, subject: str) -> list[str]:
 
 
 def cost_of_prior(rows: Sequence[Row]) -> list[str]:
-    """Share of the steps a second without a prior that is left with one, one sentence for each row of it.
-
-    Args:
-        rows: Rows of the part `train`.
-    """
+    """Compare training with a prior to training without one, in rows of the part `train`."""
     none = {row["variant"]: row["step_ms"] for row in rows if row["prior"] == "none"}
     return [
         f"prior {row['prior']}, {row['variant']}: {none[row['variant']] / row['step_ms']:.2f} of the steps a "
@@ -217,16 +185,18 @@ def cost_of_prior(rows: Sequence[Row]) -> list[str]:
     ]
 
 
-def write(path: Path, part: str, rows: Sequence[Row], command: str, device: torch.device) -> None:
-    """Write rows with all that one needs to know about where they come from.
+def rendering_gain(rows: Sequence[Row]) -> list[str]:
+    """Compare the fast rendering profile to the full one, in rows of the part `simulate`."""
+    rates = {(row["suite"], row["rendering"]): row["steps_per_s"] for row in rows}
+    return [
+        f"{suite}: fast rendering is {rate / rates[suite, 'full']:.1f} times as fast as full"
+        for (suite, rendering), rate in rates.items()
+        if rendering == "fast" and (suite, "full") in rates
+    ]
 
-    Args:
-        path: JSON file; its folder is made.
-        part: Name of the part.
-        rows: The part's rows.
-        command: Command line that made them.
-        device: Where it ran.
-    """
+
+def write(path: Path, part: str, rows: Sequence[Row], command: str, device: torch.device) -> None:
+    """Write the rows of a part as JSON, with the command line, the device and the versions that made them."""
     path.parent.mkdir(parents=True, exist_ok=True)
     report = {
         "part": part,

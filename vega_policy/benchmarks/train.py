@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vega_policy.benchmarks.timing import busy_time, by_kind, kernel_times, longest, operator_times
+from vega_policy.benchmarks.timing import busy_time, kernel_fields, operator_times
 from vega_policy.model.config import ModelConfig, PriorConfig
 from vega_policy.model.observation import Observation, to_float
 from vega_policy.model.torch_compile import compile_blocks
@@ -89,11 +89,9 @@ class TrainingStep:
         row["step_ms"] = self._time(self.step, seconds)
         row["samples_per_s"] = 1000 * self.batch / row["step_ms"]
         row |= {stage: self._time(call, seconds / 4) for stage, call in self._stages().items()}
-        if self.device.type != "cuda":
-            return row
-        kernels = kernel_times(self.step)
-        row |= {"kernels_ms": sum(kernels.values())} | by_kind(kernels)
-        return row | {"kernels": longest(kernels), "operators": operator_times(self.step)}
+        if self.device.type == "cuda":
+            row |= kernel_fields(self.step, self.device) | {"operators": operator_times(self.step)}
+        return row
 
     def step(self) -> None:
         """Run forward, backward and update; wait once for the device, as the trainer does."""

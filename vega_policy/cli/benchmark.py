@@ -42,8 +42,8 @@ def run(config: DictConfig) -> str:
     """Measure one part and return its table."""
     import torch
 
-    from vega_policy.benchmarks.policy import PARTS, rows_of
-    from vega_policy.benchmarks.timing import cost_of_prior, device_name, ratios, table, write
+    from vega_policy.benchmarks import PARTS, benchmark
+    from vega_policy.benchmarks.timing import device_name, summarize, table, write
 
     if config.part not in PARTS:
         raise ValueError(f"part: expected one of {', '.join(PARTS)}; got {config.part!r}.")
@@ -53,17 +53,12 @@ def run(config: DictConfig) -> str:
         setattr(options, group, config[group].name)
     device = torch.device(options.device)
     command, rows = shlex.join(["vega-benchmark", *sys.argv[1:]]), []
-    for row in rows_of(options.part, options, device):
+    for row in benchmark(options.part, options, device):
         rows.append(row)
         print("  ".join(f"{key}={value}" for key, value in row.items()), file=sys.stderr)  # noqa: T201
         if options.output is not None:  # after each row: a killed run keeps what it measured
             write(Path(options.output), options.part, rows, command, device)
-    lines = [f"{options.part} on {device_name(device)}", table(rows)]
-    if options.part == "train":
-        lines += cost_of_prior(rows)
-    if options.part == "prior":
-        for baseline in ("released", "all_blocks", "early_stop"):
-            lines += ratios(rows, baseline, "fast")
+    lines = [f"{options.part} on {device_name(device)}", table(rows), *summarize(options.part, rows)]
     return "\n".join(lines)
 
 
