@@ -9,8 +9,9 @@ from safetensors.torch import load_file
 
 from tests.synthetic_dataset import REPO_ID
 from vega_policy.configuration_vega import VegaConfig
+from vega_policy.data.dataset import DatasetConfig
 from vega_policy.model.config import ActionHeadConfig, BackboneConfig, PriorConfig
-from vega_policy.training.config import DatasetConfig, TrainConfig
+from vega_policy.training.config import TrainConfig
 
 
 def tiny_policy(**fields: Any) -> VegaConfig:

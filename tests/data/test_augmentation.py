@@ -1,16 +1,14 @@
 """Random shifts: what moves, by how much, and that a run with them is as repeatable as one without."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
 from tests.training_runs import assert_bitwise_equal, saved_weights, tiny_run
 from vega_policy.checkpoints import read_scores
-from vega_policy.data.augmentation import FRAMES, RandomShift, shifted
-from vega_policy.training.config import DatasetConfig
+from vega_policy.data.augmentation import FRAMES, RandomShift, shift_frames
+from vega_policy.data.dataset import DatasetConfig
 from vega_policy.training.train import train
-from vega_policy.training.trainer import Trainer
+from vega_policy.training.trainer import make_random_shift
 
 CAMERAS = ["observation.images.image", "observation.images.image2"]
 FRAMES_ONLY = {"cached": ["frames"], "cache": "ram"}
@@ -18,14 +16,14 @@ FRAMES_ONLY = {"cached": ["frames"], "cache": "ram"}
 
 def test_a_picture_moves_down_and_to_the_right_and_its_edge_is_repeated():
     picture = torch.arange(12).reshape(1, 1, 3, 4)
-    moved = shifted(picture, torch.tensor([[1, -2]]))
+    moved = shift_frames(picture, torch.tensor([[1, -2]]))
     assert moved[0, 0].tolist() == [[2, 3, 3, 3], [2, 3, 3, 3], [6, 7, 7, 7]]
-    assert torch.equal(shifted(picture, torch.zeros(1, 2, dtype=torch.int64)), picture)
+    assert torch.equal(shift_frames(picture, torch.zeros(1, 2, dtype=torch.int64)), picture)
 
 
 def test_a_samples_clip_and_channels_move_alike_and_samples_apart():
     frames = torch.rand(2, 4, 3, 8, 8)
-    moved = shifted(frames, torch.tensor([[2, 0], [0, 3]]))
+    moved = shift_frames(frames, torch.tensor([[2, 0], [0, 3]]))
     assert torch.equal(moved[0, :, :, 2:], frames[0, :, :, :-2])
     assert torch.equal(moved[1, :, :, :, 3:], frames[1, :, :, :, :-3])
 
@@ -88,11 +86,9 @@ def test_training_batches_are_shifted_and_held_out_ones_are_not(root, tmp_path, 
     assert "held_out_loss" in read_scores(checkpoint.parents[1])[4]
 
 
-def test_the_trainer_tells_the_shifts_which_process_it_is(root, tmp_path):
+def test_each_process_has_its_own_part_of_the_shifts(root, tmp_path):
     run = tiny_run(root, tmp_path / "run", dataset=FRAMES_ONLY | {"shift": 3})
-    learner = SimpleNamespace(policy=SimpleNamespace(config=SimpleNamespace(image_features=CAMERAS)))
-    trainer = SimpleNamespace(config=run, sampler=SimpleNamespace(rank=1, world=3), learner=learner)
-    shift = Trainer._random_shift(trainer)  # pyright: ignore[reportArgumentType]
+    shift = make_random_shift(run, CAMERAS, rank=1, world=3)
     whole = RandomShift(3, CAMERAS, seed=run.seed).draw(12, 5)
     assert shift is not None
     assert torch.equal(shift.draw(4, 5), whole[4:8])

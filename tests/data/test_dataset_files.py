@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from tests.training_runs import tiny_run
-from vega_policy.data.dataset import DatasetError, damaged_files
+from vega_policy.data.dataset import DatasetError, find_damaged_files
 from vega_policy.training.train import load_data
 
 
@@ -15,8 +15,8 @@ def copy(root, tmp_path):
     return shutil.copytree(root, tmp_path / "copy")
 
 
-def test_a_whole_dataset_has_no_damaged_files(root):
-    assert damaged_files(root) == []
+def test_a_whole_dataset_has_no_find_damaged_files(root):
+    assert find_damaged_files(root) == []
 
 
 @pytest.mark.parametrize("pattern", ["data/**/*.parquet", "meta/episodes/**/*.parquet", "videos/**/*.mp4"])
@@ -32,5 +32,5 @@ def test_fewer_rows_than_announced_are_found(copy):
     info = copy / "meta" / "info.json"
     announced = json.loads(info.read_text())
     info.write_text(json.dumps(announced | {"total_frames": announced["total_frames"] + 1}))
-    (finding,) = damaged_files(copy)
+    (finding,) = find_damaged_files(copy)
     assert finding.endswith(f"meta/info.json announces {announced['total_frames'] + 1}")

@@ -46,7 +46,7 @@ def two_steps(config):
     values = [trainer.optimize(batches, progress, step) | trainer.measure() for step in (1, 2)]
     progress.close()
     weights = {name: weight.detach() for name, weight in trainer.weights.items()}
-    return values, weights, [trainer.learner.draws.get_state(), torch.get_rng_state()]
+    return values, weights, [trainer.state.generator.get_state(), torch.get_rng_state()]
 
 
 def test_captured_steps_learn_and_draw_what_uncaptured_ones_do(root, tmp_path, monkeypatch):

@@ -86,4 +86,4 @@ def test_processes_that_share_a_step_draw_other_random_numbers(folders):
     state = two / "plain" / "checkpoints" / "000006" / "training_state"
     first, second = (load_file(state / f"rng_state{rank}.safetensors") for rank in ("", "_1"))
     assert not torch.equal(first["torch_rng_state"], second["torch_rng_state"])
-    assert torch.equal(first["draws"], second["draws"])
+    assert torch.equal(first["generator"], second["generator"])

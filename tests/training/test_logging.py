@@ -109,7 +109,7 @@ def test_a_card_says_what_was_learned_from_how_and_what_was_measured(watched):
 def test_a_card_without_a_measurement_says_so(points, tmp_path):
     checkpoint = train(tiny_run(points, tmp_path / "run", steps=2))
     card = ModelCard.load(checkpoint / "pretrained_model" / "README.md")
-    assert "Nothing was measured while it learned" in card.text
+    assert "Nothing was measured during training" in card.text
 
 
 def test_each_start_notes_code_packages_and_hardware(points, tmp_path):

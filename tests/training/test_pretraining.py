@@ -14,16 +14,11 @@ from safetensors.torch import load_file
 
 from tests.pretraining_runs import CPU, TINY, WIDTH, moving_square, settings, write_shards
 from vega_policy.model.config import PriorConfig
-from vega_policy.pretraining import autoencoder, transformer
-from vega_policy.pretraining import autoencoder as pictures
-from vega_policy.pretraining import export as report
-from vega_policy.pretraining import trainer as learner
-from vega_policy.pretraining import transformer as matching
-from vega_policy.pretraining import transformer as prompts
-from vega_policy.pretraining.autoencoder import normalised, posterior_means
-from vega_policy.pretraining.clips import Clips
+from vega_policy.pretraining import autoencoder, trainer, transformer
+from vega_policy.pretraining.autoencoder import normalise, posterior_means
+from vega_policy.pretraining.clips import Clips, StepRandomness
 from vega_policy.pretraining.config import decode
-from vega_policy.pretraining.pretrain import pretrain
+from vega_policy.pretraining.trainer import pretrain
 from vega_policy.priors import PRIORS, make_prior
 from vega_policy.priors.weights import fingerprint_files
 
@@ -59,8 +54,8 @@ def test_a_few_steps_lower_both_losses_on_a_moving_square(tmp_path):
     assert losses[-1] < 0.8 * losses[0]
     network = WanTransformer3DModel(**TINY["transformer"])
     latents = torch.randn(1, 4, 2, 4, 4, generator=torch.Generator().manual_seed(0)).expand(8, -1, -1, -1, -1)
-    table, singles = prompts.PromptTable({"": torch.ones(2, WIDTH)}, CPU), latents[:, None, :, :1]
-    measure = transformer.watch(network, latents.numpy(), [""] * 8, table, CPU)
+    table, singles = transformer.PromptTable({"": torch.ones(2, WIDTH)}, CPU), latents[:, None, :, :1]
+    measure = transformer.make_validation(network, latents.numpy(), [""] * 8, table, CPU)
     before = measure()
     small = replace(small, steps=30, learning_rate=1e-2)
     learned = replace(run.transformer, learning=small)
@@ -77,18 +72,18 @@ def test_a_few_steps_lower_both_losses_on_a_moving_square(tmp_path):
 
 def fit(network, loss, learning, folder):
     """Loss before each step."""
-    learns, losses = learner.StageTrainer(network, learning, folder), []
+    learns, losses = trainer.StageTrainer(network, learning, folder), []
     for step in range(learning.steps):
-        value, _ = loss(learner.Draws.of(0, step, CPU))
+        value, _ = loss(StepRandomness.of_step(0, step, CPU))
         learns.update(value)
         losses.append(value.item())
     return losses
 
 
 @pytest.mark.parametrize("frames", [1, 5])
-def test_pictures_in_two_dimensions_and_channels_last_change_neither_numbers_nor_gradients(frames):
+def test_2d_convolutions_of_images_and_channels_last_change_neither_results_nor_gradients(frames):
     video, found = torch.rand(1, 3, frames, 16, 16, generator=torch.Generator().manual_seed(0)), []
-    for change in (lambda plain: plain, pictures.pictures_in_two_dimensions, pictures.channels_last):
+    for change in (lambda plain: plain, autoencoder.convolve_images_in_2d, autoencoder.use_channels_last):
         torch.manual_seed(0)
         vae = change(AutoencoderKLWan(**TINY["vae"]))
         decoded = vae.decode(vae.encode(video).latent_dist.mode()).sample
@@ -98,7 +93,7 @@ def test_pictures_in_two_dimensions_and_channels_last_change_neither_numbers_nor
         torch.testing.assert_close(changed, found[0], rtol=1e-4, atol=1e-5)
 
 
-def test_a_run_sets_out_from_the_weights_of_another(trained, tmp_path):
+def test_a_run_starts_from_the_weights_of_another(trained, tmp_path):
     still = {"steps": 1, "batch_size": 2, "learning_rate": 0.0, "warmup": 1, "average_decay": 0.0}
     folder = pretrain(
         settings(
@@ -115,22 +110,22 @@ def test_a_run_sets_out_from_the_weights_of_another(trained, tmp_path):
         )
         torch.testing.assert_close(after, before, rtol=0, atol=0)
     mark = fingerprint_files(trained, ["vae", "transformer"])
-    assert f"set out from the weights {mark}" in (folder / "README.md").read_text()
+    assert f"started from the weights {mark}" in (folder / "README.md").read_text()
 
 
 def test_a_start_of_another_architecture_or_place_is_refused(trained, tmp_path):
     with pytest.raises(FileNotFoundError, match="start"):
-        pretrain(settings(tmp_path, start=str(tmp_path / "nowhere")))
+        pretrain(settings(tmp_path / "first", start=str(tmp_path / "nowhere")))
     PRIORS["wan_tiny"].architecture["vae"]["base_dim"] = 4
     try:
         with pytest.raises(ValueError, match="another architecture"):
-            pretrain(settings(tmp_path, start=str(trained)))
+            pretrain(settings(tmp_path / "second", start=str(trained)))
     finally:
         PRIORS["wan_tiny"].architecture["vae"]["base_dim"] = 8
 
 
 def test_a_run_killed_between_two_checkpoints_ends_in_the_same_weights(trained, tmp_path, monkeypatch):
-    update, made = learner.StageTrainer.update, []
+    update, made = trainer.StageTrainer.update, []
 
     def dying(self, loss):
         made.append(self.step)
@@ -138,7 +133,7 @@ def test_a_run_killed_between_two_checkpoints_ends_in_the_same_weights(trained, 
             raise KeyboardInterrupt
         return update(self, loss)
 
-    monkeypatch.setattr(learner.StageTrainer, "update", dying)
+    monkeypatch.setattr(trainer.StageTrainer, "update", dying)
     run = settings(tmp_path)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
@@ -167,12 +162,12 @@ def test_the_folder_is_a_prior_whose_weights_are_not_the_untrained_ones(trained)
     features = prior(torch.rand(1, 1, 1, 3, 32, 32))
     assert features.shape == (1, 1, 24, 2, 2)
     assert features.isfinite().all()
-    empty = prompts.read_prompts(trained.parent / "prompts.safetensors")[""]
+    empty = transformer.read_prompts(trained.parent / "prompts.safetensors")[""]
     assert torch.equal(prior.prompt[0, :2], empty)
     assert not prior.prompt[0, 2:].any()
 
 
-def test_the_reader_noises_and_tells_time_as_the_training_does(trained):
+def test_the_prior_noises_and_scales_time_as_the_training_does(trained):
     prior = make_prior(
         PriorConfig(name="wan_tiny", path=str(trained), noise_level=0.3, engine="plain"), (2, 2)
     )
@@ -183,53 +178,54 @@ def test_the_reader_noises_and_tells_time_as_the_training_does(trained):
     picture = torch.rand(1, 1, 1, 3, 32, 32)
     prior(picture)
     frames = (picture[0, 0].permute(0, 2, 3, 1)[None] * 255).round().to(torch.uint8).numpy()
-    latent = normalised(prior.vae, posterior_means(prior.vae, frames, CPU))
+    latent = normalise(prior.vae, posterior_means(prior.vae, frames, CPU))
     noise = prior.noise(latent, None).expand_as(latent)
     torch.testing.assert_close(seen["latent"], 0.7 * latent + 0.3 * noise, atol=0.05, rtol=0)
     time = torch.tensor([0.3])
-    torch.testing.assert_close(matching.noised(latent, noise, time), 0.7 * latent + 0.3 * noise)
-    told = {}
+    torch.testing.assert_close(transformer.add_noise(latent, noise, time), 0.7 * latent + 0.3 * noise)
+    given = {}
 
     def network_like_wans(_latent, moment, _prompt, return_dict):
-        told.update(time=moment)
+        given.update(time=moment)
         return (torch.zeros_like(latent),)
 
-    transformer.predict(network_like_wans, latent, time, prior.prompt)
-    torch.testing.assert_close(told["time"], torch.tensor([300.0]))
+    transformer.predict_velocity(network_like_wans, latent, time, prior.prompt)
+    torch.testing.assert_close(given["time"], torch.tensor([300.0]))
     torch.testing.assert_close(seen["time"], torch.tensor([300.0]))
 
 
 def test_the_velocity_leads_from_any_point_of_the_path_back_to_the_data():
     data, noise, time = torch.randn(5, 4, 2, 3, 3), torch.randn(5, 4, 2, 3, 3), torch.linspace(0, 1, 5)
-    at = matching.noised(data, noise, time)
-    target = matching.velocity(data, noise)
+    at = transformer.add_noise(data, noise, time)
+    target = transformer.velocity(data, noise)
     torch.testing.assert_close(at - time[:, None, None, None, None] * target, data)
     step = 1e-3
-    there = matching.noised(data.double(), noise.double(), time.double() + step)
+    there = transformer.add_noise(data.double(), noise.double(), time.double() + step)
     torch.testing.assert_close((there - at.double()) / step, target.double(), atol=1e-3, rtol=1e-3)
 
 
 def test_times_are_logit_normal_and_a_shift_moves_them_towards_noise():
     generator = torch.Generator().manual_seed(0)
-    logits = torch.logit(matching.sample_time(20_000, 0.5, 0.8, 1.0, generator))
+    logits = torch.logit(transformer.sample_time(20_000, 0.5, 0.8, 1.0, generator))
     assert abs(logits.mean() - 0.5) < 0.03
     assert abs(logits.std() - 0.8) < 0.03
     torch.testing.assert_close(
-        matching.shifted(torch.tensor([0.0, 0.5, 1.0]), 3.0), torch.tensor([0, 0.75, 1.0])
+        transformer.shift_time(torch.tensor([0.0, 0.5, 1.0]), 3.0), torch.tensor([0, 0.75, 1.0])
     )
 
 
-def test_the_report_has_intervals_pictures_a_film_and_a_card(trained):
-    told = json.loads((trained.parent / "report" / "report.json").read_text())
+def test_the_report_has_intervals_images_a_video_and_a_card(trained):
+    report = json.loads((trained.parent / "report" / "report.json").read_text())
     for level in ("0.1", "0.3", "0.9"):
         assert (
-            told["figures"]["loss"][level]["clips"]["low"] < told["figures"]["loss"][level]["clips"]["high"]
+            report["figures"]["loss"][level]["clips"]["low"]
+            < report["figures"]["loss"][level]["clips"]["high"]
         )
     assert (trained.parent / "report" / "reconstructions.png").stat().st_size
     assert (trained.parent / "report" / "sample.mp4").stat().st_size
     text = (trained / "README.md").read_text()
     assert "autoencoder 3, transformer 3" in text
-    assert f"{told['figures']['psnr_clips']['mean']:.3f} [" in text
+    assert f"{report['figures']['psnr_clips']['mean']:.3f} [" in text
 
 
 def test_signal_to_noise_has_its_closed_form():
@@ -253,29 +249,29 @@ def test_a_mistyped_field_names_the_near_one():
 
 
 def test_an_instruction_without_embedding_is_named():
-    table = prompts.PromptTable({"": torch.ones(2, WIDTH)}, CPU)
+    table = transformer.PromptTable({"": torch.ones(2, WIDTH)}, CPU)
     with pytest.raises(ValueError, match="'fly'"):
         table(["", "fly"])
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_its_last_checkpoint(tmp_path):
     run = settings(tmp_path, save_every=1)
-    learns = learner.StageTrainer(torch.nn.Linear(2, 1), run.vae.learning, tmp_path / "run")
+    learns = trainer.StageTrainer(torch.nn.Linear(2, 1), run.vae.learning, tmp_path / "run")
 
     def broken(draws):
         value = learns.network(torch.ones(1, 2)).sum() * (torch.nan if learns.step == 2 else 1.0)
         return value, {}
 
     with pytest.raises(FloatingPointError, match="step 3"):
-        learner.learn(learns, broken, dict, run, None)
-    again = learner.StageTrainer(torch.nn.Linear(2, 1), run.vae.learning, tmp_path / "run")
+        trainer.run_training(learns, broken, dict, run, None)
+    again = trainer.StageTrainer(torch.nn.Linear(2, 1), run.vae.learning, tmp_path / "run")
     assert again.step == 2
     assert all(weight.isfinite().all() for weight in again.weights)
 
 
-def test_frames_survive_the_way_to_the_network_and_back():
+def test_frames_are_converted_to_the_networks_range_and_back():
     frames = moving_square(2, 0)
-    assert np.array_equal(report.as_frames(autoencoder.as_video(frames, CPU)), frames)
+    assert np.array_equal(autoencoder.as_frames(autoencoder.as_video(frames, CPU)), frames)
 
 
 @pytest.mark.slow
@@ -286,6 +282,6 @@ for name in ("lerobot", "hydra", "omegaconf", "draccus", "timm", "av", "tensorbo
     sys.modules[name] = None
 real = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *rest: None if name == "lerobot" else real(name, *rest)
-import vega_policy.pretraining.__main__, envs.clips
+import vega_policy.pretraining.trainer, envs.clips
 """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=300)

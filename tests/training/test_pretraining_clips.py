@@ -7,12 +7,12 @@ from diffusers import AutoencoderKLWan
 
 from tests.pretraining_runs import CPU, TINY, moving_square, write_shards
 from vega_policy.pretraining.autoencoder import (
+    denormalise,
     measure_statistics,
-    normalised,
+    normalise,
     posterior_means,
-    restored,
+    write_image_latents,
     write_latents,
-    write_picture_latents,
 )
 from vega_policy.pretraining.clips import Clips, DamagedClipsError
 
@@ -34,17 +34,17 @@ def vae(clips):
 
 def test_normalised_latents_have_mean_zero_and_deviation_one_and_come_back(vae, clips):
     latent = posterior_means(vae, clips.take(np.arange(len(clips))), CPU)
-    scaled = normalised(vae, latent)
+    scaled = normalise(vae, latent)
     torch.testing.assert_close(scaled.mean(dim=(0, 2, 3, 4)), torch.zeros(4), atol=0.05, rtol=0)
     torch.testing.assert_close(scaled.std(dim=(0, 2, 3, 4)), torch.ones(4), atol=0.05, rtol=0)
-    torch.testing.assert_close(restored(vae, scaled), latent)
+    torch.testing.assert_close(denormalise(vae, scaled), latent)
 
 
-def test_single_pictures_are_encoded_without_what_came_before_them(vae, clips, tmp_path):
+def test_single_images_are_encoded_without_earlier_frames(vae, clips, tmp_path):
     some = np.array([1, 5])
-    singles = write_picture_latents(tmp_path / "pictures.npy", vae, clips, CPU)
+    singles = write_image_latents(tmp_path / "images.npy", vae, clips, CPU)
     assert singles.shape == (len(clips), 2, 4, 1, 2, 2)
-    alone = normalised(vae, posterior_means(vae, clips.take(some)[:, 4:5], CPU)).half()
+    alone = normalise(vae, posterior_means(vae, clips.take(some)[:, 4:5], CPU)).half()
     torch.testing.assert_close(torch.from_numpy(singles[some, 1]), alone, atol=2e-3, rtol=0)
     whole = write_latents(tmp_path / "clips.npy", vae, clips, CPU)
     assert np.allclose(singles[:, 0], whole[:, :, :1], atol=2e-3)
@@ -68,7 +68,7 @@ def test_nothing_is_learned_from_a_held_out_shard(tmp_path):
     assert clips.instructions == ["", "move it"] * 4
 
 
-def test_what_is_held_out_stays_so_when_more_is_filmed(tmp_path):
+def test_held_out_shards_stay_held_out_when_more_are_rendered(tmp_path):
     write_shards(tmp_path / "few")
     write_shards(tmp_path / "many", shards=10)
     aside = [Clips.open(tmp_path / name, 0.1)[1].take(np.arange(4)) for name in ("few", "many")]

@@ -20,7 +20,7 @@ def job(number, fusion, seed, loss, wins=()):
 
 def test_what_varies_names_a_configuration_but_not_its_seed_or_folder():
     jobs = [job(0, "token_gate", 0, 1.0), job(1, "add", 1, 1.0), Job(Path("2"), {}, {}, {})]
-    assert labels(jobs) == ["fusion=token_gate", "fusion=add", "job 2: did not begin"]
+    assert labels(jobs) == ["fusion=token_gate", "fusion=add", "job 2: did not start"]
 
 
 def test_the_sign_flip_test_counts_sign_patterns():
@@ -91,7 +91,7 @@ def test_a_multirun_trains_every_job_in_its_folder_and_ends_in_one_table(tmp_pat
     monkeypatch.setattr(sys, "argv", ["train_policy.py", "-m", *fields, *sizes, "output_dir=sweep"])
     runpy.run_path(str(REPOSITORY / "scripts" / "train_policy.py"), run_name="__main__")
     rows = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
-    assert [row["label"] for row in rows] == ["fusion=token_gate", "fusion=add", "job 2: did not begin"]
+    assert [row["label"] for row in rows] == ["fusion=token_gate", "fusion=add", "job 2: did not start"]
     assert rows[1]["paired"]["loss"]["pairs"] == 1
     table = (tmp_path / "sweep" / "sweep.txt").read_text()
     assert "minus fusion=token_gate, paired by seed" in table

@@ -123,7 +123,9 @@ def test_frozen_parts_stay_frozen_and_the_rest_learns(root, tmp_path, frozen):
 
     assert learned("backbone.image_encoder") is not frozen
     assert not learned("backbone.text_encoder")
-    assert all(map(learned, ("project", "fusion", "head.output", "backbone.blocks", "backbone.project_state")))
+    assert all(
+        map(learned, ("project", "fusion", "head.output", "backbone.blocks", "backbone.project_state"))
+    )
     assert not any(":model.prior." in name for name in now)
 
 

@@ -11,9 +11,10 @@ import numpy as np
 import torch
 
 from vega_policy.configuration_vega import VegaConfig
+from vega_policy.data.dataset import DatasetConfig
 from vega_policy.model.config import ActionHeadConfig, BackboneConfig, PriorConfig
 from vega_policy.provenance import use_available_cores
-from vega_policy.training.config import DatasetConfig, TrainConfig
+from vega_policy.training.config import TrainConfig
 from vega_policy.training.distributed import make_accelerator
 from vega_policy.training.logging import Progress
 from vega_policy.training.train import make_trainer
@@ -79,7 +80,7 @@ def _train_steps_per_second(config: TrainConfig, device: torch.device, seconds: 
     end = time.perf_counter() + seconds
     while step < WARM_UP + 5 or time.perf_counter() < end:
         step += 1
-        progress.step(step, trainer.optimize(batches, progress, step))
+        progress.step(trainer.optimize(batches, progress, step))
     return progress.interval()
 
 

@@ -10,7 +10,7 @@ from vega_policy.cli.app import Command
 def run(config: DictConfig) -> str:
     """Pre-train and return where the weights are."""
     from vega_policy.pretraining.config import decode
-    from vega_policy.pretraining.pretrain import pretrain
+    from vega_policy.pretraining.trainer import pretrain
 
     folder = pretrain(decode(cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))))
     return f"weights: {folder}" if folder else "max_seconds reached; the same command resumes"

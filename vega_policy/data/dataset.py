@@ -1,96 +1,105 @@
-"""Opening a LeRobot dataset, and refusing one the policy cannot learn from."""
+"""LeRobot datasets: opening, checking against the policy, and the low-dimensional table.
+
+LeRobot is imported where it is used: training from a cache reads the table only.
+"""
 
 import json
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pyarrow
 import pyarrow as pa
-import pyarrow.parquet as parquet
 import pyarrow.parquet as pq
 import torch
-from lerobot.configs import FeatureType, PolicyFeature, PreTrainedConfig
-from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
-from lerobot.datasets.factory import resolve_delta_timestamps
-from lerobot.datasets.lerobot_dataset import LeRobotDataset
-from lerobot.utils.feature_utils import dataset_to_policy_features
 from torch import Tensor
 
-from vega_policy.training.config import DatasetConfig
+if TYPE_CHECKING:
+    from lerobot.configs import PolicyFeature, PreTrainedConfig
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
-BOX_HEADER = struct.Struct(">I4s")
+STATE, ACTION = "observation.state", "action"
+STREAMS = ("frames", "semantic", "prior")
+_CACHES = ("none", "disk", "ram", "gpu")
+_BOX_HEADER = struct.Struct(">I4s")
 """Size and type of an MP4 box (ISO/IEC 14496-12); a size of 1 means that 64 bits of it follow."""
-
-
-def damaged_files(root: Path) -> list[str]:
-    """Files that are truncated or that nothing can read, and tables that hold fewer rows than announced.
-
-    Only headers and footers are read: it takes milliseconds a file.
-
-    Args:
-        root: Folder of a LeRobotDataset v3.
-
-    Returns:
-        One phrase a finding, with the file's path below the root; empty if all is whole.
-    """
-    findings, rows = [], 0
-    for path in sorted(root.glob("**/*.parquet")):
-        name = path.relative_to(root)
-        try:
-            held = parquet.read_metadata(path).num_rows
-        except (pyarrow.ArrowInvalid, OSError):
-            findings.append(f"{name} is no whole Parquet file ({path.stat().st_size} bytes)")
-            continue
-        rows += held if name.parts[0] == "data" else 0
-    announced = json.loads((root / "meta" / "info.json").read_text())["total_frames"]
-    if not findings and rows != announced:
-        findings.append(f"data/ holds {rows} rows, meta/info.json announces {announced}")
-    videos = sorted(root.glob("videos/**/*.mp4"))
-    return findings + [f"{path.relative_to(root)} is truncated" for path in videos if not _whole(path)]
-
-
-def _whole(video: Path) -> bool:
-    """Whether an MP4 file is as long as its boxes say."""
-    end, size = 0, video.stat().st_size
-    with video.open("rb") as file:
-        while end + BOX_HEADER.size <= size:
-            file.seek(end)
-            length, _ = BOX_HEADER.unpack(file.read(BOX_HEADER.size))
-            if length == 1:
-                length = int.from_bytes(file.read(8), "big")
-            if length < BOX_HEADER.size:
-                return False
-            end += length
-    return end == size > 0
 
 
 class DatasetError(ValueError):
     """The dataset is missing or does not fit the policy."""
 
 
-def open_dataset(config: DatasetConfig, policy: PreTrainedConfig) -> LeRobotDataset:
-    """Opens all episodes, with a chunk of actions at every row.
+@dataclass(frozen=True)
+class DatasetConfig:
+    """Which LeRobot dataset the policy learns from, and how its frames are read.
 
-    Args:
-        config: Where the dataset is.
-        policy: The policy's config, which says what is read around each row.
+    Attributes:
+        repo_id: The dataset's name; on the hub if `root` is None.
+        root: Local folder of the dataset.
+        revision: Hub revision; None takes the newest.
+        episodes: Episode numbers to use; None takes all.
+        held_out: Fraction of each task's episodes kept for the held-out loss, in [0, 1).
+        shift: Largest random shift of training frames; 0 for none. In pixels of `policy.frame_size` with a
+            cache, of the dataset's own frames without. It requires frames: cached features, and a cached
+            prior beside cached frames, are those of unshifted frames.
+        video_backend: LeRobot's decoder, `pyav` or `torchcodec`.
+        workers: Processes that decode videos during training; unused with a cache.
+        cache: `none` decodes videos in every step; `disk` maps a cache of frames or features into memory;
+            `ram` holds it there, `gpu` on the training device.
+        cached: Streams that the cache holds: `frames` (uint8), `semantic`, `prior`.
+        cache_root: Folder of all caches.
+        collect_command: Command that collects this dataset, for the message where it is missing.
+    """
 
-    Returns:
-        The dataset; frames of videos are uint8.
+    repo_id: str
+    root: str | None = None
+    revision: str | None = None
+    episodes: list[int] | None = None
+    held_out: float = 0.0
+    shift: int = 0
+    video_backend: str = "pyav"
+    workers: int = 2
+    cache: str = "none"
+    cached: list[str] = field(default_factory=lambda: ["semantic", "prior"])
+    cache_root: str = "outputs/cache"
+    collect_command: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.cache not in _CACHES:
+            raise ValueError(f"dataset.cache: expected one of {', '.join(_CACHES)}; got {self.cache!r}.")
+        if unknown := [stream for stream in self.cached if stream not in STREAMS]:
+            raise ValueError(f"dataset.cached: expected one of {', '.join(STREAMS)}; got {unknown[0]!r}.")
+        if not 0.0 <= self.held_out < 1.0:
+            raise ValueError(f"dataset.held_out: expected a fraction in [0, 1); got {self.held_out}.")
+        if self.shift < 0:
+            raise ValueError(f"dataset.shift must be at least 0; got {self.shift}.")
+        if self.shift and self.cache != "none" and ("frames" not in self.cached or "semantic" in self.cached):
+            raise ValueError(
+                f"dataset.shift={self.shift} needs frames in the cache and no semantic features; got "
+                f"dataset.cached={list(self.cached)}. Take [frames] (the prior sees shifted frames too), "
+                "[frames,prior] (faster; its features stay unshifted), or dataset.shift=0."
+            )
+
+
+def open_dataset(config: DatasetConfig, policy: "PreTrainedConfig") -> "LeRobotDataset":
+    """Open all episodes, with a chunk of actions at every row and uint8 frames of videos.
 
     Raises:
         DatasetError: If a local root holds no finalized dataset, or a damaged one; names the files and the
             command that collects it.
     """
+    from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
+    from lerobot.datasets.factory import resolve_delta_timestamps
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
     if config.root is not None and not (Path(config.root) / "meta" / "info.json").is_file():
         command = config.collect_command or "the command that collects or downloads it"
         raise DatasetError(
             f"No demonstrations in {config.root}: expected a finalized LeRobotDataset (meta/info.json), "
-            f"found {_listing(Path(config.root))}. Collect them first: {command}"
+            f"found {_list_folder(Path(config.root))}. Collect them first: {command}"
         )
-    if config.root is not None and (damaged := damaged_files(Path(config.root))):
+    if config.root is not None and (damaged := find_damaged_files(Path(config.root))):
         raise DatasetError(
             f"{config.root} is damaged or only partly written: {'; '.join(damaged[:5])}. Delete it, then "
             f"collect or download it again{f': {config.collect_command}' if config.collect_command else '.'}"
@@ -106,29 +115,65 @@ def open_dataset(config: DatasetConfig, policy: PreTrainedConfig) -> LeRobotData
     )
 
 
-def match_features(policy: PreTrainedConfig, dataset: LeRobotDataset) -> None:
-    """Gives the policy the dataset's features, or checks those it expects already.
+def find_damaged_files(root: Path) -> list[str]:
+    """Return one phrase for each unreadable or truncated file of a LeRobotDataset v3, and for missing rows.
 
-    Cameras, `observation.state` and `action` are taken; anything else a dataset may hold, such as a
-    simulator's state, never reaches a policy.
+    Only headers and footers are read, which takes milliseconds a file.
+    """
+    findings, rows = [], 0
+    for path in sorted(root.glob("**/*.parquet")):
+        name = path.relative_to(root)
+        try:
+            held = pq.read_metadata(path).num_rows
+        except (pa.ArrowInvalid, OSError):
+            findings.append(f"{name} is no whole Parquet file ({path.stat().st_size} bytes)")
+            continue
+        rows += held if name.parts[0] == "data" else 0
+    announced = json.loads((root / "meta" / "info.json").read_text())["total_frames"]
+    if not findings and rows != announced:
+        findings.append(f"data/ holds {rows} rows, meta/info.json announces {announced}")
+    videos = sorted(root.glob("videos/**/*.mp4"))
+    return findings + [f"{path.relative_to(root)} is truncated" for path in videos if not _is_whole(path)]
 
-    Args:
-        policy: The policy's config; filled in if it names no features yet.
-        dataset: The dataset.
+
+def _is_whole(video: Path) -> bool:
+    """Return whether an MP4 file is as long as its boxes say."""
+    end, size = 0, video.stat().st_size
+    with video.open("rb") as file:
+        while end + _BOX_HEADER.size <= size:
+            file.seek(end)
+            length, _ = _BOX_HEADER.unpack(file.read(_BOX_HEADER.size))
+            if length == 1:
+                length = int.from_bytes(file.read(8), "big")
+            if length < _BOX_HEADER.size:
+                return False
+            end += length
+    return end == size > 0
+
+
+def match_features(policy: "PreTrainedConfig", dataset: "LeRobotDataset") -> None:
+    """Give the policy's config the dataset's features, or check those that it already names.
+
+    Only cameras, `observation.state` and `action` are taken: a simulator's state never reaches a policy.
 
     Raises:
-        DatasetError: If a camera, the state or the action is missing or has another width; names what the
-            policy expects and what the dataset has.
+        DatasetError: If a camera, the state or the action is missing or has another width; lists expected
+            and available features.
     """
-    seen = (FeatureType.VISUAL, FeatureType.STATE)
-    there = dataset_to_policy_features(dataset.meta.features)
+    from lerobot.configs import FeatureType
+    from lerobot.utils.feature_utils import dataset_to_policy_features
+
+    observed = (FeatureType.VISUAL, FeatureType.STATE)
+    available = dataset_to_policy_features(dataset.meta.features)
     if not policy.input_features:
-        policy.input_features = {key: kept for key, kept in there.items() if kept.type in seen}
+        policy.input_features = {key: kept for key, kept in available.items() if kept.type in observed}
     if not policy.output_features:
-        policy.output_features = {key: kept for key, kept in there.items() if kept.type is FeatureType.ACTION}
+        policy.output_features = {
+            key: kept for key, kept in available.items() if kept.type is FeatureType.ACTION
+        }
     expected = {**policy.input_features, **policy.output_features}
-    wrong = [key for key, feature in expected.items() if not _fits(feature, there.get(key))]
-    lacking = [
+    wrong = [key for key, feature in expected.items() if not _fits(feature, available.get(key))]
+    missing = [
         name
         for name, found in (
             ("observation.images.<camera>", policy.image_features),
@@ -137,130 +182,100 @@ def match_features(policy: PreTrainedConfig, dataset: LeRobotDataset) -> None:
         )
         if not found
     ]
-    if wrong or lacking:
+    if wrong or missing:
         raise DatasetError(
-            f"{dataset.repo_id} does not fit the policy ({', '.join(wrong + lacking)}). The policy expects: "
-            f"{_names(expected, lacking)}. The dataset has: {_names(there)}. Rename or collect what is "
-            "missing, or give policy.input_features that the dataset has."
+            f"{dataset.repo_id} does not fit the policy ({', '.join(wrong + missing)}). The policy expects: "
+            f"{_list_features(expected, missing)}. The dataset has: {_list_features(available)}. Rename or "
+            "collect what is missing, or give policy.input_features that the dataset has."
         )
 
 
-def _fits(expected: PolicyFeature, found: PolicyFeature | None) -> bool:
-    """Same kind and width; a camera may have another size, its frames are resized."""
+def _fits(expected: "PolicyFeature", found: "PolicyFeature | None") -> bool:
+    """Return whether kind and width agree; a camera may have another size, its frames are resized."""
     if found is None or found.type is not expected.type:
         return False
-    return expected.type is FeatureType.VISUAL or tuple(found.shape) == tuple(expected.shape)
+    return expected.type.name == "VISUAL" or tuple(found.shape) == tuple(expected.shape)
 
 
-def _names(features: dict[str, PolicyFeature], lacking: list[str] | None = None) -> str:
-    told = [f"{key} {list(feature.shape)}" for key, feature in features.items()]
-    return ", ".join([*told, *(lacking or [])]) or "nothing"
+def _list_features(features: "dict[str, PolicyFeature]", missing: list[str] | None = None) -> str:
+    named = [f"{key} {list(feature.shape)}" for key, feature in features.items()]
+    return ", ".join([*named, *(missing or [])]) or "nothing"
 
 
-def _listing(folder: Path) -> str:
+def _list_folder(folder: Path) -> str:
     if not folder.is_dir():
         return "no such folder"
     return ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "an empty folder"
 
 
-STATE, ACTION = "observation.state", "action"
-
-
 @dataclass(frozen=True)
 class FrameTable:
-    """One row for each frame of a dataset, in the dataset's order.
+    """One row for each frame of a dataset, in the dataset's order."""
 
-    Attributes:
-        state: Proprioceptive state, float32 [n s].
-        action: Action taken at that frame, float32 [n a].
-        episode: Episode number, int64 [n].
-        episode_end: Row after the last one of the frame's episode, int64 [n].
-        task: Index into `tasks`, int64 [n].
-        tasks: Instructions.
-        fps: Frames a second.
-    """
-
-    state: Tensor
-    action: Tensor
-    episode: Tensor
-    episode_end: Tensor
-    task: Tensor
-    tasks: tuple[str, ...]
+    state: Tensor  # proprioception, float32 [n s]
+    action: Tensor  # taken at that frame, float32 [n a]
+    episode: Tensor  # episode number, int64 [n]
+    episode_end: Tensor  # row after the last one of the frame's episode, int64 [n]
+    task: Tensor  # index into `tasks`, int64 [n]
+    tasks: tuple[str, ...]  # instructions
     fps: int
 
     def __len__(self) -> int:
-        """Number of frames n."""
+        """Return the number of frames n."""
         return len(self.action)
 
     def chunks(self, rows: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        """Actions from each row on.
+        """Return the chunks of `length` actions from rows [b] on: actions [b t a] and `is_pad` [b t].
 
-        Args:
-            rows: Row numbers [b].
-            length: Actions in a chunk t.
-
-        Returns:
-            Actions [b t a], the episode's last one repeated beyond its end, and `is_pad` [b t], True there.
+        Beyond an episode's end its last action is repeated, and `is_pad` is True.
         """
         steps = rows[:, None] + torch.arange(length)  # [b t]
         last = (self.episode_end[rows] - 1)[:, None]
         return self.action[torch.minimum(steps, last)], steps > last
 
     def instructions(self, rows: Tensor) -> list[str]:
-        """Instruction of each row, b strings."""
+        """Return the instruction of each row, b strings."""
         return [self.tasks[index] for index in self.task[rows].tolist()]
 
     def rows_of(self, episodes: list[int]) -> Tensor:
-        """Rows that belong to the given episodes, in order, int64 [m]."""
+        """Return the rows of the given episodes, in order, int64 [m]."""
         return torch.isin(self.episode, torch.tensor(episodes, dtype=torch.int64)).nonzero()[:, 0]
 
     def split(self, held_out: float, episodes: list[int] | None = None) -> tuple[list[int], list[int]]:
-        """Splits episodes into those to learn from and those held out: the last ones of each task.
+        """Split episodes (None: all) into training and held-out ones, the last of each task.
 
-        Args:
-            held_out: Share of each task's episodes to hold out, rounded up, in [0, 1).
-            episodes: Episodes to split; None takes all.
-
-        Returns:
-            Training and held-out episode numbers.
+        `held_out`, in [0, 1), is the fraction of each task's episodes, rounded up.
 
         Raises:
-            ValueError: If an episode does not exist or nothing would be left to learn from.
+            ValueError: If an episode does not exist or no training episode would be left.
         """
         first_rows = torch.cat([torch.zeros(1, dtype=torch.int64), self.episode_end.unique()[:-1]])
         task_of = dict(zip(self.episode[first_rows].tolist(), self.task[first_rows].tolist(), strict=True))
-        wanted = sorted(task_of) if episodes is None else episodes
-        unknown = [episode for episode in wanted if episode not in task_of]
+        chosen = sorted(task_of) if episodes is None else episodes
+        unknown = [episode for episode in chosen if episode not in task_of]
         if unknown:
             raise ValueError(
                 f"dataset.episodes: the dataset has no {unknown}; its episodes are {min(task_of)} to "
                 f"{max(task_of)}."
             )
         by_task: dict[int, list[int]] = {}
-        for episode in wanted:
+        for episode in chosen:
             by_task.setdefault(task_of[episode], []).append(episode)
-        learned, kept_out = [], []
+        training, kept_out = [], []
         for members in by_task.values():
-            count = int(np.ceil(len(members) * held_out))
-            learned += members[: len(members) - count]
-            kept_out += members[len(members) - count :]
-        if not learned:
+            count = len(members) - int(np.ceil(len(members) * held_out))
+            training += members[:count]
+            kept_out += members[count:]
+        if not training:
             raise ValueError(
                 f"dataset.held_out={held_out} leaves no episode to learn from: the dataset has "
-                f"{len(wanted)} episodes of {len(by_task)} tasks. Lower it or collect more."
+                f"{len(chosen)} episodes of {len(by_task)} tasks. Lower it or collect more."
             )
-        return sorted(learned), sorted(kept_out)
+        return sorted(training), sorted(kept_out)
 
 
 def read_table(root: Path) -> FrameTable:
-    """Reads the table of a finalized LeRobotDataset v3 on disk.
-
-    Args:
-        root: Folder that holds `meta/` and `data/`.
-
-    Returns:
-        The table of all episodes.
-    """
+    """Read the table of all episodes of a finalized LeRobotDataset v3 (`meta/` and `data/` below `root`)."""
     info = json.loads((root / "meta" / "info.json").read_text())
     tasks = pq.read_table(root / "meta" / "tasks.parquet").to_pydict()
     (sentences,) = (column for name, column in tasks.items() if name != "task_index")
@@ -283,16 +298,17 @@ def read_table(root: Path) -> FrameTable:
     )
 
 
-def check_finite(table: FrameTable, rows: Tensor, source: str | Path) -> None:
-    """Refuses rows that no policy can learn from.
+def _matrix(column: pa.ChunkedArray) -> Tensor:
+    """Convert a column of equally long lists to float32 [n width]."""
+    flat = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    return torch.from_numpy(flat.astype(np.float32).reshape(len(column), -1))
 
-    Args:
-        table: The dataset's table.
-        rows: Rows that training will read, [m].
-        source: The dataset's place, for the message.
+
+def check_finite(table: FrameTable, rows: Tensor, source: str | Path) -> None:
+    """Refuse training rows [m] with an action or a state that is not finite; `source` names the dataset.
 
     Raises:
-        ValueError: If an action or a state is not a finite number; names the first episode and frame.
+        ValueError: Names the first episode and frame.
     """
     for name, values in ((ACTION, table.action), (STATE, table.state)):
         bad = rows[(~values[rows].isfinite()).any(dim=1)]
@@ -306,9 +322,3 @@ def check_finite(table: FrameTable, rows: Tensor, source: str | Path) -> None:
             f"{episode}, frame {frame} ({len(bad)} of {len(rows)} frames are affected). Record these "
             "episodes again, or leave them out with dataset.episodes=[...]."
         )
-
-
-def _matrix(column: pa.ChunkedArray) -> Tensor:
-    """A column of equally long lists as float32 [n width]."""
-    flat = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
-    return torch.from_numpy(flat.astype(np.float32).reshape(len(column), -1))

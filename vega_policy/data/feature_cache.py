@@ -1,17 +1,17 @@
-"""The on-disk cache of what never changes in training: frames at the policy's size, features of frozen parts.
+"""On-disk cache of what training never changes: frames at the policy's size and features of frozen encoders.
 
-One folder a stream, named by a hash over everything that determines its values:
+One folder a stream, named by a hash over all that determines its values; it is complete or absent:
 
     <cache_root>/<stream>-<hash>/manifest.json   the key in full, shape and type
                                  values.bin      one row a dataset frame, memory-mapped
                                  mean_frames.safetensors
 
-A folder is complete or absent (it is written beside its place and renamed). This module imports no lerobot.
+This module imports no LeRobot.
 """
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,7 +31,7 @@ from vega_policy.run_dir import atomic_folder, lock_folder
 FORMAT = 1
 MANIFEST, VALUES, MEAN_FRAMES = "manifest.json", "values.bin", "mean_frames.safetensors"
 BATCH = {"cpu": 8, "accelerator": 64}
-"""Instants encoded at once. On a CPU, 32 of them took 1.6 times as long for each (measured at 128 pixels)."""
+"""Time steps encoded at once. On a CPU, 32 took 1.6 times as long for each (measured at 128 pixels)."""
 TYPES = {"frames": torch.uint8, "semantic": torch.bfloat16, "prior": torch.bfloat16}
 
 Clips = Iterable[dict[str, Tensor]]
@@ -39,72 +39,59 @@ Clips = Iterable[dict[str, Tensor]]
 
 
 class CacheError(ValueError):
-    """A cache that does not hold what its name says."""
+    """A cache is truncated, or was built from other inputs."""
 
 
 @dataclass(frozen=True)
 class Stream:
-    """One kind of cached value and all that determines it.
+    """One kind of cached value and all that determines it."""
 
-    Attributes:
-        name: `frames` [v 3 h w] uint8, `semantic` [v c gh gw] or `prior` [v d gh gw], both bfloat16.
-        key: Plain values; another key is another cache.
-    """
-
-    name: str
-    key: dict[str, Any]
+    name: str  # `frames` [v 3 h w] uint8, `semantic` [v c gh gw] or `prior` [v d gh gw], both bfloat16
+    key: dict[str, Any]  # plain values; another key is another cache
 
     @property
     def folder(self) -> str:
-        """Folder name below the cache's root."""
+        """Return the folder name below the cache's root."""
         return f"{self.name}-{_hash(json.dumps(self.key, sort_keys=True).encode())}"
 
 
 def check_cacheable(backbone: BackboneConfig, prior: PriorConfig, cached: Sequence[str]) -> list[str]:
-    """Streams that a cache has to hold, after refusing those that training would change.
-
-    Args:
-        backbone: The policy's backbone.
-        prior: The policy's prior; without one its stream is not needed.
-        cached: Streams asked for (`dataset.cached`).
-
-    Returns:
-        The streams asked for, less the prior's where there is none.
+    """Return the streams of `dataset.cached` that the cache must hold: the prior's only where there is one.
 
     Raises:
-        ValueError: If a stream changes during training (names the field that makes it so), or if something
-            has to be computed live and there would be no frames to compute it from.
+        ValueError: If a stream changes during training (names the field that makes it so), or if features
+            have to be computed in each step and the cache holds no frames.
     """
-    wanted = [name for name in cached if name != "prior" or prior.name != "none"]
-    if "semantic" in wanted and not backbone.frozen_features:
-        learning = "freeze_connector" if backbone.freeze_image_encoder else "freeze_image_encoder"
+    streams = [name for name in cached if name != "prior" or prior.name != "none"]
+    if "semantic" in streams and not backbone.frozen_features:
+        trained = "freeze_connector" if backbone.freeze_image_encoder else "freeze_image_encoder"
         raise ValueError(
-            f"dataset.cached holds 'semantic', but backbone.{learning}=false lets these features "
+            f"dataset.cached holds 'semantic', but backbone.{trained}=false lets these features "
             "change in training. Set it to true, or cache the frames instead: "
             "dataset.cached=[frames,prior]."
         )
-    if "prior" in wanted and prior.noise != "fixed":
+    if "prior" in streams and prior.noise != "fixed":
         raise ValueError(
             f"dataset.cached holds 'prior', but prior.noise={prior.noise} gives other features in each step. "
             "Set prior.noise=fixed, or dataset.cached=[frames] or [frames,semantic]."
         )
-    if prior.clip == "history" and {"prior", "frames"} & set(wanted):
+    if prior.clip == "history" and {"prior", "frames"} & set(streams):
         raise ValueError(
             "prior.clip=history reads several instants at once; a cache holds single ones. Set "
             "dataset.cache=none, or prior.clip=frame or views."
         )
-    live = [name for name in ("semantic", "prior") if name not in wanted]
+    live = [name for name in ("semantic", "prior") if name not in streams]
     live = [name for name in live if name != "prior" or prior.name != "none"]
-    if live and "frames" not in wanted:
+    if live and "frames" not in streams:
         raise ValueError(
             f"dataset.cached={list(cached)} leaves {' and '.join(live)} to be computed in each step, from "
             "frames that the cache does not hold. Add 'frames' to dataset.cached."
         )
-    return wanted
+    return streams
 
 
 def dataset_hash(root: Path) -> str:
-    """Hash over the metadata of a LeRobot dataset on disk: `meta/info.json` and the episodes' files."""
+    """Return a hash over a LeRobot dataset's metadata: `meta/info.json` and the episodes' files."""
     episodes = sorted((root / "meta" / "episodes").rglob("*.parquet"))
     content = b"".join(path.read_bytes() for path in [root / "meta" / "info.json", *episodes])
     return _hash(content)
@@ -113,13 +100,10 @@ def dataset_hash(root: Path) -> str:
 def streams_of(
     model: VegaModel, dataset: dict[str, str], cameras: Sequence[str], names: Sequence[str]
 ) -> list[Stream]:
-    """The streams of one policy on one dataset.
+    """Return the streams, accepted by `check_cacheable`, of one policy on one dataset.
 
-    Args:
-        model: The policy's model; its frozen weights are part of the key.
-        dataset: The dataset's name and `dataset_hash`.
-        cameras: Camera keys in the order of views.
-        names: Stream names that `check_cacheable` let pass.
+    The key holds a hash of the model's frozen weights, `dataset` (its name and `dataset_hash`) and the
+    cameras in the order of views.
     """
     common = {
         "format": FORMAT,
@@ -142,7 +126,7 @@ def _own_key(model: VegaModel, name: str) -> dict[str, Any]:
 
 
 def fingerprint(module: nn.Module) -> str:
-    """Hash over the names and bytes of a module's weights, 16 hexadecimal digits."""
+    """Return a hash over the names and bytes of a module's weights, 16 hexadecimal digits."""
     digest = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
         digest.update(name.encode())
@@ -151,19 +135,12 @@ def fingerprint(module: nn.Module) -> str:
 
 
 def open_stream(root: Path, stream: Stream, rows: int, place: torch.device | None) -> Tensor:
-    """Values of a stream that has been built.
+    """Return the read-only values [n ...] of a built stream for n = `rows` frames.
 
-    Args:
-        root: Root of all caches.
-        stream: What is expected.
-        rows: Frames of the dataset n.
-        place: Device to read everything to now; None maps it, to be read where it is touched.
-
-    Returns:
-        Values [n ...], not to be written to.
+    They are read to the device `place` now; None maps them into memory.
 
     Raises:
-        CacheError: If the folder is truncated or holds something else; says which folder to delete.
+        CacheError: If the folder is truncated or was built from other inputs; says which folder to delete.
     """
     folder = root / stream.folder
     advice = f"Delete {folder} to have it built again."
@@ -184,22 +161,15 @@ def open_stream(root: Path, stream: Stream, rows: int, place: torch.device | Non
 
 
 def open_mean_frames(root: Path, stream: Stream) -> dict[str, Tensor]:
-    """Mean frame of each camera over the dataset a stream was built from, float32 [3 h w] in [0, 1]."""
+    """Return each camera's mean frame over the dataset of a stream, float32 [3 h w] in [0, 1]."""
     return load_file(root / stream.folder / MEAN_FRAMES)
 
 
 def build_streams(root: Path, streams: Sequence[Stream], model: VegaModel, clips: Clips, frames: int) -> None:
-    """Builds the streams that are missing, in one pass over the videos.
+    """Build the streams that are missing, in one pass over `clips`, which are read only then.
 
-    Processes that share `root` take turns; the later ones find the work done. A kill leaves nothing that
-    could be mistaken for a cache.
-
-    Args:
-        root: Root of all caches.
-        streams: What is needed.
-        model: The policy's model, on the device that is to compute; it is left in evaluation mode.
-        clips: All frames; read only if something is missing.
-        frames: Frames of the dataset, for the progress bar.
+    Processes that share `root` take turns; the later ones find the work done. The model computes on its own
+    device and is left in evaluation mode. `frames` is the dataset's number of frames, for the progress bar.
     """
     with lock_folder(root, wait=True), ExitStack() as stack:
         missing = [stream for stream in streams if not (root / stream.folder).exists()]
@@ -214,7 +184,8 @@ def build_streams(root: Path, streams: Sequence[Stream], model: VegaModel, clips
         )
         for clip in clips:
             mean.add(clip)
-            for instants in _batches(clip, batch):
+            for start in range(0, len(next(iter(clip.values()))), batch):
+                instants = {camera: stretch[start : start + batch] for camera, stretch in clip.items()}
                 values = _encode(model, instants, [stream.name for stream in missing])
                 for writer in writers:
                     writer.append(values[writer.stream.name])
@@ -231,19 +202,19 @@ class MeanFrames:
         self._count = 0
 
     def add(self, frames: dict[str, Tensor]) -> None:
-        """Adds frames by camera, uint8 [t 3 h w]."""
+        """Add frames by camera, uint8 [t 3 h w]."""
         for camera, clip in frames.items():
             total = clip.sum(dim=0, dtype=torch.int32).long()  # a seventh of int64's time, and exact
             self._sums[camera] = self._sums[camera] + total if camera in self._sums else total
         self._count += len(next(iter(frames.values())))
 
     def result(self) -> dict[str, Tensor]:
-        """Mean frame of each camera, float32 [3 h w] in [0, 1]."""
+        """Return each camera's mean frame, float32 [3 h w] in [0, 1]."""
         return {camera: (total / (255 * self._count)).float() for camera, total in self._sums.items()}
 
 
 class _Writer:
-    """Appends rows to one stream's folder; leaving it without an error makes the folder appear."""
+    """Appends rows to one stream's folder, which appears when the context ends without an error."""
 
     def __init__(self, root: Path, stream: Stream) -> None:
         self.stream = stream
@@ -257,7 +228,7 @@ class _Writer:
         return self
 
     def append(self, values: Tensor) -> None:
-        """Rows [b ...] of the stream's type."""
+        """Append rows [b ...] of the stream's type."""
         self._shape = list(values.shape[1:])
         self._file.write(values.contiguous().reshape(-1).view(torch.uint8).numpy())
 
@@ -268,17 +239,12 @@ class _Writer:
         self._stack.__exit__(*error)
 
 
-def _batches(clips: dict[str, Tensor], size: int) -> Iterator[dict[str, Tensor]]:
-    for start in range(0, len(next(iter(clips.values()))), size):
-        yield {camera: clip[start : start + size] for camera, clip in clips.items()}
-
-
 @torch.no_grad()
 def _encode(model: VegaModel, instants: dict[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
-    """Values of one batch of instants by stream, on the CPU in the stream's type."""
+    """Return the values of a batch of time steps by stream, on the CPU in the stream's type."""
     side = model.config.frame_size
     if list(names) == ["frames"] and all(clip.shape[-2:] == (side, side) for clip in instants.values()):
-        return {"frames": torch.stack(list(instants.values()), dim=1)}  # the bytes that the way below gives
+        return {"frames": torch.stack(list(instants.values()), dim=1)}  # the same bytes as below
     device = next(model.parameters()).device
     views = {camera: clip.to(device).float() / 255 for camera, clip in instants.items()}
     frames = stack_views(views, side)  # [b v 1 3 h w]

@@ -1,7 +1,7 @@
 """Reading a dataset's frames in order: each video from front to back, several stretches of it at once.
 
 Nearly all the time goes into libav's decoding (0.8 ms for a lossless frame of 128 pixels on one core), which
-holds no Python lock: threads decode as many stretches at once as there are cores.
+releases Python's lock: threads decode as many stretches at once as there are cores.
 """
 
 from collections import deque
@@ -16,7 +16,6 @@ import av
 import numpy as np
 import torch
 from av.container import InputContainer
-from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.datasets.video_utils import decode_video_frames
@@ -26,14 +25,9 @@ from vega_policy.data.dataset import DatasetError
 from vega_policy.data.feature_cache import MeanFrames
 from vega_policy.provenance import available_cores
 
-STRETCH = 128
-"""Instants read at once; longer episodes come in several stretches. A multiple of `features.BATCH`."""
-
-HELD_BYTES = 2**30
-"""Stretches that are read ahead hold no more than this together."""
-
-SAMPLED_EPISODES = 32
-"""Episodes that are decoded for the mean frames where no cache is built."""
+STRETCH = 128  # time steps read at once, a multiple of `feature_cache.BATCH`
+HELD_BYTES = 2**30  # that stretches which are read ahead hold together, at most
+SAMPLED_EPISODES = 32  # for the mean frames where no cache is built
 
 Clips = dict[str, Tensor]
 """Consecutive frames by camera, uint8 [t 3 h w]."""
@@ -42,17 +36,9 @@ Clips = dict[str, Tensor]
 def frames_in_order(
     dataset: LeRobotDataset, cameras: list[str], backend: str, episodes: Sequence[int] | None = None
 ) -> Iterator[Clips]:
-    """All frames of episodes, in order, each decoded once.
+    """Yield all frames of episodes (None: all), each decoded once, up to `STRETCH` of one episode at a time.
 
-    Args:
-        dataset: The dataset.
-        cameras: Camera keys.
-        backend: Video decoder. `pyav` decodes on all cores; LeRobot's `torchcodec` and pictures are read one
-            stretch after the other.
-        episodes: Episodes to read; None reads all, in order.
-
-    Yields:
-        Up to `STRETCH` consecutive frames of one episode.
+    The backend `pyav` decodes on all cores; `torchcodec` and stored images are read one stretch at a time.
 
     Raises:
         DatasetError: If frames of a video are damaged or missing; names the file.
@@ -66,7 +52,7 @@ def frames_in_order(
 
 
 def sampled_mean_frames(dataset: LeRobotDataset, cameras: list[str], backend: str) -> dict[str, Tensor]:
-    """Mean frame of each camera over at most 32 evenly spaced episodes, float32 [3 h w] in [0, 1]."""
+    """Return each camera's mean frame over at most 32 evenly spaced episodes, float32 [3 h w] in [0, 1]."""
     count = min(SAMPLED_EPISODES, dataset.num_episodes)
     episodes = np.linspace(0, dataset.num_episodes - 1, count).round().astype(int).tolist()
     mean = MeanFrames()
@@ -76,7 +62,7 @@ def sampled_mean_frames(dataset: LeRobotDataset, cameras: list[str], backend: st
 
 
 def _in_parallel(jobs: Iterator[Callable[[], Clips]], workers: int, ahead: int) -> Iterator[Clips]:
-    """Results in the jobs' order, at most `ahead` of them begun before they are asked for."""
+    """Yield results in the jobs' order, at most `ahead` of them started in advance."""
     begun: deque[Future[Clips]] = deque()
     pool = ThreadPoolExecutor(workers, thread_name_prefix="decoding")
     try:
@@ -86,14 +72,14 @@ def _in_parallel(jobs: Iterator[Callable[[], Clips]], workers: int, ahead: int) 
                 yield begun.popleft().result()
         while begun:
             yield begun.popleft().result()
-    finally:  # also where the reader stops early, or is stopped
+    finally:  # also where the reader stops early
         pool.shutdown(cancel_futures=True)
 
 
 def _stretches(
     dataset: LeRobotDataset, cameras: list[str], backend: str, episode: int
 ) -> Iterator[Callable[[], Clips]]:
-    """What reads each stretch of an episode."""
+    """Yield a function that reads each stretch of an episode."""
     meta = dataset.meta
     assert meta.episodes is not None  # a dataset that opened has them
     row = meta.episodes[episode]
@@ -103,44 +89,34 @@ def _stretches(
         for camera in cameras:
             if camera not in meta.video_keys:
                 start = row["dataset_from_index"] + first
-                read[camera] = partial(_pictures, dataset, camera, range(start, start + length))
+                read[camera] = partial(_read_images, dataset, camera, range(start, start + length))
                 continue
             path = dataset.root / meta.get_video_file_path(episode, camera)
             seconds = row[f"videos/{camera}/from_timestamp"] + first / meta.fps
-            decode = read_video if backend == "pyav" else partial(_lerobots, backend)
+            decode = read_video if backend == "pyav" else partial(_decode_with_lerobot, backend)
             read[camera] = partial(decode, path, seconds, meta.fps, length)
-        yield partial(_read, read)
+        yield lambda read=read: {camera: clip() for camera, clip in read.items()}
 
 
-def _read(read: dict[str, Callable[[], Tensor]]) -> Clips:
-    return {camera: clip() for camera, clip in read.items()}
-
-
-def _pictures(dataset: LeRobotDataset, camera: str, rows: range) -> Tensor:
+def _read_images(dataset: LeRobotDataset, camera: str, rows: range) -> Tensor:
     frames = dataset.hf_dataset.select_columns([camera])[rows.start : rows.stop][camera]
     return (torch.stack(list(frames)) * 255).round().to(torch.uint8)
 
 
-def _lerobots(backend: str, path: Path, start: float, fps: int, length: int) -> Tensor:
+def _decode_with_lerobot(backend: str, path: Path, start: float, fps: int, length: int) -> Tensor:
     times = [start + frame / fps for frame in range(length)]
     # LeRobot compares times in float32: in a video of hours its usual tolerance of 1e-4 s is below rounding.
     return decode_video_frames(path, times, 0.25 / fps, backend, True)
 
 
 def read_video(path: Path, start: float, fps: float, length: int) -> Tensor:
-    """Frames of a video at `start`, `start` + 1 / fps, ..., decoded in one go on one core.
-
-    Args:
-        path: The video; several episodes may follow each other in it.
-        start: Time of the first frame (s).
-        fps: Frames a second.
-        length: Frames wanted t.
+    """Decode t = `length` frames of a video at `start` (s), `start` + 1 / fps, ... on one core.
 
     Returns:
         Frames uint8 [t 3 h w], the bytes that LeRobot's own `pyav` decoder gives.
 
     Raises:
-        DatasetError: If they are damaged, or no frame lies within a quarter of a frame of a time.
+        DatasetError: If frames are damaged, or none lies within a quarter of a frame of a time.
     """
     where = f"{path}, {length} frames from {start:.3f} s on"
     advice = "The video is damaged or of another dataset; collect or download it again."
@@ -156,7 +132,7 @@ def read_video(path: Path, start: float, fps: float, length: int) -> Tensor:
 
 
 def _decode(container: InputContainer, start: float, fps: float, length: int) -> tuple[Any, Any]:
-    """The frame nearest to each time, uint8 [t 3 h w], and how far it is off, in frames [t]."""
+    """Return the frame nearest to each time, uint8 [t 3 h w], and its distance in frames [t]."""
     stream = container.streams.video[0]
     stream.thread_type, stream.thread_count = "NONE", 1  # the other cores decode other stretches
     assert stream.time_base is not None  # a stream of an opened file has one
@@ -169,12 +145,8 @@ def _decode(container: InputContainer, start: float, fps: float, length: int) ->
         place = (float(frame.pts * stream.time_base) - start) * fps
         index = round(place)
         if 0 <= index < length and abs(place - index) < distances[index]:
-            frames[index], distances[index] = _rgb(frame, reformatter), abs(place - index)
+            rgb = reformatter.reformat(frame, format="rgb24").to_ndarray()  # [h w 3]
+            frames[index], distances[index] = rgb.transpose(2, 0, 1), abs(place - index)
         if place > length - 1.25:
             break
     return frames, distances
-
-
-def _rgb(frame: VideoFrame, reformatter: VideoReformatter) -> Any:
-    """Red, green and blue, uint8 [3 h w]; a view."""
-    return reformatter.reformat(frame, format="rgb24").to_ndarray().transpose(2, 0, 1)

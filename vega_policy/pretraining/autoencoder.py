@@ -1,7 +1,7 @@
-"""The small Wan's autoencoder: reconstruction of clips and of single pictures, with a weak Gaussian prior.
+"""The small Wan's autoencoder: its loss, its fast layers, and the latents that it encodes.
 
-Wan's own is trained with L1, LPIPS, KL and at last an adversarial loss (arXiv 2503.20314). Here no network
-judges pictures: L1, the L1 of image gradients (which keeps edges), and KL.
+Wan's own is trained with L1, LPIPS, KL and finally an adversarial loss (arXiv 2503.20314). Here no network
+judges images: L1, the L1 of image gradients (which keeps edges), and KL.
 """
 
 from collections.abc import Callable
@@ -15,22 +15,47 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
-from vega_policy.pretraining.clips import Clips
+from vega_policy.pretraining.clips import Clips, Loss, StepRandomness
 from vega_policy.pretraining.config import AutoencoderSettings
-from vega_policy.pretraining.trainer import Draws, Loss
+from vega_policy.run_dir import atomic_file
 
-WATCHED = 16
-"""Held-out clips that are looked at while it learns."""
+_VALIDATED = 16  # held-out clips that are measured during training
+_BATCH, _MEASURED = 32, 1024  # clips encoded at once, and clips whose latents give the statistics, at most
+
+
+def autoencoder_loss(network: Any, clips: Clips, settings: AutoencoderSettings, device: torch.device) -> Loss:
+    """Return the loss of one step of an `AutoencoderKLWan` on `device`."""
+
+    def loss(randomness: StepRandomness) -> tuple[Tensor, dict[str, Tensor]]:
+        indices = randomness.order.integers(len(clips), size=settings.learning.batch_size)
+        length = int(randomness.order.choice(settings.lengths))
+        frames = crop_clips(clips.take(indices), length, settings.crop, randomness.order)
+        video = as_video(frames, device)
+        posterior = network.encode(video).latent_dist
+        decoded = network.decode(posterior.sample(generator=randomness.noise)).sample
+        absolute = functional.l1_loss(decoded, video)
+        edges = gradient_difference(decoded, video)
+        divergence = kl_divergence(posterior.mean.float(), posterior.logvar.float())
+        total = absolute + settings.gradient_weight * edges + settings.kl_weight * divergence
+        return total, {"l1": absolute, "edges": edges, "kl": divergence}
+
+    return loss
 
 
 def as_video(frames: np.ndarray, device: torch.device) -> Tensor:
-    """Frames uint8 [n t h w 3] as the autoencoder takes them, [n 3 t h w] in [-1, 1]."""
+    """Convert frames uint8 [n t h w 3] to the autoencoder's input [n 3 t h w] in [-1, 1]."""
     video = torch.from_numpy(np.ascontiguousarray(frames)).to(device)
     return video.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
 
 
-def cut(frames: np.ndarray, length: int, crop: int | None, rng: np.random.Generator) -> np.ndarray:
-    """A window of a number of frames and a square, the same for all clips, [n t h w 3] -> [n t' h' w' 3].
+def as_frames(video: Tensor) -> np.ndarray:
+    """Invert `as_video`, [n 3 t h w] in [-1, 1] -> uint8 [n t h w 3]."""
+    scaled = ((video.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return scaled.permute(0, 2, 3, 4, 1).cpu().numpy()
+
+
+def crop_clips(frames: np.ndarray, length: int, crop: int | None, rng: np.random.Generator) -> np.ndarray:
+    """Crop all clips alike to a random window of frames and a square, [n t h w 3] -> [n t' h' w' 3].
 
     Raises:
         ValueError: If the clips are shorter than the window or smaller than the square.
@@ -39,7 +64,7 @@ def cut(frames: np.ndarray, length: int, crop: int | None, rng: np.random.Genera
     side = min(h, w) if crop is None else crop
     if length > t or side > min(h, w):
         raise ValueError(
-            f"vae.lengths and vae.crop ask for {length} frames of {side} pixels; clips have {t} of {h}x{w}"
+            f"vae.lengths and vae.crop give {length} frames of {side} pixels; clips have {t} of {h}x{w}"
         )
     first, top = int(rng.integers(t - length + 1)), int(rng.integers(h - side + 1))
     left = int(rng.integers(w - side + 1))
@@ -47,45 +72,33 @@ def cut(frames: np.ndarray, length: int, crop: int | None, rng: np.random.Genera
 
 
 def gradient_difference(one: Tensor, other: Tensor) -> Tensor:
-    """Mean absolute difference of the image gradients of two videos [n 3 t h w]."""
+    """Return the mean absolute difference of the image gradients of two videos [n 3 t h w]."""
     error = one - other
     down = (error[..., 1:, :] - error[..., :-1, :]).abs().mean()
     return down + (error[..., 1:] - error[..., :-1]).abs().mean()
 
 
-def divergence(mean: Tensor, log_variance: Tensor) -> Tensor:
-    """KL of a diagonal Gaussian to a standard normal, the mean over its numbers."""
+def kl_divergence(mean: Tensor, log_variance: Tensor) -> Tensor:
+    """Return the KL divergence of a diagonal Gaussian from a standard normal, the mean over dimensions."""
     return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
 
 
-def autoencoder_loss(network: Any, clips: Clips, settings: AutoencoderSettings, device: torch.device) -> Loss:
-    """The loss of one step.
+def make_validation(network: Any, clips: Clips, device: torch.device) -> Callable[[], dict[str, float]]:
+    """Return a function that measures the mean PSNR of a few held-out clips and of their first frames."""
+    frames = clips.take_spread(_VALIDATED)
 
-    Args:
-        network: An `AutoencoderKLWan`.
-        clips: What is learned from.
-        settings: Its training.
-        device: Where the network is.
-    """
+    def validate() -> dict[str, float]:
+        return {
+            "held_out_psnr": peak_signal_to_noise(network, frames, device).mean().item(),
+            "held_out_psnr_frame": peak_signal_to_noise(network, frames[:, :1], device).mean().item(),
+        }
 
-    def loss(draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
-        indices = draws.order.integers(len(clips), size=settings.learning.batch_size)
-        length = int(draws.order.choice(settings.lengths))
-        video = as_video(cut(clips.take(indices), length, settings.crop, draws.order), device)
-        posterior = network.encode(video).latent_dist
-        decoded = network.decode(posterior.sample(generator=draws.noise)).sample
-        absolute = functional.l1_loss(decoded, video)
-        edges = gradient_difference(decoded, video)
-        spread = divergence(posterior.mean.float(), posterior.logvar.float())
-        total = absolute + settings.gradient_weight * edges + settings.kl_weight * spread
-        return total, {"l1": absolute, "edges": edges, "kl": spread}
-
-    return loss
+    return validate
 
 
 @torch.no_grad()
 def peak_signal_to_noise(network: Any, frames: np.ndarray, device: torch.device) -> Tensor:
-    """PSNR in dB of each clip's reconstruction from the posterior's mean, uint8 [n t h w 3] -> [n]."""
+    """Return each clip's PSNR (dB) after reconstruction from the mean, uint8 [n t h w 3] -> [n]."""
     squared = []
     for clip in frames:
         video = as_video(clip[None], device)
@@ -94,37 +107,8 @@ def peak_signal_to_noise(network: Any, frames: np.ndarray, device: torch.device)
     return -10 * torch.log10(torch.stack(squared)).cpu()
 
 
-def watch(network: Any, clips: Clips, device: torch.device) -> Callable[[], dict[str, float]]:
-    """Mean PSNR of a few held-out clips and of their first frames."""
-    frames = clips.take(np.linspace(0, len(clips) - 1, min(WATCHED, len(clips))).astype(int))
-
-    def measure() -> dict[str, float]:
-        return {
-            "held_out_psnr": peak_signal_to_noise(network, frames, device).mean().item(),
-            "held_out_psnr_frame": peak_signal_to_noise(network, frames[:, :1], device).mean().item(),
-        }
-
-    return measure
-
-
-def pictures_in_two_dimensions(network: Any) -> Any:
-    """Let the causal convolutions of a network skip the empty past of single pictures.
-
-    Args:
-        network: An `AutoencoderKLWan`, which is changed.
-    """
-    for module in network.modules():
-        if isinstance(module, WanCausalConv3d) and _only_sees_the_past(module):
-            module.forward = _Forward(module)
-    return network
-
-
-def channels_last(network: Any) -> Any:
-    """Lay the kernels of a network, and with them its activations, pixel by pixel in memory.
-
-    Args:
-        network: An `AutoencoderKLWan`, which is changed.
-    """
+def use_channels_last(network: Any) -> Any:
+    """Lay out the kernels of an `AutoencoderKLWan`, and thereby its activations, channels last."""
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     for weight in network.parameters():
         if weight.ndim in formats:
@@ -132,43 +116,47 @@ def channels_last(network: Any) -> Any:
     return network
 
 
-def _only_sees_the_past(layer: WanCausalConv3d) -> bool:
+def convolve_images_in_2d(network: Any) -> Any:
+    """Let the causal convolutions of an `AutoencoderKLWan` skip the empty past of single images."""
+    for module in network.modules():
+        if isinstance(module, WanCausalConv3d) and _is_causal_with_unit_stride(module):
+            module.forward = _ImageForward(module)
+    return network
+
+
+def _is_causal_with_unit_stride(layer: WanCausalConv3d) -> bool:
     return layer._padding[4] == layer.kernel_size[0] - 1 and layer.stride[0] == 1
 
 
-class _Forward:
-    """`forward` of one layer."""
+class _ImageForward:
+    """`forward` of one layer: of a single image only the kernel's last time step meets data."""
 
     def __init__(self, layer: WanCausalConv3d) -> None:
         self._layer = layer
-        self._video = layer.forward
+        self._video_forward = layer.forward
 
     def __call__(self, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
         layer = self._layer
         if x.shape[2] > 1 or cache_x is not None:
-            return self._video(x, cache_x)
+            return self._video_forward(x, cache_x)
         side, _, top, *_ = (int(width) for width in layer._padding)
         weight, stride = layer.weight[:, :, -1], (layer.stride[1], layer.stride[2])
         return functional.conv2d(x[:, :, 0], weight, layer.bias, stride, (top, side))[:, :, None]
 
 
-BATCH, MEASURED = 32, 1024
-"""Clips encoded at once, and clips whose latents give the statistics, at most."""
-
-
 @torch.no_grad()
 def posterior_means(vae: Any, frames: np.ndarray, device: torch.device) -> Tensor:
-    """Mean of the posterior, not normalised, uint8 [n t h w 3] -> [n z t' h/8 w/8] float32."""
+    """Return the posterior's mean, not normalised, uint8 [n t h w 3] -> [n z t' h/8 w/8] float32."""
     with torch.autocast(device.type, torch.bfloat16, enabled=False):
         return vae.encode(as_video(frames, device)).latent_dist.mode().float()
 
 
 def measure_statistics(vae: Any, clips: Clips, device: torch.device) -> None:
     """Write each channel's mean and standard deviation over clips into the autoencoder's config."""
-    chosen = np.linspace(0, len(clips) - 1, min(MEASURED, len(clips))).astype(int)
+    chosen = clips.spread(_MEASURED)
     total = torch.zeros(2, vae.config.z_dim, dtype=torch.float64, device=device)
     count = 0
-    for part in np.array_split(chosen, -(-len(chosen) // BATCH)):
+    for part in np.array_split(chosen, -(-len(chosen) // _BATCH)):
         latent = posterior_means(vae, clips.take(part), device).double()
         total += torch.stack([latent.sum(dim=(0, 2, 3, 4)), latent.square().sum(dim=(0, 2, 3, 4))])
         count += latent.numel() // latent.shape[1]
@@ -177,57 +165,51 @@ def measure_statistics(vae: Any, clips: Clips, device: torch.device) -> None:
     vae.register_to_config(latents_mean=mean.tolist(), latents_std=deviation.tolist())
 
 
-def normalised(vae: Any, latent: Tensor) -> Tensor:
-    """Latents [n z t h w] with the statistics of the autoencoder's config taken out."""
+def normalise(vae: Any, latent: Tensor) -> Tensor:
+    """Normalise latents [n z t h w] by the statistics of the autoencoder's config."""
     return (latent - _column(vae.config.latents_mean, latent)) / _column(vae.config.latents_std, latent)
 
 
-def restored(vae: Any, latent: Tensor) -> Tensor:
-    """The inverse of `normalised`."""
+def denormalise(vae: Any, latent: Tensor) -> Tensor:
+    """Invert `normalise`."""
     return latent * _column(vae.config.latents_std, latent) + _column(vae.config.latents_mean, latent)
-
-
-def write_latents(path: Path, vae: Any, clips: Clips, device: torch.device) -> np.ndarray:
-    """Normalised latents of all clips, float16 [n z t' h/8 w/8], mapped into memory; kept for the next start.
-
-    Args:
-        path: File whose name tells autoencoder and clips apart.
-        vae: The autoencoder.
-        clips: The clips.
-        device: Where the autoencoder is.
-    """
-    return _written(path, clips, lambda frames: _encoded(vae, frames, device))
-
-
-def write_picture_latents(path: Path, vae: Any, clips: Clips, device: torch.device) -> np.ndarray:
-    """Latents of every fourth frame as a video of its own, float16 [n t' z 1 h/8 w/8]; see `write_latents`.
-
-    A clip's first latent frame is that of its first picture alone, all others know what came before; a prior
-    is read on single pictures.
-    """
-
-    def encode(frames: np.ndarray) -> np.ndarray:
-        singles = frames[:, ::4, None]
-        latents = _encoded(vae, singles.reshape(-1, *singles.shape[2:]), device)
-        return latents.reshape(len(frames), -1, *latents.shape[1:])
-
-    return _written(path, clips, encode)
-
-
-def _encoded(vae: Any, frames: np.ndarray, device: torch.device) -> np.ndarray:
-    return normalised(vae, posterior_means(vae, frames, device)).half().cpu().numpy()
-
-
-def _written(path: Path, clips: Clips, encode: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    if not path.is_file():
-        parts = np.array_split(np.arange(len(clips)), -(-len(clips) // BATCH))
-        encoded = [encode(clips.take(part)) for part in tqdm(parts, desc="Encoding", mininterval=1.0)]
-        draft = path.with_suffix(".partial")
-        with draft.open("wb") as file:
-            np.save(file, np.concatenate(encoded))
-        draft.rename(path)
-    return np.load(path, mmap_mode="r")
 
 
 def _column(values: list[float], like: Tensor) -> Tensor:
     return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None, None, None]
+
+
+def write_latents(path: Path, vae: Any, clips: Clips, device: torch.device) -> np.ndarray:
+    """Return normalised latents of all clips, float16 [n z t' h/8 w/8], mapped into memory.
+
+    They are computed once: the file's name must identify autoencoder and clips.
+    """
+    return _write_once(path, clips, lambda frames: _encode(vae, frames, device))
+
+
+def write_image_latents(path: Path, vae: Any, clips: Clips, device: torch.device) -> np.ndarray:
+    """Return latents of every fourth frame as a single image, float16 [n t' z 1 h/8 w/8].
+
+    Only a clip's first latent frame is that of a single image, all others depend on earlier frames; a
+    policy's prior reads single images.
+    """
+
+    def encode(frames: np.ndarray) -> np.ndarray:
+        singles = frames[:, ::4, None]
+        latents = _encode(vae, singles.reshape(-1, *singles.shape[2:]), device)
+        return latents.reshape(len(frames), -1, *latents.shape[1:])
+
+    return _write_once(path, clips, encode)
+
+
+def _encode(vae: Any, frames: np.ndarray, device: torch.device) -> np.ndarray:
+    return normalise(vae, posterior_means(vae, frames, device)).half().cpu().numpy()
+
+
+def _write_once(path: Path, clips: Clips, encode: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    if not path.is_file():
+        parts = np.array_split(np.arange(len(clips)), -(-len(clips) // _BATCH))
+        encoded = [encode(clips.take(part)) for part in tqdm(parts, desc="Encoding", mininterval=1.0)]
+        with atomic_file(path) as draft, draft.open("wb") as file:
+            np.save(file, np.concatenate(encoded))
+    return np.load(path, mmap_mode="r")

@@ -1,4 +1,4 @@
-"""What one pre-training run is: frozen values, decoded from plain nested ones."""
+"""Configuration of a pre-training run: frozen dataclasses, decoded from plain nested values."""
 
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
@@ -10,52 +10,33 @@ STAGES = ("prompts", "clips", "vae", "transformer", "report", "film")
 
 @dataclass(frozen=True)
 class ClipSettings:
-    """Clips that are learned from.
-
-    Attributes:
-        folder: Where they lie.
-        write: Function that films what is missing, by dotted path.
-        instructions: Function that lists what the robot is told, by dotted path.
-        processes: Simulator processes.
-        order: What is filmed; see that function.
-        held_out: Share of the shards that nothing is learned from, in (0, 1); at least one shard.
-    """
+    """Training clips."""
 
     folder: str
-    order: dict[str, Any]
-    write: str = "envs.clips.write_clips"
-    instructions: str = "envs.clips.instructions"
-    processes: int = 2
-    held_out: float = 0.05
+    order: dict[str, Any]  # arguments of `write` and `instructions`
+    write: str = "envs.clips.write_clips"  # function that renders missing clips, by dotted path
+    instructions: str = "envs.clips.instructions"  # function that lists instructions, by dotted path
+    processes: int = 2  # simulator processes
+    held_out: float = 0.05  # fraction of the shards kept for validation, in (0, 1); at least one shard
 
 
 @dataclass(frozen=True)
 class LearningSettings:
-    """Optimization of one network.
-
-    Attributes:
-        steps: Optimizer steps.
-        batch_size: Clips a step.
-        learning_rate: Highest learning rate, after a linear warm-up; it falls as a cosine to a tenth.
-        warmup: Steps of the warm-up.
-        weight_decay: Of AdamW.
-        gradient_norm: Largest norm of the gradient.
-        average_decay: Largest decay of the averaged weights, which are the ones that are written.
-    """
+    """Optimization of one network."""
 
     steps: int
-    batch_size: int
-    learning_rate: float
-    warmup: int = 500
+    batch_size: int  # clips a step
+    learning_rate: float  # the highest, after a linear warm-up; a cosine lowers it to a tenth
+    warmup: int = 500  # steps
     weight_decay: float = 0.01
-    gradient_norm: float = 1.0
-    average_decay: float = 0.999
+    gradient_norm: float = 1.0  # the largest; longer gradients are scaled
+    average_decay: float = 0.999  # the largest, of the averaged weights, which are exported
 
     def __post_init__(self) -> None:
         if min(self.steps, self.batch_size, self.warmup) < 1:
             raise ValueError(f"steps, batch_size and warmup must be at least 1; got {self}")
         if not 0 <= self.average_decay < 1:
-            raise ValueError(f"average_decay lies in [0, 1); got {self.average_decay}")
+            raise ValueError(f"average_decay: expected a value in [0, 1); got {self.average_decay}")
 
 
 @dataclass(frozen=True)
@@ -64,13 +45,13 @@ class AutoencoderSettings:
 
     Attributes:
         learning: Its optimization.
-        lengths: Frames of a step's clips, one of these drawn for each step; 1 is a single picture, as a
+        lengths: Frames of a step's clips, one of these drawn for each step; 1 is a single image, as a
             policy's prior reads it. Each is 1 + 4 k.
-        crop: Side of the square that is cut from a clip; None takes all of it.
+        crop: Side of a random square crop in pixels; None takes the whole frame.
         gradient_weight: Weight of the difference of image gradients, which keeps edges.
         kl_weight: Weight of the posterior's divergence from a standard normal.
-        channels_last: Whether activations lie in memory pixel by pixel instead of channel by channel: the
-            same numbers up to rounding, at another speed.
+        channels_last: Use channels-last memory for activations: the same results up to rounding, at another
+            speed.
     """
 
     learning: LearningSettings
@@ -90,40 +71,24 @@ class AutoencoderSettings:
 
 @dataclass(frozen=True)
 class TransformerSettings:
-    """Training of the transformer.
-
-    Attributes:
-        learning: Its optimization.
-        time_mean: Mean of the logit of the noise level.
-        time_deviation: Its standard deviation.
-        shift: Noise levels t become s t / (1 + (s - 1) t); 1 leaves them.
-        single_frames: Share of the steps that learn single pictures, as a policy's prior reads them.
-    """
+    """Training of the transformer."""
 
     learning: LearningSettings
-    time_mean: float = 0.0
-    time_deviation: float = 1.0
-    shift: float = 1.0
-    single_frames: float = 0.5
+    time_mean: float = 0.0  # of the logit of the noise level
+    time_deviation: float = 1.0  # standard deviation of that logit
+    shift: float = 1.0  # noise levels t become s t / (1 + (s - 1) t); 1 leaves them
+    single_frames: float = 0.5  # fraction of the steps on single images, as a policy's prior reads them
 
 
 @dataclass(frozen=True)
 class ReportSettings:
-    """What is measured and shown at the end.
+    """Measurements and samples at the end."""
 
-    Attributes:
-        clips: Held-out clips that are measured, at most.
-        noise_levels: Noise levels of the validation loss.
-        sample_steps: Solver steps of the sample video.
-        sample_shift: Its schedule's shift.
-        hardware: What the card says of the machine that trained; None takes that of the report.
-    """
-
-    clips: int = 64
+    clips: int = 64  # held-out clips that are measured, at most
     noise_levels: list[float] = field(default_factory=lambda: [0.1, 0.3, 0.5, 0.7, 0.9])
-    sample_steps: int = 30
-    sample_shift: float = 3.0
-    hardware: str | None = None
+    sample_steps: int = 30  # solver steps of the sample video
+    sample_shift: float = 3.0  # shift of its schedule
+    hardware: str | None = None  # training hardware for the card; None takes that of the report
 
 
 @dataclass(frozen=True)
@@ -131,24 +96,23 @@ class PretrainSettings:
     """One pre-training run.
 
     Attributes:
-        output_dir: Its folder; the same command goes on with what is there.
-        clips: What is learned from.
+        output_dir: Its folder; the same command resumes the run in it.
+        clips: Training clips.
         vae: Training of the autoencoder.
         transformer: Training of the transformer.
-        report: What is measured.
-        stages: Which stages are run, in the order of `STAGES`.
+        report: Measurements at the end.
+        stages: Stages to run, in the order of `STAGES`.
         prior: Entry of the table of priors whose architecture is trained.
-        start: Folder of weights, as a run writes it, from which both networks set out; None starts from the
-            seed's.
+        start: Folder of exported weights that both networks start from; None starts from the seed's.
         prompts: Safetensors file of the instructions' embeddings; None takes that of `output_dir`.
-        seed: Of initial weights, order of clips and noise.
+        seed: Seed of initial weights, order of clips and noise.
         device: cpu, cuda, ...; None takes the best there is.
         precision: `no` or `bf16`, which is autocast on a GPU.
-        max_seconds: Stop with a checkpoint after so many seconds, to be resumed; None runs to the end.
+        max_seconds: Stop with a checkpoint after this time, to be resumed; None runs to the end.
         log_every: Steps between two log lines.
         save_every: Steps between two checkpoints.
-        validate_every: Steps between two looks at held-out clips.
-        tensorboard: Whether curves are written for TensorBoard as well.
+        validate_every: Steps between two measurements on held-out clips.
+        tensorboard: Write curves for TensorBoard as well.
     """
 
     output_dir: str
@@ -178,12 +142,7 @@ class PretrainSettings:
 
 
 def decode(values: Mapping[str, Any], cls: type[Any] = PretrainSettings, path: str = "") -> Any:
-    """Turn plain nested values into settings.
-
-    Args:
-        values: As a YAML file holds them.
-        cls: The settings' class.
-        path: Where the values lie, for messages.
+    """Decode plain nested values, found at the dotted `path`, into settings.
 
     Raises:
         ValueError: If a key is unknown or missing, or a value lies outside its range.
@@ -198,8 +157,8 @@ def decode(values: Mapping[str, Any], cls: type[Any] = PretrainSettings, path: s
         key: decode(value, hints[key], f"{path}{key}.") if is_dataclass(hints[key]) else value
         for key, value in values.items()
     }
-    needed = [one.name for one in fields(cls) if one.default is MISSING and one.default_factory is MISSING]
-    missing = [f"{path}{name}" for name in needed if name not in values]
+    required = [one.name for one in fields(cls) if one.default is MISSING and one.default_factory is MISSING]
+    missing = [f"{path}{name}" for name in required if name not in values]
     if missing:
         raise ValueError(f"no value for {', '.join(missing)}")
     return cls(**nested)

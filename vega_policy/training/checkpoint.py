@@ -52,7 +52,6 @@ from vega_policy.training.optim import EMA, trainable
 
 CONFIG, METRICS = "config.yaml", "metrics.jsonl"
 MEAN_FRAMES, WEIGHTS, STEP = "mean_frames.safetensors", "weights.safetensors", "training_step.json"
-DRAWS = "draws"
 
 Origin = dict[str, int | str]
 """`num_processes` and `batch_size`, as LeRobot notes them, and `dataset`, a hash."""
@@ -90,8 +89,8 @@ class TrainState:
     scheduler: LRScheduler
     processors: tuple[PolicyProcessorPipeline, PolicyProcessorPipeline]  # before and after the policy
     mean_frames: dict[str, Tensor]  # of each camera, float32 [3 h w] in [0, 1]
-    draws: torch.Generator  # of the training noise, on the CPU; the same in all processes
-    skips: NonFiniteGuard
+    generator: torch.Generator  # of the training noise, on the CPU; the same in all processes
+    guard: NonFiniteGuard
     step: int = 0  # skipped ones included
 
 
@@ -104,31 +103,31 @@ class Snapshot:
     optimizer: dict[str, Any]
 
 
-def snapshot(learner: TrainState) -> Snapshot:
+def snapshot(train_state: TrainState) -> Snapshot:
     """Gather what is sharded; all processes call it at the same point."""
-    average = learner.average.by_weight()
-    state = learner.policy.state_dict(keep_vars=True)
-    optimizer = learner.optimizer.state_dict()
+    average = train_state.average.by_weight()
+    state = train_state.policy.state_dict(keep_vars=True)
+    optimizer = train_state.optimizer.state_dict()
     optimizer["state"] = {
         index: {name: whole(value) for name, value in values.items()}
         for index, values in optimizer["state"].items()
     }
     return Snapshot(
         averaged={name: whole(average.get(id(value), value)) for name, value in state.items()},
-        raw={name: whole(weight).contiguous() for name, weight in trainable(learner.policy).items()},
+        raw={name: whole(weight).contiguous() for name, weight in trainable(train_state.policy).items()},
         optimizer=optimizer,
     )
 
 
-def estimate_size(learner: TrainState) -> int:
+def estimate_size(train_state: TrainState) -> int:
     """Return about the bytes of a checkpoint: all weights, and three more copies of the trainable ones."""
-    weights = list(learner.policy.parameters())
+    weights = list(train_state.policy.parameters())
     return sum(w.numel() * w.element_size() * (4 if w.requires_grad else 1) for w in weights)
 
 
 def save_checkpoint(
     run: Path,
-    learner: TrainState,
+    train_state: TrainState,
     content: Snapshot,
     rng_states: list[dict[str, Tensor]],
     origin: Origin,
@@ -138,28 +137,30 @@ def save_checkpoint(
 
     Args:
         run: The run's folder.
-        learner: The state to save.
+        train_state: The state to save.
         content: Its tensors, by `snapshot`.
         rng_states: Random states by rank.
         origin: What must be the same when the run resumes.
         card: Written as the policy's README.md.
     """
-    target = checkpoint_path(run, learner.step)
+    target = checkpoint_path(run, train_state.step)
     with atomic_folder(target) as folder:
         pretrained, state = folder / PRETRAINED, folder / STATE
         pretrained.mkdir()
         state.mkdir()
-        learner.policy._save_pretrained(pretrained, state_dict=content.averaged)
-        for processor in learner.processors:
+        train_state.policy._save_pretrained(pretrained, state_dict=content.averaged)
+        for processor in train_state.processors:
             processor.save_pretrained(pretrained)
-        save_file(learner.mean_frames, pretrained / MEAN_FRAMES)
+        save_file(train_state.mean_frames, pretrained / MEAN_FRAMES)
         card.save(pretrained / "README.md")
         save_file(content.raw, state / WEIGHTS)
-        save_optimizer_state(learner.optimizer, state, optim_state_dict=content.optimizer)
-        save_scheduler_state(learner.scheduler, state)
+        save_optimizer_state(train_state.optimizer, state, optim_state_dict=content.optimizer)
+        save_scheduler_state(train_state.scheduler, state)
         for rank, rng_state in enumerate(rng_states):
             save_file(rng_state, state / _rng_file(rank))
-        (state / STEP).write_text(json.dumps({"step": learner.step, **learner.skips.state(), **origin}))
+        (state / STEP).write_text(
+            json.dumps({"step": train_state.step, **train_state.guard.state(), **origin})
+        )
         write_checksums(folder)
     return target
 
@@ -187,14 +188,14 @@ def load_raw_weights(checkpoint: Path, policy: VegaPolicy) -> None:
             weight.copy_(shard_like(saved[name], weight))
 
 
-def load_training_state(checkpoint: Path, learner: TrainState) -> None:
+def load_training_state(checkpoint: Path, train_state: TrainState) -> None:
     """Restore optimizer, schedule and step; random states come last, by `load_rng_state`."""
     state = checkpoint / STATE
-    load_optimizer_state(learner.optimizer, state)
-    shard_state(learner.optimizer)
-    load_scheduler_state(learner.scheduler, state)
-    learner.skips.restore(json.loads((state / STEP).read_text()))
-    learner.step = read_step(checkpoint)
+    load_optimizer_state(train_state.optimizer, state)
+    shard_state(train_state.optimizer)
+    load_scheduler_state(train_state.scheduler, state)
+    train_state.guard.restore(json.loads((state / STEP).read_text()))
+    train_state.step = read_step(checkpoint)
 
 
 def check_origin(checkpoint: Path, origin: Origin) -> None:
@@ -212,25 +213,25 @@ def check_origin(checkpoint: Path, origin: Origin) -> None:
         )
 
 
-def rng_state(draws: torch.Generator) -> dict[str, Tensor]:
-    """Return the random states of Python, numpy and torch, as LeRobot writes them, and of `draws`."""
+def rng_state(generator: torch.Generator) -> dict[str, Tensor]:
+    """Return the random states of Python, numpy and torch, as LeRobot writes them, and of `generator`."""
     state = serialize_rng_state()
     # LeRobot rounds numpy's spare normal number to float32.
     state["np_rng_cached_gaussian"] = torch.tensor(
         [np.random.get_state(legacy=False)["gauss"]], dtype=torch.float64
     )
-    return state | {DRAWS: draws.get_state()}
+    return state | {"generator": generator.get_state()}
 
 
-def set_rng_state(state: dict[str, Tensor], draws: torch.Generator) -> None:
+def set_rng_state(state: dict[str, Tensor], generator: torch.Generator) -> None:
     """Restore what `rng_state` returned."""
     deserialize_rng_state(state)
-    draws.set_state(state[DRAWS])
+    generator.set_state(state["generator"])
 
 
-def load_rng_state(checkpoint: Path, rank: int, draws: torch.Generator) -> None:
+def load_rng_state(checkpoint: Path, rank: int, generator: torch.Generator) -> None:
     """Restore this process's random states, right before the first step."""
-    set_rng_state(load_file(checkpoint / STATE / _rng_file(rank)), draws)
+    set_rng_state(load_file(checkpoint / STATE / _rng_file(rank)), generator)
 
 
 def _rng_file(rank: int) -> str:

@@ -1,4 +1,4 @@
-"""What one training run is: frozen values, decoded from a composed Hydra config in one place."""
+"""Configuration of a training run: frozen dataclasses, decoded from a composed Hydra config."""
 
 import difflib
 import json
@@ -12,89 +12,36 @@ from lerobot.configs import PreTrainedConfig
 from omegaconf import DictConfig, OmegaConf
 
 from vega_policy.configuration_vega import VegaConfig
+from vega_policy.data.dataset import DatasetConfig
 
-STREAMS = ("frames", "semantic", "prior")
-
-
-@dataclass(frozen=True)
-class DatasetConfig:
-    """Which LeRobot dataset is learned from, and how its pictures are read.
-
-    Attributes:
-        repo_id: The dataset's name; on the hub if `root` is None.
-        root: Local folder of the dataset.
-        revision: Hub revision; None takes the newest.
-        episodes: Episode numbers to use; None takes all.
-        held_out: Share of each task's episodes kept for the held-out loss, in [0, 1).
-        shift: Largest random shift of training frames; 0 for none. In pixels of `policy.frame_size` with a
-            cache, of the dataset's own frames without. It needs frames: a cache of features holds those of
-            pictures that were not moved, and a cached prior does so even beside cached frames.
-        video_backend: Decoder that LeRobot uses, `pyav` or `torchcodec`.
-        workers: Processes that decode videos while a step runs; unused with a cache.
-        cache: `none` decodes videos in every step; `disk` maps a cache of frames or features into memory;
-            `ram` holds it there, `gpu` on the device that trains.
-        cached: Which streams the cache holds: `frames` (uint8), `semantic`, `prior`.
-        cache_root: Folder of all caches.
-        collect_command: Command that collects this dataset, told to the user where it is missing.
-    """
-
-    repo_id: str
-    root: str | None = None
-    revision: str | None = None
-    episodes: list[int] | None = None
-    held_out: float = 0.0
-    shift: int = 0
-    video_backend: str = "pyav"
-    workers: int = 2
-    cache: str = "none"
-    cached: list[str] = field(default_factory=lambda: ["semantic", "prior"])
-    cache_root: str = "outputs/cache"
-    collect_command: str | None = None
-
-    def __post_init__(self) -> None:
-        one_of("dataset.cache", self.cache, ("none", "disk", "ram", "gpu"))
-        for stream in self.cached:
-            one_of("dataset.cached", stream, STREAMS)
-        share("dataset.held_out", self.held_out)
-        at_least("dataset.shift", self.shift, 0)
-        if self.shift and self.cache != "none" and ("frames" not in self.cached or "semantic" in self.cached):
-            raise ValueError(
-                f"dataset.shift={self.shift} needs frames in the cache and no semantic features; got "
-                f"dataset.cached={list(self.cached)}. Take [frames] (the prior sees shifted frames too), "
-                "[frames,prior] (faster; its features stay unshifted), or dataset.shift=0."
-            )
+GROUPS = ("prior", "fusion", "backbone", "head", "base")
+_REFERRED = (*GROUPS, "env")  # groups beside the run's own fields, to which `policy` and `simulation` refer
 
 
 @dataclass(frozen=True)
 class EnvironmentConfig:
-    """A suite and how it is rendered.
-
-    Attributes:
-        suite: Name of the suite.
-        frame_size: Height and width of a frame in pixels.
-        rendering: Profile, `full` or `fast`; the dataset's.
-    """
+    """A suite and how it is rendered."""
 
     suite: str = "lift_wide"
-    frame_size: int = 128
-    rendering: str = "fast"
+    frame_size: int = 128  # pixels
+    rendering: str = "fast"  # profile, `full` or `fast`; the dataset's
 
 
 @dataclass(frozen=True)
 class SimulationConfig:
-    """Closed-loop evaluation while training.
+    """Closed-loop evaluation during training.
 
     Attributes:
-        every: Steps between two; 0 never plays. The last step plays too.
-        env: What is played.
-        episodes_per_task: Episodes of each task, shared out over the processes.
-        seed: Seed of the evaluation; 99 leaves all that is usual to the final one, so that `best` is not
+        every: Steps between two evaluations; 0 for none. The last step has one too.
+        env: The suite to evaluate on.
+        episodes_per_task: Episodes of each task, divided among the processes.
+        seed: Seed of the evaluation; 99 leaves all usual ones to the final evaluation, so that `best` is not
             chosen on its episodes.
-        num_envs: Environments of one process.
+        num_envs: Environments of one training process.
         processes: Simulator processes of one training process.
-        videos: So many successes and failures of each training process are filmed.
-        make: Where environments come from, a dotted path.
-        tasks: Where a suite's tasks come from, a dotted path.
+        videos: Successes and failures of each training process that are rendered as videos.
+        make: Function that makes environments, a dotted path.
+        tasks: Function that lists a suite's tasks, a dotted path.
     """
 
     every: int = 0
@@ -109,48 +56,19 @@ class SimulationConfig:
 
     def __post_init__(self) -> None:
         for name, least in (("every", 0), ("episodes_per_task", 1), ("num_envs", 1), ("processes", 1)):
-            at_least(f"simulation.{name}", getattr(self, name), least)
+            _require_at_least(f"simulation.{name}", getattr(self, name), least)
 
 
 @dataclass(frozen=True)
 class WandbConfig:
-    """Weights & Biases, beside TensorBoard.
+    """Weights & Biases, beside TensorBoard."""
 
-    Attributes:
-        project: Its project; None leaves it off.
-        entity: User or team; None takes the account's own.
-        mode: `online` or `offline`.
-    """
-
-    project: str | None = None
-    entity: str | None = None
-    mode: str = "online"
+    project: str | None = None  # None disables it
+    entity: str | None = None  # user or team; None takes the account's own
+    mode: str = "online"  # or `offline`
 
     def __post_init__(self) -> None:
-        one_of("wandb.mode", self.mode, ("online", "offline"))
-
-
-def one_of(name: str, value: str, known: tuple[str, ...]) -> None:
-    """Refuses a value that is not one of the known ones."""
-    if value not in known:
-        raise ValueError(f"{name}: expected one of {', '.join(known)}; got {value!r}.")
-
-
-def at_least(name: str, value: int, least: int) -> None:
-    """Refuses a number that is too small."""
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}; got {value}.")
-
-
-def share(name: str, value: float) -> None:
-    """Refuses what is no share in [0, 1)."""
-    if not 0.0 <= value < 1.0:
-        raise ValueError(f"{name}: expected a share in [0, 1); got {value}.")
-
-
-GROUPS = ("prior", "fusion", "backbone", "head", "base")
-REFERRED = (*GROUPS, "env")
-"""Groups beside the run's own fields, to which `policy` and `simulation` refer."""
+        _require_one_of("wandb.mode", self.mode, ("online", "offline"))
 
 
 @dataclass(frozen=True)
@@ -165,33 +83,32 @@ class TrainConfig:
             with its type; read it as `vega`.
         dataset: The demonstrations.
         output_dir: The run's folder.
-        resume: Go on from the newest sound checkpoint in `output_dir`, from step 0 if there is none yet; the
-            same command can be repeated until the run is complete.
+        resume: Resume from the newest intact checkpoint in `output_dir`, or start at step 0 if there is none
+            yet; the same command can be repeated until the run is complete.
         seed: Seed of initial weights, order of samples, and noise.
         steps: Optimizer steps of the whole run.
-        stop_after: Stop with a checkpoint once this many steps are made, to be resumed; None runs to the end.
+        stop_after: Stop with a checkpoint after this many steps, to be resumed; None runs to the end.
         batch_size: Samples of one process in one forward pass.
         accumulate: Forward passes per optimizer step.
-        average_decay: Decay of the averaged weights, which are what a checkpoint's policy holds; 0 keeps
-            the raw ones.
+        average_decay: Decay of the averaged weights, which a checkpoint's policy holds; 0 keeps the raw ones.
         precision: `no` or `bf16` autocast.
-        compile: Compile the compact backbone's blocks and the head's (`torch.compile`): a minute at the
+        compile: Compile the blocks of the compact backbone and the head (`torch.compile`): a minute at the
             start, fewer kernels in each step.
-        capture: Loss and gradient of each step as one CUDA graph, so that no kernel waits for the host; needs
-            one GPU, the compact backbone, and a cache that holds the prior. A text encoder that learns then
-            has other draws of its dropout.
+        capture: Run loss and gradient of each step as one CUDA graph, so that no kernel waits for the host;
+            requires one GPU, the compact backbone, and a cache that holds the prior. A trainable text encoder
+            then has other draws of its dropout.
         sharding: `none`: each process has all weights (DDP); `full`: weights, gradients and optimizer are
             spread over the processes (FSDP2).
-        max_skipped_steps: A step whose loss or gradient is not finite is skipped; so many in a row end the
+        max_skipped_steps: A step whose loss or gradient is not finite is skipped; this many in a row end the
             training.
         log_every: Steps between two log lines.
         save_every: Steps between two checkpoints; the last step always has one.
-        keep_last: Newest checkpoints that are kept; None keeps all.
-        keep_best: Best checkpoints that are kept besides.
-        evaluate_every: Steps between two looks at the held-out episodes (needs `dataset.held_out`); each
-            checkpoint has one too.
-        held_out_frames: Frames of the held-out episodes that are looked at, evenly spaced; None takes all.
-        simulation: Closed-loop evaluation while training.
+        keep_last: Newest checkpoints to keep; None keeps all.
+        keep_best: Best checkpoints to keep besides.
+        evaluate_every: Steps between two measurements of the held-out loss (requires `dataset.held_out`);
+            each checkpoint has one too.
+        held_out_frames: Held-out frames that are measured, evenly spaced; None takes all.
+        simulation: Closed-loop evaluation during training.
         wandb: Weights & Biases.
     """
 
@@ -220,8 +137,8 @@ class TrainConfig:
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
     def __post_init__(self) -> None:
-        one_of("precision", self.precision, ("no", "bf16"))
-        one_of("sharding", self.sharding, ("none", "full"))
+        _require_one_of("precision", self.precision, ("no", "bf16"))
+        _require_one_of("sharding", self.sharding, ("none", "full"))
         size, shift = getattr(self.policy, "frame_size", None), self.dataset.shift
         if size is not None and 4 * shift > size:
             raise ValueError(
@@ -229,12 +146,13 @@ class TrainConfig:
             )
         if self.compile and self.sharding != "none":
             raise ValueError(f"compile=true needs sharding=none; got sharding={self.sharding}.")
-        share("average_decay", self.average_decay)
+        if not 0.0 <= self.average_decay < 1.0:
+            raise ValueError(f"average_decay: expected a value in [0, 1); got {self.average_decay}.")
         counts = ("steps", "batch_size", "accumulate", "log_every", "save_every", "evaluate_every")
         for name in (*counts, "max_skipped_steps", "keep_last", "held_out_frames", "stop_after"):
             if getattr(self, name) is not None:
-                at_least(name, getattr(self, name), 1)
-        at_least("keep_best", self.keep_best, 0)
+                _require_at_least(name, getattr(self, name), 1)
+        _require_at_least("keep_best", self.keep_best, 0)
         if self.policy.push_to_hub and not self.policy.repo_id:
             raise ValueError(
                 "policy.push_to_hub=true needs policy.repo_id=USER/NAME, the model's repository."
@@ -254,34 +172,14 @@ class TrainConfig:
         """
         if not isinstance(self.policy, VegaConfig):
             raise TypeError(
-                f"policy.type: this trainer trains 'vega', got {self.policy.type!r}; lerobot-train trains "
-                "LeRobot's other policies."
+                f"policy.type: expected 'vega', got {self.policy.type!r}; train LeRobot's other policies "
+                "with lerobot-train."
             )
         return self.policy
 
 
-def decode(node: Mapping[str, Any]) -> TrainConfig:
-    """Turns a composed and resolved config into a run.
-
-    Args:
-        node: Plain nested values. The groups that `policy` refers to may lie beside it; they are left out.
-
-    Returns:
-        The run.
-
-    Raises:
-        ValueError: If a key is unknown (near and known ones are listed), or a value does not fit its field.
-    """
-    plain = {key: value for key, value in node.items() if key not in REFERRED}
-    _refuse_unknown(plain, TrainConfig, "")
-    try:
-        return draccus.decode(TrainConfig, plain)
-    except ParsingError as error:
-        raise ValueError(_reason(error)) from error
-
-
 def from_hydra(config: DictConfig) -> TrainConfig:
-    """The run that a composed Hydra config describes.
+    """Return the run that a composed Hydra config describes.
 
     Raises:
         ValueError: If a mandatory value is missing, or as `decode`.
@@ -298,13 +196,29 @@ def from_hydra(config: DictConfig) -> TrainConfig:
     return decode({str(key): value for key, value in values.items()})
 
 
+def decode(node: Mapping[str, Any]) -> TrainConfig:
+    """Decode plain nested values; the groups that `policy` refers to may lie beside it and are left out.
+
+    Raises:
+        ValueError: If a key is unknown (near and known ones are listed), or a value does not fit its field.
+    """
+    plain = {key: value for key, value in node.items() if key not in _REFERRED}
+    _refuse_unknown(plain, TrainConfig, "")
+    try:
+        return draccus.decode(TrainConfig, plain)
+    except ParsingError as error:
+        # Where the decoder only says that it could not build a part, its cause says why.
+        built = isinstance(error, DecodingError) or error.__cause__ is None
+        raise ValueError(f"Config: {error if built else error.__cause__}") from error
+
+
 def encode(config: TrainConfig) -> dict[str, Any]:
-    """Plain nested values from which `decode` makes the same run."""
+    """Return plain nested values from which `decode` makes the same run."""
     return json.loads(json.dumps(draccus.encode(config, TrainConfig)))  # enumerations and tuples made plain
 
 
 def defaults(config: Any) -> dict[str, Any]:
-    """Default values of the fields that have one, nested as the config is."""
+    """Return the default values of the fields that have one, nested as the config is."""
     found: dict[str, Any] = {}
     for one in fields(config):
         value = getattr(config, one.name)
@@ -317,15 +231,8 @@ def defaults(config: Any) -> dict[str, Any]:
     return found
 
 
-def _reason(error: ParsingError) -> str:
-    """The decoder's message; where it only says that it could not build a part, what the part itself said."""
-    if not isinstance(error, DecodingError) and error.__cause__ is not None:
-        return f"Config: {error.__cause__}"
-    return f"Config: {error}"
-
-
 def _refuse_unknown(node: Mapping[str, Any], owner: type, path: str) -> None:
-    """Raises at the first key that its dataclass does not have, naming near and known ones."""
+    """Raise at the first key that its dataclass does not have, listing near and known ones."""
     types = get_type_hints(owner)
     known = [field.name for field in fields(owner)]
     for key, value in node.items():
@@ -341,7 +248,7 @@ def _refuse_unknown(node: Mapping[str, Any], owner: type, path: str) -> None:
 
 
 def policy_class(node: Mapping[str, Any]) -> type[PreTrainedConfig]:
-    """Config class of the policy type that a `policy` node names.
+    """Return the config class of the policy type that a `policy` node names.
 
     Raises:
         ValueError: If there is no type or it is not registered.
@@ -352,3 +259,13 @@ def policy_class(node: Mapping[str, Any]) -> type[PreTrainedConfig]:
             f"policy.type: expected one of {', '.join(sorted(known))}; got {node.get('type')!r}."
         )
     return PreTrainedConfig.get_choice_class(node["type"])
+
+
+def _require_one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{name}: expected one of {', '.join(known)}; got {value!r}.")
+
+
+def _require_at_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}; got {value}.")

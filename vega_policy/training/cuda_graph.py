@@ -1,8 +1,7 @@
-"""What a training step has to be for its loss and gradient to be one CUDA graph.
+"""Loss and gradient of a training step as one CUDA graph.
 
-A graph replays kernels on memory that stays in its place, and nothing of it happens on the host. So batches
-are copied to places of their own, noise and times are drawn before and written there, and instructions are
-told by number out of all there are.
+A graph replays kernels on fixed memory without the host. So each batch, its noise and its times are copied to
+memory that the graph reads, and its instructions are chosen by number from all of the dataset.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,21 +19,21 @@ from vega_policy.training.optim import clip_gradient
 if TYPE_CHECKING:
     from vega_policy.training.config import TrainConfig
 
-WARM_UP = 3
-"""Steps before a capture; in them libraries choose their kernels."""
+WARM_UP = 3  # steps before a capture, in which libraries choose their kernels
+MOST_INSTRUCTIONS = 64  # a trainable text encoder reads all in each step, which costs too much beyond this
+
+Forward = Callable[..., tuple[Tensor, dict[str, Tensor]]]
+"""Batch, noise and time -> mean loss and metrics, as `VegaPolicy.forward`."""
+
+Gradient = Callable[[], tuple[Tensor, Tensor]]
+"""() -> loss and norm of the gradient that then lies, clipped, in the weights."""
 
 
 class CapturedGradient:
-    """Loss, gradient and its norm of batches that always lie at the same place.
+    """Graph of a loss over fixed memory and of its gradient in `weights`, clipped to the norm `most`.
 
-    The same kernels run as without a graph, so that the numbers are the same. What is drawn or decided on
-    the host is frozen in the graph: noise and the numbers of words have to be written to their places
-    before each call.
-
-    Args:
-        loss: Reads the batch where it lies and gives the mean loss, a scalar, without waiting for the device.
-        weights: What learns.
-        most: Norm that the gradient is clipped to.
+    The same kernels run as without a graph, with the same results. `loss` reads its batch from fixed memory
+    and returns a scalar without waiting for the device; what it draws or decides on the host is frozen.
 
     Raises:
         ValueError: If the weights are not on a CUDA device.
@@ -44,12 +43,12 @@ class CapturedGradient:
         if not weights[0].is_cuda:
             raise ValueError(f"A CUDA graph needs a GPU; the weights are on {weights[0].device}.")
         self._compute, self._weights, self._most = loss, list(weights), most
-        beside = torch.cuda.Stream()
-        beside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(beside):
+        side_stream = torch.cuda.Stream()
+        side_stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side_stream):
             for _ in range(WARM_UP):
                 self._run()
-        torch.cuda.current_stream().wait_stream(beside)
+        torch.cuda.current_stream().wait_stream(side_stream)
         self._graph = torch.cuda.CUDAGraph()
         for weight in self._weights:
             weight.grad = None
@@ -58,7 +57,7 @@ class CapturedGradient:
         self._gradients = [weight.grad for weight in self._weights]
 
     def __call__(self) -> tuple[Tensor, Tensor]:
-        """Loss and norm of the gradient, scalars; the gradient lies in the weights until the next call."""
+        """Return loss and gradient norm; the gradient stays in the weights until the next call."""
         self._graph.replay()
         for weight, gradient in zip(self._weights, self._gradients, strict=True):
             weight.grad = gradient
@@ -72,30 +71,15 @@ class CapturedGradient:
         return loss.detach(), clip_gradient(self._weights, self._most)
 
 
-MOST_INSTRUCTIONS = 64
-"""A text encoder that learns reads all instructions in each step; beyond so many that costs too much."""
-
-Forward = Callable[..., tuple[Tensor, dict[str, Tensor]]]
-"""Batch, noise and time -> mean loss and metrics, as `VegaPolicy.forward`."""
-
-Gradient = Callable[[], tuple[Tensor, Tensor]]
-"""() -> loss and norm of the gradient that then lies, clipped, in the weights."""
-
-
 def check_capturable(config: "TrainConfig", device: torch.device, instructions: Sequence[str]) -> None:
-    """Refuses a run whose steps cannot be captured.
-
-    Args:
-        config: The run.
-        device: Where it trains.
-        instructions: All instructions of the training rows.
+    """Refuse a run on `device`, with these instructions in its training rows, that cannot be captured.
 
     Raises:
-        ValueError: At the first thing that is in the way; says what to set.
+        ValueError: Names the first obstacle and what to set.
     """
     vega, data = config.vega, config.dataset
     streams = data.cached if data.cache != "none" else []
-    seen = vega.prior.name == "none" or "prior" in streams
+    prior_cached = vega.prior.name == "none" or "prior" in streams
     few = vega.backbone.freeze_text_encoder or len(instructions) <= MOST_INSTRUCTIONS
     needs = (
         (device.type == "cuda", "a GPU", f"the device {device}"),
@@ -105,11 +89,15 @@ def check_capturable(config: "TrainConfig", device: torch.device, instructions: 
         (vega.base.name == "none", "base=none", f"base={vega.base.name}"),
         (vega.backbone.name == "compact", "backbone=compact", f"backbone={vega.backbone.name}"),
         (data.cache != "none", "frames or features of a cache (dataset.cache=gpu)", "dataset.cache=none"),
-        (seen, "the prior's features in the cache (dataset.cached=[frames,prior])", f"{list(streams)}"),
+        (
+            prior_cached,
+            "the prior's features in the cache (dataset.cached=[frames,prior])",
+            f"{list(streams)}",
+        ),
         (
             few,
             f"backbone.freeze_text_encoder=true for more than {MOST_INSTRUCTIONS} instructions",
-            f"{len(instructions)} of them and a text encoder that learns",
+            f"{len(instructions)} of them and a trainable text encoder",
         ),
     )
     for met, needed, found in needs:
@@ -118,18 +106,18 @@ def check_capturable(config: "TrainConfig", device: torch.device, instructions: 
 
 
 class CapturedStep:
-    """Loss, clipped gradient and what is worth logging of one batch after the other, all of one shape.
+    """Loss, clipped gradient and metrics of batches of one shape, captured at the first one.
 
-    Numbers are those of a step as it is written, up to the order of sums, but for the dropout of a text
-    encoder that learns: it reads all instructions at once, not those of the batch, so its draws are others.
+    Results equal those without a graph up to the order of sums, except for the dropout of a trainable text
+    encoder: it reads all instructions at once instead of the batch's, so its draws differ.
 
     Args:
         forward: The policy as the trainer calls it.
-        policy: The policy, in training.
-        autocast: Makes the context in which it is called.
-        instructions: All that may come.
+        policy: The policy, in training mode.
+        autocast: Makes the context of a forward pass.
+        instructions: All that batches may hold.
         most: Norm that the gradient is clipped to.
-        capture: Makes the graph of a loss, of the weights that learn, and of that norm.
+        capture: Makes the graph of a loss, the trainable weights and that norm.
     """
 
     def __init__(
@@ -206,10 +194,10 @@ class WordTable:
     """Encoded instructions of a batch, chosen by number from all instructions.
 
     Args:
-        encoder: The text encoder; one that is frozen is read here, one that learns in each call.
-        sentences: All sentences, u of them.
+        encoder: The text encoder; a frozen one encodes here, a trainable one in each call.
+        sentences: All instructions.
         batch: Samples b of a batch.
-        device: Where they are.
+        device: Device of the result.
     """
 
     def __init__(
@@ -217,11 +205,11 @@ class WordTable:
     ) -> None:
         self._numbers = {sentence: number for number, sentence in enumerate(dict.fromkeys(sentences))}
         self._chosen = torch.zeros(batch, dtype=torch.int64, device=device)
-        reader = _frozen if encoder.frozen else _learning
+        reader = _encode_once if encoder.frozen else _encode_always
         self._read = reader(encoder, list(self._numbers))
 
     def choose(self, sentences: list[str]) -> None:
-        """Says which sentence each sample has, b of them.
+        """Choose each sample's instruction, b of them.
 
         Raises:
             ValueError: If one is unknown.
@@ -241,14 +229,14 @@ class WordTable:
         return words[self._chosen], is_word[self._chosen]
 
 
-def _frozen(encoder: TextEncoder, sentences: list[str]) -> Callable[[], tuple[Tensor, Tensor]]:
+def _encode_once(encoder: TextEncoder, sentences: list[str]) -> Callable[[], tuple[Tensor, Tensor]]:
     words, is_word = encoder(sentences)
     return lambda: (words, is_word)
 
 
-def _learning(encoder: TextEncoder, sentences: list[str]) -> Callable[[], tuple[Tensor, Tensor]]:
-    # One place more than there are words: transformers asks the device whether a mask hides anything, but not
-    # in a capture; where it always does, warming up and capture run the same kernels.
+def _encode_always(encoder: TextEncoder, sentences: list[str]) -> Callable[[], tuple[Tensor, Tensor]]:
+    # One column of padding: outside a capture, transformers skips a mask that hides nothing. With padding the
+    # mask is always used, so that warm-up and capture run the same kernels.
     tokens = {name: functional.pad(value, (0, 1)) for name, value in encoder.tokenize(sentences).items()}
     is_word = tokens["attention_mask"][:, :-1].bool()
 

@@ -1,7 +1,7 @@
-"""Several processes: replicas (DDP) or shards (FSDP2) of what learns, and the few sums they share.
+"""Training in several processes: replicas (DDP) or shards (FSDP2) of the trainable weights, and reductions.
 
-Weights, averages and the optimizer's state are saved whole, so that a checkpoint does not know how it was
-trained. The prior is no sub-module of the policy: each process has all of it, and no optimizer knows it.
+Weights, averages and the optimizer's state are saved whole: a checkpoint does not depend on the number of
+processes. The prior is no sub-module of the policy: each process has all of it, and no optimizer holds it.
 """
 
 from collections.abc import Mapping
@@ -19,24 +19,16 @@ if TYPE_CHECKING:
 
 
 def make_accelerator(*, cpu: bool, precision: str) -> Accelerator:
-    """Devices, processes and precision of this start.
-
-    Args:
-        cpu: Whether to stay off the GPUs.
-        precision: `no` or `bf16`.
-    """
+    """Return accelerate's view of devices and processes; `precision` is `no` or `bf16`."""
     # Frozen networks keep their statistics, so replicas' buffers never differ.
     replicas = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     return Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=[replicas])
 
 
 def replicate(accelerator: Accelerator, policy: "VegaPolicy", unused: list[str]) -> nn.Module:
-    """The policy as accelerate wraps it: alone, or as one of several replicas.
+    """Return the policy as accelerate wraps it: alone, or as one of several replicas.
 
-    Args:
-        accelerator: The processes.
-        policy: The policy.
-        unused: Weights that get no gradient, by `without_gradient`; replicas have to look for them.
+    Replicas have to search for the weights without gradient in each step if `find_unused_weights` found some.
     """
     handler = accelerator.ddp_handler
     assert handler is not None  # make_accelerator gave one
@@ -45,11 +37,9 @@ def replicate(accelerator: Accelerator, policy: "VegaPolicy", unused: list[str])
 
 
 def shard(accelerator: Accelerator, policy: "VegaPolicy") -> None:
-    """Spreads the weights that learn over the processes, block by block (FSDP2), in place.
+    """Shard the trainable weights over the launched processes, block by block (FSDP2), in place.
 
-    Args:
-        accelerator: The processes; one is allowed and shards nothing.
-        policy: The policy, on its device; features of a cache have been computed before.
+    The policy is on its device, and features of a cache are already computed.
     """
     if not torch.distributed.is_initialized():
         return
@@ -58,22 +48,17 @@ def shard(accelerator: Accelerator, policy: "VegaPolicy") -> None:
         "mesh": mesh,
         "ignored_params": {weight for weight in policy.parameters() if not weight.requires_grad},
     }
-    for block in _blocks(policy):
-        fully_shard(block, **options)
-    # Gathered weights never outlive a forward pass: the average is lent to the shards in between.
+    lists = [module for module in policy.modules() if isinstance(module, nn.ModuleList)]
+    for block in (block for members in reversed(lists) for block in members):  # inner blocks first
+        if any(weight.requires_grad for weight in block.parameters()):
+            fully_shard(block, **options)
+    # Gathered weights are freed after each forward pass: averages are written into the shards in between.
     fully_shard(policy, reshard_after_forward=True, **options)
     register_fsdp_forward_method(policy, "predict_action_chunk")
 
 
-def _blocks(policy: "VegaPolicy") -> list[nn.Module]:
-    """Members of the policy's lists of blocks that learn, inner ones first."""
-    lists = [module for module in policy.modules() if isinstance(module, nn.ModuleList)]
-    blocks = [block for members in reversed(lists) for block in members]
-    return [block for block in blocks if any(weight.requires_grad for weight in block.parameters())]
-
-
-def without_gradient(policy: "VegaPolicy", batch: dict[str, Any]) -> list[str]:
-    """Names of the weights that a batch's loss does not reach, such as the projector of an unread stream.
+def find_unused_weights(policy: "VegaPolicy", batch: dict[str, Any]) -> list[str]:
+    """Return the names of the weights that a batch's loss does not reach, such as an unused projector's.
 
     Of the random states only torch's default generator may advance.
     """
@@ -86,7 +71,7 @@ def without_gradient(policy: "VegaPolicy", batch: dict[str, Any]) -> list[str]:
 
 
 def mean_over_processes(accelerator: Accelerator, values: Mapping[str, float]) -> dict[str, float]:
-    """Mean of each value over all processes; to be called by all, with the same names."""
+    """Return the mean of each value over all processes; all call it with the same names."""
     if accelerator.num_processes == 1:
         return dict(values)
     mine = torch.tensor(list(values.values()), dtype=torch.float64).to(accelerator.device, torch.float32)
@@ -95,7 +80,7 @@ def mean_over_processes(accelerator: Accelerator, values: Mapping[str, float]) -
 
 
 def all_agree(accelerator: Accelerator, mine: bool) -> bool:
-    """Whether it is so in every process; to be called by all."""
+    """Return whether `mine` is True in every process; all call it."""
     if accelerator.num_processes == 1:
         return mine
     votes: Any = accelerator.reduce(torch.tensor(float(mine), device=accelerator.device), reduction="sum")
@@ -103,28 +88,28 @@ def all_agree(accelerator: Accelerator, mine: bool) -> bool:
 
 
 def own_part(value: Tensor) -> Tensor:
-    """What this process holds of a tensor, to be written to in place; all of it if it is not sharded."""
+    """Return the part of a tensor that this process holds, to be written in place; all if it is unsharded."""
     return value.to_local() if isinstance(value, DTensor) else value
 
 
 def whole(value: Any) -> Any:
-    """A tensor, detached and gathered if it is sharded; anything else as it is."""
+    """Return a tensor detached and, if sharded, gathered; anything else unchanged."""
     if not isinstance(value, DTensor):
         return value.detach() if isinstance(value, Tensor) else value
     gathered = value.full_tensor().detach()
-    # Where processes do not divide a tensor evenly it is a view into padded memory, which no file may hold.
+    # A tensor that processes divide unevenly is a view into padded memory, which safetensors refuses.
     return gathered if gathered.untyped_storage().nbytes() == gathered.nbytes else gathered.clone()
 
 
 def shard_like(value: Tensor, model: Tensor) -> Tensor:
-    """This process's view of a whole tensor, sharded as `model` is."""
+    """Return a whole tensor sharded as `model` is."""
     if not isinstance(model, DTensor) or isinstance(value, DTensor):
         return value
     return distribute_tensor(value.to(model.device), model.device_mesh, model.placements)
 
 
 def shard_state(optimizer: torch.optim.Optimizer) -> None:
-    """Shards an optimizer's state, loaded whole, as its weights are."""
+    """Shard an optimizer's state, loaded whole, as its weights are."""
     for weight, state in optimizer.state.items():
         for name, value in state.items():
             if isinstance(value, Tensor) and value.shape == weight.shape:

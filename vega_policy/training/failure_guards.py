@@ -1,4 +1,4 @@
-"""What stops a training in time: numbers that are not finite, a full disk, no more memory."""
+"""Guards that stop a training with advice: values that are not finite, a full disk, exhausted memory."""
 
 import errno
 import math
@@ -17,12 +17,12 @@ from vega_policy.run_dir import remove_partial, write_json
 from vega_policy.training.config import TrainConfig
 
 REPORT = "not_finite.json"
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_MEMORY = ("DefaultCPUAllocator", "CUDA out of memory")
 
 
 class TrainingStoppedError(RuntimeError):
-    """Training cannot go on; the message says why, what is safe, and what to do."""
+    """Training cannot continue; the message says why, what is intact, and what to do."""
 
 
 class NotFiniteError(TrainingStoppedError):
@@ -39,54 +39,34 @@ class MemoryExhaustedError(TrainingStoppedError):
 
 @dataclass(frozen=True)
 class BadStep:
-    """A step that was skipped.
-
-    Attributes:
-        step: Its number.
-        loss: Its loss.
-        gradient_norm: Its gradient's norm.
-        rows: The dataset rows of its batches in the main process.
-        weights: First weights whose gradient is not finite.
-    """
+    """A skipped step."""
 
     step: int
     loss: float
     gradient_norm: float
-    rows: list[int]
-    weights: list[str]
+    rows: list[int]  # dataset rows of its batches in the main process
+    weights: list[str]  # the first ones whose gradient is not finite
 
 
 @dataclass
 class NonFiniteGuard:
-    """Counts skipped steps and stops a training that makes no others.
-
-    Attributes:
-        limit: So many in a row stop the training.
-        total: Steps skipped since the run began.
-        in_a_row: Of those, the last ones without a good step in between.
-        recent: What is known of those in a row, since this start.
-    """
+    """Counts skipped steps, and stops a training after `limit` of them in a row."""
 
     limit: int
-    total: int = 0
+    total: int = 0  # since the run began
     in_a_row: int = 0
-    recent: list[BadStep] = field(default_factory=list)
+    recent: list[BadStep] = field(default_factory=list)  # those in a row, since this start
 
-    def good(self) -> None:
-        """Notes a step that was made."""
+    def record_good(self) -> None:
+        """Count a step that was made."""
         self.in_a_row = 0
         self.recent.clear()
 
-    def bad(self, step: BadStep, run: Path, *, main: bool) -> None:
-        """Notes a step that was skipped.
-
-        Args:
-            step: What is known of it.
-            run: The run's folder, for the report.
-            main: Whether this process writes.
+    def record_bad(self, step: BadStep, run: Path, *, main: bool) -> None:
+        """Count a skipped step; the main process writes a report to the run's folder before stopping.
 
         Raises:
-            NotFiniteError: If it is one too many.
+            NotFiniteError: At the limit.
         """
         self.total += 1
         self.in_a_row += 1
@@ -99,27 +79,27 @@ class NonFiniteGuard:
         raise NotFiniteError(
             f"{self.in_a_row} steps in a row, up to step {step.step}, had a loss or a gradient that was not "
             f"finite (loss {step.loss}, gradient norm {step.gradient_norm}, first weights: {names}). Their "
-            f"dataset rows are in {run / REPORT}; the checkpoints are untouched. Look at these rows, lower "
+            f"dataset rows are in {run / REPORT}; the checkpoints are untouched. Inspect these rows, lower "
             "policy.optimizer_lr or try precision=no; max_skipped_steps sets how many are allowed."
         )
 
     def state(self) -> dict[str, int]:
-        """What a checkpoint keeps."""
+        """Return what a checkpoint keeps."""
         return {"skipped": self.total, "skipped_in_a_row": self.in_a_row}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Brings back what a checkpoint kept."""
+        """Restore what a checkpoint kept."""
         self.total, self.in_a_row = state["skipped"], state["skipped_in_a_row"]
 
 
-def finite(*values: float) -> bool:
-    """Whether all values are finite numbers."""
+def are_finite(*values: float) -> bool:
+    """Return whether all values are finite."""
     return all(map(math.isfinite, values))
 
 
 @contextmanager
 def disk_guard(run: Path) -> Iterator[None]:
-    """Turns a full disk into one clear error and clears what was half-written.
+    """Turn a full disk into one clear error, and delete half-written files.
 
     Raises:
         DiskFullError: If a write inside failed for want of space.
@@ -133,16 +113,12 @@ def disk_guard(run: Path) -> Iterator[None]:
         free = shutil.disk_usage(run).free
         raise DiskFullError(
             f"{run}: the disk is full ({free / 1e9:.1f} GB free; {error}). Earlier checkpoints are complete "
-            "and untouched. Make room, or lower keep_last and keep_best, then go on with resume=true."
+            "and untouched. Make room, or lower keep_last and keep_best, then resume with resume=true."
         ) from error
 
 
 def check_space(run: Path, needed: int) -> None:
-    """Refuses to start where the next checkpoint does not fit.
-
-    Args:
-        run: The run's folder.
-        needed: Bytes of one checkpoint.
+    """Refuse to start where a checkpoint of `needed` bytes does not fit.
 
     Raises:
         DiskFullError: If less is free.
@@ -157,17 +133,13 @@ def check_space(run: Path, needed: int) -> None:
 
 def _is_full(error: OSError | SafetensorError) -> bool:
     if isinstance(error, OSError):
-        return error.errno in _FULL
-    return any(f"(os error {code})" in str(error) for code in _FULL)  # safetensors only passes the text on
+        return error.errno in _DISK_FULL
+    return any(f"(os error {code})" in str(error) for code in _DISK_FULL)  # safetensors gives only the text
 
 
 @contextmanager
 def memory_guard(config: TrainConfig, tokens: int) -> Iterator[None]:
-    """Turns a lack of memory into advice on what to lower.
-
-    Args:
-        config: The run.
-        tokens: Image tokens of one view, before any resampling.
+    """Turn exhausted memory into advice on what to lower; `tokens` are those of one view's image.
 
     Raises:
         MemoryExhaustedError: If memory ran out inside.

@@ -1,4 +1,4 @@
-"""What a user watches: a progress bar, metrics.jsonl and the boards of `loggers.py`."""
+"""Progress bar, metrics.jsonl, trackers, provenance, model card and upload of a training run."""
 
 import io
 import json
@@ -11,12 +11,12 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Protocol
+from typing import Any
 
 import imageio.v3 as imageio
+from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from tensorboard.compat.proto import summary_pb2
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from vega_policy.checkpoints import BEST, CHECKPOINTS, LAST, PRETRAINED, read_scores
@@ -27,69 +27,23 @@ from vega_policy.training.config import TrainConfig, encode
 
 logger = logging.getLogger(__name__)
 
-WANDB_RUN = "wandb_run.txt"
+PROVENANCE, WANDB_RUN = "provenance.json", "wandb_run.txt"
+_GIF_FRAMES = 60  # of a video that TensorBoard gets
+_BAR_INTERVAL = 0.5  # s, at least, between two refreshes of the bar
 _PROTO: Any = summary_pb2
-_FILM_FRAMES = 60
-"""Frames of a film that TensorBoard gets, as a GIF."""
 
 
-class Board(Protocol):
-    """A place that shows curves and films."""
+def open_trackers(config: TrainConfig, run: Path, first: int) -> list[GeneralTracker]:
+    """Open TensorBoard, and W&B if the config has a project; a resumed run continues in both.
 
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Shows values at a step."""
-        ...
-
-    def film(self, step: int, name: str, path: Path) -> None:
-        """Shows an mp4 file at a step."""
-        ...
-
-    def close(self) -> None:
-        """Writes what is left."""
-        ...
-
-
-class TensorBoard:
-    """Event files in the run's folder `tensorboard`."""
-
-    def __init__(self, run: Path, first: int) -> None:
-        """Opens it; what an earlier start wrote after step `first` is hidden."""
-        self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=first + 1)
-
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Shows values at a step."""
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
-
-    def film(self, step: int, name: str, path: Path) -> None:
-        """Shows an mp4 file at a step, as a GIF among the images."""
-        frames = imageio.imread(path, plugin="pyav")  # [t h w 3]
-        shown = frames[:: max(1, len(frames) // _FILM_FRAMES)]
-        buffer = io.BytesIO()
-        imageio.imwrite(buffer, shown, extension=".gif", plugin="pillow", duration=100, loop=0)
-        height, width, depth = frames.shape[1:]
-        image = _PROTO.Summary.Image(
-            height=height, width=width, colorspace=depth, encoded_image_string=buffer.getvalue()
-        )
-        value = _PROTO.Summary.Value(tag=name, image=image)
-        self._writer._get_file_writer().add_summary(_PROTO.Summary(value=[value]), step)
-
-    def close(self) -> None:
-        """Writes what is left."""
-        self._writer.close()
-
-
-class WeightsAndBiases:
-    """One run there; a run that goes on here goes on there."""
-
-    def __init__(self, config: TrainConfig, run: Path) -> None:
-        """Begins it, or goes on with it."""
-        import wandb  # takes seconds, and most runs do without
-
-        self._wandb = wandb
+    TensorBoard hides what an earlier start wrote after step `first`.
+    """
+    trackers: list[GeneralTracker] = [TensorBoardTracker("tensorboard", run, purge_step=first + 1)]
+    trackers[0].start()
+    if config.wandb.project is not None:
         known = run / WANDB_RUN
-        self._run: Any = wandb.init(
-            project=config.wandb.project,
+        tracker = WandBTracker(
+            config.wandb.project,
             entity=config.wandb.entity,
             mode="offline" if config.wandb.mode == "offline" else "online",
             dir=str(run),
@@ -98,57 +52,42 @@ class WeightsAndBiases:
             resume="allow",
             config=encode(config),
         )
-        write_text(known, f"{self._run.id}\n")
-
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Shows values at a step."""
-        self._run.log(dict(values), step=step)
-
-    def film(self, step: int, name: str, path: Path) -> None:
-        """Shows an mp4 file at a step."""
-        self._run.log({name: self._wandb.Video(str(path), format="mp4")}, step=step)
-
-    def close(self) -> None:
-        """Writes what is left."""
-        self._run.finish()
+        tracker.start()
+        write_text(known, f"{tracker.run.id}\n")
+        trackers.append(tracker)
+    return trackers
 
 
-def open_boards(config: TrainConfig, run: Path, first: int) -> list[Board]:
-    """The boards that a config asks for.
+def log_video(tracker: GeneralTracker, step: int, name: str, path: Path) -> None:
+    """Log an mp4 file; accelerate's trackers have no call for videos."""
+    if tracker.name == "wandb":
+        import wandb  # takes seconds, and most runs do without
 
-    Args:
-        config: The run.
-        run: Its folder.
-        first: Steps made before this start.
-    """
-    boards: list[Board] = [TensorBoard(run, first)]
-    if config.wandb.project is not None:
-        boards.append(WeightsAndBiases(config, run))
-    return boards
-
-
-BAR_INTERVAL = 0.5
-"""Least seconds between two refreshes of the bar."""
+        tracker.log({name: wandb.Video(str(path), format="mp4")}, step=step)
+        return
+    frames = imageio.imread(path, plugin="pyav")  # [t h w 3]
+    buffer = io.BytesIO()
+    shown = frames[:: max(1, len(frames) // _GIF_FRAMES)]
+    imageio.imwrite(buffer, shown, extension=".gif", plugin="pillow", duration=100, loop=0)
+    height, width, depth = frames.shape[1:]
+    image = _PROTO.Summary.Image(
+        height=height, width=width, colorspace=depth, encoded_image_string=buffer.getvalue()
+    )
+    value = _PROTO.Summary.Value(tag=name, image=image)  # `add_video` would need moviepy
+    tracker.tracker._get_file_writer().add_summary(_PROTO.Summary(value=[value]), step)
 
 
 class Progress:
-    """Averages what the steps report between two log lines and writes it in three places.
+    """Averages values between two log lines, and writes them to the bar, metrics.jsonl and the trackers.
 
-    Values named `loss`, `gate` and so on become `train/<name>` on the boards. In a process that is not the
-    main one nothing is shown or written.
+    Only the main process (`shown`) shows and writes anything. Lines that an earlier start wrote after step
+    `first` are dropped.
     """
 
-    def __init__(self, run: Path, first: int, steps: int, boards: Sequence[Board], *, shown: bool) -> None:
-        """Opens the logs.
-
-        Args:
-            run: The run's folder.
-            first: Steps made before; later lines of an earlier start are dropped.
-            steps: Steps of the whole run.
-            boards: Where curves and films go.
-            shown: Whether this process shows and writes anything.
-        """
-        self._boards, self._shown = boards, shown
+    def __init__(
+        self, run: Path, first: int, steps: int, trackers: Sequence[GeneralTracker], *, shown: bool
+    ) -> None:
+        self._trackers, self._shown = trackers, shown
         self._sums: dict[str, float] = {}
         self._counts: dict[str, int] = {}
         self._waited = self._steps = 0.0
@@ -158,7 +97,7 @@ class Progress:
             initial=first,
             desc="Training",
             unit="step",
-            mininterval=BAR_INTERVAL,
+            mininterval=_BAR_INTERVAL,
             disable=not shown,
         )
         if shown:
@@ -167,18 +106,13 @@ class Progress:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Counts the time inside as waiting for data."""
+        """Count the time inside as waiting for data."""
         start = time.perf_counter()
         yield
         self._waited += time.perf_counter() - start
 
-    def step(self, step: int, values: Mapping[str, float]) -> None:
-        """Notes one optimizer step.
-
-        Args:
-            step: Its number, from 1.
-            values: What it reports; a value that is not finite is left out of the means.
-        """
+    def step(self, values: Mapping[str, float]) -> None:
+        """Add the values of one optimizer step; those that are not finite are left out of the means."""
         self._steps += 1
         for name, value in values.items():
             counted = math.isfinite(value)
@@ -186,43 +120,10 @@ class Progress:
             self._counts[name] = self._counts.get(name, 0) + counted
         self._bar.update()
 
-    def write(self, step: int, values: Mapping[str, float], group: str = "train") -> None:
-        """Writes one line of values to all places.
-
-        Args:
-            step: Step they belong to.
-            values: The values; those that are not finite are left out.
-            group: Heading on the boards.
-        """
-        if not self._shown:
-            return
-        values = {name: value for name, value in values.items() if math.isfinite(value)}
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
-        for board in self._boards:
-            board.scalars(step, {f"{group}/{name}": value for name, value in values.items()})
-        shown = {
-            name: f"{value:.4g}" for name, value in values.items() if not name.startswith("learning_rate")
-        }
-        self._bar.set_postfix(shown, refresh=False)
-
-    def film(self, step: int, name: str, path: Path) -> None:
-        """Shows a film on all boards."""
-        for board in self._boards:
-            board.film(step, name, path)
-
-    def close(self) -> None:
-        """Flushes and closes the logs."""
-        self._bar.close()
-        if self._shown:
-            self._file.close()
-        for board in self._boards:
-            board.close()
-
     def interval(self) -> dict[str, float]:
-        """Means since the last call, steps per second and the share of time spent waiting for data.
+        """Return the means since the last call, steps per second and the percentage of time waiting for data.
 
-        A value that was never finite in between has no mean: it is NaN.
+        The mean of a value that was never finite is NaN.
         """
         now = time.perf_counter()
         seconds = now - self._since
@@ -234,18 +135,36 @@ class Progress:
         self._sums, self._counts, self._steps, self._waited, self._since = {}, {}, 0.0, 0.0, now
         return means
 
+    def write(self, step: int, values: Mapping[str, float], group: str = "train") -> None:
+        """Write the finite ones of a step's values, as `<group>/<name>` to the trackers."""
+        if not self._shown:
+            return
+        values = {name: value for name, value in values.items() if math.isfinite(value)}
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        for tracker in self._trackers:
+            tracker.log({f"{group}/{name}": value for name, value in values.items()}, step=step)
+        shown = {
+            name: f"{value:.4g}" for name, value in values.items() if not name.startswith("learning_rate")
+        }
+        self._bar.set_postfix(shown, refresh=False)
 
-PROVENANCE = "provenance.json"
+    def write_video(self, step: int, name: str, path: Path) -> None:
+        """Log an mp4 file to all trackers."""
+        for tracker in self._trackers:
+            log_video(tracker, step, name, path)
+
+    def close(self) -> None:
+        """Flush and close all logs."""
+        self._bar.close()
+        if self._shown:
+            self._file.close()
+        for tracker in self._trackers:
+            tracker.finish()
 
 
-def note_start(run: Path, step: int, processes: int) -> None:
-    """Adds this start to the run's `provenance.json`.
-
-    Args:
-        run: The run's folder.
-        step: Step it goes on from.
-        processes: Training processes.
-    """
+def record_start(run: Path, step: int, processes: int) -> None:
+    """Add this start, from `step` on, to the run's `provenance.json`."""
     path = run / PROVENANCE
     starts = json.loads(path.read_text()) if path.is_file() else []
     now = datetime.now(UTC).isoformat(timespec="seconds")
@@ -259,8 +178,8 @@ _TEMPLATE = """---
 
 # {{ name }}
 
-A vision-language-action policy with the eyes of VEGA-3D ([arXiv 2603.19235](https://arxiv.org/abs/2603.19235)):
-a frozen video diffusion model, read in the middle, mixed token by token with a semantic encoder.
+A vision-language-action policy with VEGA-3D ([arXiv 2603.19235](https://arxiv.org/abs/2603.19235)) as its
+observation encoder: features of a frozen video diffusion model, fused token by token with a semantic encoder.
 
 | | |
 |---|---|
@@ -276,7 +195,7 @@ a frozen video diffusion model, read in the middle, mixed token by token with a 
 | {{ key }} | {{ value }} |
 {% endfor -%}
 {% else -%}
-Nothing was measured while it learned. `python scripts/eval_policy.py checkpoint=... env=...` plays it.
+Nothing was measured during training. Evaluate with `python scripts/eval_policy.py checkpoint=... env=...`.
 {% endif %}
 ## Use
 
@@ -293,27 +212,20 @@ action = after(policy.select_action(before(observation)))
 
 `observation` holds {{ inputs }} and `task`, the instruction; frames are float32 `[3 h w]` in [0, 1].
 
-The prior's weights are not in here: they come from their own source, and others than those of the
-fingerprint above are refused.
+The prior's weights are not in this repository: they come from their own source, and weights with another
+fingerprint than the one above are refused.
 """
 
 _SCORES = {
     "held_out_loss": "loss on held-out episodes",
     "held_out_action_error": "mean absolute action error on held-out episodes, in the dataset's units",
-    "success": "closed-loop success while training",
+    "success": "closed-loop success during training",
     "episodes": "episodes of that",
 }
 
 
 def model_card(config: TrainConfig, step: int, scores: Mapping[str, float], data: str) -> ModelCard:
-    """The card of the checkpoint after some step.
-
-    Args:
-        config: The run.
-        step: Steps made.
-        scores: What was measured after that step.
-        data: The dataset in a few words.
-    """
+    """Return the card of the checkpoint after `step`, with its scores and a short description of the data."""
     policy = config.vega
     header = ModelCardData(
         license="apache-2.0",
@@ -323,19 +235,18 @@ def model_card(config: TrainConfig, step: int, scores: Mapping[str, float], data
         datasets=[config.dataset.repo_id],
         model_name="vega",
     )
-    measured = {_SCORES[name]: f"{value:.4g}" for name, value in scores.items() if name in _SCORES}
     return ModelCard.from_template(
         header,
         template_str=_TEMPLATE,
         name=policy.repo_id or "vega",
         place=policy.repo_id or "FOLDER/pretrained_model",
         inputs=", ".join(f"`{key}`" for key in policy.input_features or ()),
-        facts=_facts(config, step, data),
-        scores=measured,
+        facts=_describe_run(config, step, data),
+        scores={_SCORES[name]: f"{value:.4g}" for name, value in scores.items() if name in _SCORES},
     )
 
 
-def _facts(config: TrainConfig, step: int, data: str) -> dict[str, Any]:
+def _describe_run(config: TrainConfig, step: int, data: str) -> dict[str, Any]:
     policy, machine, code = config.vega, hardware(), code_revision()
     prior = policy.prior
     changed = ", with changed files" if code["changed"] else ""
@@ -355,16 +266,8 @@ def _facts(config: TrainConfig, step: int, data: str) -> dict[str, Any]:
     }
 
 
-def push(config: TrainConfig, data: str) -> str:
-    """Uploads `pretrained_model` of the best checkpoint to `policy.repo_id`.
-
-    Args:
-        config: The run; a token of the hub is expected where huggingface_hub looks for one.
-        data: The dataset in a few words.
-
-    Returns:
-        Address of the commit.
-    """
+def push_to_hub(config: TrainConfig, data: str) -> str:
+    """Upload `pretrained_model` of the best checkpoint to `policy.repo_id`, and return its address."""
     run, policy = Path(config.output_dir), config.vega
     assert policy.repo_id is not None  # TrainConfig refuses to push without
     best = run / CHECKPOINTS / BEST

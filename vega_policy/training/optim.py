@@ -1,4 +1,4 @@
-"""Optimizer and averaged weights, on whole lists of tensors at once."""
+"""Optimizer, learning rates, gradient clipping and averaged weights (EMA)."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,40 +17,33 @@ if TYPE_CHECKING:
 
 
 class EMA:
-    """Exponential moving average of the trainable weights.
+    """Exponential moving average of a module's trainable weights, starting from the present ones.
 
     The decay rises with the number of updates k as min(decay, (1 + k) / (10 + k)), so that a short run is
-    not dominated by its initial weights.
+    not dominated by its initial weights; a decay of 0 follows the weights.
     """
 
-    def __init__(self, module: nn.Module, decay: float) -> None:
-        """Starts from the module's present weights.
+    # Not diffusers' EMAModel: it rounds otherwise (s - (1 - d)(s - w) instead of lerp), which would change
+    # the weights of every run.
 
-        Args:
-            module: Module whose parameters with `requires_grad` are averaged.
-            decay: Largest share of the old average kept by an update, in [0, 1); 0 follows the weights.
-        """
+    def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay = decay
         self._weights: list[Tensor] = list(trainable(module).values())
         self._average = [weight.detach().clone() for weight in self._weights]
 
     @torch.no_grad()
     def update(self, updates: int) -> None:
-        """Moves the average towards the weights.
-
-        Args:
-            updates: Updates made before this one, which sets the decay.
-        """
+        """Move the average towards the weights, after `updates` earlier calls."""
         decay = min(self.decay, (1 + updates) / (10 + updates)) if self.decay else 0.0
         torch._foreach_lerp_(self._average, self._weights, 1 - decay)
 
     def by_weight(self) -> dict[int, Tensor]:
-        """The average of each weight, by the weight's `id`."""
+        """Return the average of each weight by the weight's `id`."""
         return {id(weight): mean for weight, mean in zip(self._weights, self._average, strict=True)}
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Lends the average to the module; the raw weights come back bit by bit on leaving."""
+        """Put the average into the module; on leaving, the raw weights are restored bitwise."""
         raw = [weight.detach().clone() for weight in self._weights]
         self._write(self._average)
         try:
@@ -64,17 +57,14 @@ class EMA:
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters that learn, by name."""
+    """Return the trainable parameters by name."""
     return {name: weight for name, weight in module.named_parameters() if weight.requires_grad}
 
 
 def clip_gradient(weights: Iterable[nn.Parameter], most: float) -> Tensor:
-    """Scales the gradient so that its norm is at most `most`, unless it is not finite.
+    """Scale a finite gradient to a norm of at most `most`, and return its former norm over all shards.
 
     Nothing waits for the device.
-
-    Returns:
-        The norm it had, over all shards, a scalar.
     """
     reached = [weight for weight in weights if weight.grad is not None]
     norm = nn.utils.get_total_norm([weight.grad for weight in reached if weight.grad is not None])
@@ -84,23 +74,15 @@ def clip_gradient(weights: Iterable[nn.Parameter], most: float) -> Tensor:
 
 
 def read_scalars(scalars: Mapping[str, Tensor]) -> dict[str, float]:
-    """Values of scalars, read off their device in one go: the only time a step waits for it."""
+    """Read scalars off their device in one transfer: the only time a step waits for it."""
     devices = {value.device for value in scalars.values() if value.device.type != "cpu"}
-    place = next(iter(devices), torch.device("cpu"))
-    stacked = torch.stack([value.detach().to(place, torch.float32) for value in scalars.values()])
+    device = next(iter(devices), torch.device("cpu"))
+    stacked = torch.stack([value.detach().to(device, torch.float32) for value in scalars.values()])
     return dict(zip(scalars, stacked.tolist(), strict=True))
 
 
 def make_optimizer(policy: "VegaPolicy", steps: int) -> tuple[torch.optim.Optimizer, LRScheduler]:
-    """The policy's own AdamW, in its fused form, and its schedule over the run.
-
-    Args:
-        policy: Policy whose config gives the presets and which says what learns.
-        steps: Optimizer steps of the whole run.
-
-    Returns:
-        Optimizer and learning-rate schedule.
-    """
+    """Return the policy's own AdamW, fused, and its learning-rate schedule over a run of `steps`."""
     preset = policy.config.get_optimizer_preset()
     optimizer = torch.optim.AdamW(
         policy.get_optim_params(),
@@ -114,27 +96,21 @@ def make_optimizer(policy: "VegaPolicy", steps: int) -> tuple[torch.optim.Optimi
 
 
 def parameter_groups(model: nn.Module, rate: float, gate_scale: float) -> list[Any]:
-    """What an optimizer takes: all parameters that learn, the prior's not among them.
+    """Return the trainable parameters of a policy, in two groups if the gate has a rate of its own.
 
-    Args:
-        model: The policy.
-        rate: Learning rate.
-        gate_scale: Learning rate of the gate, as a share of `rate`.
-
-    Returns:
-        The parameters; or, where a gate has another rate, two groups, the second of which is the gate's.
+    The second group is the gate's, whose rate is `gate_scale` times `rate`.
     """
-    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     gate = {id(weight) for weight in gate_weights(model)}
     if gate_scale == 1 or not gate:
-        return learning
-    slow = [parameter for parameter in learning if id(parameter) in gate]
-    others = [parameter for parameter in learning if id(parameter) not in gate]
+        return trained
+    others = [parameter for parameter in trained if id(parameter) not in gate]
+    slow = [parameter for parameter in trained if id(parameter) in gate]
     return [{"params": others}, {"params": slow, "lr": gate_scale * rate}]
 
 
 def learning_rates(optimizer: Optimizer) -> dict[str, float]:
-    """The rates now: `learning_rate`, and `learning_rate/gate` where the gate has one of its own."""
+    """Return `learning_rate`, and `learning_rate/gate` where the gate has one of its own."""
     names = ("learning_rate", "learning_rate/gate")
     groups = optimizer.param_groups
     return {name: float(group["lr"]) for name, group in zip(names[: len(groups)], groups, strict=True)}

@@ -1,9 +1,9 @@
-"""From a run's config to its parts, and the one call that trains: `train`."""
+"""Training entry point: `train` builds the parts of a run from its config and trains."""
 
 import logging
 from contextlib import nullcontext
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from vega_policy.checkpoints import PRETRAINED, newest_intact, require_intact
-from vega_policy.data import feature_cache as features
-from vega_policy.data.dataset import FrameTable, check_finite, match_features, open_dataset, read_table
-from vega_policy.data.loader import CachedSource, ShuffledRows, Source, VideoSource
+from vega_policy.data import feature_cache
+from vega_policy.data.dataset import check_finite, match_features, open_dataset, read_table
+from vega_policy.data.loader import CachedSource, Source, VideoSource
 from vega_policy.data.video import frames_in_order, sampled_mean_frames
 from vega_policy.model.torch_compile import compile_blocks
 from vega_policy.modeling_vega import VegaPolicy
@@ -26,35 +26,26 @@ from vega_policy.processor_vega import make_vega_pre_post_processors
 from vega_policy.provenance import use_available_cores
 from vega_policy.run_dir import lock_folder
 from vega_policy.training import checkpoint as checkpoints
-from vega_policy.training.checkpoint import (
-    MEAN_FRAMES,
-    Origin,
-    TrainState,
-    check_folder,
-    claim_folder,
-)
+from vega_policy.training.checkpoint import MEAN_FRAMES, Origin, TrainState, check_folder, claim_folder
 from vega_policy.training.config import TrainConfig, encode
 from vega_policy.training.cuda_graph import check_capturable
 from vega_policy.training.distributed import make_accelerator, shard
 from vega_policy.training.failure_guards import NonFiniteGuard, check_space
-from vega_policy.training.logging import note_start, push
+from vega_policy.training.logging import push_to_hub, record_start
 from vega_policy.training.optim import EMA, make_optimizer
-from vega_policy.training.trainer import Trainer
+from vega_policy.training.trainer import TrainData, Trainer
 
 logger = logging.getLogger(__name__)
 
 
 def train(config: TrainConfig) -> Path:
-    """Trains a policy, or goes on with a run that was stopped.
+    """Train a policy, or resume a run, and return the folder of the last checkpoint.
 
-    Args:
-        config: The run. Its policy's features are filled in from the dataset.
-
-    Returns:
-        Folder of the last checkpoint; its `pretrained_model` loads with `from_pretrained`.
+    The policy's features are filled in from the dataset. The checkpoint's `pretrained_model` loads with
+    `from_pretrained`.
 
     Raises:
-        ValueError: If the output folder, the dataset or the cache does not fit; each says what to do.
+        ValueError: If the output folder, the dataset or the cache does not fit; says what to do.
         FolderInUseError: If another process trains into the folder.
         TrainingStoppedError: If too many steps were not finite, or disk or memory is full.
     """
@@ -71,14 +62,14 @@ def train(config: TrainConfig) -> Path:
         trainer = make_trainer(config, accelerator, checkpoint)
         last = trainer.fit()
         if main and config.vega.push_to_hub and config.last_step == config.steps:
-            push(config, trainer.data)
+            push_to_hub(config, trainer.data)
         return last
 
 
 def choose_checkpoint(config: TrainConfig, accelerator: Accelerator) -> Path | None:
-    """The checkpoint a run goes on from, after refusing an output folder that does not fit.
+    """Return the checkpoint that the run resumes from, after refusing an output folder that does not fit.
 
-    One process looks and tells the others.
+    The main process chooses it for all.
     """
     found: list[Path | None] = [None]
     if accelerator.is_main_process:
@@ -88,13 +79,7 @@ def choose_checkpoint(config: TrainConfig, accelerator: Accelerator) -> Path | N
 
 
 def make_trainer(config: TrainConfig, accelerator: Accelerator, checkpoint: Path | None) -> Trainer:
-    """Builds all parts of a run, as a checkpoint left them if one is given, and takes its folder.
-
-    Args:
-        config: The run. Its policy's features are filled in from the dataset.
-        accelerator: The processes.
-        checkpoint: What to go on from.
-    """
+    """Build all parts of a run, as a checkpoint left them if one is given, and claim its folder."""
     saved = encode(config)  # before the policy resolves its own config
     rank, world = accelerator.process_index, accelerator.num_processes
     if config.dataset.cache == "gpu" and accelerator.device.type == "cpu":
@@ -110,87 +95,42 @@ def make_trainer(config: TrainConfig, accelerator: Accelerator, checkpoint: Path
     source, mean_frames = make_source(config, policy, data, checkpoint)
     if config.sharding == "full":
         shard(accelerator, policy)
-    learner = make_learner(config, policy, mean_frames, data.dataset, checkpoint)
+    state = _make_state(config, policy, mean_frames, data.dataset, checkpoint)
     if accelerator.is_main_process:
         run = Path(config.output_dir)
-        claim_folder(config, saved, learner.step)
-        check_space(run, checkpoints.estimate_size(learner))
-        note_start(run, learner.step, world)
-        logger.info(_summary(config, policy, data, learner.step))
+        claim_folder(config, saved, state.step)
+        check_space(run, checkpoints.estimate_size(state))
+        record_start(run, state.step, world)
+        logger.info(_summarize(config, policy, data, state.step))
     accelerator.wait_for_everyone()
     if config.compile:
         compile_blocks(policy.model)
-    sampler = ShuffledRows(data.rows, config.batch_size, seed=config.seed, rank=rank, world=world)
-    trainer = Trainer(
-        config,
-        accelerator,
-        learner,
-        source,
-        sampler,
-        data.held_out,
-        origin,
-        data.words(config),
-        data.instructions,
-    )
+    trainer = Trainer(config, accelerator, state, source, data, origin)
     set_seed(config.seed + 1 + rank)
     if checkpoint is not None:
-        checkpoints.load_rng_state(checkpoint, rank, learner.draws)
+        checkpoints.load_rng_state(checkpoint, rank, state.generator)
     return trainer
 
 
-@dataclass(frozen=True)
-class Data:
-    """An opened dataset.
-
-    Attributes:
-        dataset: LeRobot's view of it.
-        table: Its states, actions and instructions.
-        rows: Rows to learn from [n].
-        held_out: Rows of the held-out episodes [m].
-        metadata: Hash over the dataset's metadata: another one, another dataset.
-    """
-
-    dataset: LeRobotDataset
-    table: FrameTable
-    rows: Tensor
-    held_out: Tensor
-    metadata: str
-
-    @property
-    def instructions(self) -> list[str]:
-        """All instructions of the rows to learn from, each once."""
-        return [self.table.tasks[task] for task in self.table.task[self.rows].unique().tolist()]
-
-    def words(self, config: TrainConfig) -> str:
-        """The dataset in a few words."""
-        held = f", {len(self.held_out)} held out" if len(self.held_out) else ""
-        return f"{config.dataset.repo_id}, {len(self.rows)} frames{held}, metadata {self.metadata}"
-
-
-def load_data(config: TrainConfig) -> Data:
-    """Opens the dataset and refuses one that the policy cannot learn from."""
+def load_data(config: TrainConfig) -> TrainData:
+    """Open the dataset, and refuse one that the policy cannot learn from."""
     if config.dataset.cache != "none":
         if config.vega.base.name != "none":
-            raise ValueError("dataset.cache: a base embeds pictures by itself; set dataset.cache=none.")
-        features.check_cacheable(config.vega.backbone, config.vega.prior, config.dataset.cached)
+            raise ValueError("dataset.cache: a base embeds images by itself; set dataset.cache=none.")
+        feature_cache.check_cacheable(config.vega.backbone, config.vega.prior, config.dataset.cached)
     dataset = open_dataset(config.dataset, config.vega)
     match_features(config.vega, dataset)
-    table = read_table(Path(dataset.root))
-    learned, held_out = table.split(config.dataset.held_out, config.dataset.episodes)
-    metadata = features.dataset_hash(Path(dataset.root))
-    data = Data(dataset, table, table.rows_of(learned), table.rows_of(held_out), metadata)
-    check_finite(table, torch.cat([data.rows, data.held_out]), dataset.root)
-    return data
+    root = Path(dataset.root)
+    table = read_table(root)
+    training, held_out = (
+        table.rows_of(episodes) for episodes in table.split(config.dataset.held_out, config.dataset.episodes)
+    )
+    check_finite(table, torch.cat([training, held_out]), root)
+    return TrainData(dataset, table, training, held_out, feature_cache.dataset_hash(root))
 
 
 def make_policy(config: TrainConfig, checkpoint: Path | None, device: torch.device) -> VegaPolicy:
-    """A new policy, one that starts from `policy.pretrained_path`, or that of a checkpoint.
-
-    Args:
-        config: The run.
-        checkpoint: Checkpoint to go on from; its averaged weights are loaded.
-        device: Where the policy goes.
-    """
+    """Return a new policy, one that starts from `policy.pretrained_path`, or a checkpoint's averaged one."""
     if checkpoint is not None:
         saved = PreTrainedConfig.from_pretrained(checkpoint / PRETRAINED)
         saved.device = config.vega.device
@@ -200,68 +140,63 @@ def make_policy(config: TrainConfig, checkpoint: Path | None, device: torch.devi
         if Path(path).is_dir():
             require_intact(Path(path))
         saved: Any = PreTrainedConfig.from_pretrained(path)
-        vega = copy(config.vega)  # the weights of the prior that it was trained with are required
+        vega = copy(config.vega)  # requires the weights of the prior that the policy was trained with
         vega.prior = replace(vega.prior, fingerprint=saved.prior.fingerprint)
         return VegaPolicy.from_pretrained(path, config=vega, strict=True).to(device)
     return VegaPolicy(config.vega).to(device)
 
 
 def make_source(
-    config: TrainConfig, policy: VegaPolicy, data: Data, checkpoint: Path | None
+    config: TrainConfig, policy: VegaPolicy, data: TrainData, checkpoint: Path | None
 ) -> tuple[Source, dict[str, Tensor]]:
-    """Where batches come from, and the mean frame of each camera.
-
-    Builds the cache that the config asks for, where it is missing.
-    """
+    """Return the source of batches, building its cache where missing, and each camera's mean frame."""
     cameras, backend = list(policy.config.image_features), config.dataset.video_backend
     if config.dataset.cache == "none":
-        workers, seed = config.dataset.workers, config.seed
-        source = VideoSource(data.dataset, cameras, workers=workers, seed=seed)
+        source = VideoSource(data.dataset, cameras, workers=config.dataset.workers, seed=config.seed)
         if checkpoint is not None:
             return source, load_file(checkpoint / PRETRAINED / MEAN_FRAMES)
         return source, sampled_mean_frames(data.dataset, cameras, backend)
     root, model = Path(config.dataset.cache_root), policy.model
-    names = features.check_cacheable(model.config.backbone, model.config.prior, config.dataset.cached)
+    names = feature_cache.check_cacheable(model.config.backbone, model.config.prior, config.dataset.cached)
     key = {"repo_id": config.dataset.repo_id, "metadata": data.metadata}
-    streams = features.streams_of(model, key, cameras, names)
+    streams = feature_cache.streams_of(model, key, cameras, names)
     clips = frames_in_order(data.dataset, cameras, backend)
-    features.build_streams(root, streams, model, clips, frames=len(data.table))
+    feature_cache.build_streams(root, streams, model, clips, frames=len(data.table))
     place = {"disk": None, "ram": torch.device("cpu"), "gpu": next(policy.parameters()).device}
     values = {
-        stream.name: features.open_stream(root, stream, len(data.table), place[config.dataset.cache])
+        stream.name: feature_cache.open_stream(root, stream, len(data.table), place[config.dataset.cache])
         for stream in streams
     }
     source = CachedSource(data.table, values, policy.config.chunk_size)
-    return source, features.open_mean_frames(root, streams[0])
+    return source, feature_cache.open_mean_frames(root, streams[0])
 
 
-def make_learner(
+def _make_state(
     config: TrainConfig,
     policy: VegaPolicy,
     mean_frames: dict[str, Tensor],
     dataset: LeRobotDataset,
     checkpoint: Path | None,
 ) -> TrainState:
-    """Optimizer, averaged weights and processors around a policy, as a checkpoint left them if given."""
     average = EMA(policy, config.average_decay)  # a checkpoint's policy holds the averaged weights
     if checkpoint is not None:
         checkpoints.load_raw_weights(checkpoint, policy)
     optimizer, scheduler = make_optimizer(policy, config.steps)
     stats: Any = dataset.meta.stats
     processors = make_vega_pre_post_processors(policy.config, stats)
-    draws = torch.Generator().manual_seed(config.seed + 1)  # alike in all processes; each takes its share
-    skips = NonFiniteGuard(config.max_skipped_steps)
-    learner = TrainState(policy, average, optimizer, scheduler, processors, mean_frames, draws, skips)
+    generator = torch.Generator().manual_seed(config.seed + 1)  # alike in all processes; each takes its share
+    guard = NonFiniteGuard(config.max_skipped_steps)
+    state = TrainState(policy, average, optimizer, scheduler, processors, mean_frames, generator, guard)
     if checkpoint is not None:
-        checkpoints.load_training_state(checkpoint, learner)
-    return learner
+        checkpoints.load_training_state(checkpoint, state)
+    return state
 
 
-def _summary(config: TrainConfig, policy: VegaPolicy, data: Data, step: int) -> str:
-    learned = sum(weight.numel() for weight in policy.parameters() if weight.requires_grad)
+def _summarize(config: TrainConfig, policy: VegaPolicy, data: TrainData, step: int) -> str:
+    trained = sum(weight.numel() for weight in policy.parameters() if weight.requires_grad)
     frozen = sum(weight.numel() for weight in policy.parameters() if not weight.requires_grad)
     return (
-        f"Training {learned / 1e6:.1f}M weights ({frozen / 1e6:.1f}M frozen) on {len(data.rows)} frames of "
+        f"Training {trained / 1e6:.1f}M weights ({frozen / 1e6:.1f}M frozen) on {len(data.rows)} frames of "
         f"{config.dataset.repo_id} ({len(data.held_out)} held out), steps {step} to {config.steps}, into "
         f"{config.output_dir}"
     )

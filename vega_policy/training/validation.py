@@ -1,8 +1,7 @@
-"""Loss and action error on episodes that training never sees."""
+"""Measurements during training: loss and action error on held-out episodes, and closed-loop success."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,11 @@ from vega_policy.model.torch_compile import uncompiled
 from vega_policy.training.checkpoint import TrainState, rng_state, set_rng_state
 from vega_policy.training.config import SimulationConfig
 
-Prepare = Callable[[Batch], Batch]
+SIMULATION = "simulation"
 
 
-def spread(rows: Tensor, most: int | None) -> Tensor:
-    """At most so many of the rows [m], evenly spaced; all for None."""
+def spread_evenly(rows: Tensor, most: int | None) -> Tensor:
+    """Return at most `most` (None: all) of the rows [m], evenly spaced."""
     if most is None or len(rows) <= most:
         return rows
     return rows[torch.linspace(0, len(rows) - 1, most).round().long()]
@@ -34,40 +33,31 @@ def spread(rows: Tensor, most: int | None) -> Tensor:
 @torch.no_grad()
 def held_out_scores(
     accelerator: Accelerator,
-    learner: TrainState,
+    state: TrainState,
     source: Source,
-    prepare: Prepare,
+    prepare: Callable[[Batch], Batch],
     rows: Tensor,
     *,
     batch_size: int,
     seed: int,
 ) -> dict[str, float]:
-    """What the averaged weights make of held-out rows, always with the same noise.
+    """Measure the averaged weights on held-out rows [m], m >= 1, always with the same noise.
 
-    To be called by all processes; each takes its share of the batches. Random states are left as they were.
-
-    Args:
-        accelerator: The processes.
-        learner: Policy, averaged weights, processors.
-        source: Batches of rows.
-        prepare: What a batch passes before the policy.
-        rows: The rows [m], m >= 1.
-        batch_size: Rows at once.
-        seed: Seed of the noise.
+    All processes call it; each measures its share of the batches. Random states are left unchanged.
 
     Returns:
         `held_out_loss`, the mean training loss of a row, and `held_out_action_error`, the mean absolute
-        difference between predicted and demonstrated actions in the dataset's units, padded ones left out.
+        difference between predicted and demonstrated actions in the dataset's units without padded ones.
     """
     rank, world = accelerator.process_index, accelerator.num_processes
     batches = rows.split(batch_size)
     sums = torch.zeros(4)  # losses, rows, errors, action values
-    with _lent(learner):
+    with _averaged_weights(state):
         for number in range(rank, -(-len(batches) // world) * world, world):
             # Shards compute in step: a process without a batch of its own repeats the last and counts none.
             own = number < len(batches)
             rows = batches[min(number, len(batches) - 1)]
-            measured = _measure(accelerator, learner, source, prepare, rows, seed + number)
+            measured = _measure(accelerator, state, source, prepare, rows, seed + number)
             sums += measured if own else 0.0
     reduced: Any = accelerator.reduce(sums.to(accelerator.device), reduction="sum")
     losses, count, errors, values = reduced.tolist()
@@ -75,10 +65,15 @@ def held_out_scores(
 
 
 def _measure(
-    accelerator: Accelerator, learner: TrainState, source: Source, prepare: Prepare, rows: Tensor, seed: int
+    accelerator: Accelerator,
+    state: TrainState,
+    source: Source,
+    prepare: Callable[[Batch], Batch],
+    rows: Tensor,
+    seed: int,
 ) -> Tensor:
-    """Sum of losses, rows, sum of errors, number of action values, [4]."""
-    policy = learner.policy
+    """Return the sum of losses, rows, sum of errors and number of action values, [4]."""
+    policy = state.policy
     raw = source.batch(rows)
     actions, is_pad = raw["action"].clone(), raw["action_is_pad"]
     batch = prepare(raw)
@@ -88,49 +83,31 @@ def _measure(
     with accelerator.autocast():
         loss, _ = policy(batch, noise=noise, time=time)
         predicted = policy.predict_action_chunk(batch, noise=start)
-    error = (learner.processors[1](predicted).float().cpu() - actions).abs()[~is_pad]
+    error = (state.processors[1](predicted).float().cpu() - actions).abs()[~is_pad]
     return torch.tensor([loss.item() * len(rows), len(rows), error.sum().item(), error.numel()])
 
 
 @contextmanager
-def _lent(learner: TrainState) -> Iterator[None]:
-    """The policy with averaged weights, in evaluation mode."""
-    policy = learner.policy
-    policy.eval()
+def _averaged_weights(state: TrainState) -> Iterator[None]:
+    """Put the averaged weights into the policy, uncompiled and in evaluation mode."""
+    state.policy.eval()
     try:
-        with learner.average.applied(), uncompiled(policy):
+        with state.average.applied(), uncompiled(state.policy):
             yield
     finally:
-        policy.train()
+        state.policy.train()
 
 
-SIMULATION = "simulation"
+def evaluate_closed_loop(
+    accelerator: Accelerator, config: SimulationConfig, checkpoint: Path, device: str
+) -> tuple[dict[str, float], list[Path]]:
+    """Evaluate the averaged weights of a complete checkpoint in closed loop.
 
+    All processes call it; random states are left unchanged. Reports and videos lie in the run's folder
+    `simulation/<step>`, one folder a process; after a kill the evaluation resumes there.
 
-@dataclass(frozen=True)
-class Played:
-    """Outcome of a closed-loop evaluation over all processes.
-
-    Attributes:
-        scores: `success` in [0, 1] and `episodes`.
-        films: This process's films, mp4 files.
-    """
-
-    scores: dict[str, float]
-    films: list[Path]
-
-
-def play(accelerator: Accelerator, config: SimulationConfig, checkpoint: Path, device: str) -> Played:
-    """Plays the policy of a checkpoint, its averaged weights, in closed loop.
-
-    To be called by all processes; random states are left as they were. Reports and films lie in the run's
-    folder `simulation/<step>`, one folder a process; started again after a kill it goes on there.
-
-    Args:
-        accelerator: The processes.
-        config: What is played.
-        checkpoint: A complete checkpoint.
-        device: Where the policy computes.
+    Returns:
+        `success` in [0, 1] and `episodes` over all processes, and this process's videos (mp4).
 
     Raises:
         ValueError: If the policy does not fit the environment.
@@ -138,19 +115,18 @@ def play(accelerator: Accelerator, config: SimulationConfig, checkpoint: Path, d
     """
     rank, world = accelerator.process_index, accelerator.num_processes
     folder = checkpoint.parents[1] / SIMULATION / checkpoint.name / str(rank)
-    with kept_random_state():
-        summary = _play_share(config, checkpoint / PRETRAINED, device, folder, rank, world)
+    with _kept_random_state():
+        summary = _evaluate_share(config, checkpoint / PRETRAINED, device, folder, rank, world)
     counts = [0.0, 0.0] if summary is None else [summary["successes"], summary["episodes"]]
     total: Any = accelerator.reduce(torch.tensor(counts, device=accelerator.device), reduction="sum")
     successes, episodes = total.tolist()
-    films = sorted((folder / "videos").glob("*.mp4"))
-    return Played({"success": successes / episodes, "episodes": episodes}, films)
+    return {"success": successes / episodes, "episodes": episodes}, sorted((folder / "videos").glob("*.mp4"))
 
 
-def _play_share(
+def _evaluate_share(
     config: SimulationConfig, pretrained: Path, device: str, folder: Path, rank: int, world: int
 ) -> dict[str, Any] | None:
-    """Summary of this process's episodes; None if there are fewer episodes than processes and it has none."""
+    """Return the summary of this process's episodes, None if there are more processes than episodes."""
     settings = EvaluationSettings(
         suite=config.env.suite,
         episodes_per_task=config.episodes_per_task,
@@ -177,11 +153,11 @@ def _play_share(
 
 
 @contextmanager
-def kept_random_state() -> Iterator[None]:
-    """Gives this process's random states back as they were: a policy that is built draws from them."""
-    draws = torch.Generator()
-    state = rng_state(draws)
+def _kept_random_state() -> Iterator[None]:
+    """Restore this process's random states, from which building a policy draws."""
+    generator = torch.Generator()
+    state = rng_state(generator)
     try:
         yield
     finally:
-        set_rng_state(state, draws)
+        set_rng_state(state, generator)
