@@ -23,7 +23,7 @@ def config(root: Path, output: Path):
 
 
 def start(root: Path, output: Path, learning) -> None:
-    """Goes on with the run; sets `learning` right before the first step."""
+    """Resume the run, and set `learning` right before the first step."""
     run = config(root, output)
     accelerator = make_accelerator(cpu=True, precision="no")
     trainer = make_trainer(run, accelerator, choose_checkpoint(run, accelerator))
@@ -51,7 +51,7 @@ def kill_once(context, root: Path, output: Path, moment: random.Random, *, in_wr
 
 
 def main() -> None:
-    """Kills, then lets the run finish, then trains it once without interruption."""
+    """Kill the run repeatedly, let it finish, then train it once without interruption."""
     root, output, kills = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
     context = multiprocessing.get_context("fork")
     moment = random.Random(0)
@@ -62,8 +62,8 @@ def main() -> None:
         steps.append(newest)
     train(config(root, output / "killed"))
     train(config(root, output / "straight"))
-    told = {"kills": kills, "in_write": met.count("write"), "checkpoints": steps}
-    sys.stdout.write(json.dumps(told) + "\n")
+    counts = {"kills": kills, "in_write": met.count("write"), "checkpoints": steps}
+    sys.stdout.write(json.dumps(counts) + "\n")
 
 
 if __name__ == "__main__":

@@ -15,10 +15,10 @@ FRAMES_ONLY = {"cached": ["frames"], "cache": "ram"}
 
 
 def test_a_picture_moves_down_and_to_the_right_and_its_edge_is_repeated():
-    picture = torch.arange(12).reshape(1, 1, 3, 4)
-    moved = shift_frames(picture, torch.tensor([[1, -2]]))
+    image = torch.arange(12).reshape(1, 1, 3, 4)
+    moved = shift_frames(image, torch.tensor([[1, -2]]))
     assert moved[0, 0].tolist() == [[2, 3, 3, 3], [2, 3, 3, 3], [6, 7, 7, 7]]
-    assert torch.equal(shift_frames(picture, torch.zeros(1, 2, dtype=torch.int64)), picture)
+    assert torch.equal(shift_frames(image, torch.zeros(1, 2, dtype=torch.int64)), image)
 
 
 def test_a_samples_clip_and_channels_move_alike_and_samples_apart():

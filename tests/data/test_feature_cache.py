@@ -71,7 +71,7 @@ def test_cached_frames_give_the_batches_of_decoded_videos(root, tmp_path):
 
 
 def test_datasets_of_pictures_are_read_like_those_of_videos(tmp_path):
-    root = write_dataset(tmp_path / "pictures", use_videos=False, lengths=(3, 2))
+    root = write_dataset(tmp_path / "images", use_videos=False, lengths=(3, 2))
     data = load_data(tiny_run(root, tmp_path / "run"))
     (first, second) = frames_in_order(data.dataset, list(CAMERAS), "pyav")
     assert {key: (tuple(clip.shape), clip.dtype) for key, clip in second.items()} == {

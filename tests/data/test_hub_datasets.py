@@ -21,7 +21,7 @@ from vega_policy.modeling_vega import VegaPolicy
 CONFIGS = Path(__file__).parents[2] / "configs" / "dataset"
 
 
-def picture(size):
+def image_feature(size):
     return {"dtype": "image", "shape": (size, size, 3), "names": ["height", "width", "channel"]}
 
 
@@ -30,13 +30,13 @@ def vector(size):
 
 
 LIBERO = {
-    "observation.images.image": picture(64),
-    "observation.images.image2": picture(64),
+    "observation.images.image": image_feature(64),
+    "observation.images.image2": image_feature(64),
     "observation.state": vector(8),
     "action": vector(7),
 }
 METAWORLD = {
-    "observation.image": picture(48),
+    "observation.image": image_feature(48),
     "observation.state": vector(4),
     "observation.environment_state": vector(39),
     "action": vector(4),

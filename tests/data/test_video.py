@@ -1,4 +1,4 @@
-"""Frames in order: LeRobot's bytes, whatever the codec and however episodes share files; damage is told."""
+"""Frames in order: LeRobot's bytes, whatever the codec and however episodes share files; damage is named."""
 
 import shutil
 import threading

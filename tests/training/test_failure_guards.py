@@ -105,9 +105,9 @@ def test_a_lack_of_memory_names_what_to_lower_in_order_of_use(root, tmp_path):
     config.vega.input_features = {}
     with pytest.raises(MemoryExhaustedError) as caught, memory_guard(config, tokens=4):
         torch.empty(1 << 60)
-    told = str(caught.value)
+    message = str(caught.value)
     order = ["batch_size=2 accumulate=2", "chunk_size (now 50", "cameras in policy.input_features"]
-    assert [told.index(part) for part in order] == sorted(told.index(part) for part in order)
+    assert [message.index(part) for part in order] == sorted(message.index(part) for part in order)
     assert isinstance(caught.value, TrainingStoppedError)
 
 

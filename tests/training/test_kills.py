@@ -17,7 +17,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 @pytest.mark.slow
 def test_twenty_kills_some_inside_a_checkpoints_write_change_no_bit(root, tmp_path):
-    told = subprocess.run(
+    output = subprocess.run(
         [sys.executable, REPOSITORY / "tests" / "kill_program.py", root, tmp_path, "20"],
         env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
@@ -25,11 +25,11 @@ def test_twenty_kills_some_inside_a_checkpoints_write_change_no_bit(root, tmp_pa
         timeout=3000,
         check=True,
     ).stdout
-    counts = json.loads(told.splitlines()[-1])
+    counts = json.loads(output.splitlines()[-1])
     assert counts["kills"] == 20
-    assert counts["in_write"] >= 3, told
+    assert counts["in_write"] >= 3, output
     assert counts["checkpoints"] == sorted(counts["checkpoints"])
-    assert counts["checkpoints"][-1] > counts["checkpoints"][0], told
+    assert counts["checkpoints"][-1] > counts["checkpoints"][0], output
     assert_bitwise_equal(
         checkpoint_path(tmp_path / "straight", 240), checkpoint_path(tmp_path / "killed", 240)
     )

@@ -1,4 +1,4 @@
-"""What a user can look at: curves, films, closed-loop success, model card, what made the run."""
+"""Outputs of a run: curves, videos, closed-loop success, model card and provenance."""
 
 import json
 import re
@@ -45,7 +45,7 @@ def points(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def watched(points, tmp_path_factory):
-    """A run with held-out episodes, played in closed loop after every second step."""
+    """A run with held-out episodes, evaluated in closed loop after every second step."""
     output = tmp_path_factory.mktemp("runs") / "watched"
     train(tiny_run(points, output, simulation=simulation(2), dataset={"held_out": 0.3}))
     return output
@@ -67,22 +67,22 @@ def test_success_is_what_the_simulator_says_and_reaches_scores_and_log(watched):
     ]
 
 
-def test_playing_changes_no_bit_of_the_training(points, watched, tmp_path):
+def test_evaluation_changes_no_bit_of_the_training(points, watched, tmp_path):
     silent = train(tiny_run(points, tmp_path / "silent", dataset={"held_out": 0.3}))
     assert_bitwise_equal(silent, checkpoint_path(watched, 4))
 
 
-def test_curves_and_films_are_on_tensorboard(watched):
+def test_curves_and_videos_are_on_tensorboard(watched):
     board = EventAccumulator(str(watched / "tensorboard")).Reload()
     curves = set(board.Tags()["scalars"])
     assert {"train/loss", "train/gate/image", "held_out/held_out_loss", "simulation/success"} <= curves
     assert [event.step for event in board.Scalars("train/loss")] == [1, 2, 3, 4]
-    (film,) = {tag for tag in board.Tags()["images"] if tag.startswith("simulation/")}
-    assert board.Images(film)[0].encoded_image_string.startswith(b"GIF89a")
+    (video,) = {tag for tag in board.Tags()["images"] if tag.startswith("simulation/")}
+    assert board.Images(video)[0].encoded_image_string.startswith(b"GIF89a")
 
 
 @pytest.mark.slow
-def test_a_kill_between_saving_and_playing_loses_no_score(points, watched, tmp_path):
+def test_a_kill_between_saving_and_evaluating_loses_no_score(points, watched, tmp_path):
     output = tmp_path / "run"
     train(tiny_run(points, output, dataset={"held_out": 0.3}, stop_after=2))
     assert "success" not in read_scores(output)[2]
@@ -122,7 +122,7 @@ def test_each_start_notes_code_packages_and_hardware(points, tmp_path):
     assert first["code"]["revision"] is None or len(first["code"]["revision"]) == 40
 
 
-def test_what_only_changes_looking_may_change_on_resuming():
+def test_fields_that_change_only_outputs_may_change_on_resuming():
     assert {"simulation.every", "wandb.project", "keep_last", "evaluate_every"} <= set(FREE_TO_CHANGE)
 
 

@@ -175,9 +175,9 @@ def test_the_prior_noises_and_scales_time_as_the_training_does(trained):
     network = prior.transformer
     network.patch_embedding.register_forward_hook(lambda _m, given, _o: seen.update(latent=given[0]))
     network.condition_embedder.register_forward_hook(lambda _m, given, _o: seen.update(time=given[0]))
-    picture = torch.rand(1, 1, 1, 3, 32, 32)
-    prior(picture)
-    frames = (picture[0, 0].permute(0, 2, 3, 1)[None] * 255).round().to(torch.uint8).numpy()
+    image = torch.rand(1, 1, 1, 3, 32, 32)
+    prior(image)
+    frames = (image[0, 0].permute(0, 2, 3, 1)[None] * 255).round().to(torch.uint8).numpy()
     latent = normalise(prior.vae, posterior_means(prior.vae, frames, CPU))
     noise = prior.noise(latent, None).expand_as(latent)
     torch.testing.assert_close(seen["latent"], 0.7 * latent + 0.3 * noise, atol=0.05, rtol=0)
