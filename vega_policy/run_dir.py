@@ -15,10 +15,10 @@ import os
 import shutil
 import socket
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 LOCK, SETTINGS = ".lock", "settings.json"
 _PARTIAL = ".partial"
@@ -124,26 +124,49 @@ def _step_of(line: str) -> float:
 
 @contextmanager
 def lock_folder(folder: Path, *, wait: bool = False) -> Iterator[None]:
-    """Hold the advisory lock of `folder`, which is made if missing; the end of the process frees it too.
+    """Hold the advisory lock of `folder`; the end of the process frees it too.
+
+    A missing folder is made; it is removed again if it is empty at the end.
 
     Raises:
-        FolderInUseError: If another process holds it and `wait` is off.
+        FolderInUseError: If another process holds the lock and `wait` is off.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("a+") as file:  # not "w": the holder's name must not be truncated
+    existed = folder.exists()
+    with _open_lock(folder, wait) as file:
+        try:
+            now = datetime.now(UTC).isoformat(timespec="seconds")
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()} since {now}\n")
+            file.flush()
+            yield
+        finally:
+            (folder / LOCK).unlink(missing_ok=True)
+            if not existed:
+                with suppress(OSError):  # it is not empty
+                    folder.rmdir()
+
+
+def _open_lock(folder: Path, wait: bool) -> TextIO:
+    path = folder / LOCK
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            file = path.open("a+")  # not "w": the holder's name must not be truncated
+        except FileNotFoundError:  # the last holder deleted the folder meanwhile
+            continue
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             file.seek(0)
             holder = file.read().strip() or "another process"
+            file.close()
             raise FolderInUseError(
                 f"{folder} is in use by {holder}; wait for it, stop it, or give another folder."
             ) from None
-        file.truncate(0)
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        file.write(f"process {os.getpid()} on {socket.gethostname()} since {now}\n")
-        file.flush()
-        yield
+        with suppress(FileNotFoundError):
+            if path.stat().st_ino == os.fstat(file.fileno()).st_ino:
+                return file
+        file.close()  # the last holder deleted this file meanwhile: lock its successor
 
 
 @contextmanager
@@ -171,10 +194,7 @@ def open_run(
         OtherRunError: If the folder holds a run with other settings, or files but no run.
     """
     record = folder / SETTINGS
-    if not record.is_file():
-        require_empty(folder, may_hold=may_hold)  # also before locking: not even a lock is left in it
     with lock_folder(folder):
-        remove_partial(folder)
         resumed = record.is_file()
         if resumed:
             stored = json.loads(record.read_text())
@@ -182,6 +202,7 @@ def open_run(
         else:
             require_empty(folder, may_hold=may_hold)
             write_json(record, settings)
+        remove_partial(folder)
         yield resumed
 
 

@@ -126,6 +126,15 @@ with lock_folder(Path({str(tmp_path)!r})):
         assert f"process {os.getpid()} " in (tmp_path / ".lock").read_text()
 
 
+def test_a_lock_leaves_no_trace(tmp_path):
+    with lock_folder(tmp_path / "new"):
+        assert names(tmp_path / "new") == [".lock"]
+    assert names(tmp_path) == []
+    with lock_folder(tmp_path):
+        (tmp_path / "kept").touch()
+    assert names(tmp_path) == ["kept"]
+
+
 def test_the_same_settings_resume_and_the_folder_is_locked_meanwhile(tmp_path):
     settings = {"seed": 0, "sizes": (1, 2), "env": {"suite": "near"}}
     with (

@@ -52,8 +52,6 @@ def train(config: TrainConfig) -> Path:
     use_available_cores()
     accelerator = make_accelerator(cpu=config.vega.device == "cpu", precision=config.precision)
     main = accelerator.is_main_process
-    if main:
-        check_folder(config)  # also before locking: not even a lock is left in a folder that does not fit
     with lock_folder(Path(config.output_dir)) if main else nullcontext():
         checkpoint = choose_checkpoint(config, accelerator)
         if checkpoint is not None and checkpoints.read_step(checkpoint) >= config.last_step:
