@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from vega_policy.pretraining.config import decode
+from vega_policy.config import from_config
+from vega_policy.pretraining.config import PretrainSettings
 
 CPU = torch.device("cpu")
 WIDTH = 12
@@ -75,4 +76,4 @@ def settings(folder, **changes):
         "save_every": 2,
         "validate_every": 3,
     }
-    return decode(values | changes)
+    return from_config(PretrainSettings, values | changes)

@@ -11,8 +11,9 @@ from omegaconf import OmegaConf
 from envs import clips
 from envs.base import DEMONSTRATION_SEEDS
 from envs.clips import ROLLOUT, STILL, Clip, ClipRecorder, ClipSpec
+from vega_policy.config import from_config
 from vega_policy.pretraining.clips import Clips
-from vega_policy.pretraining.config import decode
+from vega_policy.pretraining.config import PretrainSettings
 
 SPEC = {"suites": ["lift_wide", "stack"], "parts": 2, "rounds": 3, "frames": 5, "frame_size": 16}
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -109,7 +110,7 @@ def test_cameras_of_every_shot_move_or_stand_as_their_name_says():
 def test_the_shipped_config_is_a_valid_spec():
     with initialize_config_dir(str(CONFIGS), version_base=None):
         config = compose("pretrain_prior")
-    settings = decode(OmegaConf.to_container(config, resolve=True))
+    settings = from_config(PretrainSettings, OmegaConf.to_container(config, resolve=True))
     listed = clips.instructions(**settings.clips.order)
     assert len(listed) == len(set(listed))
     assert len(listed) > 30

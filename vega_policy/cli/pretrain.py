@@ -9,10 +9,12 @@ from vega_policy.cli.app import Command
 
 def run(config: DictConfig) -> str:
     """Pre-train and return where the weights are."""
-    from vega_policy.pretraining.config import decode
+    from vega_policy.config import from_config
+    from vega_policy.pretraining.config import PretrainSettings
     from vega_policy.pretraining.trainer import pretrain
 
-    folder = pretrain(decode(cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))))
+    values = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
+    folder = pretrain(from_config(PretrainSettings, values))
     return f"weights: {folder}" if folder else "max_seconds reached; the same command resumes"
 
 

@@ -1,9 +1,7 @@
-"""Configuration of a pre-training run: frozen dataclasses, decoded from plain nested values."""
+"""Configuration of a pre-training run."""
 
-from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
-from difflib import get_close_matches
-from typing import Any, get_type_hints
+from dataclasses import dataclass, field
+from typing import Any
 
 STAGES = ("prompts", "clips", "vae", "transformer", "report", "film")
 
@@ -139,26 +137,3 @@ class PretrainSettings:
             raise ValueError(f"stages: expected some of {', '.join(STAGES)}; got {self.stages}")
         if self.precision not in ("no", "bf16"):
             raise ValueError(f"precision: expected no or bf16; got {self.precision!r}")
-
-
-def decode(values: Mapping[str, Any], cls: type[Any] = PretrainSettings, path: str = "") -> Any:
-    """Decode plain nested values, found at the dotted `path`, into settings.
-
-    Raises:
-        ValueError: If a key is unknown or missing, or a value lies outside its range.
-    """
-    hints, known = get_type_hints(cls), [one.name for one in fields(cls)]
-    for key in values:
-        if key not in known:
-            near = get_close_matches(str(key), known, n=1)
-            hint = f" Did you mean {path}{near[0]}?" if near else ""
-            raise ValueError(f"unknown field {path}{key}.{hint} Known: {', '.join(known)}.")
-    nested = {
-        key: decode(value, hints[key], f"{path}{key}.") if is_dataclass(hints[key]) else value
-        for key, value in values.items()
-    }
-    required = [one.name for one in fields(cls) if one.default is MISSING and one.default_factory is MISSING]
-    missing = [f"{path}{name}" for name in required if name not in values]
-    if missing:
-        raise ValueError(f"no value for {', '.join(missing)}")
-    return cls(**nested)

@@ -1,16 +1,15 @@
 """Configuration of a training run: frozen dataclasses, decoded from a composed Hydra config."""
 
-import difflib
 import json
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
-from typing import Any, get_type_hints
+from typing import Any
 
 import draccus
-from draccus.utils import DecodingError, ParsingError
 from lerobot.configs import PreTrainedConfig
 from omegaconf import DictConfig, OmegaConf
 
+from vega_policy.config import from_config
 from vega_policy.configuration_vega import VegaConfig
 from vega_policy.data.dataset import DatasetConfig
 
@@ -200,16 +199,9 @@ def decode(node: Mapping[str, Any]) -> TrainConfig:
     """Decode plain nested values; the groups that `policy` refers to may lie beside it and are left out.
 
     Raises:
-        ValueError: If a key is unknown (near and known ones are listed), or a value does not fit its field.
+        ValueError: As `from_config`.
     """
-    plain = {key: value for key, value in node.items() if key not in _REFERRED}
-    _refuse_unknown(plain, TrainConfig, "")
-    try:
-        return draccus.decode(TrainConfig, plain)
-    except ParsingError as error:
-        # Where the decoder only says that it could not build a part, its cause says why.
-        built = isinstance(error, DecodingError) or error.__cause__ is None
-        raise ValueError(f"Config: {error if built else error.__cause__}") from error
+    return from_config(TrainConfig, {key: value for key, value in node.items() if key not in _REFERRED})
 
 
 def encode(config: TrainConfig) -> dict[str, Any]:
@@ -229,36 +221,6 @@ def defaults(config: Any) -> dict[str, Any]:
         elif one.default_factory is not MISSING:
             found[one.name] = one.default_factory()
     return found
-
-
-def _refuse_unknown(node: Mapping[str, Any], owner: type, path: str) -> None:
-    """Raise at the first key that its dataclass does not have, listing near and known ones."""
-    types = get_type_hints(owner)
-    known = [field.name for field in fields(owner)]
-    for key, value in node.items():
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f" Did you mean {path}{near[0]}?" if near else ""
-            raise ValueError(f"Unknown config field {path}{key}.{hint} Known there: {', '.join(known)}.")
-        if key == "policy":
-            choice = policy_class(value)
-            _refuse_unknown({name: kept for name, kept in value.items() if name != "type"}, choice, "policy.")
-        elif is_dataclass(types[key]) and isinstance(value, Mapping):
-            _refuse_unknown(value, types[key], f"{path}{key}.")
-
-
-def policy_class(node: Mapping[str, Any]) -> type[PreTrainedConfig]:
-    """Return the config class of the policy type that a `policy` node names.
-
-    Raises:
-        ValueError: If there is no type or it is not registered.
-    """
-    known = PreTrainedConfig.get_known_choices()
-    if node.get("type") not in known:
-        raise ValueError(
-            f"policy.type: expected one of {', '.join(sorted(known))}; got {node.get('type')!r}."
-        )
-    return PreTrainedConfig.get_choice_class(node["type"])
 
 
 def _require_one_of(name: str, value: str, known: tuple[str, ...]) -> None:
