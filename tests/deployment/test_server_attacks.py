@@ -190,8 +190,8 @@ def test_when_the_server_is_killed_the_robot_holds_in_time_and_continues_after_a
             time.sleep(0.05)
 
     with server_process(seconds=0.02) as (process, port):
-        remote = RemotePolicy(address(port), patience_seconds=60)
-        with Watchdog(safety, robot.hold, hold_after=hold_after, stop_after=60, on_stop=robot.hold):
+        remote = RemotePolicy(address(port), patience_seconds=600)
+        with Watchdog(safety, robot.hold, hold_after=hold_after, stop_after=600, on_stop=robot.hold):
             controlling = threading.Thread(target=control)
             controlling.start()
             time.sleep(1.0)
