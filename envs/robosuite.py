@@ -29,7 +29,7 @@ class PandaEnv(ManipulationEnv):
     positions of the two gripper fingers: LIBERO's layout in LeRobot.
     """
 
-    flipped: ClassVar[tuple[int, ...]] = ()  # axes along which upright pictures are flipped
+    flipped: ClassVar[tuple[int, ...]] = ()  # axes along which upright images are flipped
 
     def __init__(self, task: Task, *, frame_size: int, rendering: str, render: bool) -> None:
         super().__init__(task, cameras=tuple(CAMERAS) if render else (), frame_size=frame_size)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import socket
 import subprocess
@@ -28,17 +27,6 @@ CAMERAS = ("image", "image2")
 _SIMULATOR = Path(__file__).with_name("sim_robot_process.py")
 _START_TIMEOUT, _ANSWER_TIMEOUT = 180.0, 20.0  # s
 _SINGLE_THREADED = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-_OPTIONS = (
-    "suite",
-    "task_index",
-    "frame_size",
-    "rendering",
-    "seed",
-    "first_episode",
-    "auto_reset",
-    "reset_seconds",
-    "log_file",
-)
 
 
 class VegaSim(Robot):
@@ -103,8 +91,8 @@ class VegaSim(Robot):
                 start_new_session=True,  # Ctrl-C is for the client
             )
         self._connection = Connection(ours.detach())
-        options = dataclasses.asdict(self.config)
-        self._connection.send((sys.path, {key: options[key] for key in _OPTIONS}))
+        options = {name: getattr(self.config, name) for name in VegaSimConfig.__annotations__}
+        self._connection.send((sys.path, options))
         if not self._connection.poll(_START_TIMEOUT):
             self.disconnect()
             raise RuntimeError(f"the simulator did not start within {_START_TIMEOUT} s")

@@ -114,13 +114,9 @@ class Arm:
     ) -> Array:
         """Return the action [7] towards a pose: proportional near it, limited far from it.
 
-        Args:
-            position: goal of the grip point [3] (m, world).
-            rotation: goal of the grip site [3 3].
-            gripper: OPEN or CLOSED.
-            speed: limit of each translation, as a share of full scale.
-            plumb: limit the vertical and the horizontal part separately; otherwise the hand goes straight,
-                and a long way down leaves a small sideways error for last.
+        `speed` limits each translation (share of full scale). `plumb` limits the vertical and the horizontal
+        part separately; otherwise the hand goes straight, and a long way down leaves a small sideways error
+        for last.
         """
         shift = GAIN * (position - self.position) / TRANSLATION_PER_STEP
         turn = GAIN * rotation_error(rotation, self.rotation) / ROTATION_PER_STEP

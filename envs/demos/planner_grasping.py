@@ -52,7 +52,7 @@ ABOVE_GRASP = 0.06  # m
 SLIPPED = 0.04  # m by which a held body has moved in the hand that no longer holds it
 TIGHT = 0.066  # m; a body as wide as that leaves each open finger a few millimetres
 STUCK = 0.02  # m above its goal at which a lowered object sits on something
-BESIDE, BESIDE_TRIES, RISE = 0.01, 3, 0.02  # m aside, how often, after rising by so many metres
+BESIDE, BESIDE_TRIES, RISE = 0.01, 3, 0.02  # m aside, how often, after rising by these metres
 NEAREST = 0.36  # m from the axis of the robot's base; a hand that rises nearer folds the elbow to its limit
 
 
@@ -112,7 +112,7 @@ class Scene:
                 self._geoms.setdefault(self.model.body(self.model.geom_bodyid[geom]).name, []).append(geom)
 
     def _sample(self, geom: int) -> Array | None:
-        """Surface points of one geom in its own frame; None where it never collides or is a plane."""
+        """Return surface points of one geom in its own frame; None where it never collides or is a plane."""
         model, size, kinds = self.model, self.model.geom_size[geom], self._mujoco.mjtGeom
         if model.geom_contype[geom] == 0 and model.geom_conaffinity[geom] == 0:
             return None
@@ -140,31 +140,15 @@ class Scene:
         """Return whether `body` has collision geometry here."""
         return body in self._geoms
 
-    @property
-    def bodies(self) -> list[str]:
-        """Return the names of all bodies with collision geometry, the robot's included."""
-        return list(self._geoms)
-
-    def geoms(self, body: str) -> list[int]:
-        """Return ids of the colliding geoms of `body`.
-
-        Raises:
-            KeyError: `body` has no collision geometry; the message lists those that have.
-        """
-        if body not in self._geoms:
-            raise KeyError(
-                f"no body {body!r} with collision geometry in this scene; known: {sorted(self._geoms)}"
-            )
-        return self._geoms[body]
-
-    def geom_cloud(self, geom: int) -> Array:
-        """Return points [n 3] of one geom, placed in the world."""
-        rotation = self.data.geom_xmat[geom].reshape(3, 3)
-        return self._shapes[geom] @ rotation.T + self.data.geom_xpos[geom]
-
     def cloud(self, body: str) -> Array:
         """Return points [n 3] on `body`, where it is now."""
-        return np.concatenate([self.geom_cloud(geom) for geom in self.geoms(body)])
+        if body not in self._geoms:
+            known = sorted(self._geoms)
+            raise KeyError(f"no body {body!r} with collision geometry in this scene; known: {known}")
+        xmat, xpos = self.data.geom_xmat, self.data.geom_xpos
+        return np.concatenate(
+            [self._shapes[geom] @ xmat[geom].reshape(3, 3).T + xpos[geom] for geom in self._geoms[body]]
+        )
 
     def obstacles(self, excluded: Collection[str] = ()) -> Array:
         """Return points [n 3] on all bodies except robot, supports and the `excluded` ones."""
@@ -305,12 +289,8 @@ def rim_grasps(
 ) -> Iterator[tuple[float, Grasp]]:
     """Yield radial grasps of a rim with their costs: free, near the robot, not on the low side is cheap.
 
-    Args:
-        rim: candidates.
-        bottom: height of the lowest point of the object (m).
-        obstacles: points [m 3] of everything around it.
-        base: of the robot [2] (m); the arm reaches its limits in far grasps.
-        request: its offsets to avoid are not tried again.
+    `bottom` is the height of the object's lowest point (m), `obstacles` [m 3] everything around it, `base`
+    [2] the robot's (m).
     """
     depth = RIM_REACH if request.depth is None else request.depth
     for point in rim.points:
@@ -418,13 +398,8 @@ def transit(
 ) -> Skill:
     """Go over everything in between to a point at or above `position`: up, then across.
 
-    Args:
-        cell: the scene.
-        position: goal of the grip point [3] (m); raised where obstacles on the way require it.
-        rotation: of the grip site at the goal [3 3].
-        gripper: OPEN or CLOSED.
-        carried: body in the hand, whose underside has to clear the way too.
-        clearance: between the highest obstacle and the lowest carried point (m).
+    `position` [3] (m) and `rotation` [3 3] are the goal of the grip site, `carried` is the body in the hand
+    and `clearance` (m) the distance between the highest obstacle and the lowest carried point.
     """
     goal, here = np.asarray(position, dtype=np.float64), cell.arm.position
     hanging = here[2] - cell.scene.bottom(carried) if carried else 0.012

@@ -113,10 +113,8 @@ def _make_room(cell: Workcell, name: str, target: str) -> Skill:
 def fitting_turn(footprint: Array, room: Array, yaw: float) -> float:
     """Return the smallest turn (rad) that fits a footprint into an axis-aligned rectangle with some play.
 
-    Args:
-        footprint: points [n 2] of the held object (m).
-        room: side lengths [2] of the rectangle (m).
-        yaw: present yaw of the hand (rad), whose wrist limits the turn.
+    `footprint` [n 2] (m) samples the held object, `room` [2] are the rectangle's sides (m), `yaw` is the
+    hand's (rad): the wrist limits the turn.
     """
 
     def cost(turn: float) -> float:
@@ -153,12 +151,8 @@ def shared_spot(footprint: Array, obstacles: Array, centre: Array, half_extents:
     A spot is good if it leaves 6 cm around the object and the fingers that let it go, then if it is far from
     the middle of the region, which leaves room for the next object, and not too far for the arm.
 
-    Args:
-        footprint: points [n 2] under the object and the fingers, relative to the object's origin (m).
-        obstacles: points [m 2] of objects that stand there already (m).
-        centre: middle of the region [2] (m).
-        half_extents: of the region [2] (m).
-        base: of the robot [2] (m).
+    `footprint` [n 2] is relative to the object's origin and includes the fingers, `obstacles` [m 2] stand
+    there already, `centre` and `half_extents` [2] are the region's, `base` [2] is the robot's (all m).
     """
     steps = SPREAD * np.array([-1.0, -0.5, 0.0, 0.5, 1.0])
     spots = [centre + half_extents * np.array([x, y]) for x in steps for y in steps]

@@ -32,7 +32,7 @@ from envs.demos.planner_grasping import (
     transit,
 )
 
-LIFT_HEIGHT = 0.10  # m; the check asks for 0.04 above the table
+LIFT_HEIGHT = 0.10  # m; the check requires 0.04 above the table
 NUT_SETTLING_STEPS = 12  # the nut drops about 6 cm after reset
 NUT = "SquareNut_main"
 FARTHEST_HAND = 0.80  # m from the base; beyond it an arm that points down is stretched out

@@ -89,7 +89,7 @@ def test_libero_and_metaworld_have_lerobots_own_names(family, cameras, state, ac
     assert features["action"].shape == (action,)
 
 
-def test_metaworld_is_played_through_lerobots_vector_environment():
+def test_metaworld_is_rolled_out_through_lerobots_vector_environment():
     vector = make_env(make_env_config("vega_metaworld", frame_size=32, rendering="fast"), n_envs=1)
     (push,) = [vectors[1] for vectors in vector.values()]
     observation, _ = push.reset(seed=[1000])
@@ -100,7 +100,7 @@ def test_metaworld_is_played_through_lerobots_vector_environment():
 
 
 @pytest.mark.slow
-def test_libero_is_played_from_its_official_states_by_lerobots_seeds():
+def test_libero_is_rolled_out_from_its_official_states_by_lerobots_seeds():
     vector = make_env(make_env_config("vega_libero", frame_size=32, rendering="fast"), n_envs=2)
     spatial = vector["libero_spatial"][4]
     observation, _ = spatial.reset(seed=[1000, 1051])

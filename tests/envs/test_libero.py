@@ -1,4 +1,4 @@
-"""LIBERO and LIBERO-PRO: the protocol, what is drawn anew and what is official, what the pictures show."""
+"""LIBERO and LIBERO-PRO: the protocol, random and official initial states, image orientation."""
 
 import os
 import subprocess
@@ -56,7 +56,7 @@ def test_every_suite_has_fifty_different_official_states_a_task(suite):
     assert len(np.unique(states, axis=0)) == len(states) == task.official_states == 50
 
 
-def test_only_variations_of_the_words_and_of_the_task_are_told_in_the_problems_own_words():
+def test_only_variations_of_the_words_and_of_the_task_have_the_problem_files_instruction():
     first = {suite: envs.tasks(suite)[0].instruction for suite in LIBERO}
     assert first["libero_goal"] == first["libero_goal_swap"] == "open the middle drawer of the cabinet"
     assert first["libero_goal_lan"] == "open the cabinet\u2019s middle drawer"
@@ -73,7 +73,7 @@ def test_an_episode_depends_on_seed_and_official_state_alone(env):
     assert np.array_equal(first, trajectory(env, 3, initial_state=7))
 
 
-def test_an_official_state_is_played_after_ten_idle_steps_that_do_not_count(env):
+def test_an_official_state_is_made_after_ten_idle_steps_that_do_not_count(env):
     env.reset_blindly(seed=0, options={"initial_state": 5})
     assert env.simulator_state()[0] == pytest.approx(
         official_states(env.task)[5][0] + IDLE_STEPS / 20, abs=1e-6
@@ -87,7 +87,7 @@ def test_an_official_state_is_played_after_ten_idle_steps_that_do_not_count(env)
     assert env.step_blindly(np.zeros(7))[1]
 
 
-def test_demonstrations_are_drawn_anew_and_never_start_from_an_official_state(env):
+def test_demonstrations_are_drawn_by_seed_and_never_start_from_an_official_state(env):
     demonstrated = record(env, 11, Demonstrator())
     assert demonstrated is not None
     env.reset_blindly(seed=11)
@@ -138,7 +138,7 @@ def test_the_gripper_closes_on_plus_one_and_opens_on_minus_one(env):
     assert widths[1] > 0.07
 
 
-def test_pictures_are_upright_and_mirrored_left_to_right(env):
+def test_images_are_upright_and_mirrored_left_to_right(env):
     env.reset_blindly(seed=0)
     joint = env.raw.objects_dict["akita_black_bowl_1"].joints[0]
     empty = None
@@ -156,7 +156,7 @@ def test_pictures_are_upright_and_mirrored_left_to_right(env):
 
 
 def projected(env, point):
-    """Row and column of a point in an upright, unmirrored picture of the first camera."""
+    """Row and column of a point in an upright, unmirrored image of the first camera."""
     model, data = env.raw.sim.model._model, env.raw.sim.data._data
     camera = model.camera("agentview").id
     x, y, z = data.cam_xmat[camera].reshape(3, 3).T @ (point - data.cam_xpos[camera])
@@ -183,7 +183,7 @@ def test_an_episode_is_liberos_own_to_the_last_bit(env):
 
     from envs.libero import _problem
 
-    stock = ControlEnv(  # LIBERO compiles the scene anew at every reset
+    stock = ControlEnv(  # LIBERO recompiles the scene at every reset
         str(_problem(env.task.suite, env.task.name)), use_camera_obs=False, has_offscreen_renderer=False
     )
     with global_seed(9):
@@ -234,12 +234,12 @@ def test_observations_are_those_that_lerobots_models_are_shown():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("suite", LIBERO)
-def test_every_suite_can_be_played_from_its_official_states(suite):
-    played = envs.make(suite, 3, render=False)
-    states = trajectory(played, 0, initial_state=49)
+def test_every_suite_can_be_made_from_its_official_states(suite):
+    made = envs.make(suite, 3, render=False)
+    states = trajectory(made, 0, initial_state=49)
     assert np.isfinite(states).all()
-    assert np.array_equal(states, trajectory(played, 0, initial_state=49))
-    played.close()
+    assert np.array_equal(states, trajectory(made, 0, initial_state=49))
+    made.close()
 
 
 @pytest.mark.slow

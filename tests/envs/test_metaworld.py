@@ -81,7 +81,7 @@ def test_the_state_is_hand_and_gripper_and_knows_no_object(push):
         assert (push.observe()["agent_pos"][3] < opening) == (effort > 0)
 
 
-def test_the_hand_goes_up_in_the_picture_when_it_goes_up_in_the_world(push):
+def test_the_hand_goes_up_in_the_image_when_it_goes_up_in_the_world(push):
     push.reset_blindly(seed=0)
     rows = []
     for up in (1.0, -1.0):
@@ -121,7 +121,7 @@ def test_there_are_no_official_states(push):
 
 
 @pytest.mark.slow
-def test_pictures_are_those_of_lerobots_own_environment():
+def test_images_are_those_of_lerobots_own_environment():
     from lerobot.envs.metaworld import MetaworldEnv
 
     theirs = MetaworldEnv("push-v3", obs_type="pixels_agent_pos", observation_width=480)

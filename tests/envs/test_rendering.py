@@ -62,7 +62,7 @@ def test_the_hand_camera_is_upright_too(fast):
     assert red_centre(fast.observe()["pixels"]["image2"]) == pytest.approx(expected, abs=2.0)
 
 
-def test_restoring_a_state_shows_the_same_picture_and_the_same_hand(fast):
+def test_restoring_a_state_shows_the_same_image_and_the_same_hand(fast):
     fast.reset(seed=4)
     states, observations = [], []
     for action in np.random.default_rng(1).uniform(-1, 1, (6, 7)):
@@ -102,7 +102,7 @@ def test_what_a_camera_cannot_see_is_not_drawn_and_not_missed(fast, monkeypatch)
         assert np.array_equal(drawn[0][camera], drawn[1][camera])
 
 
-def test_profiles_change_the_picture_and_not_the_physics(fast, full):
+def test_profiles_change_the_image_and_not_the_physics(fast, full):
     for env in (fast, full):
         env.reset(seed=8)
         env.step(np.full(7, 0.5))
@@ -113,7 +113,7 @@ def test_profiles_change_the_picture_and_not_the_physics(fast, full):
     assert fast.model.vis.quality.offsamples == 0 < full.model.vis.quality.offsamples
 
 
-def test_closing_one_environment_leaves_the_pictures_of_another_alone(fast):
+def test_closing_one_environment_leaves_the_images_of_another_alone(fast):
     before = fast.observe()["pixels"]["image"]
     other = envs.make("stack", 0, frame_size=SIZE, rendering="fast")
     other.reset(seed=0)
@@ -146,7 +146,7 @@ def test_importing_envs_imports_no_simulator_and_a_forgotten_close_is_silent_at_
     assert (done.returncode, done.stdout, done.stderr) == (0, "made\n", "")
 
 
-def test_pictures_are_taken_headless_even_if_mujoco_was_imported_first():
+def test_images_are_taken_headless_even_if_mujoco_was_imported_first():
     script = (
         "import mujoco; from envs.rendering import load_mujoco; load_mujoco();"
         "model = mujoco.MjModel.from_xml_string('<mujoco/>');"

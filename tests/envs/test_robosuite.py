@@ -20,18 +20,18 @@ def lift():
     env.close()
 
 
-def trajectory(env, seed, watched=False):
+def trajectory(env, seed, observed=False):
     env.reset_blindly(seed=seed)
     states = [env.simulator_state()]
     for action in ACTIONS:
         env.step_blindly(action)
-        if watched:
+        if observed:
             env.observe()
         states.append(env.simulator_state())
     return np.stack(states)
 
 
-def test_an_episode_depends_on_its_seed_alone_whatever_was_played_before(lift):
+def test_an_episode_depends_on_its_seed_alone_whatever_was_rolled_out_before(lift):
     first = trajectory(lift, seed=3)
     assert not np.array_equal(first, trajectory(lift, seed=4))
     assert np.array_equal(first, trajectory(lift, seed=3))
@@ -40,8 +40,8 @@ def test_an_episode_depends_on_its_seed_alone_whatever_was_played_before(lift):
     fresh.close()
 
 
-def test_looking_does_not_change_an_episode(lift):
-    assert np.array_equal(trajectory(lift, seed=3), trajectory(lift, seed=3, watched=True))
+def test_observing_does_not_change_an_episode(lift):
+    assert np.array_equal(trajectory(lift, seed=3), trajectory(lift, seed=3, observed=True))
 
 
 def test_a_step_is_robosuites_own_step():
@@ -154,7 +154,7 @@ def test_an_object_that_no_camera_sees_changes_no_observation(rendering):
 
 
 @pytest.mark.parametrize("suite", ["stack", "pick_place_can", "nut_assembly_square"])
-def test_every_task_can_be_played_and_repeated(suite):
+def test_every_task_can_be_rolled_out_and_repeated(suite):
     env = envs.make(suite, 0, render=False)
     first = trajectory(env, seed=2)
     assert np.array_equal(first, trajectory(env, seed=2))
