@@ -1,4 +1,4 @@
-"""Scenes without a simulator: boxes on a table, each seen as a rectangle of pixels."""
+"""Scenes without a simulator: boxes on a table, each a rectangle of pixels in the views."""
 
 import numpy as np
 
@@ -9,12 +9,12 @@ SIZE = 32
 
 
 def scene(rng, name="synthetic", presence=0.75):
-    """Movable things anywhere, two pieces of furniture, all of them seen in the overview.
+    """Return movable objects anywhere and two pieces of furniture, all visible in the overview.
 
-    Each thing is first seen in a close-up drawn for it.
+    Each object appears first in a random close-up.
     """
-    wanted = [("bowl", 1), ("bowl", 2), *((category, 1) for category in list(CATEGORIES)[1:])]
-    there = [(category, number) for category, number in wanted if rng.random() < presence]
+    candidates = [("bowl", 1), ("bowl", 2), *((category, 1) for category in list(CATEGORIES)[1:])]
+    there = [(category, number) for category, number in candidates if rng.random() < presence]
     things = [
         SceneObject(
             f"{category} {number}",
@@ -44,6 +44,6 @@ def scene(rng, name="synthetic", presence=0.75):
 
 
 def scenes(count, seed=0):
-    """So many scenes."""
+    """Return `count` scenes."""
     rng = np.random.default_rng(seed)
     return [scene(rng, f"synthetic {index}") for index in range(count)]

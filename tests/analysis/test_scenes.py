@@ -60,7 +60,7 @@ def test_depth_and_cameras_put_every_thing_into_its_box(table):
 
 
 @pytest.mark.slow
-def test_the_policys_own_camera_sees_the_same_picture(table):
+def test_the_policys_own_camera_gives_the_same_image(table):
     env, camera, layout = table
     layout.draw(np.random.default_rng(2))
     watched = envs.make("libero_spatial", 0, frame_size=SIZE, rendering="fast")
