@@ -35,7 +35,7 @@ def test_vega_is_a_registered_policy_type():
 
 def test_steps_that_were_captured_are_forgotten_when_the_policy_trains_on(policy, monkeypatch):
     asked = []
-    monkeypatch.setattr(policy._captured, "forget", lambda: asked.append(policy.training))
+    monkeypatch.setattr(policy._captured, "clear", lambda: asked.append(policy.training))
     policy.train()
     policy.eval()
     assert asked == [False, True]  # before each change of mode
@@ -133,9 +133,9 @@ def test_a_checkpoint_gives_the_same_actions_and_holds_what_was_resolved(policy,
 
 def test_a_checkpoint_with_a_missing_weight_is_refused(policy, tmp_path):
     state = policy.state_dict()
-    state.pop("model.head.head.1.weight")
+    state.pop("model.head.output.1.weight")
     policy.save_pretrained(tmp_path, state_dict=state)
-    with pytest.raises(RuntimeError, match=r"model.head.head.1.weight"):
+    with pytest.raises(RuntimeError, match=r"model.head.output.1.weight"):
         VegaPolicy.from_pretrained(tmp_path)
 
 
