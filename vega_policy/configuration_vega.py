@@ -1,4 +1,4 @@
-"""VegaConfig: LeRobot's view of the policy's configuration. Its defaults are the method of VEGA-3D."""
+"""VegaConfig: the policy's configuration as LeRobot needs it."""
 
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -22,38 +22,15 @@ from vega_policy.model.config import (
 @PreTrainedConfig.register_subclass("vega")
 @dataclass
 class VegaConfig(PreTrainedConfig):
-    """Configuration of `VegaPolicy`.
+    """Configuration of `VegaPolicy`; defaults come from the dataclasses of `model/config.py`."""
 
-    Attributes:
-        chunk_size: Actions predicted at once.
-        n_action_steps: Actions of a chunk that are executed before a new one is predicted.
-        capture: On a GPU, with the compact backbone, replay whole control steps as one CUDA graph each. The
-            first step of a kind runs as it is and the others agree up to rounding, so that a chunk depends on
-            what was asked before: for robots, not for evaluations that are to be repeated.
-        frame_size: Side in pixels of the square to which every camera's frames are brought.
-        prior: The latent world simulator.
-        fusion: How its tokens are mixed with the semantic ones.
-        backbone: The vision-language backbone.
-        head: The action head.
-        base: A pre-trained policy of LeRobot to build upon, in the place of backbone and head.
-        normalization_mapping: How LeRobot's processors scale each kind of feature.
-        optimizer_lr: Peak learning rate of AdamW.
-        optimizer_weight_decay: Weight decay of AdamW.
-        optimizer_grad_clip_norm: Gradients are clipped to this norm.
-        scheduler_warmup_steps: Steps of linear warm-up.
-        scheduler_decay_steps: Steps until the cosine reaches its end.
-        scheduler_decay_lr: Learning rate at the end of the cosine.
-        action_feature_names: What each entry of an action is, as the dataset says; LeRobot fills it in.
-        state_feature_names: The same of the state.
-    """
+    rtc_config: ClassVar[Any] = None  # LeRobot's rollout sets it on the instance; in no checkpoint
 
-    rtc_config: ClassVar[Any] = (
-        None  # LeRobot's rollout sets it on the instance; it is no part of a checkpoint
-    )
-
-    chunk_size: int = 16
-    n_action_steps: int = 8
-    frame_size: int = 224
+    chunk_size: int = ModelConfig.chunk_size  # actions predicted at once
+    n_action_steps: int = 8  # actions of a chunk that are executed before the next one is predicted
+    frame_size: int = ModelConfig.frame_size  # side in pixels to which every camera's frames are resized
+    # On a GPU, with the compact backbone: replay a control step as one CUDA graph. The first step of a kind
+    # runs uncaptured and later ones agree up to rounding, so keep it off where results must be repeatable.
     capture: bool = False
     prior: PriorConfig = field(default_factory=PriorConfig)
     fusion: FusionConfig = field(default_factory=FusionConfig)
@@ -67,22 +44,17 @@ class VegaConfig(PreTrainedConfig):
             "ACTION": NormalizationMode.MIN_MAX,
         }
     )
-    optimizer_lr: float = 3e-4
+    optimizer_lr: float = 3e-4  # peak learning rate of AdamW
     optimizer_weight_decay: float = 1e-4
     optimizer_grad_clip_norm: float = 1.0
-    scheduler_warmup_steps: int = 500
-    scheduler_decay_steps: int = 30_000
+    scheduler_warmup_steps: int = 500  # linear
+    scheduler_decay_steps: int = 30_000  # until the cosine ends, at `scheduler_decay_lr`
     scheduler_decay_lr: float = 1e-6
-    action_feature_names: list[str] | None = None
+    action_feature_names: list[str] | None = None  # of the dataset, filled in by LeRobot
     state_feature_names: list[str] | None = None
 
     def __post_init__(self) -> None:
-        """Check what can be checked without data.
-
-        Raises:
-            ValueError: If more actions are executed than predicted, or a base is to be without sight.
-        """
-        if self.device is None:  # LeRobot would take the same one, with two warnings
+        if self.device is None:  # LeRobot would choose the same one, with two warnings
             self.device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
         super().__post_init__()
         if not 1 <= self.n_action_steps <= self.chunk_size:
@@ -92,13 +64,13 @@ class VegaConfig(PreTrainedConfig):
             )
         if self.base.name != "none" and not self.backbone.sight:
             raise ValueError(
-                f"backbone.sight=false blinds this package's own backbones; base={self.base.name} stands in "
-                "their place and sees. Take base=none."
+                f"backbone.sight=false removes the vision of this package's own backbones; base="
+                f"{self.base.name} replaces them. Take base=none."
             )
 
     @property
     def model(self) -> ModelConfig:
-        """Sizes and parts as `VegaModel` wants them."""
+        """The configuration of `VegaModel`."""
         self.validate_features()
         state, action = self.robot_state_feature, self.action_feature
         assert state is not None  # validate_features refuses the rest
@@ -116,26 +88,23 @@ class VegaConfig(PreTrainedConfig):
         )
 
     def validate_features(self) -> None:
-        """Refuse features that the policy cannot work with.
+        """Check that there are a camera, a state and an action.
 
         Raises:
-            ValueError: If there is no camera, no state or no action; lists what there is.
+            ValueError: If one is missing; lists the features.
         """
-        missing = [
-            name
-            for name, found in (
-                ("a camera (observation.image or observation.images.<name>)", self.image_features),
-                ("observation.state", self.robot_state_feature),
-                ("action", self.action_feature),
-            )
-            if not found
-        ]
+        required = {
+            "a camera (observation.image or observation.images.<name>)": self.image_features,
+            "observation.state": self.robot_state_feature,
+            "action": self.action_feature,
+        }
+        missing = [name for name, found in required.items() if not found]
         if missing:
-            there = [*(self.input_features or {}), *(self.output_features or {})]
-            raise ValueError(f"The policy needs {', '.join(missing)}; the features are {there or 'none'}.")
+            features = [*(self.input_features or {}), *(self.output_features or {})]
+            raise ValueError(f"The policy needs {', '.join(missing)}; the features are {features or 'none'}.")
 
     def set_dataset_feature_metadata(self, features: dict[str, Any]) -> None:
-        """Take the names of state and action from a dataset's features; a robot is checked against them."""
+        """Take the names of state and action from a dataset; preflight checks a robot against them."""
         for key, field_name in (
             ("action", "action_feature_names"),
             ("observation.state", "state_feature_names"),
@@ -146,21 +115,21 @@ class VegaConfig(PreTrainedConfig):
 
     @property
     def observation_delta_indices(self) -> list[int] | None:
-        """One instant, or the frames of a history; None keeps LeRobot from adding a time axis in training."""
+        """The frames of a history; None for single frames, without a time axis."""
         return list(range(1 - self.prior.clip_frames, 1)) if self.prior.clip == "history" else None
 
     @property
     def action_delta_indices(self) -> list[int]:
-        """The chunk that starts at the present step."""
+        """The chunk that starts at the current step."""
         return list(range(self.chunk_size))
 
     @property
     def reward_delta_indices(self) -> None:
-        """No rewards."""
+        """None: no rewards."""
         return None
 
     def get_optimizer_preset(self) -> AdamWConfig:
-        """AdamW with the config's rates."""
+        """Return AdamW."""
         return AdamWConfig(
             lr=self.optimizer_lr,
             weight_decay=self.optimizer_weight_decay,
@@ -168,7 +137,7 @@ class VegaConfig(PreTrainedConfig):
         )
 
     def get_scheduler_preset(self) -> CosineDecayWithWarmupSchedulerConfig:
-        """Linear warm-up, then a cosine."""
+        """Return a linear warm-up, then a cosine."""
         return CosineDecayWithWarmupSchedulerConfig(
             peak_lr=self.optimizer_lr,
             decay_lr=self.scheduler_decay_lr,

@@ -1,48 +1,46 @@
-"""VegaPolicy: LeRobot's contract around `VegaModel`. Thin; the method is in `model.py`."""
+"""VegaPolicy: LeRobot's policy contract around `VegaModel`; the method is in `model/vega.py`."""
 
 import dataclasses
 from collections import deque
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import torch
+from lerobot.policies.common.flow_matching import euler_integrate
 from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.policies.rtc.configuration_rtc import RTCConfig
 from lerobot.policies.rtc.modeling_rtc import RTCProcessor
-from lerobot.utils.constants import ACTION, OBS_STATE
+from lerobot.utils.constants import ACTION
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn import functional
 
 from vega_policy.configuration_vega import VegaConfig
 from vega_policy.model.cuda_graph import CapturedSteps
-from vega_policy.model.observation import Observation, stack_views
-from vega_policy.model.rtc import RTCQueueAdapter, go_on, integrate, left_over
+from vega_policy.model.observation import Observation
+from vega_policy.model.rtc import RTCQueueAdapter, left_over
 from vega_policy.model.vega import VegaModel
 from vega_policy.priors import resolve
+from vega_policy.processor_vega import to_observation
 from vega_policy.training.optim import parameter_groups
-
-if TYPE_CHECKING:
-    from vega_policy.backbones.pretrained_vla import BasedModel
 
 
 class VegaPolicy(PreTrainedPolicy):
-    """Vision-language-action policy with VEGA-3D eyes.
+    """Vision-language-action policy with VEGA-3D as its observation encoder.
 
-    Batches are LeRobot's: frames [b 3 h w] in [0, 1] under `observation.image(s).*`, `observation.state`
-    [b s], `task` (b sentences), in training also `action` [b t a] and `action_is_pad` [b t]. In place of
-    frames a batch may hold cached ones under `vega.frames`, uint8 [b v 3 h w], and cached features under
-    `vega.semantic` [b v c gh gw] and `vega.prior` [b v d gh gw].
+    Batches are LeRobot's; see `to_observation`. In training they also hold `action` [b t a] and, if there is
+    padding, `action_is_pad` [b t].
 
     Args:
-        config: The configuration; open prior fields are resolved and its fingerprint is filled in.
-        dataset_stats: Taken for LeRobot's sake; statistics live in the processors.
-        dataset_meta: Taken for LeRobot's sake.
-        **kwargs: Taken for LeRobot's sake.
+        config: The configuration; open prior fields are resolved and fingerprints are filled in.
+        dataset_stats: Unused, LeRobot passes it; the processors hold the statistics.
+        dataset_meta: Unused, LeRobot passes it.
+        **kwargs: Unused, LeRobot passes them.
 
     Raises:
-        ValueError: If the features or a part's configuration cannot work.
+        ValueError: If the features or the configuration of a part cannot work.
         FileNotFoundError: If the prior's weights are missing.
     """
 
@@ -54,83 +52,36 @@ class VegaPolicy(PreTrainedPolicy):
         self, config: VegaConfig, dataset_stats: Any = None, dataset_meta: Any = None, **kwargs: Any
     ) -> None:
         super().__init__(config)
-        self.model: Any = VegaModel(config.model) if config.base.name == "none" else self._based(config)
+        self.model: Any
+        if config.base.name == "none":
+            self.model = VegaModel(config.model)
+        else:
+            from vega_policy.backbones import (
+                pretrained_vla,
+            )  # imports LeRobot's other policies, which is slow
+
+            config.validate_features()
+            self.model = pretrained_vla.BasedModel(config)
+            config.base = pretrained_vla.with_fingerprint(config.base, self.model.fingerprint)
         prior = self.model.prior
         if prior is not None:
             config.prior = dataclasses.replace(resolve(config.prior), fingerprint=prior.fingerprint)
         self._queue: deque[Tensor] = deque()
-        self._past: dict[str, deque[Tensor]] = {}
+        self._history: dict[str, deque[Tensor]] = {}
         self._captured = CapturedSteps(config.capture)
         self.rtc_processor: RTCProcessor | None = None
-        self._clock: RTCQueueAdapter | None = None
-
-    @staticmethod
-    def _based(config: VegaConfig) -> "BasedModel":
-        config.validate_features()
-        from vega_policy.backbones.pretrained_vla import (
-            BasedModel,  # LeRobot's other policies are heavy to import
-            with_fingerprint,
-        )
-
-        model = BasedModel(config)
-        config.base = with_fingerprint(config.base, model.fingerprint)
-        return model
+        self._rtc_queue: RTCQueueAdapter | None = None
 
     @property
     def base(self) -> Any:
         """The pre-trained policy that this one builds upon; None without one."""
         return None if self.config.base.name == "none" else self.model.base
 
-    def supports_rtc(self) -> bool:
-        """Whether LeRobot's real-time chunking works: as for the base; else for all that see single instants.
-
-        A rollout asks for chunks whenever it likes, not once a step, so a history would have gaps.
-        """
-        return self.config.prior.clip != "history" if self.base is None else self.base.supports_rtc()
-
-    def use_rtc(self, config: RTCConfig | None) -> None:
-        """Let chunks go on from what is left of the last one, as `config` says; None stops that.
-
-        A flow is guided, step by step (Black et al., arXiv 2506.07339); an L1 head's chunk is blended with
-        what is left. A base does it in its own way. Whoever asks joins chunks by what was executed.
-
-        Raises:
-            ValueError: If this policy cannot (see `supports_rtc`).
-        """
-        self._clock = None
-        if config is not None and config.enabled and not self.supports_rtc():
-            raise ValueError(
-                f"real-time chunking asks for single instants and a policy that can; this one has prior.clip="
-                f"{self.config.prior.clip} and base={self.config.base.name}. Use sync inference."
-            )
-        if self.base is not None:
-            self.base.config.rtc_config = config
-            self.base.init_rtc_processor()
-        else:
-            self.rtc_processor = RTCProcessor(config) if config is not None and config.enabled else None
-
-    def init_rtc_processor(self) -> None:
-        """LeRobot's rollout, whose chunks are joined by the clock, has set `config.rtc_config`."""
-        self.use_rtc(self.config.rtc_config)
-        self._clock = None if self.rtc_processor is None else RTCQueueAdapter()
-
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_name_or_path: str | Path, *, strict: bool = True, **kwargs: Any
-    ) -> Self:
-        """Load a checkpoint; a missing or superfluous weight is an error unless `strict=False`."""
-        return super().from_pretrained(pretrained_name_or_path, strict=strict, **kwargs)
+    # Training
 
     def get_optim_params(self) -> Iterable[Any]:
-        """All parameters that learn; see `parameter_groups`."""
+        """Return the parameter groups of everything that learns."""
         return parameter_groups(self, self.config.optimizer_lr, self.config.fusion.gate_lr_scale)
-
-    def reset(self) -> None:
-        """Forget the rest of the last chunk and the past: a new episode begins."""
-        self._queue.clear()
-        self._past.clear()
-        if self.base is not None:
-            self.base.reset()
 
     def forward(
         self,
@@ -144,13 +95,12 @@ class VegaPolicy(PreTrainedPolicy):
         """Return the training loss and metrics.
 
         Args:
-            batch: Normalised batch with `action` [b t a] and, if there is padding, `action_is_pad` [b t].
+            batch: Normalised batch with actions.
             reduction: `mean` for a scalar, `none` for one loss per sample [b].
-            noise: Noise [b t a] and time [b] of a flow head, from `sample_noise_and_time`; None samples them
-                from torch's default generator.
+            noise: Noise [b t a] and time [b] from `sample_noise_and_time`; None samples them from torch's
+                default generator.
             time: See `noise`.
-            metrics_as_tensors: Return metrics as scalars on the device, which waits for nothing, instead of
-                numbers.
+            metrics_as_tensors: Leave metrics on the device as scalars, instead of waiting for numbers.
 
         Returns:
             The loss, and metrics: `loss`, and with a gate its mean `gate` (weight of the semantic stream)
@@ -180,7 +130,7 @@ class VegaPolicy(PreTrainedPolicy):
     ) -> tuple[Tensor | None, Tensor | None]:
         """Sample noise [b t a] and time [b] for the loss of actions [b t a]; see `ActionHead`.
 
-        Both are None for an L1 head and for a base, which samples its own.
+        Both are None for an L1 head, and for a base, which samples its own.
         """
         if self.base is not None:
             return None, None
@@ -197,47 +147,23 @@ class VegaPolicy(PreTrainedPolicy):
             return {"gate": self.model.gate.float().mean()}
         cameras = [key.rpartition(".")[-1] for key in self.config.image_features]
         means = self.model.gate.float().unflatten(0, (-1, len(cameras))).mean(dim=(0, 2, 3))
-        of_each = zip(cameras, means.unbind(), strict=True)
-        return {"gate": means.mean()} | {f"gate/{camera}": mean for camera, mean in of_each}
+        per_view = zip(cameras, means.unbind(), strict=True)
+        return {"gate": means.mean()} | {f"gate/{camera}": mean for camera, mean in per_view}
 
-    @torch.no_grad()
-    def predict_action_chunk(self, batch: dict[str, Any], noise: Tensor | None = None, **rtc: Any) -> Tensor:
-        """A chunk of normalised actions [b t a].
+    # Inference
 
-        Args:
-            batch: Normalised batch without actions.
-            noise: Where the flow starts, [b t a]; the same noise gives the same chunk. None draws it.
-            **rtc: Arguments of LeRobot's real-time chunking (`inference_delay`, `prev_chunk_left_over`,
-                `execution_horizon`); without effect unless `use_rtc` was called. See `RTCQueueAdapter`.
-        """
+    def reset(self) -> None:
+        """Begin a new episode: clear the action queue and the history of frames."""
+        self._queue.clear()
+        self._history.clear()
         if self.base is not None:
-            return self.base.predict_action_chunk(batch, noise=noise, **rtc)
-        predict = partial(self._chunk, batch, noise)
-        clock = self._clock if "inference_delay" in rtc else None
-        return predict(**rtc) if clock is None else clock.answer(predict, **rtc)
-
-    def _chunk(self, batch: dict[str, Any], noise: Tensor | None, **rtc: Any) -> Tensor:
-        observation = self.observe(batch)
-        noise = torch.randn(len(observation.state), *self.noise_shape) if noise is None else noise
-        noise, processor = noise.to(observation.state), self.rtc_processor
-        left = left_over(rtc.pop("prev_chunk_left_over", None), self.config.chunk_size)
-        if processor is None or left is None:
-            plain = partial(self.model.sample_actions, integrate=integrate)
-            return self._captured.sample_actions(self.model, observation, noise, plain)
-        act = partial(self.model.sample_actions, observation, noise)
-        return go_on(act, processor, left, flows=self.config.head.name == "flow", **rtc)
-
-    @property
-    def noise_shape(self) -> tuple[int, int]:
-        """Shape [t a] of the noise that a chunk starts from."""
-        width = self.model.config.action_dim if self.base is None else self.model.noise_width
-        return self.config.chunk_size, width
+            self.base.reset()
 
     @torch.no_grad()
     def select_action(self, batch: dict[str, Any], noise: Tensor | None = None, **kwargs: Any) -> Tensor:
-        """The next normalised action [b a]; a new chunk when `n_action_steps` of the last are spent.
+        """Return the next normalised action [b a]; predict a chunk every `n_action_steps` calls.
 
-        With `prior.clip=history` it remembers the last calls' frames: it wants one call a control step.
+        With `prior.clip=history` it keeps the frames of the last calls: call it once per control step.
         """
         batch = self.remember(batch)
         if not self._queue:
@@ -245,10 +171,49 @@ class VegaPolicy(PreTrainedPolicy):
             self._queue.extend(chunk[:, : self.config.n_action_steps].unbind(dim=1))
         return self._queue.popleft()
 
-    def remember(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Replace each camera's frame [b 3 h w] by the clip that a history ends with, [b t 3 h w].
+    @torch.no_grad()
+    def predict_action_chunk(self, batch: dict[str, Any], noise: Tensor | None = None, **rtc: Any) -> Tensor:
+        """Return a chunk of normalised actions [b t a].
 
-        Before there are enough frames the first one is repeated, as LeRobot's dataset does at the start of an
+        Args:
+            batch: Normalised batch without actions.
+            noise: Noise that the flow starts from, [b t a]; equal noise, equal chunk. None samples it.
+            **rtc: Arguments of LeRobot's real-time chunking (`inference_delay`, `prev_chunk_left_over`,
+                `execution_horizon`); without effect unless `use_rtc` was called.
+        """
+        if self.base is not None:
+            return self.base.predict_action_chunk(batch, noise=noise, **rtc)
+        predict = partial(self._predict, batch, noise)
+        queue = self._rtc_queue if "inference_delay" in rtc else None
+        return predict(**rtc) if queue is None else queue.answer(predict, **rtc)
+
+    def _predict(self, batch: dict[str, Any], noise: Tensor | None, **rtc: Any) -> Tensor:
+        observation = self.observe(batch)
+        noise = torch.randn(len(observation.state), *self.noise_shape) if noise is None else noise
+        noise, processor = noise.to(observation.state), self.rtc_processor
+        left = left_over(rtc.pop("prev_chunk_left_over", None), self.config.chunk_size)
+        if processor is None or left is None:
+            uncaptured = partial(self.model.sample_actions, integrate=_integrate)
+            return self._captured.sample_actions(self.model, observation, noise, uncaptured)
+        if self.config.head.name != "flow":
+            return _blend(processor, self.model.sample_actions(observation, noise), left, **rtc)
+        guidance = {"prev_chunk_left_over": left, "rtc_processor": processor, "rtc_enabled": True}
+        return self.model.sample_actions(observation, noise, partial(_integrate, **rtc, **guidance))
+
+    @property
+    def noise_shape(self) -> tuple[int, int]:
+        """Shape [t a] of the noise that a chunk starts from."""
+        width = self.model.config.action_dim if self.base is None else self.model.noise_width
+        return self.config.chunk_size, width
+
+    def observe(self, batch: dict[str, Any]) -> Observation:
+        """Return the observation of a LeRobot batch; see `to_observation`."""
+        return to_observation(batch, self.config)
+
+    def remember(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Replace each camera's frame [b 3 h w] by the last `clip_frames` frames, [b t 3 h w].
+
+        Before there are enough, the first frame is repeated, as in LeRobot's dataset at the start of an
         episode. Without `prior.clip=history` the batch is returned as it is.
         """
         if self.config.prior.clip != "history":
@@ -256,54 +221,76 @@ class VegaPolicy(PreTrainedPolicy):
         length = self.config.prior.clip_frames
         clips = {}
         for key in (key for key in self.config.image_features if key in batch):
-            past = self._past.setdefault(key, deque([batch[key]] * length, maxlen=length))
-            past.append(batch[key])
-            clips[key] = torch.stack(tuple(past), dim=1)
+            history = self._history.setdefault(key, deque([batch[key]] * length, maxlen=length))
+            history.append(batch[key])
+            clips[key] = torch.stack(tuple(history), dim=1)
         return batch | clips
 
-    def observe(self, batch: dict[str, Any]) -> Observation:
-        """Make an `Observation` of a LeRobot batch.
+    # Real-time chunking
+
+    def supports_rtc(self) -> bool:
+        """Return whether real-time chunking works: for a base, if it does there; else without history.
+
+        A rollout requests chunks at any time, not once per step, so a history would have gaps.
+        """
+        return self.config.prior.clip != "history" if self.base is None else self.base.supports_rtc()
+
+    def use_rtc(self, config: RTCConfig | None) -> None:
+        """Let chunks continue what remains of the last one, as `config` says; None turns that off.
+
+        A flow is guided step by step (Black et al., arXiv 2506.07339), the chunk of an L1 head is blended
+        with the remaining actions, and a base does it its own way. The caller joins chunks by the number of
+        executed actions.
 
         Raises:
-            ValueError: If a camera or the state is missing (both lists are named), or frames are outside
-                [0, 1] or have another shape.
+            ValueError: If this policy cannot (see `supports_rtc`).
         """
-        cached = {name: batch.get(f"vega.{name}") for name in ("semantic", "prior")}
-        stored = batch.get("vega.frames")
-        known = cached["semantic"] is not None and (self.model.prior is None or cached["prior"] is not None)
-        needed = [] if known or stored is not None else list(self.config.image_features)
-        missing = [key for key in (*needed, OBS_STATE) if key not in batch]
-        if missing:
-            held = sorted(key for key in batch if key.startswith("observation"))
-            raise ValueError(f"The batch lacks {missing}; it holds {held}. Rename the keys to match.")
-        state = batch[OBS_STATE]
-        state = state[:, -1] if state.ndim == 3 else state  # of a clip, the present
-        frames = {key: batch[key] for key in needed}
-        return Observation(
-            frames=stack_views(frames, self.config.frame_size) if needed else _cached_frames(stored),
-            state=state,
-            instruction=_sentences(batch.get("task"), len(state)),
-            words=batch.get("vega.words"),
-            **cached,
-        )
+        self._rtc_queue = None
+        if config is not None and config.enabled and not self.supports_rtc():
+            raise ValueError(
+                f"real-time chunking needs prior.clip=frame or views and a base that supports it; got clip="
+                f"{self.config.prior.clip} and base={self.config.base.name}. Use sync inference."
+            )
+        if self.base is not None:
+            self.base.config.rtc_config = config
+            self.base.init_rtc_processor()
+        else:
+            self.rtc_processor = RTCProcessor(config) if config is not None and config.enabled else None
+
+    def init_rtc_processor(self) -> None:
+        """Turn on real-time chunking for LeRobot's rollout, which has set `config.rtc_config`.
+
+        The rollout joins chunks by the clock.
+        """
+        self.use_rtc(self.config.rtc_config)
+        self._rtc_queue = None if self.rtc_processor is None else RTCQueueAdapter()
+
+    # Captured control steps: their graphs hold the addresses of the weights
 
     def train(self, mode: bool = True) -> Self:
-        """Forget captured steps: what they hold of the instruction may learn now."""
+        """Set the mode and drop captured steps: the text encoder, whose output they hold, may learn now."""
         self._captured.clear()
         return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Forget captured steps where the weights move or change their type."""
         if "_captured" in self.__dict__:
             self._captured.clear()
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy captures its own steps: graphs cannot be copied."""
-        return self.__dict__ | {"_captured": CapturedSteps(self.config.capture)}
+        return self.__dict__ | {"_captured": CapturedSteps(self.config.capture)}  # graphs cannot be copied
+
+    # Checkpoints
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_name_or_path: str | Path, *, strict: bool = True, **kwargs: Any
+    ) -> Self:
+        """Load a checkpoint; a missing or superfluous weight is an error unless `strict=False`."""
+        return super().from_pretrained(pretrained_name_or_path, strict=strict, **kwargs)
 
     def _save_pretrained(self, save_directory: Path, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Save configuration and weights, less those that lie unchanged in the base's own file."""
+        """Save configuration and weights, without those that are unchanged in the base's own file."""
         frozen = set() if self.base is None else {f"model.{name}" for name in self.model.frozen_names()}
         if frozen:
             held = self.state_dict() if state_dict is None else state_dict
@@ -312,12 +299,10 @@ class VegaPolicy(PreTrainedPolicy):
 
     @classmethod
     def _load_as_safetensor(cls, model: Self, model_file: str, map_location: str, strict: bool) -> Self:
-        """Load weights; those that do not learn have come with the base already."""
+        """Load weights; with a base, those that do not learn are loaded already."""
         if model.base is None:
             return super()._load_as_safetensor(model, model_file, map_location, strict)
-        from vega_policy.backbones.pretrained_vla import (
-            refuse_misfits,  # LeRobot's other policies are heavy to import
-        )
+        from vega_policy.backbones.pretrained_vla import refuse_misfits
 
         saved = load_file(model_file)
         if strict:
@@ -326,17 +311,30 @@ class VegaPolicy(PreTrainedPolicy):
         return model
 
 
-def _cached_frames(frames: Tensor | None) -> Tensor | None:
-    """Return a cache's frames with a time axis, uint8 [b v 3 h w] -> [b v 1 3 h w]."""
-    if frames is None:
-        return None
-    if frames.dtype != torch.uint8:
-        raise TypeError(f"vega.frames: expected uint8 frames of a cache, got {frames.dtype}.")
-    return frames[:, :, None]
+def _integrate(velocity: Any, noise: Tensor, steps: int, **guidance: Any) -> Tensor:
+    """Integrate with LeRobot's Euler integrator, which applies real-time chunking.
+
+    It takes the Jacobian of the velocity for the identity, but would still record the network's graph.
+    """
+    return euler_integrate(torch.no_grad()(velocity), noise, steps, **guidance)
 
 
-def _sentences(task: str | list[str] | None, batch: int) -> list[str]:
-    """Return one sentence per sample; LeRobot gives a string, a list, or nothing."""
-    if task is None:
-        return [""] * batch
-    return [task] * batch if isinstance(task, str) else list(task)
+def _blend(
+    processor: RTCProcessor,
+    chunk: Tensor,
+    left: Tensor,
+    inference_delay: int = 0,
+    execution_horizon: int | None = None,
+) -> Tensor:
+    """Blend a chunk [b t a] with what remains of the last one [1 t a], by the weights of a flow's guidance.
+
+    An L1 head has no flow to guide. The remaining actions are kept during the delay, then fade out up to the
+    horizon.
+    """
+    horizon = execution_horizon or processor.rtc_config.execution_horizon
+    length = min(horizon, left.shape[1])
+    weights = processor.get_prefix_weights(inference_delay, length, chunk.shape[1]).to(chunk)[
+        :, None
+    ]  # [t 1]
+    kept = functional.pad(left, (0, 0, 0, chunk.shape[1] - left.shape[1]))
+    return weights * kept.to(chunk) + (1 - weights) * chunk

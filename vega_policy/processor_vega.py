@@ -1,7 +1,8 @@
-"""Pre- and post-processing in LeRobot's own steps, under the names that its command lines override."""
+"""From LeRobot's batches to observations, and LeRobot's own processing steps around the policy."""
 
 from typing import Any
 
+import torch
 from lerobot.configs.types import PolicyFeature
 from lerobot.processor import (
     AddBatchDimensionProcessorStep,
@@ -13,10 +14,48 @@ from lerobot.processor import (
     UnnormalizerProcessorStep,
 )
 from lerobot.processor.converters import policy_action_to_transition, transition_to_policy_action
-from lerobot.utils.constants import POLICY_POSTPROCESSOR_DEFAULT_NAME, POLICY_PREPROCESSOR_DEFAULT_NAME
+from lerobot.utils.constants import (
+    OBS_STATE,
+    POLICY_POSTPROCESSOR_DEFAULT_NAME,
+    POLICY_PREPROCESSOR_DEFAULT_NAME,
+)
 from torch import Tensor
 
 from vega_policy.configuration_vega import VegaConfig
+from vega_policy.model.observation import Observation, stack_views
+
+
+def to_observation(batch: dict[str, Any], config: VegaConfig) -> Observation:
+    """Return the observation of a normalised LeRobot batch.
+
+    Args:
+        batch: Frames [b 3 h w] or [b t 3 h w], uint8 or in [0, 1], under the camera keys; `observation.state`
+            [b s] or [b t s], of which the last is read; `task`, a sentence or b of them. Frames may be
+            replaced by cached ones, `vega.frames` uint8 [b v 3 h w], or by features, `vega.semantic`
+            [b v c gh gw] and `vega.prior` [b v d gh gw]; the task by `vega.words`, encoded text.
+        config: The policy's configuration.
+
+    Raises:
+        ValueError: If a camera or the state is missing, or frames have another range or shape.
+        TypeError: If cached frames are not uint8.
+    """
+    semantic, prior, cached = (batch.get(f"vega.{name}") for name in ("semantic", "prior", "frames"))
+    is_encoded = semantic is not None and (config.prior.name == "none" or prior is not None)
+    cameras = [] if is_encoded or cached is not None else list(config.image_features)
+    missing = [key for key in (*cameras, OBS_STATE) if key not in batch]
+    if missing:
+        held = sorted(key for key in batch if key.startswith("observation"))
+        raise ValueError(f"The batch lacks {missing}; it holds {held}. Rename the keys to match.")
+    if cached is not None and cached.dtype != torch.uint8:
+        raise TypeError(f"vega.frames: expected uint8 frames of a cache, got {cached.dtype}.")
+    frames = None if cached is None else cached[:, :, None]
+    if cameras:
+        frames = stack_views({key: batch[key] for key in cameras}, config.frame_size)
+    state = batch[OBS_STATE]
+    state = state[:, -1] if state.ndim == 3 else state
+    task = "" if batch.get("task") is None else batch["task"]  # None: a dataset without tasks
+    instruction = [task] * len(state) if isinstance(task, str) else list(task)
+    return Observation(frames, state, instruction, semantic, prior, batch.get("vega.words"))
 
 
 def make_vega_pre_post_processors(
@@ -24,39 +63,29 @@ def make_vega_pre_post_processors(
     dataset_stats: dict[str, dict[str, Tensor]] | None = None,
     dataset_meta: Any = None,
 ) -> tuple[PolicyProcessorPipeline[dict[str, Any], dict[str, Any]], PolicyProcessorPipeline[Any, Any]]:
-    """Pipelines around the policy; the statistics they hold travel with the checkpoint.
+    """Return the pre-processor (rename, batch axis, device, normalise) and the post-processor (restore, CPU).
+
+    The statistics that they hold are saved with the checkpoint. With a base, they are the base's own.
 
     Args:
         config: The policy's configuration.
         dataset_stats: Statistics of the training data by key; None for a policy without normalisation yet.
-        dataset_meta: Taken for LeRobot's sake.
-
-    Returns:
-        Pre-processor (rename, batch axis, device, normalise) and post-processor (un-normalise, to the CPU);
-        with a base, its own.
+        dataset_meta: Unused, LeRobot passes it.
     """
     if config.base.name != "none":
-        from vega_policy.backbones.pretrained_vla import (
-            base_processors,  # LeRobot's other policies are heavy to import
-        )
+        from vega_policy.backbones.pretrained_vla import base_processors  # imports LeRobot's other policies
 
         return base_processors(config, dataset_stats)
     inputs: dict[str, PolicyFeature] = config.input_features or {}
     outputs: dict[str, PolicyFeature] = config.output_features or {}
+    norm: dict[str, Any] = {"norm_map": config.normalization_mapping, "stats": dataset_stats}
     before = [
         RenameObservationsProcessorStep(rename_map={}),
         AddBatchDimensionProcessorStep(),
         DeviceProcessorStep(device=config.device or "cpu"),
-        NormalizerProcessorStep(
-            features={**inputs, **outputs}, norm_map=config.normalization_mapping, stats=dataset_stats
-        ),
+        NormalizerProcessorStep(features={**inputs, **outputs}, **norm),
     ]
-    after = [
-        UnnormalizerProcessorStep(
-            features=outputs, norm_map=config.normalization_mapping, stats=dataset_stats
-        ),
-        DeviceProcessorStep(device="cpu"),
-    ]
+    after = [UnnormalizerProcessorStep(features=outputs, **norm), DeviceProcessorStep(device="cpu")]
     return (
         PolicyProcessorPipeline[dict[str, Any], dict[str, Any]](
             steps=before, name=POLICY_PREPROCESSOR_DEFAULT_NAME

@@ -1,9 +1,9 @@
 import pytest
 import torch
+from lerobot.policies.common.flow_matching import euler_integrate
 
 from tests.policies import batch, tiny_config
 from vega_policy.model import flow
-from vega_policy.model import rtc as real_time_chunking
 from vega_policy.model.action_head import make_action_head
 from vega_policy.model.config import ActionHeadConfig
 from vega_policy.modeling_vega import VegaPolicy
@@ -32,7 +32,7 @@ def test_the_same_noise_gives_the_same_chunk():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("integrate", [flow.euler, real_time_chunking.integrate])
+@pytest.mark.parametrize("integrate", [flow.euler, euler_integrate])
 def test_modulations_and_keys_computed_once_give_the_chunk_of_recomputed_ones(integrate):
     made, seen, noise, rows = head(steps=10), context(), torch.randn(4, 5, 3), []
     made.blocks[0].modulation.register_forward_hook(lambda _, times, __: rows.append(len(times[0])))

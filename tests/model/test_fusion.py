@@ -152,7 +152,7 @@ def test_cross_attention_starts_as_the_identity(layers):
 def awake(**config):
     made = fusion("cross_attention", **config)
     for block in made.blocks:
-        torch.nn.init.normal_(block.attention.out.weight)
+        torch.nn.init.normal_(block.attention.out_proj.weight)
     return made
 
 
@@ -161,11 +161,11 @@ def test_cross_attention_is_a_soft_look_up_of_the_prior_by_place():
     semantic, prior = streams()
     made = awake(heads=1)
     block, position = made.blocks[0], made.position
-    query = block.attention.query(functional.layer_norm(semantic, (WIDTH,)) + position)
+    query = block.attention.q_proj(functional.layer_norm(semantic, (WIDTH,)) + position)
     read = functional.layer_norm(prior, (WIDTH,)) + position
-    key, value = block.attention.key_value(read).chunk(2, dim=-1)
+    key, value = block.attention.kv_proj(read).chunk(2, dim=-1)
     looked_up = (query @ key.mT / WIDTH**0.5).softmax(dim=-1) @ value
-    torch.testing.assert_close(made(semantic, prior), semantic + block.attention.out(looked_up))
+    torch.testing.assert_close(made(semantic, prior), semantic + block.attention.out_proj(looked_up))
 
 
 @torch.no_grad()

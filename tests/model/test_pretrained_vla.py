@@ -56,7 +56,7 @@ def test_a_new_policy_is_its_base_bit_by_bit(name, bases):
         losses.append(trained(dict(seen))[0])
     assert torch.equal(*losses)
     with torch.no_grad():
-        policy.model.opening += 1.0
+        policy.model.scale += 1.0
     assert not torch.equal(policy.predict_action_chunk(dict(seen), noise=noise), chunks[0])
 
 
@@ -125,7 +125,7 @@ def test_twenty_steps_of_training_lower_the_loss(tune, bases):
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.9 * losses[0]
-    assert policy.model.opening.item() != 0
+    assert policy.model.scale.item() != 0
     assert 0 < log["gate"] < 1
 
 

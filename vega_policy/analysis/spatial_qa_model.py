@@ -164,8 +164,8 @@ class ContextAttention(nn.Module):
         self.norm_query, self.norm_context = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attention = Attention(width, heads)
         with torch.no_grad():
-            self.attention.query.weight.mul_(ATTENTION_GAIN)
-            self.attention.key_value.weight[:width].mul_(ATTENTION_GAIN)
+            self.attention.q_proj.weight.mul_(ATTENTION_GAIN)
+            self.attention.kv_proj.weight[:width].mul_(ATTENTION_GAIN)
 
     def forward(self, queries: Tensor, scene: Tensor, context: Tensor, mask: Tensor) -> Tensor:
         """Attend to each question's own scene.

@@ -1,45 +1,60 @@
-"""Vision-language backbones: one protocol, one table.
-
-A backbone offers
-
-- `width`: token width d; `grid`: token grid (gh, gw) of a view,
-- `one_token_a_place`: whether it takes exactly the grid's tokens of each view, no more,
-- `image_encoder` and `encoder_name`: the modules that `encode` runs and what they are called, which is what a
-  cache of its features depends on,
-- `encode(frames [b v 3 h w]) -> [b v c gh gw]`: the image encoder,
-- `project(features) -> [b v n d]`: the semantic stream's own projector,
-- `pool(instruction) -> [b d]`: the instruction as one vector, for fusions that read it,
-- `encode_context(tokens [b v n d], instruction, state [b s], features) -> (context [b s d], mask [b s])`;
-  `features` is the output of `encode`, for the part of it that bypasses the fusion.
-"""
+"""Vision-language backbones: one interface, one registry."""
 
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from vega_policy.model.config import BackboneConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
 VLM = "vega_policy.backbones.vlm:load"
 
 
+class Backbone(Protocol):
+    """Interface of a backbone."""
+
+    width: int  # token width d
+    grid: tuple[int, int]  # tokens (gh, gw) of a view
+    takes_grid_only: bool  # whether it takes exactly the grid's tokens of each view
+    image_encoder: Any  # the modules that `encode` runs; a cache of features depends on their weights
+    encoder_name: str
+
+    def encode(self, frames: "Tensor") -> "Tensor":
+        """Return image features, frames in [0, 1], [b v 3 h w] -> [b v c gh gw]."""
+        ...
+
+    def project(self, features: "Tensor") -> "Tensor":
+        """Return semantic tokens, [b v c gh gw] -> [b v n d]."""
+        ...
+
+    def pool(self, text: Any) -> "Tensor":
+        """Return the instruction as one vector, [b d], for fusions that read it."""
+        ...
+
+    def encode_context(
+        self, tokens: "Tensor", text: Any, state: "Tensor", features: "Tensor"
+    ) -> "tuple[Tensor, Tensor]":
+        """Return the context [b s d] of tokens [b v n d] and state [b s], and its mask [b s].
+
+        `features` is the output of `encode`, for the part of it that bypasses the fusion.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class BackboneEntry:
-    """A line of the table.
+    """A registered backbone."""
 
-    Attributes:
-        build: "module:function" that takes (config, entry, state_dim, views, frame_size).
-        source: Hub id of the model; None where the config's `path` has to name one, or there is none.
-        terms: What is asked of a user beyond a permissive licence; None where nothing is.
-    """
-
-    build: str
-    source: str | None = None
-    terms: str | None = None
+    build: str  # "module:function" that takes (config, entry, state_dim, views, frame_size)
+    source: str | None = None  # hub id; None where the config's `path` has to name one, or there is none
+    terms: str | None = None  # terms of use beyond a permissive licence
 
 
 def _gated(source: str, licence: str) -> BackboneEntry:
@@ -64,19 +79,10 @@ BACKBONES: dict[str, BackboneEntry] = {
 
 
 def make_backbone(config: BackboneConfig, state_dim: int, views: int, frame_size: int) -> Any:
-    """Build the backbone that a config names.
-
-    Args:
-        config: Name, encoders, sizes.
-        state_dim: Width s of the proprioceptive state.
-        views: Number of cameras v.
-        frame_size: Side of the square frames in pixels.
-
-    Returns:
-        A module that satisfies the protocol of this package.
+    """Build the `Backbone` that a config names.
 
     Raises:
-        ValueError: If the name is not in the table, or a size does not fit.
+        ValueError: If the name is unknown, or a size does not fit.
         FileNotFoundError: If weights are missing.
     """
     if config.name not in BACKBONES:

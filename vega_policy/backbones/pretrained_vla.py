@@ -1,4 +1,4 @@
-"""A pre-trained policy of LeRobot whose image tokens are fused with a prior's."""
+"""A pre-trained policy of LeRobot (SmolVLA, pi0, pi0.5) whose image tokens are fused with a prior's."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Set
@@ -12,9 +12,6 @@ import torch
 from einops import rearrange
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-from lerobot.configs.policies import PreTrainedConfig
-from lerobot.policies.factory import get_policy_class, make_pre_post_processors
-from lerobot.policies.pretrained import PreTrainedPolicy
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -25,16 +22,128 @@ from vega_policy.priors import make_prior
 from vega_policy.priors.weights import fingerprint_files
 
 if TYPE_CHECKING:
+    from lerobot.policies.pretrained import PreTrainedPolicy
+
     from vega_policy.configuration_vega import VegaConfig
+
+
+class BasedModel(nn.Module):
+    """LeRobot's policy with its image embedding wrapped on the instance.
+
+    The change by the fusion is scaled by one learned number that starts at zero, so that a new policy equals
+    its base, bit by bit. The prior reads each image as the base's image encoder does: resized and padded by
+    the base.
+
+    Raises:
+        ValueError: If the fusion or the prior's clips cannot work with a base.
+    """
+
+    base: Any
+    prior: Any
+    fusion: Any
+    scale: Tensor
+
+    def __init__(self, config: "VegaConfig") -> None:
+        super().__init__()
+        if config.prior.clip != "frame":
+            raise ValueError(
+                f"prior.clip={config.prior.clip}: a base embeds one image at a time; take prior.clip=frame."
+            )
+        self.base, self.fingerprint = load_base(config)
+        embedder: Any = attrgetter(BASES[config.base.name].embedder)(self.base)
+        self._native: Callable[[Tensor], Tensor] = embedder.embed_image
+        side, width = self._measure()
+        self.__dict__["prior"] = make_prior(config.prior, (side, side))  # not a sub-module
+        if self.prior is not None:
+            self.project = Mlp(self.prior.width, width, width)
+            self.fusion = make_fusion(width, config.fusion, (side, side))
+            self.scale = nn.Parameter(torch.zeros(()))
+            _check_fusion(config, self.fusion, side**2)
+            embedder.embed_image = self.embed_image
+        self.fresh_noise = config.prior.noise == "fresh"
+        if config.base.tune == "lora":
+            _add_adapters(self.base, config.base.lora_rank)
+
+    @property
+    def gate(self) -> Tensor | None:
+        """Weight of the semantic stream in the last forward pass, [b n 1]; None without a gate."""
+        return None if self.prior is None else self.fusion.gate
+
+    @property
+    def noise_width(self) -> int:
+        """Width of the noise that a chunk starts from: the base pads actions."""
+        config: Any = self.base.config
+        return config.max_action_dim
+
+    def embed_image(self, images: Tensor) -> Tensor:
+        """Return fused tokens instead of the base's image tokens, [b 3 h w] in [-1, 1] -> [b n d]."""
+        semantic = self._native(images)
+        frames = ((images.float() + 1) / 2).clamp(0, 1)[:, None, None]
+        fresh = torch.default_generator if self.training and self.fresh_noise else None
+        dtype = self.scale.dtype
+        prior = rearrange(self.prior(frames, fresh)[:, 0], "b d h w -> b (h w) d").to(dtype)
+        plain = semantic.to(dtype)
+        fused = self.fusion(plain, self.project(prior), None)
+        return (plain + self.scale * (fused - plain)).to(semantic.dtype)
+
+    def frozen_names(self) -> set[str]:
+        """Return the names of the base's weights that do not learn; a checkpoint omits them."""
+        learning = {name for name, weight in self.named_parameters() if weight.requires_grad}
+        return {name for name in self.state_dict() if name.startswith("base.") and name not in learning}
+
+    @torch.no_grad()
+    def _measure(self) -> tuple[int, int]:
+        """Return the side of the token grid and the token width, measured on one blank image."""
+        config: Any = self.base.config
+        size = config.resize_imgs_with_padding if config.type == "smolvla" else config.image_resolution
+        weight = next(self.base.parameters())
+        tokens = self._native(torch.zeros(1, 3, size[1], size[0], device=weight.device))
+        side = isqrt(tokens.shape[1])
+        if side * side != tokens.shape[1]:
+            raise ValueError(
+                f"The base {config.type!r} has {tokens.shape[1]} tokens per image, which are no square grid."
+            )
+        return side, tokens.shape[2]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move the prior along with the model (torch calls this for `.to`, `.cuda`, `.half`, ...)."""
+        super()._apply(fn, recurse)
+        prior: Any = self.__dict__["prior"]
+        if prior is not None:
+            prior._apply(fn, recurse)
+        return self
+
+
+def _check_fusion(config: "VegaConfig", fusion: Any, n: int) -> None:
+    if fusion.reads_instruction or fusion.tokens(n) != n:
+        raise ValueError(
+            f"fusion={config.fusion.name} cannot work with a base, which embeds images without the "
+            f"instruction and takes {n} tokens of each. Take another, such as fusion=token_gate."
+        )
+
+
+def _add_adapters(policy: Any, rank: int) -> None:
+    """Freeze a policy and add low-rank adapters where LeRobot puts them for its type."""
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise ImportError("base.tune=lora needs PEFT: pip install 'lerobot_policy_vega[vlm]'.") from error
+    policy.requires_grad_(False)
+    targets = policy._get_default_peft_targets()["target_modules"]
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets), policy)
+    for name, weight in policy.named_parameters():
+        if "lora_" in name:
+            weight.data = weight.data.float()
+
 
 NEEDED = ("config.json", "model.safetensors")
 
 
 def locate_base(base: BaseConfig) -> Path:
-    """Local folder of a pre-trained policy, fetched from the hub if need be.
+    """Return the local folder of a pre-trained policy, downloaded from the hub if need be.
 
     Raises:
-        FileNotFoundError: If files are missing; names them and says where they may come from.
+        FileNotFoundError: If files are missing.
     """
     source = base.path or BASES[base.name].source
     folder = Path(source).expanduser()
@@ -43,7 +152,7 @@ def locate_base(base: BaseConfig) -> Path:
             folder = Path(snapshot_download(source, revision=base.revision))
         except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError, ValueError) as error:
             raise FileNotFoundError(
-                f"The base policy {source!r} is neither a local folder nor to be had from the hub "
+                f"The base policy {source!r} is neither a local folder nor available from the hub "
                 f"({type(error).__name__}). Missing: {', '.join(NEEDED)}. Download it once (`hf download "
                 f"{source}`) or give its folder as base.path. A policy without a base: base=none."
             ) from error
@@ -58,15 +167,13 @@ def locate_base(base: BaseConfig) -> Path:
 
 
 def base_config(config: "VegaConfig", folder: Path) -> Any:
-    """The base's own configuration, for the features of a VEGA policy.
-
-    Args:
-        config: The VEGA policy's configuration.
-        folder: Folder of the base.
+    """Return the base's own configuration, with the features of a VEGA policy.
 
     Raises:
-        ValueError: If the folder holds a policy of another type, or chunks of another length are asked for.
+        ValueError: If the folder holds a policy of another type or chunk length.
     """
+    from lerobot.configs.policies import PreTrainedConfig
+
     own: Any = PreTrainedConfig.from_pretrained(folder)
     base = config.base
     if own.type != base.name:
@@ -82,18 +189,20 @@ def base_config(config: "VegaConfig", folder: Path) -> Any:
     own.train_expert_only = base.tune == "expert"
     own.freeze_vision_encoder = base.tune != "all"
     if base.name == "smolvla":
-        own.load_vlm_weights = False  # they are in the base's own file
+        own.load_vlm_weights = False  # the base's own file has them
     return own
 
 
-def load_base(config: "VegaConfig") -> tuple[PreTrainedPolicy, str]:
-    """The pre-trained policy and the hash over its weights.
+def load_base(config: "VegaConfig") -> tuple["PreTrainedPolicy", str]:
+    """Return the pre-trained policy and the hash over its weights.
 
     Raises:
         FileNotFoundError: If files are missing.
-        ValueError: If the folder holds another policy, or weights other than those a checkpoint was trained
-            with, or its weights did not arrive in the policy.
+        ValueError: If the folder holds another policy, weights other than those of `base.fingerprint`, or
+            weights that the policy did not load.
     """
+    from lerobot.policies.factory import get_policy_class
+
     folder = locate_base(config.base)
     own = base_config(config, folder)
     fingerprint = fingerprint_files(folder, ["."])
@@ -110,41 +219,43 @@ def load_base(config: "VegaConfig") -> tuple[PreTrainedPolicy, str]:
 
 
 @torch.no_grad()
-def check_loaded(policy: PreTrainedPolicy, file: Path) -> None:
-    """Refuse a policy that does not hold the weights of a file: some loaders of LeRobot only print a warning.
+def check_loaded(policy: "PreTrainedPolicy", file: Path) -> None:
+    """Check that a policy holds the weights of a file: some loaders of LeRobot only print a warning.
 
     Raises:
-        ValueError: Names the first weights that are missing or differ.
+        ValueError: If weights are missing or differ.
     """
     stored = load_file(file)
     if policy.config.type != "smolvla":  # the pi policies rename what older versions wrote
         loader: Any = policy
         stored = loader._fix_pytorch_state_dict_keys(stored, policy.config)
-    twins: dict[int, list[str]] = {}  # a file holds weights that are shared once, under any of their names
+    names_by_weight: dict[int, list[str]] = {}  # a file holds a shared weight once, under any of its names
     weights = dict(policy.named_parameters(remove_duplicate=False))
     for name, weight in weights.items():
-        twins.setdefault(id(weight), []).append(name)
+        names_by_weight.setdefault(id(weight), []).append(name)
     wrong = []
-    for names in twins.values():
+    for names in names_by_weight.values():
         keys = [key for name in names for key in (name, name.removeprefix("model.")) if key in stored]
         if not keys or not torch.equal(stored[keys[0]].to(weights[names[0]]), weights[names[0]]):
             wrong.append(names[0])
     if wrong:
         raise ValueError(
-            f"{len(wrong)} of {len(twins)} weights of the base were not loaded from {file}, such as "
-            f"{wrong[:3]}. The file was written by another version of LeRobot or is not complete."
+            f"{len(wrong)} of {len(names_by_weight)} weights of the base were not loaded from {file}, such "
+            f"as {wrong[:3]}. The file was written by another version of LeRobot or is not complete."
         )
 
 
 def base_processors(
     config: "VegaConfig", dataset_stats: dict[str, dict[str, Tensor]] | None
 ) -> tuple[Any, Any]:
-    """The base's own pre- and post-processor, for the features and statistics of new data.
+    """Return the base's own pre- and post-processor, with the features and statistics of new data.
 
     Args:
         config: The VEGA policy's configuration.
-        dataset_stats: Statistics of the training data by key; None keeps those that the base holds.
+        dataset_stats: Statistics of the training data by key; None keeps those of the base.
     """
+    from lerobot.policies.factory import make_pre_post_processors
+
     folder = locate_base(config.base)
     own = base_config(config, folder)
     if not (folder / "policy_preprocessor.json").is_file():
@@ -163,150 +274,29 @@ def base_processors(
 
 
 def with_fingerprint(base: BaseConfig, fingerprint: str) -> BaseConfig:
-    """The config as a checkpoint stores it."""
+    """Return the config as a checkpoint stores it."""
     return dataclasses.replace(base, path=base.path or BASES[base.name].source, fingerprint=fingerprint)
 
 
-def twins(model: nn.Module, names: Iterable[str]) -> set[str]:
-    """Names of weights that share their memory with one of those named: files hold them once."""
+def sharing_memory(model: nn.Module, names: Iterable[str]) -> set[str]:
+    """Return the names of weights that share memory with a named one; files hold them once."""
     state = model.state_dict(keep_vars=True)
     held = {state[name].data_ptr() for name in names if name in state}
     return {name for name, weight in state.items() if weight.data_ptr() in held}
 
 
 def refuse_misfits(policy: Any, saved: Set[str], file: str) -> None:
-    """Refuse a checkpoint's weights unless they are those that did not come with the base.
-
-    Args:
-        policy: With a base.
-        saved: Names of the weights in the file.
-        file: Where they are, for the message.
+    """Check that the saved names of a checkpoint's file are those of the weights that learn.
 
     Raises:
         RuntimeError: If some are missing or superfluous.
     """
     held = policy.state_dict()
     frozen = {f"model.{name}" for name in policy.model.frozen_names()}
-    shared = twins(policy, saved)
+    shared = sharing_memory(policy, saved)
     missing = [name for name in held if name not in saved | frozen | shared]
     superfluous = sorted(saved - held.keys())
     if missing or superfluous:
         raise RuntimeError(
             f"{file} does not fit the policy: missing {missing[:3]}, superfluous {superfluous[:3]}."
         )
-
-
-class BasedModel(nn.Module):
-    """LeRobot's policy with its image embedding wrapped on the instance.
-
-    The change that the fusion makes is scaled by one learned number that starts at zero, so that a new policy
-    is its base, bit by bit. The prior reads each picture exactly as the base's image encoder does: resized
-    and padded by the base.
-
-    Args:
-        config: Base, prior, fusion and features.
-
-    Raises:
-        ValueError: If the fusion or the prior's clips cannot work with a base.
-    """
-
-    base: Any
-    prior: Any
-    fusion: Any
-    opening: Tensor
-
-    def __init__(self, config: "VegaConfig") -> None:
-        super().__init__()
-        _check(config)
-        self.base, self.fingerprint = load_base(config)
-        self._eyes: list[Any] = [attrgetter(BASES[config.base.name].eyes)(self.base)]  # no second sub-module
-        self._native: Callable[[Tensor], Tensor] = self._eyes[0].embed_image
-        side, width = self._measure()
-        self.__dict__["prior"] = make_prior(config.prior, (side, side))  # not a sub-module
-        if self.prior is not None:
-            self.project = Mlp(self.prior.width, width, width)
-            self.fusion = make_fusion(width, config.fusion, (side, side))
-            self.opening = nn.Parameter(torch.zeros(()))
-            _check_fusion(config, self.fusion, side**2)
-            self._eyes[0].embed_image = self.embed_image
-        self.fresh_noise = config.prior.noise == "fresh"
-        if config.base.tune == "lora":
-            _add_adapters(self.base, config.base.lora_rank)
-
-    @property
-    def gate(self) -> Tensor | None:
-        """Weight of the semantic stream in the last forward pass, [b n 1]; None without a gate."""
-        return None if self.prior is None else self.fusion.gate
-
-    @property
-    def noise_width(self) -> int:
-        """Width of the noise that an action starts from: the base pads actions."""
-        config: Any = self.base.config
-        return config.max_action_dim
-
-    def embed_image(self, pictures: Tensor) -> Tensor:
-        """Fused tokens in place of the base's image tokens, pictures [b 3 h w] in [-1, 1] -> [b n d]."""
-        semantic = self._native(pictures)
-        frames = ((pictures.float() + 1) / 2).clamp(0, 1)[:, None, None]
-        fresh = torch.default_generator if self.training and self.fresh_noise else None
-        dtype = self.opening.dtype
-        prior = rearrange(self.prior(frames, fresh)[:, 0], "b d h w -> b (h w) d").to(dtype)
-        plain = semantic.to(dtype)
-        fused = self.fusion(plain, self.project(prior), None)
-        return (plain + self.opening * (fused - plain)).to(semantic.dtype)
-
-    def frozen_names(self) -> set[str]:
-        """Names of the base's weights that do not learn: a checkpoint can do without them."""
-        learning = {name for name, weight in self.named_parameters() if weight.requires_grad}
-        return {name for name in self.state_dict() if name.startswith("base.") and name not in learning}
-
-    @torch.no_grad()
-    def _measure(self) -> tuple[int, int]:
-        """Side of the token grid and token width, seen on one blank picture."""
-        config: Any = self.base.config
-        size = config.resize_imgs_with_padding if config.type == "smolvla" else config.image_resolution
-        weight = next(self.base.parameters())
-        tokens = self._native(torch.zeros(1, 3, size[1], size[0], device=weight.device))
-        side = isqrt(tokens.shape[1])
-        if side * side != tokens.shape[1]:
-            raise ValueError(
-                f"The base {config.type!r} has {tokens.shape[1]} tokens a picture, which are no square grid."
-            )
-        return side, tokens.shape[2]
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move the prior along with the model (torch calls this for `.to`, `.cuda`, `.half`, ...)."""
-        super()._apply(fn, recurse)
-        prior: Any = self.__dict__["prior"]
-        if prior is not None:
-            prior._apply(fn, recurse)
-        return self
-
-
-def _check(config: "VegaConfig") -> None:
-    if config.prior.clip != "frame":
-        raise ValueError(
-            f"prior.clip={config.prior.clip}: a base embeds one picture at a time; take prior.clip=frame."
-        )
-
-
-def _check_fusion(config: "VegaConfig", fusion: Any, n: int) -> None:
-    if fusion.reads_instruction or fusion.tokens(n) != n:
-        raise ValueError(
-            f"fusion={config.fusion.name} cannot work with a base, which embeds pictures without the "
-            f"instruction and has a place for {n} tokens of each. Take another, such as fusion=token_gate."
-        )
-
-
-def _add_adapters(policy: Any, rank: int) -> None:
-    """Fix a policy and give it low-rank adapters where LeRobot puts them for its type."""
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError as error:
-        raise ImportError("base.tune=lora needs PEFT: pip install 'lerobot_policy_vega[vlm]'.") from error
-    policy.requires_grad_(False)
-    targets = policy._get_default_peft_targets()["target_modules"]
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets), policy)
-    for name, weight in policy.named_parameters():
-        if "lora_" in name:
-            weight.data = weight.data.float()

@@ -1,8 +1,10 @@
-"""What a policy consists of: parameters, tokens, memory and arithmetic of each part, without any weights."""
+"""Sizes of a policy: parameters, tokens, memory and arithmetic of each part, computed without weights."""
 
 import copy
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,203 +15,52 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from vega_policy.backbones.compact import MAX_WORDS, CompactBackbone
 from vega_policy.backbones.vlm import CONNECTORS, ENCODERS, VisionLanguageBackbone, parts_of
-from vega_policy.model import flow
 from vega_policy.model.config import BackboneConfig, BaseConfig, ModelConfig
 from vega_policy.model.vega import VegaModel
 from vega_policy.priors.base import BasePrior, as_clips
 from vega_policy.priors.sizes import build_without_weights
 
 PROMPT_TOKENS = 32
-"""Assumed tokens of an instruction with what a chat template puts around it."""
+"""Assumed number of tokens of an instruction in its chat template."""
+
+ADAM_BYTES = 12
+"""Bytes of gradient and two moments of a trainable float32 weight."""
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """One published model.
+    """The published sizes of an image-text-to-text model; it has either a side or a stride."""
 
-    Attributes:
-        model_type: Its type in transformers.
-        fields: Constructor arguments of its config.
-        side: Tokens along a side of a frame, if the model has a fixed number of them.
-        stride: Pixels a token, if the number follows the frame's size.
-    """
-
-    model_type: str
-    fields: dict[str, Any]
-    side: int | None = None
-    stride: int | None = None
+    model_type: str  # in transformers
+    fields: dict[str, Any]  # of its `config.json`
+    side: int | None = None  # tokens along a side of a frame, if their number is fixed
+    stride: int | None = None  # pixels of a token, if the number follows the frame's size
 
     def grid_side(self, frame_size: int) -> int:
-        """Tokens along a side of a frame of so many pixels."""
-        if self.side is not None:
-            return self.side
-        assert self.stride is not None  # one of both is given
-        return round(frame_size / self.stride)
+        """Return the number of tokens along a side of a frame."""
+        return self.side or round(frame_size / (self.stride or 1))
 
-
-_SO400M = {
-    "model_type": "siglip_vision_model",
-    "hidden_size": 1152,
-    "intermediate_size": 4304,
-    "num_hidden_layers": 27,
-    "num_attention_heads": 16,
-    "patch_size": 14,
-    "vision_use_head": False,
-}
-_QWEN2_ROPE = {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1e6}
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "smolvlm2_500m": Architecture(
-        "smolvlm",
-        {
-            "text_config": {
-                "model_type": "llama",
-                "hidden_size": 960,
-                "intermediate_size": 2560,
-                "num_hidden_layers": 32,
-                "num_attention_heads": 15,
-                "num_key_value_heads": 5,
-                "head_dim": 64,
-                "vocab_size": 49280,
-            },
-            "vision_config": {
-                "hidden_size": 768,
-                "intermediate_size": 3072,
-                "num_hidden_layers": 12,
-                "num_attention_heads": 12,
-                "image_size": 512,
-                "patch_size": 16,
-            },
-            "scale_factor": 4,
-            "image_token_id": 49190,
-            "pad_token_id": 2,
-        },
-        side=8,
-    ),
-    "paligemma2_3b": Architecture(
-        "paligemma",
-        {
-            "text_config": {
-                "model_type": "gemma2",
-                "hidden_size": 2304,
-                "intermediate_size": 9216,
-                "num_hidden_layers": 26,
-                "num_attention_heads": 8,
-                "num_key_value_heads": 4,
-                "head_dim": 256,
-                "vocab_size": 257216,
-            },
-            "vision_config": {**_SO400M, "image_size": 224, "projection_dim": 2304},
-            "projection_dim": 2304,
-        },
-        side=16,
-    ),
-    "qwen2.5_vl_3b": Architecture(
-        "qwen2_5_vl",
-        {
-            "text_config": {
-                "hidden_size": 2048,
-                "intermediate_size": 11008,
-                "num_hidden_layers": 36,
-                "num_attention_heads": 16,
-                "num_key_value_heads": 2,
-                "vocab_size": 151936,
-                "rope_parameters": _QWEN2_ROPE,
-            },
-            "vision_config": {"hidden_size": 1280, "out_hidden_size": 2048},
-            "tie_word_embeddings": True,
-        },
-        stride=28,
-    ),
+    name: Architecture(**published)
+    for name, published in json.loads(Path(__file__).with_suffix(".json").read_text()).items()
 }
 """Backbone -> its published sizes."""
 
 
-def without_weights(
-    config: BackboneConfig,
-    state_dim: int,
-    views: int,
-    frame_size: int,
-    device: str = "meta",
-    prompts: Callable[[int, int], Any] | None = None,
-) -> VisionLanguageBackbone:
-    """A backbone at its published sizes, frozen and adapted as its config says.
-
-    Args:
-        config: The backbone's config.
-        state_dim: Width s of the proprioceptive state.
-        views: Number of cameras v.
-        frame_size: Side of the square frames in pixels.
-        device: `meta` gives shapes and takes no memory; another one draws random weights there.
-        prompts: Makes what stands in for the processor, given the tokens along a frame's side and the id of a
-            placeholder; None takes `Placeholders`.
-
-    Raises:
-        ValueError: If the sizes of the backbone are not listed.
-    """
-    if config.name not in ARCHITECTURES:
-        raise ValueError(
-            f"No published sizes of the backbone {config.name!r}. Known: {', '.join(sorted(ARCHITECTURES))}."
-        )
-    published = ARCHITECTURES[config.name]
-    architecture = AutoConfig.for_model(published.model_type, **published.fields)
-    side = published.grid_side(frame_size)
-    stand_in: Any = prompts or (lambda side, token: Placeholders(views, side, token))
-    encoder = stand_in(side, architecture.image_token_id)
-    with torch.device(device):
-        model = AutoModelForImageTextToText.from_config(architecture, dtype=getattr(torch, config.dtype))
-        return VisionLanguageBackbone(model.base_model, encoder, config, state_dim)
-
-
-class Placeholders:
-    """Stands in for a processor: as many placeholders as the model has tokens of a frame.
-
-    Args:
-        views: Cameras v.
-        side: Tokens along a side of a frame.
-        image_token: Id of a placeholder.
-    """
-
-    picture_hash = "none"
-
-    def __init__(self, views: int, side: int, image_token: int) -> None:
-        self.views = views
-        self._grid = torch.tensor([[1, 2 * side, 2 * side]] * views, device="cpu")
-        self._ids = torch.full((1, views * side**2), image_token, device="cpu")
-        self.processor = SimpleNamespace(image_processor=None)
-
-    def encode(self, sentences: list[str], device: torch.device) -> dict[str, Tensor]:
-        """Ids of the placeholders [1 v*n]."""
-        return {"input_ids": self._ids, "attention_mask": torch.ones_like(self._ids)}
-
-
-ADAM_BYTES = 12
-"""Bytes of gradient and two moments of a float32 weight that learns."""
-
-
 @dataclass(frozen=True)
 class Part:
-    """One part of a policy.
-
-    Attributes:
-        name: What it is.
-        trainable: Parameters that learn.
-        frozen: Parameters that do not.
-        weights: Bytes of all its weights.
-        tokens: Tokens that leave it in one control step, all views together; None where there are none.
-        flops: Operations of one control step with a new chunk (a product and its sum are two); None where
-            they are not counted.
-    """
+    """Sizes of one part of a policy."""
 
     name: str
-    trainable: int
-    frozen: int
-    weights: int
-    tokens: int | None = None
-    flops: int | None = None
+    trainable: int  # parameters
+    frozen: int  # parameters
+    weights: int  # bytes
+    tokens: int | None = None  # that leave it in one control step, all views together
+    flops: int | None = None  # of one control step with a new chunk; a product and its sum are two
 
     def row(self) -> dict[str, Any]:
-        """Columns of a printed table."""
+        """Return the columns of a printed table."""
         return {
             "part": self.name,
             "trainable": f"{self.trainable:,}",
@@ -222,99 +73,144 @@ class Part:
 
 
 def inspect_model(config: ModelConfig) -> list[Part]:
-    """Sizes of every part of a policy, the last one being their sum.
+    """Return the sizes of every part of a policy; the last entry is their sum.
 
-    Arithmetic is that of one observation. That of Hugging Face models is two operations for each weight of
-    their linear layers and token, and full attention (windows count as full); all else is counted while it
-    runs without data. Text encoders of a sentence and word embeddings count as none.
-
-    Args:
-        config: The policy's model.
+    Arithmetic is that of one observation. Hugging Face models count as two operations for each weight of
+    their linear layers and token, plus full attention (also where it is windowed); everything else is counted
+    while it runs on the meta device. Text encoders and word embeddings count as none.
 
     Raises:
         ValueError: If the published sizes of a part are not known.
     """
-    backbone = _backbone(config)
+    if config.backbone.name == "compact":
+        sizes = config.state_dim, config.views, config.frame_size
+        backbone: Any = CompactBackbone(config.backbone, *sizes).to("meta")
+    else:
+        backbone = without_weights(config.backbone, config.state_dim, config.views, config.frame_size)
     prior = None if config.prior.name == "none" else build_without_weights(config.prior, backbone.grid)
     with torch.device("meta"):
         model: Any = VegaModel(config, (backbone, prior)).eval()
     n = backbone.grid[0] * backbone.grid[1]
-    seen = config.views * n
+    tokens = config.views * n
     parts = []
     if prior is not None:
         prior.requires_grad_(False)
-        parts.append(_part(f"prior {config.prior.name}", [prior], seen, _prior_flops(prior, config)))
         fused = model.fusion.tokens(n) * config.views
         parts += [
-            _part("projector of the prior", [model.project], seen, _linear_flops(model.project, seen)),
+            _part(f"prior {config.prior.name}", [prior], tokens, _prior_flops(prior, config)),
+            _part("projector of the prior", [model.project], tokens, _linear_flops(model.project, tokens)),
             _part(f"fusion {config.fusion.name}", [model.fusion], fused, _fusion_flops(model, n)),
         ]
-    parts += _compact(model, seen) if isinstance(backbone, CompactBackbone) else _vlm(model, seen)
-    length = parts[-1].tokens or 1
-    parts.append(_part(f"head {config.head.name}", [model.head], config.chunk_size, _act(model, length)))
-    return [*parts, _sum(parts)]
+    parts += (
+        _compact_parts(model, tokens) if isinstance(backbone, CompactBackbone) else _vlm_parts(model, tokens)
+    )
+    flops = _head_flops(model, parts[-1].tokens or 1)
+    parts.append(_part(f"head {config.head.name}", [model.head], config.chunk_size, flops))
+    total = {
+        name: sum(getattr(part, name) or 0 for part in parts) for name in ("trainable", "frozen", "weights")
+    }
+    return [*parts, Part("sum", **total, flops=sum(part.flops or 0 for part in parts))]
 
 
 def refuse_base(base: BaseConfig) -> None:
-    """Refuse a policy built upon a pre-trained one: its networks are known from its checkpoint alone.
+    """Refuse a policy built upon a pre-trained one: its networks are known from its checkpoint only.
 
     Raises:
         ValueError: If there is a base.
     """
     if base.name != "none":
         raise ValueError(
-            f"base={base.name}: the networks of a pre-trained policy lie in its checkpoint, and are not "
-            "known without it; backbone and head of the config mean nothing here. Inspect a policy of this "
-            "package's own parts (base=none backbone=... head=...)."
+            f"base={base.name}: the networks of a pre-trained policy lie in its checkpoint. Inspect a policy "
+            "of this package's own parts (base=none backbone=... head=...)."
         )
 
 
-def _backbone(config: ModelConfig) -> Any:
-    if config.backbone.name != "compact":
-        return without_weights(config.backbone, config.state_dim, config.views, config.frame_size)
-    return CompactBackbone(config.backbone, config.state_dim, config.views, config.frame_size).to("meta")
+def without_weights(
+    config: BackboneConfig,
+    state_dim: int,
+    views: int,
+    frame_size: int,
+    device: str = "meta",
+    prompts: Callable[[int, int], Any] | None = None,
+) -> VisionLanguageBackbone:
+    """Build a backbone at its published sizes, frozen and adapted as its config says.
+
+    Args:
+        config: The backbone's config.
+        state_dim: Width s of the proprioceptive state.
+        views: Number of cameras v.
+        frame_size: Side of the square frames in pixels.
+        device: `meta` takes no memory; others get random weights.
+        prompts: Makes the replacement of the processor from the tokens along a frame's side and the id of a
+            placeholder; None takes `Placeholders`.
+
+    Raises:
+        ValueError: If the sizes of the backbone are not listed.
+    """
+    if config.name not in ARCHITECTURES:
+        raise ValueError(
+            f"No published sizes of the backbone {config.name!r}. Known: {', '.join(sorted(ARCHITECTURES))}."
+        )
+    published = ARCHITECTURES[config.name]
+    architecture = AutoConfig.for_model(published.model_type, **published.fields)
+    side, token = published.grid_side(frame_size), architecture.image_token_id
+    encoder = Placeholders(views, side, token) if prompts is None else prompts(side, token)
+    with torch.device(device):
+        model = AutoModelForImageTextToText.from_config(architecture, dtype=getattr(torch, config.dtype))
+        return VisionLanguageBackbone(model.base_model, encoder, config, state_dim)
 
 
-def _compact(model: Any, seen: int) -> list[Part]:
+class Placeholders:
+    """Replacement of a processor: as many placeholders as the model has tokens of a frame."""
+
+    image_hash = "none"
+
+    def __init__(self, views: int, side: int, image_token: int) -> None:
+        self.views = views
+        self._grid = torch.tensor([[1, 2 * side, 2 * side]] * views, device="cpu")
+        self._ids = torch.full((1, views * side**2), image_token, device="cpu")
+        self.processor = SimpleNamespace(image_processor=None)
+
+    def encode(self, sentences: list[str], device: torch.device) -> dict[str, Tensor]:
+        """Return the ids of the placeholders [1 v*n]."""
+        return {"input_ids": self._ids, "attention_mask": torch.ones_like(self._ids)}
+
+
+def _compact_parts(model: Any, tokens: int) -> list[Part]:
     config, backbone = model.config, model.backbone
     frames = torch.empty(1, config.views, 3, config.frame_size, config.frame_size, device="meta")
-    kept = config.views * (config.backbone.latents or seen // config.views)
-    length = kept + 1 + MAX_WORDS
+    length = config.views * (config.backbone.latents or tokens // config.views) + 1 + MAX_WORDS
     context = torch.empty(1, length, backbone.width, device="meta")
     flops = _flops(lambda: [block(context) for block in backbone.blocks])
     trunk = [part for name, part in backbone.named_children() if not name.endswith("_encoder")]
     return [
-        _part("image encoder", [backbone.image_encoder], seen, _flops(lambda: backbone.encode(frames))),
+        _part("image encoder", [backbone.image_encoder], tokens, _flops(lambda: backbone.encode(frames))),
         _part("text encoder", [backbone.text_encoder], MAX_WORDS),
         _part("trunk", trunk, length, flops),
     ]
 
 
-def _vlm(model: Any, seen: int) -> list[Part]:
+def _vlm_parts(model: Any, tokens: int) -> list[Part]:
     backbone, views = model.backbone, model.config.views
     connectors = parts_of(backbone.model, CONNECTORS)
     inner = {id(weight) for part in connectors for weight in part.parameters()}
     encoder, decoder = parts_of(backbone.model, ENCODERS)[0], backbone.model.get_decoder()
-    patches = _patches(backbone.model.config, seen // views)
-    looked = views * (_linear_flops(encoder, patches) + _attention_flops(encoder, patches))
-    joined = sum(_linear_flops(part, seen) for part in connectors if part not in set(encoder.modules()))
-    length = seen + PROMPT_TOKENS
-    read = _linear_flops(decoder, length) + _attention_flops(decoder, length)
+    patches = _patches(backbone.model.config, tokens // views)
+    encoding = views * (_linear_flops(encoder, patches) + _attention_flops(encoder, patches))
+    connecting = sum(_linear_flops(part, tokens) for part in connectors if part not in set(encoder.modules()))
+    length = tokens + PROMPT_TOKENS
+    decoding = _linear_flops(decoder, length) + _attention_flops(decoder, length)
+    state = backbone.project_state
     return [
-        _part("image encoder", [encoder], views * patches, looked, without=inner),
-        _part("connector", connectors, seen, joined),
-        _part("language model", [decoder], length, read),
-        _part(
-            "projector of the state",
-            [backbone.project_state],
-            length + 1,
-            _linear_flops(model.backbone.project_state, 1),
-        ),
+        _part("image encoder", [encoder], views * patches, encoding, without=inner),
+        _part("connector", connectors, tokens, connecting),
+        _part("language model", [decoder], length, decoding),
+        _part("projector of the state", [state], length + 1, _linear_flops(state, 1)),
     ]
 
 
 def _patches(config: Any, tokens: int) -> int:
-    """Tokens of one frame inside the image encoder."""
+    """Return the number of tokens of one frame inside the image encoder."""
     vision = config.vision_config
     if config.model_type.startswith("qwen"):
         return tokens * vision.spatial_merge_size**2
@@ -326,7 +222,7 @@ def _linear_flops(module: nn.Module, tokens: int) -> int:
 
 
 def _attention_flops(module: nn.Module, tokens: int) -> int:
-    """Scores and mixtures of full self-attention, for each query projection of a width d: 4 n n d."""
+    """Return the operations of full self-attention: 4 n n d for each query projection of width d."""
     widths = [
         part.out_features if name.endswith("q_proj") else part.out_features // 3
         for name, part in module.named_modules()
@@ -355,13 +251,13 @@ def _fusion_flops(model: Any, n: int) -> int:
     return _flops(lambda: model.fusion(stream, stream, context if model.fusion.reads_instruction else None))
 
 
-def _act(model: Any, length: int) -> int:
+def _head_flops(model: Any, length: int) -> int:
     config = model.config
     context = torch.empty(1, length, model.backbone.width, device="meta")
     mask = torch.ones(1, length, dtype=torch.bool, device="meta")
     noise = torch.empty(1, config.chunk_size, config.action_dim, device="meta")
-    head = copy.deepcopy(model.head).requires_grad_(False)  # the counter trips over learned queries
-    return _flops(lambda: head.sample(context, mask, noise, flow.euler))
+    head = copy.deepcopy(model.head).requires_grad_(False)  # the counter fails on learned queries
+    return _flops(lambda: head.sample(context, mask, noise))
 
 
 def _part(
@@ -373,17 +269,7 @@ def _part(
 ) -> Part:
     found: dict[int, Tensor] = {id(w): w for module in modules for w in module.parameters()}
     weights = [weight for key, weight in found.items() if key not in (without or set())]
-    learned = sum(weight.numel() for weight in weights if weight.requires_grad)
+    trainable = sum(weight.numel() for weight in weights if weight.requires_grad)
     total = sum(weight.numel() for weight in weights)
     size = sum(weight.numel() * weight.element_size() for weight in weights)
-    return Part(name, learned, total - learned, size, tokens, flops)
-
-
-def _sum(parts: list[Part]) -> Part:
-    return Part(
-        "sum",
-        trainable=sum(part.trainable for part in parts),
-        frozen=sum(part.frozen for part in parts),
-        weights=sum(part.weights for part in parts),
-        flops=sum(part.flops or 0 for part in parts),
-    )
+    return Part(name, trainable, total - trainable, size, tokens, flops)

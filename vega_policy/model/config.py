@@ -1,8 +1,7 @@
-"""The frozen parts of a policy's configuration: plain values, importable without torch or LeRobot.
+"""Frozen dataclasses of a policy's configuration, importable without torch or LeRobot.
 
-`VegaConfig` (LeRobot's side) and `VegaModel` (the method's side) share these classes. Their defaults are the
-method of VEGA-3D (arXiv 2603.19235): Wan2.1-T2V-1.3B read at layer 20 and noise level 0.3, mixed in by a
-token gate.
+`VegaConfig` (LeRobot's side) and `VegaModel` share them. Their defaults are the method of VEGA-3D (arXiv
+2603.19235): Wan2.1-T2V-1.3B read at block 20 and noise level 0.3, fused by a token gate.
 """
 
 from dataclasses import dataclass, field, fields
@@ -16,60 +15,35 @@ LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 
 @dataclass(frozen=True)
 class PriorConfig:
-    """Which latent world simulator is read, and where.
+    """The latent world simulator, and where it is read. None takes the default of the registered prior."""
 
-    Attributes:
-        name: Entry of the table in `vega_policy.priors`; `none` switches the geometric stream off.
-        path: Hub id or local folder in the hub's layout; None takes the entry's own checkpoint.
-        revision: Hub revision (branch, tag or commit); None takes the newest.
-        layer: 0-based index of the block that is read; None takes the entry's default (20 for Wan2.1-1.3B).
-        noise_level: Share t in [0, 1] of noise on the straight path; None takes the entry's default (0.3).
-        noise: `fixed` (one seeded noise for every frame) or `fresh` (drawn anew in each training step).
-        seed: Seed of the fixed noise, and of the weights of priors that have no checkpoint.
-        input_size: Side in pixels to which frames are resized for the prior; None lets its tokens fall on
-            the grid.
-        dtype: Floating-point type of the frozen weights (`float32`, `bfloat16`); None takes the entry's
-            default.
-        prompt_file: Safetensors file with the embedding of the empty prompt (key `prompt`, [n d]); None
-            computes it once from the checkpoint's text encoder and keeps it.
-        clip: What is read as one video: `frame` (each frame for itself, as the paper's code does), `history`
-            (the last `clip_frames` of a camera) or `views` (the cameras of one instant).
-        clip_frames: Frames of a history, 1 + 4k; only with `clip=history`.
-        fingerprint: Hash over the prior's weights, filled in when a policy is built; a checkpoint refuses
-            others.
-        engine: How features are computed, which changes them by no more than rounding: `plain` (diffusers'
-            own modules), `fast` (exact reductions; on CUDA compiled and captured for the first batch size,
-            others are refused) or `auto` (fast where it exists; other batch sizes run uncompiled).
-    """
-
-    name: str = "wan2.1_t2v_1.3b"
-    path: str | None = None
-    revision: str | None = None
-    layer: int | None = None
-    noise_level: float | None = None
-    noise: str = "fixed"
-    seed: int = 0
-    input_size: int | None = None
-    dtype: str | None = None
-    prompt_file: str | None = None
-    clip: str = "frame"
-    clip_frames: int = 5
-    fingerprint: str | None = None
-    engine: str = "auto"
+    name: str = "wan2.1_t2v_1.3b"  # key of `vega_policy.priors.PRIORS`; `none` removes the geometric stream
+    path: str | None = None  # hub id, or local folder in the hub's layout
+    revision: str | None = None  # hub revision (branch, tag or commit)
+    layer: int | None = None  # 0-based block that is read
+    noise_level: float | None = None  # fraction in [0, 1] of noise on the straight path
+    noise: str = "fixed"  # `fixed`: one seeded noise for all frames; `fresh`: new noise in each training step
+    seed: int = 0  # of the fixed noise, and of the weights of priors without a checkpoint
+    input_size: int | None = None  # side in pixels of the prior's frames; None: its tokens fall on the grid
+    dtype: str | None = None  # of the frozen weights
+    prompt_file: str | None = None  # safetensors file, key `prompt` [n d]; None: from the text encoder, once
+    clip: str = "frame"  # one video is: `frame`, `history` (last frames of a camera), `views` (all cameras)
+    clip_frames: int = 5  # frames of a history, 1 + 4k
+    fingerprint: str | None = None  # hash over the weights, filled in by the policy; others are refused
+    engine: str = (
+        "auto"  # `plain`: diffusers; `fast`: one captured batch size on CUDA; `auto`: fast if it can
+    )
 
     def __post_init__(self) -> None:
         if self.clip not in ("frame", "history", "views"):
             raise ValueError(f"prior.clip is 'frame', 'history' or 'views'; got {self.clip!r}.")
         if self.clip_frames < 1 or self.clip_frames % 4 != 1:
             raise ValueError(
-                f"prior.clip_frames is 1 + 4k, as video autoencoders want it (1, 5, 9, ...); got "
+                "prior.clip_frames is 1 + 4k (1, 5, 9, ...), as video autoencoders require; got "
                 f"{self.clip_frames}."
             )
         if self.noise_level is not None and not 0.0 <= self.noise_level <= 1.0:
-            raise ValueError(
-                "prior.noise_level is the share of noise on the path and lies in [0, 1]; got "
-                f"{self.noise_level}."
-            )
+            raise ValueError(f"prior.noise_level lies in [0, 1]; got {self.noise_level}.")
         if self.noise not in ("fixed", "fresh"):
             raise ValueError(f"prior.noise is 'fixed' or 'fresh'; got {self.noise!r}.")
         if self.engine not in ("plain", "fast", "auto"):
@@ -100,31 +74,17 @@ FUSIONS = {
 
 @dataclass(frozen=True)
 class FusionConfig:
-    """How semantic and prior tokens of one place become one token.
+    """How the semantic and the prior token of one place become one token."""
 
-    Attributes:
-        name: Entry of the table in `vega_policy.model.fusion`.
-        blend: For gates: `raw` (the paper's equation), `normalized` (released scene code) or `residual`
-            (starts near the semantic stream; recommended).
-        residual_scale: Initial value of the learned scale s of the `residual` blend.
-        gate_bias: Initial bias of the gate's logit; positive opens the semantic stream; None takes the
-            fusion's own (0, and -0.5 where the instruction is read).
-        gate_lr_scale: Learning rate of the gate's logit, as a share of the policy's `optimizer_lr` (which
-            counts for it even where an optimizer is set otherwise). The logit reads 2 * width normalised
-            numbers, so that one step of Adam can move it by about 2 * width times the learning rate.
-        context_scale: Initial factor of the instruction's summand in the gate's logit.
-        layers: Layers of cross-attention; the paper has 1 and 3.
-        heads: Heads of cross-attention; divides the token width.
-    """
-
-    name: str = "token_gate"
-    blend: str = "residual"
-    residual_scale: float = 0.2
-    gate_bias: float | None = None
-    gate_lr_scale: float = 1.0
-    context_scale: float = 1.0
-    layers: int = 1
-    heads: int = 8
+    name: str = "token_gate"  # key of `FUSIONS`
+    blend: str = "residual"  # of gates: `raw` (paper), `normalized` (scene code), `residual` (recommended)
+    residual_scale: float = 0.2  # initial value of the learned scale of the residual blend
+    gate_bias: float | None = None  # initial bias of the logit; positive opens the semantic stream
+    # The logit reads 2 * width normalised numbers: one Adam step can move it by 2 * width * learning rate.
+    gate_lr_scale: float = 1.0  # learning rate of the gate's logit as a fraction of `optimizer_lr`
+    context_scale: float = 1.0  # initial factor of the instruction's term in the logit
+    layers: int = 1  # of cross-attention; the paper has 1 and 3
+    heads: int = 8  # of cross-attention; divides the token width
 
     def __post_init__(self) -> None:
         if self.blend not in ("raw", "normalized", "residual"):
@@ -139,61 +99,32 @@ class FusionConfig:
 
 @dataclass(frozen=True)
 class BackboneConfig:
-    """The vision-language backbone that reads the fused tokens with the instruction.
+    """The vision-language backbone that reads the fused tokens with the instruction."""
 
-    The first fields concern every backbone, the second group the compact one, the third Hugging Face models.
-
-    Attributes:
-        name: Entry of the table in `vega_policy.backbones`.
-        pretrained: Whether the encoders (or the whole Hugging Face model) start from pre-trained weights.
-        sight: Whether the policy sees; without, its image features are zeros and it learns from state and
-            instruction alone, which needs `prior=none`.
-        freeze_image_encoder: Keep the image encoder fixed.
-        image_encoder: timm model name, or a local folder that timm can load, read at stride 16.
-        text_encoder: Folder or hub id of a sentence encoder; None takes the packaged MiniLM.
-        freeze_text_encoder: Keep the text encoder fixed.
-        width: Token width d of the trunk.
-        depth: Number of trunk blocks.
-        heads: Attention heads of a trunk block; divides `width`.
-        latents: Learned queries into which each view's tokens are resampled; None keeps all tokens.
-        dropout: Dropout probability inside the trunk, in [0, 1).
-        path: Hub id or local folder of an image-text-to-text model; None takes the entry's own.
-        revision: Hub revision; None takes the newest.
-        layer: 0-based block of the language model whose output is the context; later blocks are dropped. None
-            reads the last hidden state, behind the final norm.
-        dtype: Floating-point type of the model's weights (`float32`, `bfloat16`, `float16`).
-        attention: Attention implementation of transformers (`eager`, `sdpa`, `flash_attention_2`, ...); None
-            takes the model's default.
-        freeze_connector: Keep the projector from image features to the language model fixed.
-        freeze_language_model: Keep the language model fixed; gradients still pass through it to the fusion.
-        lora_rank: Rank of low-rank adapters on the language model, which is then fixed otherwise; 0 for none.
-        lora_alpha: Adapters are scaled by lora_alpha / lora_rank.
-        lora_targets: Names of the linear layers that get adapters.
-        gradient_checkpointing: Compute the language model's blocks twice, to save memory in training.
-    """
-
-    name: str = "compact"
-    pretrained: bool = True
-    sight: bool = True
+    name: str = "compact"  # key of `vega_policy.backbones.BACKBONES`
+    pretrained: bool = True  # start from pre-trained weights
+    sight: bool = True  # False: image features are zeros, so that only state and instruction remain
     freeze_image_encoder: bool = False
 
-    image_encoder: str = "tf_efficientnet_lite0"
-    text_encoder: str | None = None
+    # The compact backbone.
+    image_encoder: str = "tf_efficientnet_lite0"  # timm name, or a folder that timm loads; read at stride 16
+    text_encoder: str | None = None  # folder or hub id of a sentence encoder; None: the packaged MiniLM
     freeze_text_encoder: bool = False
-    width: int = 384
+    width: int = 384  # of the trunk's tokens
     depth: int = 4
     heads: int = 6
-    latents: int | None = None
-    dropout: float = 0.0
+    latents: int | None = None  # tokens into which each view is resampled; None keeps all tokens
+    dropout: float = 0.0  # in the trunk, in [0, 1)
 
-    path: str | None = None
+    # Image-text-to-text models of transformers.
+    path: str | None = None  # hub id or local folder; None takes that of the registered backbone
     revision: str | None = None
-    layer: int | None = None
+    layer: int | None = None  # 0-based block whose output is the context; None: behind the final norm
     dtype: str = "float32"
-    attention: str | None = None
+    attention: str | None = None  # transformers' `attn_implementation`
     freeze_connector: bool = False
-    freeze_language_model: bool = False
-    lora_rank: int = 0
+    freeze_language_model: bool = False  # gradients still pass through it to the fusion
+    lora_rank: int = 0  # 0: no adapters; else the language model is frozen but for them
     lora_alpha: int = 32
     lora_targets: tuple[str, ...] = LORA_TARGETS
     gradient_checkpointing: bool = False
@@ -212,11 +143,6 @@ class BackboneConfig:
             self._check_compact()
 
     def _check_compact(self) -> None:
-        """Refuse fields that mean nothing to the compact backbone.
-
-        Raises:
-            ValueError: If one of them is set.
-        """
         defaults = {field.name: field.default for field in fields(self)}
         foreign = ("path", "revision", "layer", "dtype", "attention", "freeze_connector")
         foreign += ("freeze_language_model", "lora_rank", "gradient_checkpointing")
@@ -229,32 +155,21 @@ class BackboneConfig:
 
     @property
     def frozen_features(self) -> bool:
-        """Whether training leaves the semantic features as they are, so that they can be cached."""
+        """Whether training leaves the semantic features unchanged, so that they can be cached."""
         return self.freeze_image_encoder and (self.name == "compact" or self.freeze_connector)
 
 
 @dataclass(frozen=True)
 class ActionHeadConfig:
-    """The action head that turns the context into a chunk of actions.
+    """The action head that turns the context into a chunk of actions."""
 
-    Attributes:
-        name: Entry of the table in `vega_policy.model.action_head`.
-        width: Token width of the head.
-        depth: Number of blocks.
-        heads: Attention heads; divides `width`.
-        steps: Integration steps from noise to actions.
-        time_power: Training times are drawn as u ** (1 / time_power), u uniform: a Beta(time_power, 1)
-            distribution, which prefers noisy times (pi0 uses 1.5).
-        state: Whether the policy knows its proprioceptive state; without, it sees a state of zeros.
-    """
-
-    name: str = "flow"
+    name: str = "flow"  # key of `vega_policy.model.action_head.ACTION_HEADS`
     width: int = 384
     depth: int = 4
     heads: int = 6
-    steps: int = 10
-    time_power: float = 1.5
-    state: bool = True
+    steps: int = 10  # integration steps from noise to actions
+    time_power: float = 1.5  # training times are Beta(time_power, 1); above 1 prefers noise (pi0: 1.5)
+    state: bool = True  # False: the policy gets a state of zeros
 
     def __post_init__(self) -> None:
         if self.width % self.heads or self.width % 2:
@@ -268,25 +183,13 @@ class ActionHeadConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """All that `VegaModel` needs: the four parts and the sizes that the data dictates.
+    """All that `VegaModel` needs: its four parts and the sizes that the data dictates."""
 
-    Attributes:
-        views: Number of cameras v.
-        state_dim: Width s of the proprioceptive state.
-        action_dim: Width a of an action.
-        chunk_size: Actions t in a chunk.
-        frame_size: Side of the square frames in pixels.
-        prior: The latent world simulator.
-        fusion: How its tokens are mixed in.
-        backbone: The vision-language backbone.
-        head: The action head.
-    """
-
-    views: int
-    state_dim: int
-    action_dim: int
-    chunk_size: int = 16
-    frame_size: int = 224
+    views: int  # cameras v
+    state_dim: int  # width s of the proprioceptive state
+    action_dim: int  # width a of an action
+    chunk_size: int = 16  # actions t in a chunk
+    frame_size: int = 224  # side of the square frames in pixels
     prior: PriorConfig = field(default_factory=PriorConfig)
     fusion: FusionConfig = field(default_factory=FusionConfig)
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
@@ -295,25 +198,17 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if not self.backbone.sight and self.prior.name != "none":
             raise ValueError(
-                "backbone.sight=false is for a policy that sees nothing, but "
-                f"prior={self.prior.name} reads the frames; take prior=none, or experiment=blind."
+                f"backbone.sight=false removes all vision, but prior={self.prior.name} reads the frames. "
+                "Take prior=none, or experiment=blind."
             )
-
-
-TUNES = ("all", "expert", "lora")
 
 
 @dataclass(frozen=True)
 class BaseEntry:
-    """A line of the table.
+    """A pre-trained policy of LeRobot that can be built upon."""
 
-    Attributes:
-        source: Hub id of the pre-trained policy.
-        eyes: Dotted path from LeRobot's policy to the module with `embed_image`.
-    """
-
-    source: str
-    eyes: str
+    source: str  # hub id
+    embedder: str  # dotted path from LeRobot's policy to the module with `embed_image`
 
 
 BASES = {
@@ -323,28 +218,19 @@ BASES = {
 }
 """LeRobot policy type -> entry."""
 
+TUNES = ("all", "expert", "lora")
+
 
 @dataclass(frozen=True)
 class BaseConfig:
-    """The pre-trained policy that is built upon; with one, `backbone` and `head` of a policy mean nothing.
+    """The pre-trained policy that is built upon; it replaces `backbone` and `head`."""
 
-    Attributes:
-        name: Entry of `BASES`, or `none` for a policy of this package's own backbones and heads.
-        path: Hub id or local folder of the pre-trained policy; None takes the entry's own.
-        revision: Hub revision; None takes the newest.
-        tune: What learns besides projector and fusion: `all`, `expert` (its action expert) or `lora`
-            (low-rank adapters where LeRobot puts them for this policy).
-        lora_rank: Rank of the adapters.
-        fingerprint: Hash over the base's weights, filled in when a policy is built; a checkpoint, which holds
-            only what differs from the base, refuses others.
-    """
-
-    name: str = "none"
-    path: str | None = None
+    name: str = "none"  # key of `BASES`, or `none`
+    path: str | None = None  # hub id or local folder; None takes the entry's source
     revision: str | None = None
-    tune: str = "expert"
-    lora_rank: int = 16
-    fingerprint: str | None = None
+    tune: str = "expert"  # what learns besides projector and fusion: `all`, its action `expert`, or `lora`
+    lora_rank: int = 16  # adapters are where LeRobot puts them for this policy
+    fingerprint: str | None = None  # hash over the weights, filled in by the policy; others are refused
 
     def __post_init__(self) -> None:
         if self.name != "none" and self.name not in BASES:

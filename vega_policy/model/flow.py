@@ -13,52 +13,46 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-Denoise = Callable[[Tensor, Tensor], Tensor]
-"""Velocity field: (x_t [b t a], time [b]) -> velocity [b t a]."""
+VelocityField = Callable[[Tensor, Tensor], Tensor]
+"""(x_t [b t a], time [b]) -> velocity [b t a]."""
 
-Integrator = Callable[[Denoise, Tensor, int], Tensor]
+Integrator = Callable[[VelocityField, Tensor, int], Tensor]
 """(velocity field, noise [b t a], steps) -> actions [b t a]."""
 
 
 def interpolate(actions: Tensor, noise: Tensor, time: Tensor) -> Tensor:
-    """Point x_t on the straight path, [b t a], [b t a], [b] -> [b t a]."""
+    """Return the point x_t on the straight path, [b t a], [b t a], [b] -> [b t a]."""
     time = time[:, None, None]
     return time * noise + (1 - time) * actions
 
 
 def velocity(actions: Tensor, noise: Tensor) -> Tensor:
-    """Velocity of the straight path, the same at every time, [b t a], [b t a] -> [b t a]."""
+    """Return the velocity of the straight path, the same at every time, [b t a], [b t a] -> [b t a]."""
     return noise - actions
 
 
 def sample_time(batch: int, power: float, generator: torch.Generator | None = None) -> Tensor:
-    """Training times in [0.001, 1], drawn on the CPU from Beta(power, 1) by inversion, u^(1/power).
+    """Sample training times in [0.001, 1] on the CPU, float32 [batch].
 
-    Args:
-        batch: Number of times b.
-        power: First parameter of the Beta distribution; 1 is uniform, more prefers noise.
-        generator: Source of randomness on the CPU; None takes torch's own.
-
-    Returns:
-        Times [b], float32.
+    They follow Beta(power, 1), sampled by inversion as u^(1 / power): 1 is uniform, more prefers noise.
     """
     uniform = torch.rand(batch, generator=generator)
     return 0.001 + 0.999 * uniform.pow(1 / power)
 
 
-def euler(denoise: Denoise, noise: Tensor, steps: int) -> Tensor:
-    """Follow the velocity field from noise (t = 1) to actions (t = 0) in equal steps, [b t a] -> [b t a]."""
+def euler(field: VelocityField, noise: Tensor, steps: int) -> Tensor:
+    """Integrate from noise (t = 1) to actions (t = 0) in equal Euler steps, [b t a] -> [b t a]."""
     x = noise
     for step in range(steps):
         time = torch.full((len(x),), 1 - step / steps, dtype=torch.float32, device=x.device)
-        x = x - denoise(x, time) / steps
+        x = x - field(x, time) / steps
     return x
 
 
 def masked_mean(values: Tensor, is_pad: Tensor | None) -> Tensor:
-    """Mean over the steps of a chunk that exist, per sample, [b t a], [b t] -> [b].
+    """Return the mean over the unpadded steps of each sample, [b t a], [b t] -> [b].
 
-    A sample whose every step is padding counts as zero.
+    A sample of padding only counts as zero.
     """
     mean = values.mean(dim=-1)  # [b t]
     if is_pad is None:
@@ -68,5 +62,5 @@ def masked_mean(values: Tensor, is_pad: Tensor | None) -> Tensor:
 
 
 def masked_mean_square(error: Tensor, is_pad: Tensor | None) -> Tensor:
-    """Mean square over the steps of a chunk that exist, per sample, [b t a], [b t] -> [b]."""
+    """Return the mean square over the unpadded steps of each sample, [b t a], [b t] -> [b]."""
     return masked_mean(error.square(), is_pad)

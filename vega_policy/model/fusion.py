@@ -1,8 +1,4 @@
-"""Fusions: how what things are (semantic) and where they are (prior) become one token.
-
-Every fusion maps `(semantic [b n d], prior [b n d], context=None) -> [b m d]` and states its m through
-`tokens`. Those with a gate keep the last one in `.gate` [b n 1] for inspection: the weight of the semantic
-stream. Those with `reads_instruction` want the pooled instruction as context [b d].
+"""Fusions: a semantic token and a prior token of one place become one token.
 
 Source: VEGA-3D, arXiv 2603.19235, adaptive gated fusion and its ablations. There g is the weight of the
 semantic stream; its scene code mixes LayerNorm-ed streams (`normalized`), its spatial-reasoning code starts
@@ -21,22 +17,36 @@ from vega_policy.model.layers import Attention, Mlp, grid_positions
 
 
 class Fusion(Protocol):
-    """What `VegaModel` expects of a fusion."""
+    """Interface of a fusion."""
 
-    gate: Tensor | None
+    gate: Tensor | None  # weight of the semantic stream in the last forward pass [b n 1], for inspection
     reads_instruction: bool
 
     def tokens(self, n: int) -> int:
-        """Number m of fused tokens a view for n tokens of each stream."""
+        """Return the number m of fused tokens per view for n tokens of each stream."""
         ...
 
     def __call__(self, semantic: Tensor, prior: Tensor, context: Tensor | None = None) -> Tensor:
-        """[b n d], [b n d], context [b d] where the instruction is read -> [b m d]."""
+        """[b n d], [b n d], pooled instruction [b d] if it is read -> [b m d]."""
         ...
 
 
-class _PerToken(nn.Module):
-    """What most fusions share: one token out for each place, no gate, no instruction."""
+def make_fusion(width: int, config: FusionConfig, grid: tuple[int, int]) -> nn.Module:
+    """Build the `Fusion` that a config names, for tokens of a width on a grid (gh, gw).
+
+    Raises:
+        ValueError: If the name is unknown, or a size does not fit.
+    """
+    if config.name not in FUSIONS:
+        near = get_close_matches(config.name, FUSIONS, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"Unknown fusion {config.name!r}.{hint} Known: {', '.join(sorted(FUSIONS))}.")
+    module, name = FUSIONS[config.name].split(":")
+    return getattr(import_module(module), name)(width, config, grid)
+
+
+class PerTokenFusion(nn.Module):
+    """A fusion with one token out for each place, no gate and no instruction."""
 
     gate: Tensor | None = None
     reads_instruction = False
@@ -45,38 +55,34 @@ class _PerToken(nn.Module):
         super().__init__()
 
     def tokens(self, n: int) -> int:
-        """As many as came in."""
+        """Return n."""
         return n
 
 
-class _Gate(_PerToken):
-    """Convex mix of both streams: g = sigmoid(W [LN(prior); LN(semantic)] + b), g weighing the semantic one.
+class TokenGate(PerTokenFusion):
+    """One gate per token, the paper's method: g = sigmoid(W [LN(prior); LN(semantic)] + b).
 
-    Args:
-        width: Token width d.
-        config: Blend and initial values.
-        grid: Unused by gates.
-        numbers: Gate values a token: 1, or d for a gate a channel.
+    The result is a convex mix of both streams with the weight g of the semantic one.
     """
 
     default_bias = 0.0
 
-    def __init__(self, width: int, config: FusionConfig, grid: tuple[int, int], numbers: int = 1) -> None:
+    def __init__(self, width: int, config: FusionConfig, grid: tuple[int, int], gates: int = 1) -> None:
         super().__init__(width, config, grid)
         self.blend = config.blend
         self.norm_semantic, self.norm_prior = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.logit = nn.Linear(2 * width, numbers)
+        self.logit = nn.Linear(2 * width, gates)
         bias = self.default_bias if config.gate_bias is None else config.gate_bias
         nn.init.constant_(self.logit.bias, bias)
         if config.blend == "residual":
-            self.scale = nn.Parameter(torch.tensor([config.residual_scale]))  # FSDP shards no scalar
+            self.scale = nn.Parameter(torch.tensor([config.residual_scale]))  # 1-d: FSDP shards no scalar
 
     def gate_weights(self) -> list[nn.Parameter]:
-        """The weights that make the gate's logit."""
+        """Return the weights of the gate's logit."""
         return list(self.logit.parameters())
 
     def offset(self, context: Tensor | None) -> Tensor | float:
-        """What the instruction adds to every token's logit, context [b d] -> [b 1 1]; nothing by default."""
+        """Return the instruction's term of every token's logit, context [b d] -> [b 1 1]."""
         return 0.0
 
     def forward(self, semantic: Tensor, prior: Tensor, context: Tensor | None = None) -> Tensor:
@@ -92,23 +98,20 @@ class _Gate(_PerToken):
 
 
 def gate_weights(model: nn.Module) -> list[nn.Parameter]:
-    """The weights that make a model's gate; none without one."""
-    return [weight for part in model.modules() if isinstance(part, _Gate) for weight in part.gate_weights()]
+    """Return the weights of a model's gate; none without one."""
+    gates = [module for module in model.modules() if isinstance(module, TokenGate)]
+    return [weight for gate in gates for weight in gate.gate_weights()]
 
 
-class TokenGate(_Gate):
-    """One gate a token: the method."""
-
-
-class ChannelGate(_Gate):
-    """One gate a token and channel; `.gate` keeps their mean over channels."""
+class ChannelGate(TokenGate):
+    """One gate per token and channel; `.gate` keeps their mean over channels."""
 
     def __init__(self, width: int, config: FusionConfig, grid: tuple[int, int]) -> None:
-        super().__init__(width, config, grid, numbers=width)
+        super().__init__(width, config, grid, gates=width)
 
 
-class InstructionGate(_Gate):
-    """Token gate whose logit has one more summand, read from the pooled instruction."""
+class InstructionGate(TokenGate):
+    """Token gate whose logit has one more term, computed from the pooled instruction."""
 
     default_bias = -0.5
     reads_instruction = True
@@ -119,23 +122,21 @@ class InstructionGate(_Gate):
         self.context_scale = nn.Parameter(torch.tensor([config.context_scale]))
 
     def gate_weights(self) -> list[nn.Parameter]:
-        """The weights that make the gate's logit, the instruction's summand among them."""
+        """Return the weights of the gate's logit, those of the instruction's term included."""
         return [*super().gate_weights(), *self.instruction.parameters(), self.context_scale]
 
     def offset(self, context: Tensor | None) -> Tensor:
-        """Scaled scalar of the pooled instruction, [b d] -> [b 1 1].
+        """Return the scaled scalar of the pooled instruction, [b d] -> [b 1 1].
 
         Raises:
             ValueError: If there is no instruction.
         """
         if context is None:
-            raise ValueError(
-                "The fusion 'instruction_gate' needs the pooled instruction as context; got none."
-            )
+            raise ValueError("instruction_gate needs the pooled instruction as context; got none.")
         return self.context_scale * self.instruction(context)[:, None]
 
 
-class Add(_PerToken):
+class Add(PerTokenFusion):
     """Sum of both streams."""
 
     def forward(self, semantic: Tensor, prior: Tensor, context: Tensor | None = None) -> Tensor:
@@ -143,8 +144,8 @@ class Add(_PerToken):
         return semantic + prior
 
 
-class Weighted(_PerToken):
-    """Sum of both streams with two learned weights, divided by their sum; both start at one half."""
+class Weighted(PerTokenFusion):
+    """Mean of both streams with two learned weights, normalised by their sum."""
 
     def __init__(self, width: int, config: FusionConfig, grid: tuple[int, int]) -> None:
         super().__init__(width, config, grid)
@@ -152,13 +153,13 @@ class Weighted(_PerToken):
 
     def forward(self, semantic: Tensor, prior: Tensor, context: Tensor | None = None) -> Tensor:
         """[b n d], [b n d] -> [b n d]."""
-        share = self.weights / self.weights.sum()
-        self.gate = share[0].detach().expand(*semantic.shape[:-1], 1)
-        return share[0] * semantic + share[1] * prior
+        weights = self.weights / self.weights.sum()
+        self.gate = weights[0].detach().expand(*semantic.shape[:-1], 1)
+        return weights[0] * semantic + weights[1] * prior
 
 
-class Concat(_PerToken):
-    """Both streams side by side in the channels, brought back to the width by an MLP."""
+class Concat(PerTokenFusion):
+    """Both streams concatenated along the channels, projected back to the width by an MLP."""
 
     def __init__(self, width: int, config: FusionConfig, grid: tuple[int, int]) -> None:
         super().__init__(width, config, grid)
@@ -169,11 +170,11 @@ class Concat(_PerToken):
         return self.mix(torch.cat([semantic, prior], dim=-1))
 
 
-class SequenceConcat(_PerToken):
+class SequenceConcat(PerTokenFusion):
     """Prior tokens after the semantic ones: twice as many tokens."""
 
     def tokens(self, n: int) -> int:
-        """Twice as many as came in of each stream."""
+        """Return 2n."""
         return 2 * n
 
     def forward(self, semantic: Tensor, prior: Tensor, context: Tensor | None = None) -> Tensor:
@@ -181,34 +182,8 @@ class SequenceConcat(_PerToken):
         return torch.cat([semantic, prior], dim=1)
 
 
-class _CrossBlock(nn.Module):
-    """Pre-norm block in which semantic tokens ask prior tokens; starts as the identity."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.norm_semantic, self.norm_prior = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.norm_mlp = nn.LayerNorm(width)
-        self.attention = Attention(width, heads)
-        self.mlp = Mlp(width, 4 * width, width)
-        for last in (self.attention.out, self.mlp[-1]):
-            assert isinstance(last, nn.Linear)
-            nn.init.zeros_(last.weight)
-            nn.init.zeros_(last.bias)
-
-    def forward(self, tokens: Tensor, prior: Tensor, position: Tensor) -> Tensor:
-        """[b n d], [b n d], [n d] -> [b n d]."""
-        asked = self.norm_prior(prior) + position
-        tokens = tokens + self.attention(self.norm_semantic(tokens) + position, asked)
-        return tokens + self.mlp(self.norm_mlp(tokens))
-
-
-class CrossAttention(_PerToken):
-    """Semantic tokens read the prior's by attention with 2D sine-cosine positions, in one layer or three.
-
-    Args:
-        width: Token width d; a multiple of 4 and of `config.heads`.
-        config: Layers and heads.
-        grid: Token grid (gh, gw).
+class CrossAttention(PerTokenFusion):
+    """Semantic tokens attend to prior tokens with 2D sine-cosine positions, in `config.layers` layers.
 
     Raises:
         ValueError: If the heads do not divide the width.
@@ -224,7 +199,7 @@ class CrossAttention(_PerToken):
                 f"and width {width}."
             )
         self.register_buffer("position", grid_positions(*grid, width), persistent=False)
-        self.blocks = nn.ModuleList(_CrossBlock(width, config.heads) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(StreamAttentionBlock(width, config.heads) for _ in range(config.layers))
 
     def forward(self, semantic: Tensor, prior: Tensor, context: Tensor | None = None) -> Tensor:
         """[b n d], [b n d] -> [b n d]."""
@@ -234,7 +209,28 @@ class CrossAttention(_PerToken):
         return semantic
 
 
-class PriorOnly(_PerToken):
+class StreamAttentionBlock(nn.Module):
+    """Pre-norm block in which semantic tokens attend to prior tokens; starts as the identity."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm_semantic, self.norm_prior = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.norm_mlp = nn.LayerNorm(width)
+        self.attention = Attention(width, heads)
+        self.mlp = Mlp(width, 4 * width, width)
+        for last in (self.attention.out_proj, self.mlp[-1]):
+            assert isinstance(last, nn.Linear)
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+
+    def forward(self, tokens: Tensor, prior: Tensor, position: Tensor) -> Tensor:
+        """[b n d], [b n d], [n d] -> [b n d]."""
+        keys = self.norm_prior(prior) + position
+        tokens = tokens + self.attention(self.norm_semantic(tokens) + position, keys)
+        return tokens + self.mlp(self.norm_mlp(tokens))
+
+
+class PriorOnly(PerTokenFusion):
     """The prior's tokens alone."""
 
     def forward(self, semantic: Tensor, prior: Tensor, context: Tensor | None = None) -> Tensor:
@@ -242,31 +238,9 @@ class PriorOnly(_PerToken):
         return prior
 
 
-class SemanticOnly(_PerToken):
-    """The semantic tokens alone, the prior being read all the same."""
+class SemanticOnly(PerTokenFusion):
+    """The semantic tokens alone; the prior is computed but not used."""
 
     def forward(self, semantic: Tensor, prior: Tensor, context: Tensor | None = None) -> Tensor:
         """[b n d], [b n d] -> [b n d]."""
         return semantic
-
-
-def make_fusion(width: int, config: FusionConfig, grid: tuple[int, int]) -> nn.Module:
-    """Build the fusion that a config names.
-
-    Args:
-        width: Token width d of both streams.
-        config: Name and initial values.
-        grid: Token grid (gh, gw) of a view.
-
-    Returns:
-        A module that satisfies `Fusion`.
-
-    Raises:
-        ValueError: If the name is not in the table, or a size does not fit.
-    """
-    if config.name not in FUSIONS:
-        near = get_close_matches(config.name, FUSIONS, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"Unknown fusion {config.name!r}.{hint} Known: {', '.join(sorted(FUSIONS))}.")
-    module, name = FUSIONS[config.name].split(":")
-    return getattr(import_module(module), name)(width, config, grid)

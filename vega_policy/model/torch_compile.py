@@ -1,9 +1,8 @@
-"""The model's blocks compiled where they are, for training on a GPU in fewer and larger kernels.
+"""Compile the blocks of a model in place, for training on a GPU in fewer and larger kernels.
 
-Left alone, a step of the compact policy spends its time between the products: casts of autocast, norms,
-activations and sums each read and write whole activations. Compiled, what lies between two products is one
-kernel. Blocks of one kind share one compiled function, so that this takes seconds, and weights, names and
-checkpoints stay as they are.
+Uncompiled, a step of the compact policy spends its time between the matrix products: casts of autocast,
+norms, activations and sums each read and write whole activations. Compiled, these are one kernel. Blocks of
+one kind share one compiled function, so compilation takes seconds; weights and checkpoints do not change.
 """
 
 from collections.abc import Iterator
@@ -17,14 +16,14 @@ from vega_policy.model.vega import VegaModel
 
 
 def compile_blocks(model: VegaModel, **options: Any) -> None:
-    """Compile image encoder, projectors, fusion, trunk and head, each for the shapes it meets first.
+    """Compile image encoder, projectors, fusion, trunk and head, each for the first shapes it is called with.
 
     Args:
-        model: A model with the compact backbone; it is compiled where it is called first, in training.
+        model: A model with the compact backbone.
         **options: For `torch.compile`, such as `backend` or `mode`.
 
     Raises:
-        ValueError: If it is another backbone, or a base: their forward pass is not ours to cut.
+        ValueError: If it is another backbone, or a base.
     """
     if not isinstance(model, VegaModel) or not isinstance(model.backbone, CompactBackbone):
         found = type(model.backbone if isinstance(model, VegaModel) else model).__name__
@@ -41,11 +40,7 @@ def compile_blocks(model: VegaModel, **options: Any) -> None:
 
 @contextmanager
 def uncompiled(model: nn.Module) -> Iterator[None]:
-    """Run the model as it was written, for shapes and modes that nothing was compiled for.
-
-    Args:
-        model: Any module, compiled or not.
-    """
+    """Run a model uncompiled, for shapes and modes that it was not compiled for."""
     held = [(part, part._compiled_call_impl) for part in model.modules()]
     for part, _ in held:
         part._compiled_call_impl = None

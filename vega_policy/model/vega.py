@@ -135,7 +135,7 @@ class VegaModel(nn.Module):
     def _check_token_count(self) -> None:
         n = self.backbone.grid[0] * self.backbone.grid[1]
         m = self.fusion.tokens(n)
-        if self.backbone.one_token_a_place and m != n:
+        if self.backbone.takes_grid_only and m != n:
             raise ValueError(
                 f"backbone={self.config.backbone.name} takes {n} tokens of each view; fusion="
                 f"{self.config.fusion.name} returns {m}. Take another fusion, or backbone=compact."
