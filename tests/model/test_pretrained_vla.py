@@ -84,7 +84,7 @@ def test_what_learns_is_one_field(bases):
     folder = bases("smolvla")
     models = {t: VegaPolicy(based_config("smolvla", folder, tune=t)).model for t in ("all", "expert", "lora")}
     ours = {name for name in learning(models["lora"]) if not name.startswith("base.")}
-    assert {name.partition(".")[0] for name in ours} == {"project", "fusion", "opening"}
+    assert {name.partition(".")[0] for name in ours} == {"project", "fusion", "scale"}
     assert all(ours <= learning(model) for model in models.values())
     assert any("vision_model" in name for name in learning(models["all"]))
     assert not any(".vlm." in name for name in learning(models["expert"]))
