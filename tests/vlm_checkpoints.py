@@ -124,9 +124,9 @@ def write_paligemma(folder: Path) -> None:
     )
     config.text_config.vocab_size = 2048
     PaliGemmaForConditionalGeneration(config).save_pretrained(folder)
-    pictures = SiglipImageProcessor(size=SQUARE, **HALF)
-    pictures.image_seq_length = 64
-    PaliGemmaProcessor(pictures, words).save_pretrained(folder)
+    images = SiglipImageProcessor(size=SQUARE, **HALF)
+    images.image_seq_length = 64
+    PaliGemmaProcessor(images, words).save_pretrained(folder)
 
 
 def write_gemma3(folder: Path) -> None:

@@ -1,5 +1,7 @@
 import dataclasses
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -260,3 +262,10 @@ def test_the_gate_can_learn_more_slowly_than_the_rest():
     assert (
         len(make_optimizer(VegaPolicy(tiny_config(PriorConfig(name="wan_tiny"))), 100)[0].param_groups) == 1
     )
+
+
+def test_the_method_imports_no_lerobot():
+    modules = "vega_policy.model.vega", "vega_policy.model.rtc", "vega_policy.backbones.vlm"
+    modules += "vega_policy.backbones.pretrained_vla", "vega_policy.priors"
+    program = f"import sys, {', '.join(modules)}; sys.exit('lerobot' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
