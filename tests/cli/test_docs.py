@@ -1,0 +1,127 @@
+"""README and docs: commands compose, Python examples run, links resolve."""
+
+import importlib
+import importlib.util
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+
+from vega_policy.cli.app import Command, refuse_unknown_options, with_positional
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+SCRIPTS = {
+    "train_policy": "train",
+    "eval_policy": "eval",
+    "collect_demos": "collect",
+    "render_demos": "render",
+    "deploy_policy": "deploy",
+    "serve_policy": "serve",
+    "probe_prior": "probe",
+    "pretrain_prior": "pretrain",
+    "benchmark": "benchmark",
+    "compare_runs": "compare",
+}
+
+
+def blocks(page, language):
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)
+
+
+def commands():
+    for page in PAGES:
+        for block in blocks(page, "bash"):
+            for line in block.replace("\\\n", " ").splitlines():
+                words = shlex.split(line, comments=True)
+                if words and words[:2] == ["accelerate", "launch"]:
+                    words = ["python", *words[4:]]
+                if words and (words[0].startswith("vega-") or "scripts/" in " ".join(words[:2])):
+                    yield pytest.param(words, id=f"{page.stem}: {' '.join(words)[:60]}")
+
+
+def command_of(words):
+    """Return the command object and the arguments of a line."""
+    if words[0].startswith("vega-"):
+        module, arguments = f"vega_policy.cli.{words[0].removeprefix('vega-')}", words[1:]
+    else:
+        stem, arguments = Path(words[1]).stem, words[2:]
+        module = f"vega_policy.cli.{SCRIPTS[stem]}" if stem in SCRIPTS else f"scripts.{stem}"
+    command = importlib.import_module(module).main.__self__
+    assert isinstance(command, Command)
+    return command, arguments
+
+
+@pytest.mark.parametrize("words", commands())
+def test_every_command_of_the_docs_composes(words):
+    command, arguments = command_of(words)
+    overrides = [word for word in with_positional(arguments, command.positional) if not word.startswith("-")]
+    overrides = [re.sub(r"=(choice|range)\(.*\)$", "=0", word) for word in overrides]
+    if "-m" in arguments:  # a sweep composes each of its values
+        overrides = [re.sub(r"^(\w+)=([^\[,]+),.*$", r"\1=\2", word) for word in overrides]
+    refuse_unknown_options(overrides)
+    if command.node is not None:
+        command._register()
+    overrides = [word for word in overrides if not word.startswith("machines=ray")]
+    with initialize_config_dir(str(REPOSITORY / "configs"), version_base=None):
+        compose(command.config, overrides=overrides)
+
+
+def example(tmp_path, index):
+    """Import the index-th Python example of docs/extend.md as a module."""
+    path = tmp_path / f"extension_{index}.py"
+    path.write_text(blocks(REPOSITORY / "docs" / "extend.md", "python")[index])
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_example_prior_gives_the_mean_colour_of_each_token(tmp_path, monkeypatch):
+    from vega_policy.model.config import PriorConfig
+    from vega_policy.priors import PRIORS, make_prior
+
+    monkeypatch.setattr("vega_policy.priors.PRIORS", registry := dict(PRIORS))
+    monkeypatch.syspath_prepend(tmp_path)
+    example(tmp_path, 0)
+    assert "mean_color" in registry
+    prior = make_prior(PriorConfig(name="mean_color"), (2, 2))
+    frames = torch.zeros(1, 2, 1, 3, 8, 8)
+    frames[:, 1, :, 0, :4, 4:] = 1.0  # red, top right, second view
+    features = prior(frames)
+    assert features.shape == (1, 2, 3, 2, 2)
+    assert features[0, 1, 0].tolist() == [[0.0, 1.0], [0.0, 0.0]]
+    assert not features[0, 0].any()
+
+
+def test_the_example_fusion_takes_the_maximum(tmp_path, monkeypatch):
+    from vega_policy.model import config, fusion
+
+    registry = dict(config.FUSIONS)
+    monkeypatch.setattr(config, "FUSIONS", registry)
+    monkeypatch.setattr(fusion, "FUSIONS", registry)
+    monkeypatch.syspath_prepend(tmp_path)
+    example(tmp_path, 1)
+    fused = fusion.make_fusion(4, config.FusionConfig(name="maximum"), (2, 2))
+    first, second = torch.randn(2, 1, 4, 4)
+    assert torch.equal(fused(first, second), torch.maximum(first, second))
+
+
+def test_readme_is_short_and_every_relative_link_resolves():
+    assert len((REPOSITORY / "README.md").read_text().split()) <= 900
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+            if not target.startswith("http"):
+                assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_every_page_starts_with_a_command():
+    for page in PAGES[1:]:
+        if page.stem not in ("glossary", "results", "extend"):
+            lines = [line for line in page.read_text().splitlines()[1:] if line]
+            assert lines[0] == "```bash", page.name
