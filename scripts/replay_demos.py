@@ -16,7 +16,7 @@ def run(config: DictConfig) -> str:
     from envs.demos.shards import collected_metadata, read_episodes
     from vega_policy.evaluation.env_pool import EnvironmentFactory, RecordedEpisode, WorkerPool, replay
 
-    dataset = Path(config.dataset)
+    dataset = Path(config.source)
     if collected_metadata(dataset)["settings"]["demonstrator"]["noise"]:
         raise ValueError(
             f"{dataset} was collected with action noise: the recorded actions are not the executed ones."
@@ -47,11 +47,11 @@ main = Command(
     summary="Replay the recorded actions of demonstrations from their initial states.",
     examples=["python scripts/replay_demos.py outputs/demonstrations/libero_spatial processes=16"],
     node={
-        "dataset": "???",  # dataset of collect_demos.py
+        "source": "???",  # dataset of collect_demos.py
         "episodes": None,  # indices; null replays all
         "processes": 2,
     },
-    positional=("dataset",),
+    positional=("source",),
 ).main
 
 if __name__ == "__main__":

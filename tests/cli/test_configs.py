@@ -138,17 +138,17 @@ def test_the_blind_experiment_is_the_demo_without_sight_and_without_a_prior():
     assert changed == {"policy.prior.name", "policy.backbone.sight"}
 
 
-@pytest.mark.parametrize("ablation", group_options("ablation"))
-def test_an_ablation_sweeps_one_field_over_seeds_and_every_value_is_one_field_away_from_the_method(
-    ablation, headline
+@pytest.mark.parametrize("study", group_options("study"))
+def test_a_study_sweeps_one_field_over_seeds_and_every_value_is_one_field_away_from_the_method(
+    study, headline
 ):
-    node = yaml.safe_load((CONFIGS / "ablation" / f"{ablation}.yaml").read_text())
+    node = yaml.safe_load((CONFIGS / "study" / f"{study}.yaml").read_text())
     (field, values), (seed, seeds) = node["hydra"]["sweeper"]["params"].items()
     assert node["hydra"]["mode"] == "MULTIRUN"
     assert (seed, len(seeds.split(","))) == ("seed", 3)
     group = field.partition(".")[0]
     for value in str(values).split(","):
-        row = run("experiment=libero_wan", f"ablation={ablation}", f"{field}={value}")
+        row = run("experiment=libero_wan", f"study={study}", f"{field}={value}")
         changed = difference(headline, row)
         allowed = f"policy.{field}.name" if field in GROUPS else f"policy.{field}"
         assert changed <= {allowed} or group == "head", (value, changed)
