@@ -1,6 +1,6 @@
 """Fixtures that several test files share, made once a process.
 
-Heavy imports stay inside the fixtures: pytest-xdist's controller reads this file before it starts the workers.
+Heavy imports stay inside the fixtures: pytest-xdist's controller reads this file before it starts workers.
 """
 
 import pytest
