@@ -70,13 +70,13 @@ def test_an_unchanged_feature_gives_the_actions_of_the_policy_as_it_is(folders):
 
 
 def test_shuffled_tokens_keep_their_values_and_stay_registered():
-    shown = features()
-    shown.prior = shown.semantic * 2 + 1
-    before = shown.semantic.clone()
-    shuffle_tokens(shown)
-    assert not torch.equal(shown.semantic, before)
-    assert torch.equal(shown.semantic.flatten(3).sort().values, before.flatten(3).sort().values)
-    assert torch.equal(shown.prior, shown.semantic * 2 + 1), "both streams are shuffled alike"
+    changed = features()
+    changed.prior = changed.semantic * 2 + 1
+    before = changed.semantic.clone()
+    shuffle_tokens(changed)
+    assert not torch.equal(changed.semantic, before)
+    assert torch.equal(changed.semantic.flatten(3).sort().values, before.flatten(3).sort().values)
+    assert torch.equal(changed.prior, changed.semantic * 2 + 1), "both streams are shuffled alike"
 
 
 def test_noise_has_the_channels_statistics_of_the_first_batch_and_no_trace_of_later_ones():
@@ -123,7 +123,7 @@ def test_a_policy_without_a_prior_or_of_another_kind_is_refused(folders):
         apply_ablation("prior_zero", GoalSeeker(), folders["none"])
 
 
-def test_pictures_other_than_those_trained_on_are_warned_of(tmp_path, caplog):
+def test_frames_other_than_those_of_training_are_warned_of(tmp_path, caplog):
     checkpoint = tmp_path / "run" / "checkpoints" / "last" / "pretrained_model"
     checkpoint.mkdir(parents=True)
     dataset = tmp_path / "dataset"

@@ -199,7 +199,7 @@ def test_one_checkpoint_is_no_second_training_even_if_its_episodes_ended_otherwi
     assert len(one(tmp_path / "many").runs) == 2
 
 
-def test_what_was_not_played_alike_is_said(tmp_path, monkeypatch, capsys):
+def test_conditions_that_differ_are_reported(tmp_path, monkeypatch, capsys):
     for policy, size in (("a", 128), ("b", 256)):
         write(tmp_path / policy / "seed_0/lift", first_of(20, 9), frame_size=size, rendering="fast")
     unlike = "Evaluated differently, frame_size: a 128, b 256 (seed_0/lift)."

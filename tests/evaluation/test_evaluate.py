@@ -79,8 +79,8 @@ def evaluate(folder, *, policy=None, processes=1, provenance=None, **changes):
         return evaluation.run({name: variants[name] for name in chosen.ablations}, pool)
 
 
-def play_alone(episode: Episode, policy):
-    """Return success, length, calls and last state of an episode played without the harness."""
+def run_alone(episode: Episode, policy):
+    """Return success, length, calls and last state of an episode run without the harness."""
     env = world.make(episode.suite, episode.task_index, frame_size=32, rendering="fast", render=True)
     observation, _ = env.reset(seed=episode.seed)
     for call in range(100):
@@ -102,7 +102,7 @@ def observe(frames, state):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """An uninterrupted evaluation in one process, with blind ablation and films."""
+    """An uninterrupted evaluation in one process, with blind ablation and videos."""
     folder = tmp_path_factory.mktemp("finished") / "run"
     summary = evaluate(folder, ablations=("none", "blind"), videos=2)
     return folder, summary
@@ -113,8 +113,8 @@ def test_every_episode_ends_as_it_does_in_a_plain_loop(finished):
     plan = plan_episodes(world.tasks("two_points"), 7, 0, official_states=False)
     assert [result.key for result in results] == [episode.key for episode in plan]
     for result, episode in zip(results, plan, strict=True):
-        played = (result.success, result.length, result.policy_calls, result.final_hash)
-        assert played == play_alone(episode, GoalSeeker())
+        outcome = (result.success, result.length, result.policy_calls, result.final_hash)
+        assert outcome == run_alone(episode, GoalSeeker())
     assert 0 < sum(result.success for result in results) < len(results)  # or the test would compare little
 
 
@@ -131,18 +131,18 @@ def test_an_interrupted_and_resumed_evaluation_equals_an_uninterrupted_one(finis
                 raise KeyboardInterrupt
             return super().chunk(batch, noise)
 
-    asked = {"ablations": ("none", "blind"), "videos": 2 if calls == 12 else 0}
+    chosen = {"ablations": ("none", "blind"), "videos": 2 if calls == 12 else 0}
     with pytest.raises(KeyboardInterrupt):
-        evaluate(tmp_path / "run", policy=Interrupted(), processes=2, **asked)
-    played = (tmp_path / "run" / "episodes.parquet").is_file()
-    assert played == (calls == 12)
-    if played:
+        evaluate(tmp_path / "run", policy=Interrupted(), processes=2, **chosen)
+    interrupted_late = (tmp_path / "run" / "episodes.parquet").is_file()
+    assert interrupted_late == (calls == 12)
+    if interrupted_late:
         assert 0 < len(read_episodes(tmp_path / "run")) < 14
-    evaluate(tmp_path / "run", **asked)
+    evaluate(tmp_path / "run", **chosen)
     assert read_episodes(tmp_path / "run") == read_episodes(finished[0])
     if calls == 12:
-        films = sorted(path.name for path in (finished[0] / "videos").iterdir())
-        assert sorted(path.name for path in (tmp_path / "run" / "videos").iterdir()) == films
+        videos = sorted(path.name for path in (finished[0] / "videos").iterdir())
+        assert sorted(path.name for path in (tmp_path / "run" / "videos").iterdir()) == videos
 
 
 def test_a_killed_worker_is_reported_and_its_evaluation_goes_on(finished, tmp_path):
@@ -162,13 +162,13 @@ def test_a_killed_worker_is_reported_and_its_evaluation_goes_on(finished, tmp_pa
     assert read_episodes(tmp_path / "run") == read_episodes(finished[0])
 
 
-def test_a_second_start_of_a_finished_evaluation_plays_nothing(finished, tmp_path):
-    class NeverAsked(GoalSeeker):
+def test_a_second_start_of_a_finished_evaluation_runs_nothing(finished, tmp_path):
+    class NeverCalled(GoalSeeker):
         def chunk(self, batch, noise):
-            raise AssertionError("the policy was asked again")
+            raise AssertionError("the policy was called again")
 
     folder, summary = shutil.copytree(finished[0], tmp_path / "run"), finished[1]
-    again = evaluate(folder, policy=NeverAsked(), ablations=("none", "blind"), videos=2)
+    again = evaluate(folder, policy=NeverCalled(), ablations=("none", "blind"), videos=2)
     cost = {"seconds_total": 0, "latency": 0}
     assert {**again, **cost} == {**summary, **cost}
     assert again["latency"] == summary["latency"]
@@ -184,7 +184,7 @@ def test_nothing_is_a_success_that_the_simulator_does_not_call_success(tmp_path)
     assert {result.length for result in read_episodes(tmp_path / "run")} == {world.HORIZON}
 
 
-def test_blind_sees_nothing_but_the_mean_frame_and_renders_nothing(tmp_path):
+def test_blind_receives_nothing_but_the_mean_frame_and_renders_nothing(tmp_path):
     policy = GoalSeeker()
     summary = evaluate(tmp_path / "run", policy=policy, ablations=("blind",), episodes_per_task=3)
     assert policy.batches
@@ -233,7 +233,7 @@ def test_rows_keep_their_place_and_idle_rows_are_zero(tmp_path):
     np.testing.assert_array_equal(policy.noises[1][2], episode_noise(FIRST_SEED + 1, 1, (6, 2)))
 
 
-def test_a_slot_plays_the_same_episodes_whatever_is_finished():
+def test_an_environment_runs_the_same_episodes_whatever_is_finished():
     plan = plan_episodes(world.tasks("near"), 7, 0, official_states=False)
     queues = queue_episodes(plan, 3, finished={plan[0].key, plan[4].key})
     assert [[episode.index for episode in queue] for queue in queues] == [[1, 2], [3], [5, 6]]
@@ -281,19 +281,19 @@ def test_the_summary_counts_what_the_episodes_say(finished):
     assert "far" in format_summary(summary)
 
 
-def test_films_show_the_whole_episode_and_the_page_links_what_exists(finished):
+def test_videos_show_the_whole_episode_and_the_page_links_what_exists(finished):
     folder, _ = finished
     page = (folder / "report.html").read_text()
-    films = list((folder / "videos").glob("*.mp4"))
-    assert len(films) == 4
-    assert sum("success" in film.name for film in films) == 2
+    videos = list((folder / "videos").glob("*.mp4"))
+    assert len(videos) == 4
+    assert sum("success" in video.name for video in videos) == 2
     lengths = {(r.task, r.index): r.length for r in read_episodes(folder) if r.ablation == "none"}
-    for film in films:
-        assert f"videos/{film.name}" in page
-        assert f"videos/{film.with_suffix('.png').name}" in page
-        assert film.with_suffix(".png").is_file()
-        _, task, index = film.stem.split("_")
-        with av.open(film) as container:
+    for video in videos:
+        assert f"videos/{video.name}" in page
+        assert f"videos/{video.with_suffix('.png').name}" in page
+        assert video.with_suffix(".png").is_file()
+        _, task, index = video.stem.split("_")
+        with av.open(video) as container:
             stream = container.streams.video[0]
             assert stream.codec_context.name == "h264"
             frames = sum(1 for _ in container.decode(stream))
@@ -373,12 +373,12 @@ def test_the_blind_ablation_reads_the_mean_frames_of_the_checkpoint(tmp_path):
     with pytest.raises(ValueError, match=r"no mean frame for .*images\.image.*images\.other"):
         apply_ablation("blind", GoalSeeker(), tmp_path)
     save_file({world.CAMERA: mean}, tmp_path / "mean_frames.safetensors")
-    seen = GoalSeeker()
+    seeker = GoalSeeker()
     batch = observe({}, np.zeros((2, 2), np.float32))
-    apply_ablation("blind", seen, tmp_path).chunk(batch, np.zeros((2, 6, 2), np.float32))
-    shown = seen.batches[0].frames[world.CAMERA]
-    assert shown.shape == (2, 4, 5, 3)
-    np.testing.assert_allclose(shown[1] / 255, mean.transpose(1, 2, 0), atol=0.5 / 255 + 1e-6)
+    apply_ablation("blind", seeker, tmp_path).chunk(batch, np.zeros((2, 6, 2), np.float32))
+    frames = seeker.batches[0].frames[world.CAMERA]
+    assert frames.shape == (2, 4, 5, 3)
+    np.testing.assert_allclose(frames[1] / 255, mean.transpose(1, 2, 0), atol=0.5 / 255 + 1e-6)
     save_file({world.CAMERA: mean * 255}, tmp_path / "mean_frames.safetensors")
     with pytest.raises(ValueError, match=r"in \[0, 1\]"):
         apply_ablation("blind", GoalSeeker(), tmp_path)

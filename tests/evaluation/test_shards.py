@@ -16,7 +16,7 @@ from vega_policy.run_dir import FolderInUseError, OtherRunError
 PROVENANCE = {"checkpoint": "seeker"}
 
 
-def play(folder, shard=None, **changes):
+def run(folder, shard=None, **changes):
     chosen = settings(ablations=("none", "blind"), **changes)
     evaluation = Evaluation(chosen, world.tasks(chosen.suite), folder, PROVENANCE, shard)
     policy = GoalSeeker()
@@ -27,15 +27,15 @@ def play(folder, shard=None, **changes):
 
 @pytest.mark.slow
 def test_shards_gathered_are_the_evaluation_in_one_piece(tmp_path):
-    whole = play(tmp_path / "whole", videos=1)
+    whole = run(tmp_path / "whole", videos=1)
     for index in (0, 1):
-        part = play(tmp_path / "parts", Shard(index, 2), videos=1)
+        part = run(tmp_path / "parts", Shard(index, 2), videos=1)
         assert 0 < part["episodes"] < whole["episodes"]
-    gathered = play(tmp_path / "parts", videos=1)
+    gathered = run(tmp_path / "parts", videos=1)
     assert read_episodes(tmp_path / "parts") == read_episodes(tmp_path / "whole")
     assert gathered["ablations"] == whole["ablations"]
-    films = {path.name for path in (tmp_path / "whole" / "videos").iterdir()}
-    assert {path.name for path in (tmp_path / "parts" / "videos").iterdir()} == films
+    videos = {path.name for path in (tmp_path / "whole" / "videos").iterdir()}
+    assert {path.name for path in (tmp_path / "parts" / "videos").iterdir()} == videos
 
 
 def test_both_averages_of_a_grouped_suite_are_reported(tmp_path):
@@ -53,9 +53,9 @@ def test_both_averages_of_a_grouped_suite_are_reported(tmp_path):
 
 
 def test_shards_of_other_settings_are_not_gathered(tmp_path):
-    play(tmp_path / "parts", Shard(0, 2))
+    run(tmp_path / "parts", Shard(0, 2))
     with pytest.raises(OtherRunError, match=r"episodes_per_task \(stored: 7, received: 3\)"):
-        play(tmp_path / "parts", episodes_per_task=3)
+        run(tmp_path / "parts", episodes_per_task=3)
 
 
 def test_a_shard_that_does_not_exist_and_an_ablation_across_rows_are_refused(tmp_path):
@@ -76,7 +76,7 @@ def test_two_evaluations_do_not_write_into_one_folder(tmp_path):
     evaluate(tmp_path / "run")
 
 
-def test_an_ablation_across_rows_is_played_from_its_beginning_after_an_interruption(tmp_path):
+def test_an_ablation_across_rows_runs_from_its_beginning_after_an_interruption(tmp_path):
     class Interrupted(GoalSeeker):
         def chunk(self, batch, noise):
             if len(self.batches) == 6:

@@ -14,7 +14,7 @@ CAMERAS = ("observation.images.image", "observation.images.image2")
 
 
 class Fidgeter:
-    """Moves at random, a little differently with each picture: a stand-in whose episodes all differ."""
+    """Moves at random, a little differently with each frame: a stand-in whose episodes all differ."""
 
     reads_frames = True
     noise_shape = (8, 7)
@@ -28,7 +28,7 @@ class Fidgeter:
         return np.clip(noise * brightness[:, None, None], -1, 1).astype(np.float32)
 
 
-def play(folder, processes, interrupt_after=None):
+def run(folder, processes, interrupt_after=None):
     settings = EvaluationSettings(
         "lift_wide", episodes_per_task=4, num_envs=2, processes=processes, videos=0, latency_calls=1
     )
@@ -51,10 +51,10 @@ def play(folder, processes, interrupt_after=None):
 
 @pytest.mark.slow
 def test_robosuite_episodes_depend_on_neither_processes_nor_interruptions(tmp_path):
-    alone = play(tmp_path / "one", 1)
+    alone = run(tmp_path / "one", 1)
     assert len({result.final_hash for result in alone}) == 4
-    assert play(tmp_path / "two", 2) == alone
+    assert run(tmp_path / "two", 2) == alone
     with pytest.raises(KeyboardInterrupt):
-        play(tmp_path / "killed", 2, interrupt_after=20)
+        run(tmp_path / "killed", 2, interrupt_after=20)
     assert 0 < len(read_episodes(tmp_path / "killed")) < 4
-    assert play(tmp_path / "killed", 1) == alone
+    assert run(tmp_path / "killed", 1) == alone

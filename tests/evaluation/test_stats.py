@@ -57,7 +57,7 @@ def test_mcnemar_is_the_exact_sign_test_on_disagreements(first, second):
     assert mcnemar_exact(first, second) == pytest.approx(expected, rel=1e-9)
 
 
-def test_mcnemar_survives_thousands_of_disagreements():
+def test_mcnemar_is_exact_for_thousands_of_disagreements():
     assert mcnemar_exact(3000, 3000) == 1.0
     assert 0 < mcnemar_exact(1100, 900) < 1e-4
 

@@ -1,6 +1,6 @@
 """A simulator small enough for tests.
 
-A point has to be moved to a goal that only the camera sees. Worker processes import this file by name.
+A point has to be moved to a goal that only the camera shows. Worker processes import this file by name.
 """
 
 import sys
@@ -62,7 +62,7 @@ class PointWorld:
 
     def render(self):
         if not self._render:
-            raise RuntimeError("rendered without being asked to")
+            raise RuntimeError("rendered although render=False")
         frame = np.zeros((self._size, self._size, 3), np.uint8)
         column, row = ((self._goal + 1) / 2 * (self._size - 1)).round().astype(int)
         frame[row, column] = 255
@@ -99,7 +99,7 @@ class TestPointWorld:
         np.testing.assert_array_equal(world.simulator_state(), state)
         np.testing.assert_array_equal(world.render(), frame)
 
-    def test_the_same_seed_gives_the_same_episode_whatever_was_played_before(self):
+    def test_the_same_seed_gives_the_same_episode_whatever_ran_before(self):
         fresh, used = (make("near", 0, frame_size=16, rendering="fast", render=False) for _ in range(2))
         used.reset(seed=1)
         used.step_blindly(np.ones(2))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
@@ -88,7 +88,7 @@ def comparison_notes(
 
 def comparison_table(comparison: dict[str, dict[str, Any]], *, markdown: bool = False) -> str:
     """Return a comparison of two evaluations as text or Markdown, a line for each task and one for all."""
-    shown = comparison if len(comparison) > 2 else {"all": comparison["all"]}
+    chosen = comparison if len(comparison) > 2 else {"all": comparison["all"]}
     rows = [
         (
             task,
@@ -99,12 +99,12 @@ def comparison_table(comparison: dict[str, dict[str, Any]], *, markdown: bool = 
             f"[{100 * row['ci_low']:+.1f}, {100 * row['ci_high']:+.1f}]",
             f"{row['mcnemar_p']:.3g} ({row['only_first']}:{row['only_second']})",
         )
-        for task, row in shown.items()
+        for task, row in chosen.items()
     ]
     if markdown:
         head = ("task", "episodes", "first, %", "second, %", "difference [95% interval]", "McNemar p")
         return _markdown_table([head, *((*row[:4], f"{row[4]} {row[5]}", row[6]) for row in rows)])
-    width = max(len(task) for task in ("task", *shown))
+    width = max(len(task) for task in ("task", *chosen))
     head = ("task", "episodes", "first", "second", "difference", "95% interval", "McNemar p")
     lines = [head, *((*row[:2], *(f"{percent}%" for percent in row[2:5]), *row[5:]) for row in rows)]
     return "\n".join(
@@ -116,12 +116,7 @@ def comparison_table(comparison: dict[str, dict[str, Any]], *, markdown: bool = 
 def _differing_conditions(
     names: tuple[str, str], pairs: Mapping[str, tuple[Settings, Settings]]
 ) -> list[str]:
-    """Return one sentence for each condition that the two sides of a comparison do not share.
-
-    Args:
-        names: Names of the first and the second side.
-        pairs: Settings of the first and of the second evaluation by place.
-    """
+    """Return one sentence for each condition that the first and the second settings of a place differ in."""
     found: dict[str, list[str]] = {}
     for place, settings in pairs.items():
         for name in CONDITIONS if all(settings) else ():
@@ -156,21 +151,23 @@ def _read_ablation(folder: Path, ablation: str) -> list[EpisodeResult]:
     return sorted(chosen, key=lambda result: result.key)
 
 
-def _require_same_episodes(one: Sequence[EpisodeResult], two: Sequence[EpisodeResult]) -> None:
-    """Refuse to pair episodes, both sorted by key, that are not the same ones."""
+def _require_same_episodes(
+    one: Sequence[EpisodeResult], two: Sequence[EpisodeResult], place: str = ""
+) -> None:
+    """Refuse to pair episodes, both sorted by key, that are not the same ones; `place` begins the message."""
     first, second = ({(r.suite, *r.key) for r in results} for results in (one, two))
     if first != second:
         raise UnpairedRunsError(
-            f"the runs are not of the same episodes: {len(first - second)} only in the first, "
+            f"{place}the runs are not of the same episodes: {len(first - second)} only in the first, "
             f"{len(second - first)} only in the second, {len(first & second)} in both. Evaluate both with "
             "the same suite, tasks and episodes_per_task, to the end"
         )
     for a, b in zip(one, two, strict=True):
         if (a.seed, a.initial_hash) != (b.seed, b.initial_hash):
             raise UnpairedRunsError(
-                f"episode {a.index} of {a.task} did not start alike: seed {a.seed}, state {a.initial_hash} "
-                f"in the first run, seed {b.seed}, state {b.initial_hash} in the second; evaluate both with "
-                "the same seed and the same simulator versions"
+                f"{place}episode {a.index} of {a.task} did not start alike: seed {a.seed}, state "
+                f"{a.initial_hash} in the first run, seed {b.seed}, state {b.initial_hash} in the second; "
+                "evaluate both with the same seed and the same simulator versions"
             )
 
 
@@ -201,10 +198,10 @@ def read_policies(folders: Sequence[Path], ablations: Sequence[str]) -> list[Pol
         ValueError: If two are one folder under one ablation; see `read_policy`.
     """
     _require_distinct(folders, ablations)
-    suffixes = ["" if ablation == "none" else f" ({ablation})" for ablation in ablations]
-    names = [folder.resolve().name + suffix for folder, suffix in zip(folders, suffixes, strict=True)]
-    if len(set(names)) < len(names):
-        names = [f"{folder}{suffix}" for folder, suffix in zip(folders, suffixes, strict=True)]
+    names = [folder.resolve().name for folder in folders]
+    pairs = list(zip(names, ablations, strict=True))
+    names = [str(folder) for folder in folders] if len(set(pairs)) < len(pairs) else names
+    names = [n if of == "none" else f"{n} ({of})" for n, of in zip(names, ablations, strict=True)]
     return [read_policy(*policy) for policy in zip(folders, ablations, names, strict=True)]
 
 
@@ -223,8 +220,7 @@ def read_policy(folder: Path, ablation: str, name: str) -> PolicyRuns:
     """
     evaluations = evaluations_below(folder)
     if not evaluations:
-        is_evaluation = (folder / EPISODES_FILE).is_file()
-        kind = "is one evaluation itself" if is_evaluation else "holds no evaluation"
+        kind = "is one evaluation itself" if (folder / EPISODES_FILE).is_file() else "holds no evaluation"
         raise FileNotFoundError(
             f"{folder} {kind}; expected the folder of a policy, with <seed>/<suite>/{EPISODES_FILE} in it"
         )
@@ -269,16 +265,13 @@ def _require_separate_trainings(policy: PolicyRuns) -> None:
         if one[1] != other[1]:
             continue  # one training run may have evaluations in many suites
         places = " and ".join(f"{policy.folder}/{'/'.join(key)}" for key in (one, other))
-        # Equal down to the last simulator state: no two training runs act like that.
-        if policy.runs[one] == policy.runs[other]:
+        hashes = [policy.settings[key].get("checkpoint_sha256") for key in (one, other)]
+        # Equal episodes are equal down to the last simulator state: no two training runs act like that.
+        is_copy = policy.runs[one] == policy.runs[other]
+        if is_copy or (hashes[0] is not None and hashes[0] == hashes[1]):
+            found = "the same episodes" if is_copy else f"of one checkpoint ({hashes[0]})"
             raise ValueError(
-                f"{places} are the same episodes; expected one training run in each seed's folder"
-            )
-        checkpoint = policy.settings[one].get("checkpoint_sha256")
-        if checkpoint is not None and checkpoint == policy.settings[other].get("checkpoint_sha256"):
-            raise ValueError(
-                f"{places} are of one checkpoint ({checkpoint}); expected one training run in each seed's "
-                "folder: move one of them away"
+                f"{places} are {found}; expected one training run in each seed's folder: move one away"
             )
 
 
@@ -331,12 +324,8 @@ def difference(first: PolicyRuns, second: PolicyRuns, row: str) -> Difference | 
     if not seeds:
         return None
     for key in ((seed, suite) for seed in seeds for suite in suites):
-        try:
-            _require_same_episodes(first.runs[key], second.runs[key])
-        except UnpairedRunsError as error:
-            raise UnpairedRunsError(
-                f"{'/'.join(key)} of {first.name} (first) and {second.name} (second): {error}"
-            ) from error
+        place = f"{'/'.join(key)} of {first.name} (first) and {second.name} (second): "
+        _require_same_episodes(first.runs[key], second.runs[key], place)
     one, two = ([_solved(policy, suite, seeds) for suite in suites] for policy in (first, second))
     changes = [a.astype(int) - b.astype(int) for a, b in zip(one, two, strict=True)]  # each [k n]
     by_state = [change.mean(axis=0) for change in changes]
@@ -423,9 +412,10 @@ def compare_policies(policies: Sequence[PolicyRuns]) -> Comparison:
     *others, reference = policies
     for policy in others:
         if not policy.runs.keys() & reference.runs.keys():
+            first, second = (", ".join(map("/".join, of.runs)) for of in (policy, reference))
             raise UnpairedRunsError(
                 f"{policy.folder} and {reference.folder} have no <seed>/<suite> in common: the first has "
-                f"{_places(policy.runs)}; the second has {_places(reference.runs)}"
+                f"{first}; the second has {second}"
             )
     present = {suite for policy in policies for _, suite in policy.runs}
     known = [suite for suites in AVERAGES.values() for suite in suites if suite in present]
@@ -475,8 +465,8 @@ def _text_table(cells: Sequence[Sequence[str]]) -> str:
 
 def _rows_by_suite(comparison: Comparison) -> list[list[str]]:
     first, second = comparison.policies
-    head = ["suite", "seeds x episodes", first.name, second.name, "difference", "McNemar", "by seed"]
-    cells = [
+    cells = [["suite", "seeds x episodes", first.name, second.name, "difference", "McNemar", "by seed"]]
+    cells += [
         [
             row,
             _count(value.first),
@@ -488,7 +478,7 @@ def _rows_by_suite(comparison: Comparison) -> list[list[str]]:
         ]
         for row, value in comparison.differences[first.name].items()
     ]
-    return [head, *cells]
+    return cells
 
 
 def _rows_by_policy(comparison: Comparison) -> list[list[list[str]]]:
@@ -545,10 +535,6 @@ def _notes_on_averages(comparison: Comparison, policy: PolicyRuns) -> list[str]:
 
 def _missing(here: PolicyRuns, there: PolicyRuns) -> list[str]:
     return ["/".join(key) for key in here.runs if key not in there.runs]
-
-
-def _places(runs: Iterable[RunKey]) -> str:
-    return ", ".join("/".join(key) for key in runs)
 
 
 def _count(value: Success) -> str:

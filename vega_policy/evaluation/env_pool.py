@@ -1,4 +1,4 @@
-"""Pool of worker processes that run the environments, seen from the main process."""
+"""Pool of worker processes that run the environments: the side of the main process."""
 
 from __future__ import annotations
 
