@@ -1,0 +1,80 @@
+"""Demonstrations as states: files return what was written, and the shipped ones are complete and readable."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from envs.demos.states import RESOLUTION, StateEpisode, read_header, read_states, write_states
+
+SHIPPED = Path(__file__).parents[2] / "assets" / "demonstrations" / "libero"
+INSTANTS = {"libero_spatial": 57952, "libero_object": 66128, "libero_goal": 66532, "libero_10": 126213}
+
+
+def make_episode(task=0, length=7, seed=0):
+    rng = np.random.default_rng(seed)
+    values = {
+        name: rng.normal(size=(length, width)).cumsum(axis=0)
+        for name, width in zip(RESOLUTION, (5, 4, 3, 3, 2), strict=True)
+    }
+    for name in ("actions", "executed", "proprioception"):
+        values[name] = values[name].astype(np.float32)
+    return StateEpisode(task, seed, 1, initial=rng.normal(size=11), **values)
+
+
+def test_a_file_returns_trajectories_to_their_resolution_and_initial_states_exactly(tmp_path):
+    file, episodes = (
+        tmp_path / "a.safetensors",
+        [make_episode(0, 7, 1), make_episode(0, 9, 2), make_episode(3, 4, 3)],
+    )
+    write_states(file, "lift", [episodes[2], *episodes[:2]], {"why": "test"})
+    header = read_header(file)
+    assert (header["suite"], header["origin"]) == ("lift", {"why": "test"})
+    assert [entry["length"] for entry in header["episodes"]] == [7, 9, 4]
+    for episode, read in zip(episodes, read_states(file), strict=True):
+        assert (read.task, read.seed, read.attempts) == (episode.task, episode.seed, episode.attempts)
+        assert np.array_equal(read.initial, episode.initial)
+        for name, unit in RESOLUTION.items():
+            expected = getattr(episode, name)
+            np.testing.assert_allclose(getattr(read, name), expected, atol=0.51 * unit + 1e-6, rtol=0)
+    assert [read.task for read in read_states(file, tasks=[3])] == [3]
+
+
+def test_a_full_state_is_time_positions_velocities_and_the_rest_of_the_first_state():
+    episode = make_episode()
+    state = episode.state(2)
+    assert np.array_equal(state[1:6], episode.positions[2])
+    assert np.array_equal(state[6:10], episode.velocities[2])
+    assert (state[0], state[10]) == (episode.initial[0], episode.initial[10])
+
+
+def test_other_files_and_values_that_are_not_finite_are_refused(tmp_path):
+    (tmp_path / "text.safetensors").write_bytes(b"not a safetensors file")
+    with pytest.raises(ValueError, match="expected a file of demonstrations as states"):
+        read_header(tmp_path / "text.safetensors")
+    with pytest.raises(ValueError, match="0/positions: expected finite values"):
+        write_states(tmp_path / "a", "lift", [replace(make_episode(), positions=np.full((7, 5), np.nan))], {})
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("suite", INSTANTS)
+def test_a_shipped_file_holds_fifty_demonstrations_of_each_task(suite):
+    header = read_header(SHIPPED / f"{suite}.safetensors")
+    assert header["suite"] == suite
+    tasks = [entry["task"] for entry in header["episodes"]]
+    assert tasks == [task for task in range(10) for _ in range(50)]
+    assert sum(entry["length"] for entry in header["episodes"]) == INSTANTS[suite]
+
+
+def test_a_shipped_demonstration_has_the_shapes_of_libero():
+    episode = read_states(SHIPPED / "libero_object.safetensors", tasks=[0])[0]
+    assert len(episode) == 132
+    assert episode.initial.shape == (379,)
+    assert episode.positions.shape == (132, 58)
+    assert episode.velocities.shape == (132, 51)
+    assert episode.actions.shape == episode.executed.shape == (132, 7)
+    assert episode.proprioception.shape == (132, 8)
+    assert np.abs(episode.executed).max() <= 1.0
+    assert not np.array_equal(episode.actions, episode.executed)  # noise 0.2 on the executed ones
+    np.testing.assert_allclose(episode.state(0), episode.initial, atol=1e-3)
