@@ -1,24 +1,53 @@
-"""Random shifts of training frames, drawn for whole batches, so that cached frames are shifted as well.
+"""Augmentation of training batches on the device: random shifts, colour jitter and state dropout.
 
-LeRobot's image transforms act on single frames where videos are decoded, which a cache skips.
+Draws are made for whole batches, so that cached frames are augmented as well; LeRobot's image transforms act
+on single frames where videos are decoded, which a cache skips. They are a pure function of seed and batch
+number, as the order of samples is: a resumed run needs no state, and several processes draw what one would
+draw for all their samples.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vega_policy.data.dataset import STATE, DatasetConfig
+
 FRAMES = "vega.frames"
+GREY = (0.299, 0.587, 0.114)
+"""Weights of red, green and blue in grey (ITU-R BT.601)."""
+YIQ = (GREY, (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112))
+"""Rows of the transform from red, green and blue to grey and two colour differences."""
+
+
+def make_augmentations(
+    config: DatasetConfig, cameras: Sequence[str], *, seed: int, rank: int = 0, world: int = 1
+) -> "list[Augmentation]":
+    """Return the augmentations that are on, in the order in which they apply, for one of `world` processes.
+
+    `cameras` are in the order of a cache's views. An augmentation maps a pre-processed batch and its number
+    in the run, from 0, to a batch. Frames lie under camera keys, [b ... 3 h w], or are those of a cache,
+    uint8 [b v 3 h w].
+    """
+    draws = {"seed": seed, "rank": rank, "world": world}
+    augmentations: list[Augmentation] = []
+    if config.shift:
+        augmentations.append(RandomShift(config.shift, cameras, **draws))
+    jitter = (config.brightness, config.contrast, config.saturation, config.hue)
+    if any(jitter):
+        augmentations.append(ColorJitter(*jitter, cameras, **draws))
+    if config.state_dropout:
+        augmentations.append(StateDropout(config.state_dropout, **draws))
+    return augmentations
 
 
 class RandomShift:
     """Shift each view of each sample by whole pixels, up to `most` each way, repeating the frame's edge.
 
     A policy that learns from few demonstrations then cannot rely on single pixels (Kostrikov, Yarats and
-    Fergus, "Image Augmentation Is All You Need", 2021, section 3.1: four pixels of 84). The shifts are a pure
-    function of seed and batch number, as the order of samples is: a resumed run needs no state, and several
-    processes draw what one would draw for all their samples. `cameras` are in the order of a cache's views.
+    Fergus, "Image Augmentation Is All You Need", 2021, section 3.1: four pixels of 84).
     """
 
     def __init__(
@@ -27,12 +56,7 @@ class RandomShift:
         self._most, self._cameras, self._seed, self._rank, self._world = most, cameras, seed, rank, world
 
     def __call__(self, batch: dict[str, Any], number: int) -> dict[str, Any]:
-        """Return a pre-processed batch with shifted frames.
-
-        Args:
-            batch: Frames under camera keys, [b ... 3 h w], or those of a cache, uint8 [b v 3 h w].
-            number: Number of the batch in the run, from 0.
-        """
+        """Return a batch with shifted frames."""
         if FRAMES in batch:
             frames = batch[FRAMES]
             shifts = self.draw(len(frames), number).to(frames.device)
@@ -51,6 +75,60 @@ class RandomShift:
         return shifts[self._rank * samples :][:samples]
 
 
+class ColorJitter:
+    """Change brightness, contrast, saturation and hue of each sample, all its views alike.
+
+    Factors are uniform in [1 - x, 1 + x], the turn of the hue in [-x, x], with x the argument of that name.
+    """
+
+    def __init__(
+        self,
+        brightness: float,
+        contrast: float,
+        saturation: float,
+        hue: float,
+        cameras: Sequence[str],
+        *,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        self._most = torch.tensor([brightness, contrast, saturation, hue])
+        self._cameras, self._seed, self._rank, self._world = cameras, seed, rank, world
+
+    def __call__(self, batch: dict[str, Any], number: int) -> dict[str, Any]:
+        """Return a batch with frames of other colours."""
+        keys = [FRAMES] if FRAMES in batch else self._cameras
+        return batch | {key: jitter_frames(batch[key], self.draw(len(batch[key]), number)) for key in keys}
+
+    def draw(self, samples: int, number: int) -> Tensor:
+        """Return factors of brightness, contrast and saturation and turns of hue of each sample, [b 4]."""
+        uniform = 2 * _uniform(self._world * samples, 4, self._seed, number, salt=1) - 1
+        own = uniform[self._rank * samples :][:samples]
+        return own * self._most + torch.tensor([1.0, 1.0, 1.0, 0.0])
+
+
+class StateDropout:
+    """Set the whole normalised proprioceptive state of a sample to zero with some probability."""
+
+    def __init__(self, probability: float, *, seed: int, rank: int = 0, world: int = 1) -> None:
+        self._probability, self._seed, self._rank, self._world = probability, seed, rank, world
+
+    def __call__(self, batch: dict[str, Any], number: int) -> dict[str, Any]:
+        """Return a batch in which some states [b ... s] are zero."""
+        state = batch[STATE]
+        dropped = self.draw(len(state), number).to(state.device)
+        return batch | {STATE: state.masked_fill(dropped.view(-1, *[1] * (state.ndim - 1)), 0.0)}
+
+    def draw(self, samples: int, number: int) -> Tensor:
+        """Return which samples have their state dropped, bool [b]."""
+        uniform = _uniform(self._world * samples, 1, self._seed, number, salt=2)[:, 0]
+        return uniform[self._rank * samples :][:samples] < self._probability
+
+
+Augmentation = RandomShift | ColorJitter | StateDropout
+
+
 def shift_frames(frames: Tensor, shifts: Tensor) -> Tensor:
     """Shift frames [b ... h w] of any type by pixels [b 2], down and right, repeating their edges."""
     height, width = frames.shape[-2:]
@@ -62,3 +140,42 @@ def shift_frames(frames: Tensor, shifts: Tensor) -> Tensor:
     samples = torch.arange(len(frames), device=frames.device)[:, None, None]
     shifted = planes[samples, :, rows[:, :, None], columns[:, None, :]]  # [b h w m]
     return shifted.movedim(-1, 1).reshape(frames.shape)
+
+
+def jitter_frames(frames: Tensor, factors: Tensor) -> Tensor:
+    """Change the colours of frames [b ... 3 h w], uint8 or floating-point in [0, 1]; the type is kept.
+
+    The change is one affine map of colours, scaling about black (brightness), each pixel's grey (saturation)
+    and a view's mean grey (contrast), and a rotation of the colour differences (hue). `factors` [b 4] are
+    those of brightness, contrast and saturation, and turns of hue, on the CPU.
+    """
+    is_uint8 = frames.dtype == torch.uint8
+    views = frames.reshape(len(frames), -1, 3, frames.shape[-2] * frames.shape[-1])  # [b m 3 n]
+    pixels = views.float() / 255 if is_uint8 else views
+    matrix = color_matrices(factors)[:, None].to(pixels)  # [b 1 3 3]
+    mean = (matrix @ pixels.mean(dim=3, keepdim=True)).flatten(2)  # [b m 3]
+    grey = mean @ torch.tensor(GREY).to(pixels)  # [b m]
+    contrast = factors[:, 1].to(pixels)
+    offset = (1 - contrast[:, None]) * grey  # [b m]
+    jittered = torch.addcmul(offset[:, :, None, None], contrast[:, None, None, None], matrix @ pixels)
+    jittered = jittered.clamp_(0, 1)
+    jittered = jittered.mul_(255).round_().to(torch.uint8) if is_uint8 else jittered
+    return jittered.reshape(frames.shape)
+
+
+def color_matrices(factors: Tensor) -> Tensor:
+    """Return the matrices of brightness, saturation and hue over red, green and blue, [b 4] -> [b 3 3]."""
+    brightness, _, saturation, hue = factors.double().unbind(dim=1)
+    to_yiq = torch.tensor(YIQ, dtype=torch.float64)
+    cosine, sine = saturation * (2 * math.pi * hue).cos(), saturation * (2 * math.pi * hue).sin()
+    rotation = torch.zeros(len(factors), 3, 3, dtype=torch.float64)
+    rotation[:, 0, 0] = 1.0
+    rotation[:, 1, 1], rotation[:, 1, 2] = cosine, -sine
+    rotation[:, 2, 1], rotation[:, 2, 2] = sine, cosine
+    return (brightness[:, None, None] * (torch.linalg.inv(to_yiq) @ rotation @ to_yiq)).to(factors)
+
+
+def _uniform(rows: int, columns: int, seed: int, number: int, *, salt: int) -> Tensor:
+    """Return numbers in [0, 1) that follow from seed, batch number and salt, float32 [rows columns]."""
+    mixed = ((seed + 1) * 2_654_435_761 + number) * 4 + salt
+    return torch.rand(rows, columns, generator=torch.Generator().manual_seed(mixed % 2**63))

@@ -43,6 +43,13 @@ class DatasetConfig:
         shift: Largest random shift of training frames; 0 for none. In pixels of `policy.frame_size` with a
             cache, of the dataset's own frames without. It requires frames: cached features, and a cached
             prior beside cached frames, are those of unshifted frames.
+        brightness: Largest random change of brightness of training frames, a factor in [1 - x, 1 + x]; 0 for
+            none. This and the next three require frames as `shift` does.
+        contrast: The same of the contrast about a frame's mean grey.
+        saturation: The same of the saturation.
+        hue: Largest random turn of the hue, as a fraction of the colour circle, at most 0.5; 0 for none.
+        state_dropout: Probability that a training sample's whole normalised proprioceptive state is zero, in
+            [0, 1).
         video_backend: LeRobot's decoder, `pyav` or `torchcodec`.
         workers: Processes that decode videos during training; unused with a cache.
         cache: `none` decodes videos in every step; `disk` maps a cache of frames or features into memory;
@@ -58,6 +65,11 @@ class DatasetConfig:
     episodes: list[int] | None = None
     held_out: float = 0.0
     shift: int = 0
+    brightness: float = 0.0
+    contrast: float = 0.0
+    saturation: float = 0.0
+    hue: float = 0.0
+    state_dropout: float = 0.0
     video_backend: str = "pyav"
     workers: int = 2
     cache: str = "none"
@@ -70,16 +82,26 @@ class DatasetConfig:
             raise ValueError(f"dataset.cache: expected one of {', '.join(_CACHES)}; got {self.cache!r}.")
         if unknown := [stream for stream in self.cached if stream not in STREAMS]:
             raise ValueError(f"dataset.cached: expected one of {', '.join(STREAMS)}; got {unknown[0]!r}.")
-        if not 0.0 <= self.held_out < 1.0:
-            raise ValueError(f"dataset.held_out: expected a fraction in [0, 1); got {self.held_out}.")
+        for name in ("held_out", "brightness", "contrast", "saturation", "state_dropout"):
+            if not 0.0 <= (value := getattr(self, name)) < 1.0:
+                raise ValueError(f"dataset.{name}: expected a fraction in [0, 1); got {value}.")
+        if not 0.0 <= self.hue <= 0.5:
+            raise ValueError(f"dataset.hue: expected a fraction in [0, 0.5]; got {self.hue}.")
         if self.shift < 0:
             raise ValueError(f"dataset.shift must be at least 0; got {self.shift}.")
-        if self.shift and self.cache != "none" and ("frames" not in self.cached or "semantic" in self.cached):
-            raise ValueError(
-                f"dataset.shift={self.shift} needs frames in the cache and no semantic features; got "
-                f"dataset.cached={list(self.cached)}. Take [frames] (the prior sees shifted frames too), "
-                "[frames,prior] (faster; its features stay unshifted), or dataset.shift=0."
-            )
+        self._check_frames_are_cached()
+
+    def _check_frames_are_cached(self) -> None:
+        """Refuse augmentation of frames where the cache holds only features of them."""
+        if self.cache == "none" or ("frames" in self.cached and "semantic" not in self.cached):
+            return
+        for name in ("shift", "brightness", "contrast", "saturation", "hue"):
+            if value := getattr(self, name):
+                raise ValueError(
+                    f"dataset.{name}={value} needs frames in the cache and no semantic features; got "
+                    f"dataset.cached={list(self.cached)}. Take [frames] (the prior reads augmented frames "
+                    f"too), [frames,prior] (faster; the prior reads frames as they are), or dataset.{name}=0."
+                )
 
 
 def open_dataset(config: DatasetConfig, policy: "PreTrainedConfig") -> "LeRobotDataset":

@@ -53,7 +53,7 @@ class FlowHead(nn.Module):
         self.embed_time = nn.Sequential(Mlp(config.width, config.width, config.width), nn.SiLU())
         self.norm_context = nn.LayerNorm(context_width)
         self.blocks = nn.ModuleList(
-            DiTBlock(config.width, config.heads, context_width) for _ in range(config.depth)
+            DiTBlock(config.width, config.heads, context_width, config.dropout) for _ in range(config.depth)
         )
         self.output = nn.Sequential(nn.LayerNorm(config.width), nn.Linear(config.width, action_dim))
 
@@ -156,7 +156,8 @@ class L1Head(nn.Module):
         self.queries = nn.Parameter(0.02 * torch.randn(chunk_size, width))
         self.norm_context = nn.LayerNorm(context_width)
         self.blocks = nn.ModuleList(
-            CrossAttentionBlock(width, config.heads, context_width) for _ in range(config.depth)
+            CrossAttentionBlock(width, config.heads, context_width, config.dropout)
+            for _ in range(config.depth)
         )
         self.output = nn.Sequential(
             nn.LayerNorm(width),
@@ -228,8 +229,9 @@ class DiTBlock(nn.Module):
     starts as the identity (adaLN-zero; Peebles and Xie, arXiv 2212.09748).
     """
 
-    def __init__(self, width: int, heads: int, context_width: int) -> None:
+    def __init__(self, width: int, heads: int, context_width: int, dropout: float = 0.0) -> None:
         super().__init__()
+        self.dropout = nn.Dropout(dropout)
         self.norms = nn.ModuleList(nn.LayerNorm(width, elementwise_affine=False) for _ in range(3))
         self.attention = Attention(width, heads)
         self.cross_attention = Attention(width, heads, context_width)
@@ -249,15 +251,16 @@ class DiTBlock(nn.Module):
         parts = modulation[:, None].chunk(9, dim=-1)
         for i, branch in enumerate(branches):
             shift, scale, gate = parts[3 * i : 3 * i + 3]
-            tokens = tokens + gate * branch(self.norms[i](tokens) * (1 + scale) + shift)
+            tokens = tokens + gate * self.dropout(branch(self.norms[i](tokens) * (1 + scale) + shift))
         return tokens
 
 
 class CrossAttentionBlock(nn.Module):
     """Pre-norm transformer block over a chunk: self-attention, cross-attention to the context, MLP."""
 
-    def __init__(self, width: int, heads: int, context_width: int) -> None:
+    def __init__(self, width: int, heads: int, context_width: int, dropout: float = 0.0) -> None:
         super().__init__()
+        self.dropout = nn.Dropout(dropout)
         self.norm_self, self.norm_cross, self.norm_mlp = (nn.LayerNorm(width) for _ in range(3))
         self.attention = Attention(width, heads)
         self.cross_attention = Attention(width, heads, context_width)
@@ -265,9 +268,9 @@ class CrossAttentionBlock(nn.Module):
 
     def forward(self, tokens: Tensor, context: Tensor, mask: Tensor) -> Tensor:
         """Tokens [b t d], context [b s c], mask [b s] -> [b t d]."""
-        tokens = tokens + self.attention(self.norm_self(tokens))
-        tokens = tokens + self.cross_attention(self.norm_cross(tokens), context, mask)
-        return tokens + self.mlp(self.norm_mlp(tokens))
+        tokens = tokens + self.dropout(self.attention(self.norm_self(tokens)))
+        tokens = tokens + self.dropout(self.cross_attention(self.norm_cross(tokens), context, mask))
+        return tokens + self.dropout(self.mlp(self.norm_mlp(tokens)))
 
 
 class ResidualMlp(nn.Module):

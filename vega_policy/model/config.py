@@ -170,6 +170,7 @@ class ActionHeadConfig:
     steps: int = 10  # integration steps from noise to actions
     time_power: float = 1.5  # training times are Beta(time_power, 1); above 1 prefers noise (pi0: 1.5)
     state: bool = True  # False: the policy gets a state of zeros
+    dropout: float = 0.0  # on each branch of the blocks, in [0, 1)
 
     def __post_init__(self) -> None:
         if self.width % self.heads or self.width % 2:
@@ -179,6 +180,8 @@ class ActionHeadConfig:
             )
         if self.steps < 1:
             raise ValueError(f"head.steps must be at least 1; got {self.steps}.")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"head.dropout: expected a probability in [0, 1); got {self.dropout}.")
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The training loop: optimizer steps, and measurements, checkpoints and evaluations where they are due."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from torch import Tensor, nn
 
 from vega_policy.checkpoints import add_scores, checkpoint_path, prune_checkpoints, read_scores
-from vega_policy.data.augmentation import RandomShift
+from vega_policy.data.augmentation import make_augmentations
 from vega_policy.data.dataset import FrameTable
 from vega_policy.data.loader import Batch, ShuffledRows, Source
 from vega_policy.training.checkpoint import Origin, TrainState, rng_state, save_checkpoint, snapshot
@@ -46,14 +46,6 @@ class TrainData:
         return f"{config.dataset.repo_id}, {len(self.rows)} frames{held}, metadata {self.metadata}"
 
 
-def make_random_shift(
-    config: TrainConfig, cameras: Sequence[str], rank: int, world: int
-) -> RandomShift | None:
-    """Return the augmentation of one of `world` processes, None without `dataset.shift`."""
-    most = config.dataset.shift
-    return RandomShift(most, cameras, seed=config.seed, rank=rank, world=world) if most else None
-
-
 class Trainer:
     """Makes optimizer steps until the run, or this start of it, is complete.
 
@@ -82,7 +74,9 @@ class Trainer:
         self.weights = trainable(state.policy)
         self._clip_norm = state.policy.config.get_optimizer_preset().grad_clip_norm
         cameras = list(state.policy.config.image_features)
-        self._shift = make_random_shift(config, cameras, rank, world)
+        self._augmentations = make_augmentations(
+            config.dataset, cameras, seed=config.seed, rank=rank, world=world
+        )
         state.policy.train()
         self._model = self._wrap()
         self._captured: CapturedStep | None = None
@@ -154,8 +148,8 @@ class Trainer:
         for number in range(rounds):
             with progress.waiting():
                 batch = self.prepare(next(batches))
-            if self._shift is not None:
-                batch = self._shift(batch, (step - 1) * rounds + number)
+            for augment in self._augmentations:
+                batch = augment(batch, (step - 1) * rounds + number)
             noise, time = self.state.policy.sample_noise_and_time(
                 batch["action"], self.state.generator, rank, world
             )
