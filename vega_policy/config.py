@@ -61,7 +61,7 @@ def _check_nested(cls: Any, value: Any, path: str) -> None:
             raise ValueError(f"{path}.type: expected one of {known}; got {value.get('type')!r}.")
         rest = {name: kept for name, kept in value.items() if name != "type"}
         check_fields(cls.get_choice_class(value["type"]), rest, f"{path}.")
-    elif is_dataclass(cls):
+    elif isinstance(cls, type) and is_dataclass(cls):
         if not isinstance(value, Mapping):
             known = ", ".join(field.name for field in fields(cls))
             raise ValueError(f"{path}: expected a group of fields ({known}); got {value!r}.")

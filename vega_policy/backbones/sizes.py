@@ -154,7 +154,7 @@ def without_weights(
     published = ARCHITECTURES[config.name]
     architecture = AutoConfig.for_model(published.model_type, **published.fields)
     side, token = published.grid_side(frame_size), architecture.image_token_id
-    encoder = Placeholders(views, side, token) if prompts is None else prompts(side, token)
+    encoder: Any = Placeholders(views, side, token) if prompts is None else prompts(side, token)
     with torch.device(device):
         model = AutoModelForImageTextToText.from_config(architecture, dtype=getattr(torch, config.dtype))
         return VisionLanguageBackbone(model.base_model, encoder, config, state_dim)

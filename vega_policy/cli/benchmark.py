@@ -92,8 +92,12 @@ def _deployment(options: SimpleNamespace) -> Iterator[dict[str, Any]]:
         for name, file in options.logs.items():
             yield latency.summarize_log(name, Path(file), options.episodes)
     elif options.part == "server":
-        paths = [None if file is None else Path(file) for file in (options.token_file, options.ca_file)]
-        address = ServerAddress(options.url, *paths)
+        token, certificate = options.token_file, options.ca_file
+        address = ServerAddress(
+            options.url,
+            None if token is None else Path(token),
+            None if certificate is None else Path(certificate),
+        )
         yield from latency.benchmark_server(address, clients=options.clients, seconds=options.seconds)
     elif options.checkpoint is None:
         raise ValueError(

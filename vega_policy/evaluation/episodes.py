@@ -37,22 +37,27 @@ class TaskDescription(Protocol):
     @property
     def suite(self) -> str:
         """Name of the suite."""
+        ...
 
     @property
     def index(self) -> int:
         """Position in the suite, from 0."""
+        ...
 
     @property
     def name(self) -> str:
         """Short name."""
+        ...
 
     @property
     def official_states(self) -> int:
         """Number of official initial states; 0 where there are none."""
+        ...
 
     @property
     def group(self) -> str:
         """Group of the task (Meta-World's difficulty), else empty."""
+        ...
 
 
 EpisodeKey = tuple[int, int]

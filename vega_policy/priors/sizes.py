@@ -102,7 +102,9 @@ def build_networks(name: str, device: str = "meta") -> dict[str, Any]:
 
 
 def _build(cls: Any, options: dict[str, Any]) -> nn.Module:
-    return cls(cls.config_class(**options)) if issubclass(cls, PreTrainedModel) else cls(**options)
+    is_transformers = issubclass(cls, PreTrainedModel)  # those take a config, diffusers' take its fields
+    make_config: Any = cls.config_class if is_transformers else None
+    return cls(make_config(**options)) if is_transformers else cls(**options)
 
 
 def published_sizes(name: str) -> dict[str, int]:

@@ -257,7 +257,9 @@ def fix_single_token(unet: nn.Module) -> int:
     """Replace every cross-attention by what it is on a single token, in place; return their number."""
     children = [(parent, *child) for parent in unet.modules() for child in parent.named_children()]
     attentions = [
-        place for place in children if isinstance(place[2], Attention) and place[2].is_cross_attention
+        (parent, name, child)
+        for parent, name, child in children
+        if isinstance(child, Attention) and child.is_cross_attention
     ]
     for parent, name, attention in attentions:
         setattr(parent, name, SingleToken(attention))

@@ -73,8 +73,10 @@ class SelfAttention(nn.Module):
             rotate(self._split_heads(functional.rms_norm(x.float(), x.shape[-1:], gain, self.eps)), rotary)
             for x, gain in ((query, self.norms[0]), (key, self.norms[1]))
         )
-        heads = (x.to(tokens.dtype).transpose(1, 2) for x in (query, key, self._split_heads(value)))
-        mixed = functional.scaled_dot_product_attention(*heads)
+        query, key, value = (
+            x.to(tokens.dtype).transpose(1, 2) for x in (query, key, self._split_heads(value))
+        )
+        mixed = functional.scaled_dot_product_attention(query, key, value)
         return self.out(mixed.transpose(1, 2).flatten(2))
 
     def _split_heads(self, x: Tensor) -> Tensor:
