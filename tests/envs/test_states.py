@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import envs
 from envs.demos.states import RESOLUTION, StateEpisode, read_header, read_states, write_states
 
 SHIPPED = Path(__file__).parents[2] / "assets" / "demonstrations" / "libero"
@@ -78,3 +79,16 @@ def test_a_shipped_demonstration_has_the_shapes_of_libero():
     assert np.abs(episode.executed).max() <= 1.0
     assert not np.array_equal(episode.actions, episode.executed)  # noise 0.2 on the executed ones
     np.testing.assert_allclose(episode.state(0), episode.initial, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_a_shipped_demonstration_restores_and_succeeds_again():
+    episode = read_states(SHIPPED / "libero_object.safetensors", tasks=[0])[0]
+    env = envs.make("libero_object", 0, render=False)
+    env.reset_blindly(seed=episode.seed)  # places bodies that no simulator state holds
+    env.restore(episode.state(100))
+    np.testing.assert_allclose(env.observe()["agent_pos"], episode.proprioception[100], atol=1e-5, rtol=0)
+    env.restore(episode.initial)
+    outcomes = [env.step_blindly(action)[0] for action in episode.executed]
+    env.close()
+    assert outcomes[-1]
