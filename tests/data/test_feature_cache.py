@@ -67,7 +67,8 @@ def test_cached_frames_give_the_batches_of_decoded_videos(root, tmp_path):
         assert torch.equal(expected[key], found[key])
     assert expected["task"] == found["task"]
     live, stored = policy.observe(expected).frames, policy.observe(found).frames
-    torch.testing.assert_close(stored, live, atol=0.51 / 255, rtol=0)
+    assert stored.dtype == torch.uint8
+    torch.testing.assert_close(stored.float() / 255, live, atol=0.51 / 255, rtol=0)
 
 
 def test_datasets_of_pictures_are_read_like_those_of_videos(tmp_path):

@@ -90,7 +90,7 @@ def test_our_own_datasets_have_the_hubs_camera_names():
     assert MetaworldEnv.metadata["render_fps"] == 80
 
 
-@pytest.mark.parametrize("name", ["libero_hub", "metaworld_hub"])
+@pytest.mark.parametrize("name", ["libero", "metaworld_hub"])
 def test_the_hubs_datasets_have_a_config_that_says_that_they_were_not_reached(name):
     text = (CONFIGS / f"{name}.yaml").read_text()
     assert "ested on this schema only" in text

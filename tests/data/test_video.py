@@ -87,10 +87,10 @@ def test_little_is_held_ahead_and_who_stops_early_leaves_no_thread(merged, monke
     monkeypatch.setattr(frames, "STRETCH", 1)
     monkeypatch.setattr(frames, "HELD_BYTES", 3 * 3 * 32 * (32 + 48))  # three instants of both cameras
     begun = []
-    read = frames._read
-    monkeypatch.setattr(frames, "_read", lambda clips: begun.append(1) or read(clips))
+    read = frames.read_video
+    monkeypatch.setattr(frames, "read_video", lambda *clip: begun.append(1) or read(*clip))
     reader = frames_in_order(merged, list(CAMERAS), "pyav")
     next(reader)
-    assert len(begun) <= 3
+    assert 1 <= len(begun) <= 6  # three instants of two cameras
     reader.close()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("decoding")]

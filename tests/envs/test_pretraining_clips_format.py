@@ -131,7 +131,7 @@ def test_the_past_is_forgotten_between_episodes(policy):
 
 
 def test_single_frames_are_refused_where_a_history_is_read(policy):
-    with pytest.raises(ValueError, match="clip=history reads 5 frames of each camera; got 1"):
+    with pytest.raises(ValueError, match="clip=history expects 5 frames a camera; got 1"):
         policy.predict_action_chunk(batch())
 
 
