@@ -65,7 +65,7 @@ def test_every_command_of_the_docs_composes(words):
         overrides = [re.sub(r"^(\w+)=([^\[,]+),.*$", r"\1=\2", word) for word in overrides]
     refuse_unknown_options(overrides)
     if command.node is not None:
-        command._register()
+        command.register()
     overrides = [word for word in overrides if not word.startswith("machines=ray")]
     with initialize_config_dir(str(REPOSITORY / "configs"), version_base=None):
         compose(command.config, overrides=overrides)

@@ -60,14 +60,40 @@ class Command:
         given = list(sys.argv[1:] if arguments is None else arguments)
         sys.argv[1:] = with_positional(given, self.positional)
         refuse_unknown_options(sys.argv[1:])
-        self._register()
+        self.register()
+        if {"--help", "-h"} & {*given}:
+            print(self.help([word for word in sys.argv[1:] if not word.startswith("-")]))  # noqa: T201
+            return
         hydra.main(version_base=None, config_path=str(resource("configs")), config_name=self.config)(
             self._run
         )()
 
-    def _register(self) -> None:
-        examples = "".join(f"  {line}\n" for line in self.examples)
-        register_groups(f"{self.summary}\n\n{examples}")
+    def help(self, overrides: Sequence[str] = ()) -> str:
+        """Return the text of `--help`: examples, options of the groups, and fields with their values.
+
+        Hydra's own help composes once an option, which takes seconds.
+        """
+        with hydra.initialize_config_dir(str(resource("configs")), version_base=None):
+            config = hydra.compose(self.config, list(overrides), return_hydra_config=True)
+        choices = OmegaConf.to_container(config.hydra.runtime.choices)
+        assert isinstance(choices, dict)
+        groups = sorted(str(name) for name in choices if not str(name).startswith("hydra/"))
+        OmegaConf.set_struct(config, False)
+        del config.hydra
+        lines = [self.summary, "", *(f"  {line}" for line in self.examples)]
+        if groups:
+            lines += ["", "== Groups: NAME=OPTION =="]
+            lines += [f"{name}: {', '.join(group_options(name))}" for name in groups]
+        lines += [
+            "",
+            "== Fields: NAME=VALUE (with the values of this command line) ==",
+            OmegaConf.to_yaml(config),
+        ]
+        return "\n".join(lines)
+
+    def register(self) -> None:
+        """Store the generated options and, where no YAML file holds it, the root config."""
+        register_groups()
         if self.node is not None:
             defaults = ["command", *self.node.get("defaults", ()), "_self_"]
             node = {**self.node, "defaults": defaults}

@@ -23,26 +23,13 @@ SINGLE_TASK = ("lift", "lift_wide", "stack", "pick_place_can", "nut_assembly_squ
 SCENE_SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "lift_wide")
 
 
-HELP = """
-== Groups: NAME=OPTION ==
-$APP_CONFIG_GROUPS
-== Fields: NAME=VALUE (with the values that this command line gives) ==
-$CONFIG
-"""
-
-
-def register_groups(summary: str = "") -> None:
-    """Store all generated options in Hydra's ConfigStore, and the settings that every command shares.
-
-    Args:
-        summary: What `--help` prints before groups and fields.
-    """
+def register_groups() -> None:
+    """Store all generated options in Hydra's ConfigStore, and the settings that every command shares."""
     store = ConfigStore.instance()
     shared = {
         "run": {"dir": "."},  # no folder and no log file of Hydra's own
         "output_subdir": None,
         "job": {"chdir": False},
-        "help": {"template": summary.replace("$", "$$") + HELP},
     }
     defaults = [{"override hydra/job_logging": "stdout"}]
     store.store(name="command", node={"defaults": defaults, "hydra": shared}, package="_global_")
