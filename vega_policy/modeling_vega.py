@@ -14,17 +14,17 @@ from lerobot.policies.rtc.configuration_rtc import RTCConfig
 from lerobot.policies.rtc.modeling_rtc import RTCProcessor
 from lerobot.utils.constants import ACTION
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from vega_policy.configuration_vega import VegaConfig
 from vega_policy.model.cuda_graph import CapturedSteps
+from vega_policy.model.fusion import gate_weights
 from vega_policy.model.observation import Observation
 from vega_policy.model.rtc import RTCQueueAdapter, left_over
 from vega_policy.model.vega import VegaModel
 from vega_policy.priors import resolve
 from vega_policy.processor_vega import to_observation
-from vega_policy.training.optim import parameter_groups
 
 
 class VegaPolicy(PreTrainedPolicy):
@@ -338,3 +338,17 @@ def _blend(
     ]  # [t 1]
     kept = functional.pad(left, (0, 0, 0, chunk.shape[1] - left.shape[1]))
     return weights * kept.to(chunk) + (1 - weights) * chunk
+
+
+def parameter_groups(model: nn.Module, rate: float, gate_scale: float) -> list[Any]:
+    """Return the trainable parameters of a policy, in two groups if the gate has a rate of its own.
+
+    The second group is the gate's, whose rate is `gate_scale` times `rate`.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    gate = {id(weight) for weight in gate_weights(model)}
+    if gate_scale == 1 or not gate:
+        return trained
+    others = [parameter for parameter in trained if id(parameter) not in gate]
+    slow = [parameter for parameter in trained if id(parameter) in gate]
+    return [{"params": others}, {"params": slow, "lr": gate_scale * rate}]

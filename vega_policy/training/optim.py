@@ -2,14 +2,13 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from vega_policy.model.fusion import gate_weights
 from vega_policy.training.distributed import own_part, whole
 
 if TYPE_CHECKING:
@@ -93,20 +92,6 @@ def make_optimizer(policy: "VegaPolicy", steps: int) -> tuple[torch.optim.Optimi
         fused=True,
     )
     return optimizer, policy.config.get_scheduler_preset().build(optimizer, steps)
-
-
-def parameter_groups(model: nn.Module, rate: float, gate_scale: float) -> list[Any]:
-    """Return the trainable parameters of a policy, in two groups if the gate has a rate of its own.
-
-    The second group is the gate's, whose rate is `gate_scale` times `rate`.
-    """
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    gate = {id(weight) for weight in gate_weights(model)}
-    if gate_scale == 1 or not gate:
-        return trained
-    others = [parameter for parameter in trained if id(parameter) not in gate]
-    slow = [parameter for parameter in trained if id(parameter) in gate]
-    return [{"params": others}, {"params": slow, "lr": gate_scale * rate}]
 
 
 def learning_rates(optimizer: Optimizer) -> dict[str, float]:
