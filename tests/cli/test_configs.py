@@ -9,6 +9,7 @@ from itertools import cycle
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
@@ -16,6 +17,7 @@ from omegaconf import OmegaConf
 from tests.synthetic_dataset import write_dataset
 from vega_policy.backbones import BACKBONES
 from vega_policy.cli.app import (
+    Command,
     group_options,
     refuse_missing_fields,
     refuse_unknown_options,
@@ -154,6 +156,22 @@ def test_a_study_sweeps_one_field_over_seeds_and_every_value_is_one_field_away_f
         allowed = f"policy.{field}.name" if field in GROUPS else f"policy.{field}"
         assert changed <= {allowed} or group == "head", (value, changed)
         assert all(name.startswith(f"policy.{group}.") for name in changed)
+
+
+def test_an_error_of_a_library_keeps_its_traceback_and_one_of_ours_ends_in_a_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["command"])
+
+    def main(run):
+        return Command(config="failing", run=run, summary="", node={}).main
+
+    with pytest.raises(SystemExit) as stopped:  # Hydra prints the traceback and ends
+        main(lambda config: torch.zeros(2) @ torch.zeros(3))([])
+    assert stopped.value.code == 1
+    assert "Traceback" in capsys.readouterr().err
+    ours = "def run(config): raise RuntimeError('no room for the objects')"
+    exec(ours, module := {"__name__": "envs.example"})
+    with pytest.raises(SystemExit, match=r"^RuntimeError: no room for the objects$"):
+        main(module["run"])([])
 
 
 def test_arguments_without_an_equals_sign_fill_fields_in_order():

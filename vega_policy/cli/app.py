@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import logging
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +27,7 @@ logger = logging.getLogger(__name__)
 SEARCH_PATH_OPTIONS = ("--config-dir", "-cd", "--config-path", "-cp", "hydra.searchpath")
 """Arguments that add config folders; only Hydra knows the options there."""
 
-MISTAKES = (ValueError, OSError, RuntimeError, ImportError)
+MISTAKES = (ValueError, OSError, RuntimeError, ImportError, FloatingPointError)
 """Errors whose message suffices; `hydra.verbose=true` shows where they were raised."""
 
 
@@ -107,6 +108,8 @@ class Command:
         except KeyboardInterrupt:
             sys.exit("Interrupted. The same command resumes from what is finished.")
         except MISTAKES as error:
+            if isinstance(error, RuntimeError) and not is_own_error(error):
+                raise  # an error of torch, say: only its traceback tells where it comes from
             logger.debug("Raised here:", exc_info=True)
             text = f"{type(error).__name__}: {error}"
             if not sweep:
@@ -115,6 +118,12 @@ class Command:
             return
         if message:
             print(message)  # noqa: T201
+
+
+def is_own_error(error: BaseException) -> bool:
+    """Return whether the error was raised by this distribution's code, so that its message suffices."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame.f_globals.get("__name__", "").partition(".")[0] in ("vega_policy", "envs")
 
 
 def with_positional(arguments: Sequence[str], fields: Sequence[str]) -> list[str]:
