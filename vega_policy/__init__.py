@@ -1,7 +1,8 @@
 """Vision-language-action policy with VEGA-3D as its observation encoder.
 
 `from vega_policy import VegaConfig, VegaPolicy` registers the policy type `vega` with LeRobot, as
-does LeRobot's own plugin discovery. The method itself (`model`, `backbones`, `priors`) requires no LeRobot.
+does LeRobot's own plugin discovery. `VegaEncoder`, and the method itself (`model`, `backbones`, `priors`),
+require no LeRobot.
 """
 
 from importlib import import_module
@@ -11,6 +12,7 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     "VegaConfig": "vega_policy.configuration_vega",
+    "VegaEncoder": "vega_policy.model.vega",
     "VegaPolicy": "vega_policy.modeling_vega",
 }
 

@@ -112,6 +112,14 @@ def test_the_example_fusion_takes_the_maximum(tmp_path, monkeypatch):
     assert torch.equal(fused(first, second), torch.maximum(first, second))
 
 
+def test_the_examples_of_the_features_page_encode_frames_and_train_act(capsys):
+    names: dict[str, object] = {}
+    for block in blocks(REPOSITORY / "docs" / "features.md", "python"):
+        exec(block, names)
+    assert "[2, 3, 64, 384]" in capsys.readouterr().out
+    assert names["encoder"].fusion.logit.weight.grad.abs().sum() > 0
+
+
 def test_readme_is_short_and_every_relative_link_resolves():
     assert len((REPOSITORY / "README.md").read_text().split()) <= 900
     for page in PAGES:
@@ -122,6 +130,6 @@ def test_readme_is_short_and_every_relative_link_resolves():
 
 def test_every_page_starts_with_a_command():
     for page in PAGES[1:]:
-        if page.stem not in ("glossary", "results", "extend"):
+        if page.stem not in ("glossary", "results", "extend", "features"):
             lines = [line for line in page.read_text().splitlines()[1:] if line]
             assert lines[0] == "```bash", page.name

@@ -4,7 +4,9 @@
 2603.19235): Wan2.1-T2V-1.3B read at block 20 and noise level 0.3, fused by a token gate.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, field, fields
+from importlib.metadata import entry_points
 
 STRIDE = 16
 """Pixels of a token of the compact backbone."""
@@ -69,7 +71,30 @@ FUSIONS = {
     "prior_only": "vega_policy.model.fusion:PriorOnly",
     "semantic_only": "vega_policy.model.fusion:SemanticOnly",
 }
-"""Name -> "module:class", constructed with (width, config, grid). A new fusion is one class and one line."""
+"""Name -> "module:class", constructed with (width, config, grid). A new fusion is one class and one line,
+here or in another package under the entry points `vega_policy.fusions`.
+"""
+
+
+def registered_elsewhere(kind: str, own: Collection[str]) -> dict[str, str]:
+    """Return name -> "module:attribute" of the entry points `vega_policy.<kind>`; nothing is imported.
+
+    Raises:
+        ValueError: If another package registers a name of this one, or two packages the same.
+    """
+    found: dict[str, str] = {}
+    for point in entry_points(group=f"vega_policy.{kind}"):
+        package = point.dist.name if point.dist else point.value
+        if point.name in own or found.get(point.name, point.value) != point.value:
+            raise ValueError(
+                f"The package {package!r} registers {kind} {point.name!r}, which exists already. Rename "
+                "its entry point, or uninstall it."
+            )
+        found[point.name] = point.value
+    return found
+
+
+FUSIONS |= registered_elsewhere("fusions", FUSIONS)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""VegaModel: a policy on features of a semantic encoder fused with those of a frozen video diffusion model.
+"""VegaEncoder fuses tokens of a semantic encoder and of a video diffusion model; VegaModel acts on them.
 
 VEGA-3D (arXiv 2603.19235), in the paper's order:
 
@@ -7,31 +7,47 @@ VEGA-3D (arXiv 2603.19235), in the paper's order:
     frames -> prior (noised latent, middle block) -> projector -> prior tokens +
 """
 
+import json
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
 import torch
 from einops import rearrange, repeat
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vega_policy.backbones import make_backbone
+from vega_policy.checkpoints import require_intact
+from vega_policy.config import from_config
 from vega_policy.model import flow
 from vega_policy.model.action_head import make_action_head
-from vega_policy.model.config import ModelConfig
+from vega_policy.model.config import ActionHeadConfig, BackboneConfig, FusionConfig, ModelConfig, PriorConfig
 from vega_policy.model.fusion import make_fusion
 from vega_policy.model.layers import Mlp
-from vega_policy.model.observation import Observation, to_float
+from vega_policy.model.observation import EncodedText, Observation, stack_views, to_float
 from vega_policy.priors import make_prior
 
 
-class VegaModel(nn.Module):
-    """Observation -> fused tokens -> context -> chunk of normalised actions.
+@dataclass(frozen=True)
+class EncoderOutput:
+    """Tokens of a batch of frames; n tokens of each of v views, row by row."""
 
-    The prior is frozen. It moves between devices with the model but is no sub-module, so that it is in no
+    tokens: Tensor  # fused, [b v m d]; m = n for all fusions but `sequence_concat` (2n)
+    semantic: Tensor  # of the image encoder, projected, [b v n d]
+    prior: Tensor | None  # of the prior, projected, [b v n d]; None with prior=none
+    gate: Tensor | None  # weight of the semantic stream in [0, 1], [b v n]; None for a fusion without gate
+
+
+class VegaEncoder(nn.Module):
+    """VEGA-3D's observation encoder: semantic and prior tokens of frames, fused token by token.
+
+    The prior is frozen. It moves between devices with the encoder but is no sub-module, so that it is in no
     optimizer, checkpoint or shard.
 
     Args:
-        config: Prior, fusion, backbone and head, and the sizes that the data dictates.
+        config: Prior, fusion, backbone, and the size of the frames.
         parts: Backbone and prior if they exist already; None builds those of the config.
     """
 
@@ -39,7 +55,6 @@ class VegaModel(nn.Module):
     prior: Any
     project: Mlp
     fusion: Any
-    head: Any
 
     def __init__(self, config: ModelConfig, parts: tuple[Any, Any] | None = None) -> None:
         super().__init__()
@@ -54,58 +69,97 @@ class VegaModel(nn.Module):
             self.project = Mlp(prior.width, width, width)
             self.fusion = make_fusion(width, config.fusion, self.backbone.grid)
             self._check_token_count()
-        self.head = make_action_head(config.head, width, config.chunk_size, config.action_dim)
 
-    def loss(
-        self,
-        observation: Observation,
-        actions: Tensor,  # [b t a], normalised
-        is_pad: Tensor | None = None,  # [b t], True after the end of the episode
-        noise: Tensor | None = None,  # [b t a] and [b], as `head.sample_noise_and_time` gives them
-        time: Tensor | None = None,
-        prior_generator: torch.Generator | None = None,
+    @classmethod
+    def from_pretrained(
+        cls,
+        checkpoint: str | Path | None = None,
+        *,
+        prior: str | PriorConfig = "wan_tiny",
+        fusion: str | FusionConfig = "token_gate",
+        backbone: str | BackboneConfig = "compact",
+        frame_size: int = 224,
+    ) -> "VegaEncoder":
+        """Return an encoder with pre-trained image encoder and prior, in evaluation mode.
+
+        Args:
+            checkpoint: Folder `pretrained_model` of a policy; the other arguments are then those of its
+                training. None: projectors and fusion have random weights and are trained with what follows.
+            prior: Name in `vega_policy.priors.PRIORS`, or a configuration.
+            fusion: Name in `vega_policy.model.config.FUSIONS`, or a configuration.
+            backbone: Name in `vega_policy.backbones.BACKBONES`, or a configuration, for its image encoder.
+            frame_size: Side in pixels to which frames are resized.
+
+        Raises:
+            ValueError: If a name or a size is unknown, or the checkpoint is damaged or of another kind.
+            FileNotFoundError: If the checkpoint or weights are missing.
+        """
+        if checkpoint is not None:
+            return _load_encoder(Path(checkpoint)).eval()
+        config = ModelConfig(
+            views=1,
+            state_dim=1,
+            action_dim=1,
+            frame_size=frame_size,
+            prior=PriorConfig(name=prior) if isinstance(prior, str) else prior,
+            fusion=FusionConfig(name=fusion) if isinstance(fusion, str) else fusion,
+            backbone=BackboneConfig(name=backbone) if isinstance(backbone, str) else backbone,
+        )
+        return VegaEncoder(config).eval()
+
+    def forward(self, frames: Tensor, instruction: list[str] | None = None) -> EncoderOutput:
+        """Encode frames.
+
+        Args:
+            frames: [b 3 h w], [b v 3 h w], or with a clip prior [b v t 3 h w]; uint8, or float in [0, 1].
+                They are stretched to `config.frame_size`.
+            instruction: b sentences, for a fusion that reads them.
+
+        Raises:
+            TypeError: If frames are neither uint8 nor floating-point.
+            ValueError: If a shape or a value is not that of frames, or a needed instruction is missing.
+        """
+        if frames.ndim not in (4, 5, 6) or frames.shape[-3] != 3:
+            raise ValueError(
+                f"frames: expected [b 3 h w], [b v 3 h w] or [b v t 3 h w]; got shape {tuple(frames.shape)}."
+            )
+        views = {"frames": frames} if frames.ndim == 4 else dict(enumerate(frames.unbind(dim=1)))
+        stacked = stack_views({f"view {name}": view for name, view in views.items()}, self.config.frame_size)
+        sentences = instruction or [""] * len(frames)
+        state = torch.zeros(len(frames), 1, device=frames.device)
+        observation = Observation(stacked, state, sentences)
+        if instruction is None and self.prior is not None and self.fusion.reads_instruction:
+            raise ValueError(
+                f"fusion={self.config.fusion.name} reads the instruction: give one sentence a sample."
+            )
+        semantic = self.backbone.project(self.semantic_features(observation))
+        prior = self.prior_tokens(observation)
+        tokens = self._fuse_tokens(semantic, prior, observation.text)
+        gate = None if self.gate is None else self.gate.reshape(*semantic.shape[:3])
+        return EncoderOutput(tokens, semantic, prior, gate)
+
+    def fuse(
+        self, features: Tensor, observation: Observation, prior_generator: torch.Generator | None = None
     ) -> Tensor:
-        """Return the loss of each sample, [b]."""
-        context, mask = self.encode_context(observation, prior_generator)
-        return self.head.loss(context, mask, actions, is_pad, noise, time)
+        """Fuse the image features with those of the prior, [b v c gh gw] -> tokens [b v m d]."""
+        prior = self.prior_tokens(observation, prior_generator)
+        return self._fuse_tokens(self.backbone.project(features), prior, observation.text)
 
-    def sample_actions(
-        self, observation: Observation, noise: Tensor, integrate: flow.Integrator = flow.euler
-    ) -> Tensor:
-        """Return a chunk of normalised actions from noise, [b t a] -> [b t a]; equal noise, equal chunk."""
-        context, mask = self.encode_context(observation)
-        return self.head.sample(context, mask, noise, integrate)
-
-    def encode_context(
-        self, observation: Observation, prior_generator: torch.Generator | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Return the backbone's context of tokens, instruction and state, [b s d], and its mask [b s]."""
-        features = self.semantic_features(observation)
-        tokens = self.fuse(features, observation, prior_generator)
-        state = observation.state if self.config.head.state else torch.zeros_like(observation.state)
-        return self.backbone.encode_context(tokens, observation.text, state, features)
+    def _fuse_tokens(self, semantic: Tensor, prior: Tensor | None, text: list[str] | EncodedText) -> Tensor:
+        if prior is None:
+            return semantic
+        views = semantic.shape[1]
+        instruction = None
+        if self.fusion.reads_instruction:
+            instruction = repeat(self.backbone.pool(text), "b d -> (b v) d", v=views)
+        fused = self.fusion(semantic.flatten(0, 1), prior.flatten(0, 1), instruction)
+        return rearrange(fused, "(b v) m d -> b v m d", v=views)
 
     def encode_observation(
         self, observation: Observation, prior_generator: torch.Generator | None = None
     ) -> Tensor:
         """Return the fused tokens of each view, [b v m d]."""
         return self.fuse(self.semantic_features(observation), observation, prior_generator)
-
-    def fuse(
-        self, features: Tensor, observation: Observation, prior_generator: torch.Generator | None = None
-    ) -> Tensor:
-        """Fuse the image features with those of the prior, [b v c gh gw] -> tokens [b v m d]."""
-        semantic = self.backbone.project(features)  # [b v n d]
-        if self.prior is None:
-            return semantic
-        views = semantic.shape[1]
-        prior = self.prior_features(observation, prior_generator)
-        prior = self.project(rearrange(prior, "b v d gh gw -> b v (gh gw) d"))
-        instruction = None
-        if self.fusion.reads_instruction:
-            instruction = repeat(self.backbone.pool(observation.text), "b d -> (b v) d", v=views)
-        fused = self.fusion(semantic.flatten(0, 1), prior.flatten(0, 1), instruction)
-        return rearrange(fused, "(b v) m d -> b v m d", v=views)
 
     def semantic_features(self, observation: Observation) -> Tensor:
         """Return the features of the backbone's image encoder, [b v c gh gw], cached or of the last frames.
@@ -116,6 +170,15 @@ class VegaModel(nn.Module):
         if features is None:
             features = self.backbone.encode(to_float(observation.require_frames("semantic")[:, :, -1]))
         return features if self.config.backbone.sight else torch.zeros_like(features)
+
+    def prior_tokens(
+        self, observation: Observation, generator: torch.Generator | None = None
+    ) -> Tensor | None:
+        """Return the projected features of the prior, [b v n d]; None with prior=none."""
+        if self.prior is None:
+            return None
+        features = self.prior_features(observation, generator)
+        return self.project(rearrange(features, "b v d gh gw -> b v (gh gw) d"))
 
     def prior_features(self, observation: Observation, generator: torch.Generator | None = None) -> Tensor:
         """Return the prior's features, [b v d gh gw], cached or computed from the frames.
@@ -148,3 +211,83 @@ class VegaModel(nn.Module):
         if prior is not None:
             prior._apply(fn, recurse)
         return self
+
+
+class VegaModel(VegaEncoder):
+    """Observation -> fused tokens -> context -> chunk of normalised actions.
+
+    Args:
+        config: Prior, fusion, backbone and head, and the sizes that the data dictates.
+        parts: Backbone and prior if they exist already; None builds those of the config.
+    """
+
+    head: Any
+
+    def __init__(self, config: ModelConfig, parts: tuple[Any, Any] | None = None) -> None:
+        super().__init__(config, parts)
+        self.head = make_action_head(config.head, self.backbone.width, config.chunk_size, config.action_dim)
+
+    def loss(
+        self,
+        observation: Observation,
+        actions: Tensor,  # [b t a], normalised
+        is_pad: Tensor | None = None,  # [b t], True after the end of the episode
+        noise: Tensor | None = None,  # [b t a] and [b], as `head.sample_noise_and_time` gives them
+        time: Tensor | None = None,
+        prior_generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Return the loss of each sample, [b]."""
+        context, mask = self.encode_context(observation, prior_generator)
+        return self.head.loss(context, mask, actions, is_pad, noise, time)
+
+    def sample_actions(
+        self, observation: Observation, noise: Tensor, integrate: flow.Integrator = flow.euler
+    ) -> Tensor:
+        """Return a chunk of normalised actions from noise, [b t a] -> [b t a]; equal noise, equal chunk."""
+        context, mask = self.encode_context(observation)
+        return self.head.sample(context, mask, noise, integrate)
+
+    def encode_context(
+        self, observation: Observation, prior_generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the backbone's context of tokens, instruction and state, [b s d], and its mask [b s]."""
+        features = self.semantic_features(observation)
+        tokens = self.fuse(features, observation, prior_generator)
+        state = observation.state if self.config.head.state else torch.zeros_like(observation.state)
+        return self.backbone.encode_context(tokens, observation.text, state, features)
+
+
+def _load_encoder(folder: Path) -> VegaEncoder:
+    """Return the encoder of a policy's checkpoint; action head and trunk are not loaded."""
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{folder}: expected a checkpoint's folder `pretrained_model`, with config.json and "
+            "model.safetensors."
+        )
+    require_intact(folder)
+    saved = json.loads((folder / "config.json").read_text())
+    if saved.get("type") != "vega" or saved["base"]["name"] != "none":
+        raise ValueError(
+            f"{folder}: expected a checkpoint of type vega with base=none; got type={saved.get('type')}, "
+            f"base={saved.get('base', {}).get('name')}."
+        )
+    parts = {
+        "prior": PriorConfig,
+        "fusion": FusionConfig,
+        "backbone": BackboneConfig,
+        "head": ActionHeadConfig,
+    }
+    inputs = saved["input_features"]
+    encoder = VegaEncoder(
+        ModelConfig(
+            views=sum(feature["type"] == "VISUAL" for feature in inputs.values()),
+            state_dim=inputs["observation.state"]["shape"][0],
+            action_dim=saved["output_features"]["action"]["shape"][0],
+            frame_size=saved["frame_size"],
+            **{name: from_config(cls, saved[name]) for name, cls in parts.items()},
+        )
+    )
+    prefix, head = "model.", "model.head."
+    weights = load_file(folder / "model.safetensors")
+    encoder.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items() if not k.startswith(head)})
+    return encoder

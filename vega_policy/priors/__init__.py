@@ -6,7 +6,7 @@ from difflib import get_close_matches
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any, Protocol
 
-from vega_policy.model.config import PriorConfig
+from vega_policy.model.config import PriorConfig, registered_elsewhere
 
 if TYPE_CHECKING:  # the registry is read by `--help`, which must not load torch
     import torch
@@ -123,7 +123,10 @@ PRIORS: dict[str, PriorEntry] = {
     "random": PriorEntry(f"{BASELINES}:RandomProjection.load"),
     "precomputed": PriorEntry("vega_policy.priors.precomputed:load"),
 }
-"""Name -> entry. A new prior is one file and one line here."""
+"""Name -> entry. A new prior is one file and one line, here or in another package under the entry points
+`vega_policy.priors`.
+"""
+PRIORS |= {name: PriorEntry(build) for name, build in registered_elsewhere("priors", PRIORS).items()}
 
 
 def resolve(config: PriorConfig) -> PriorConfig:
