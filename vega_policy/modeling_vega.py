@@ -111,9 +111,13 @@ class VegaPolicy(PreTrainedPolicy):
         else:
             if noise is None:
                 noise, time = self.sample_noise_and_time(batch[ACTION])
-            fresh = torch.default_generator if self.training and self.config.prior.noise == "fresh" else None
             losses = self.model.loss(
-                self.observe(batch), batch[ACTION], batch.get("action_is_pad"), noise, time, fresh
+                self.observe(batch),
+                batch[ACTION],
+                batch.get("action_is_pad"),
+                noise,
+                time,
+                self._prior_generator(),
             )
             mean = losses.mean()
             loss, metrics = mean if reduction == "mean" else losses, {"loss": mean.detach()}
@@ -124,6 +128,22 @@ class VegaPolicy(PreTrainedPolicy):
             values = torch.stack([value.float() for value in scalars.values()]).tolist()
             scalars = dict(zip(scalars, values, strict=True))
         return loss, numbers | scalars
+
+    @torch.no_grad()
+    def with_prior_features(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Return the batch with `vega.prior`, the prior's features that `forward` would compute itself.
+
+        The same random numbers are drawn. Features that the batch holds stay, and a base computes its own.
+        """
+        if self.base is not None or self.model.prior is None or "vega.prior" in batch:
+            return batch
+        features = self.model.prior_features(self.observe(batch), self._prior_generator())
+        return batch | {"vega.prior": features}
+
+    def _prior_generator(self) -> torch.Generator | None:
+        """Return the generator of the prior's noise; None stands for its fixed noise."""
+        is_fresh = self.training and self.config.prior.noise == "fresh"
+        return torch.default_generator if is_fresh else None
 
     def sample_noise_and_time(
         self, actions: Tensor, generator: torch.Generator | None = None, rank: int = 0, world_size: int = 1

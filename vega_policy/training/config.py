@@ -94,8 +94,8 @@ class TrainConfig:
         compile: Compile the blocks of the compact backbone and the head (`torch.compile`): a minute at the
             start, fewer kernels in each step.
         capture: Run loss and gradient of each step as one CUDA graph, so that no kernel waits for the host;
-            requires one GPU, the compact backbone, and a cache that holds the prior. A trainable text encoder
-            then has other draws of its dropout.
+            requires one GPU, the compact backbone, and a cache. A prior that is not cached encodes each batch
+            before the graph. A trainable text encoder then has other draws of its dropout.
         sharding: `none`: each process has all weights (DDP); `full`: weights, gradients and optimizer are
             spread over the processes (FSDP2).
         max_skipped_steps: A step whose loss or gradient is not finite is skipped; this many in a row end the

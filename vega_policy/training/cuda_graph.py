@@ -1,7 +1,8 @@
 """Loss and gradient of a training step as one CUDA graph.
 
 A graph replays kernels on fixed memory without the host. So each batch, its noise and its times are copied to
-memory that the graph reads, and its instructions are chosen by number from all of the dataset.
+memory that the graph reads, and its instructions are chosen by number from all of the dataset. A prior that
+is not cached encodes the batch before: it is frozen, and replays a graph of its own (`wan_fast`).
 """
 
 from collections.abc import Callable, Sequence
@@ -78,8 +79,6 @@ def check_capturable(config: "TrainConfig", device: torch.device, instructions: 
         ValueError: Names the first obstacle and what to set.
     """
     vega, data = config.vega, config.dataset
-    streams = data.cached if data.cache != "none" else []
-    prior_cached = vega.prior.name == "none" or "prior" in streams
     few = vega.backbone.freeze_text_encoder or len(instructions) <= MOST_INSTRUCTIONS
     needs = (
         (device.type == "cuda", "a GPU", f"the device {device}"),
@@ -89,11 +88,6 @@ def check_capturable(config: "TrainConfig", device: torch.device, instructions: 
         (vega.base.name == "none", "base=none", f"base={vega.base.name}"),
         (vega.backbone.name == "compact", "backbone=compact", f"backbone={vega.backbone.name}"),
         (data.cache != "none", "frames or features of a cache (dataset.cache=gpu)", "dataset.cache=none"),
-        (
-            prior_cached,
-            "the prior's features in the cache (dataset.cached=[frames,prior])",
-            f"{list(streams)}",
-        ),
         (
             few,
             f"backbone.freeze_text_encoder=true for more than {MOST_INSTRUCTIONS} instructions",

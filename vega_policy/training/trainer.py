@@ -154,7 +154,7 @@ class Trainer:
                 batch["action"], self.state.generator, rank, world
             )
             if self._captured is not None:  # `check_capturable` refuses several rounds
-                return self._captured(batch, noise, time)
+                return self._captured(self.state.policy.with_prior_features(batch), noise, time)
             last = number == rounds - 1
             with nullcontext() if last else accelerator.no_sync(self._model):
                 with accelerator.autocast():
