@@ -9,9 +9,10 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import batched
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,9 @@ import numpy as np
 MUJOCO_VERSION = "3.3.7"
 
 UNSEEN_GROUP = 5  # of shapes outside a camera's view; robosuite, LIBERO and Meta-World leave it empty
+
+BATCH = 32  # states whose frames are drawn before the first pixel is read
+MAX_CAMERAS = 4  # for which a batch has room
 
 MjModel = MjData = Any  # mujoco is a compiled module without type stubs
 
@@ -167,6 +171,27 @@ class CameraRig:
         """Render the first camera, uint8 [h w 3]."""
         return self._render(next(iter(self._cameras.values())))
 
+    def render_states(
+        self, states: Iterable[np.ndarray], restore: Callable[[np.ndarray], None]
+    ) -> Iterator[np.ndarray]:
+        """Render every camera at each state; yield uint8 [t v h w 3] for up to `BATCH` states at a time.
+
+        The pixels are those of `frames`, but a GPU copies them aside while it draws the next ones, and this
+        process waits once a batch instead of once a frame: a GPU that several processes share changes
+        between them less often.
+        """
+        screen = self._opened_screen()
+        for batch in batched(states, BATCH):
+            screen.make_current()
+            for state in batch:
+                restore(state)
+                for camera in self._cameras.values():
+                    with self._culled(camera):
+                        screen.enqueue(self._data, camera)
+            frames = screen.collect()  # [t*v h w 3]
+            frames = np.flip(frames, [axis + 1 for axis in self._flipped])
+            yield frames.reshape(len(batch), len(self._cameras), *frames.shape[1:])
+
     def close(self) -> None:
         """Free the rendering context now: left to the interpreter's exit, it ends in an EGL traceback."""
         if self._screen is not None:
@@ -175,17 +200,27 @@ class CameraRig:
             self._screen = None
 
     def _render(self, camera: int) -> np.ndarray:
+        screen = self._opened_screen()
+        with self._culled(camera):
+            frame = screen.draw(self._data, camera)
+        return np.ascontiguousarray(np.flip(frame, self._flipped)) if self._flipped else frame
+
+    def _opened_screen(self) -> _Screen:
         if self._screen is None:
             self._screen = _Screen(self._model, self._frame_size, self._hidden_groups)
             atexit.register(self._screen.close)  # for callers who forget: before EGL itself shuts down
+        return self._screen
+
+    @contextmanager
+    def _culled(self, camera: int) -> Iterator[None]:
+        """Move shapes outside the view of a camera to a group that is not drawn, where that is exact."""
         groups = self._model.geom_group.copy()
         if self._culls:
             self._model.geom_group[out_of_view(self._model, self._data, camera)] = UNSEEN_GROUP
         try:
-            frame = self._screen.draw(self._data, camera)
+            yield
         finally:
             self._model.geom_group[:] = groups
-        return np.ascontiguousarray(np.flip(frame, self._flipped)) if self._flipped else frame
 
 
 class _Screen:
@@ -202,28 +237,101 @@ class _Screen:
         self._camera = mujoco.MjvCamera()
         self._camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
         self._viewport = mujoco.MjrRect(0, 0, size, size)
+        self._copies_aside = _uses_egl() and not self._buffer.offSamples  # several samples are first resolved
+        self._pixels: _PixelBuffer | None = None
+        self._drawn: list[np.ndarray] = []  # enqueued frames where pixels cannot be copied aside
         self._options = mujoco.MjvOption()
         for group in (*hidden_groups, UNSEEN_GROUP):
             self._options.geomgroup[group] = 0
 
     def draw(self, data: MjData, camera: int) -> np.ndarray:
         """Render a camera, uint8 [h w 3]."""
-        mujoco = self._mujoco
+        self.make_current()
+        self._render(data, camera)
         frame = np.empty((self._viewport.height, self._viewport.width, 3), np.uint8)
+        self._mujoco.mjr_readPixels(frame, None, self._viewport, self._buffer)
+        return np.ascontiguousarray(frame[::-1])  # OpenGL's first row is the lowest
+
+    def make_current(self) -> None:
+        """Make this screen's context the one that OpenGL draws into."""
+        self._context.make_current()
+
+    def enqueue(self, data: MjData, camera: int) -> None:
+        """Render a camera without waiting for its pixels; the context must be current."""
+        if not self._copies_aside:
+            self._drawn.append(self.draw(data, camera))
+            return
+        if self._pixels is None:
+            self._pixels = _PixelBuffer(self._viewport.width, BATCH * MAX_CAMERAS)
+        self._render(data, camera)
+        self._pixels.copy_frame()
+
+    def collect(self) -> np.ndarray:
+        """Return the enqueued frames in order, uint8 [n h w 3]."""
+        if self._pixels is not None:
+            return self._pixels.take()[:, ::-1, :, :3]
+        frames, self._drawn = np.stack(self._drawn), []
+        return frames
+
+    def _render(self, data: MjData, camera: int) -> None:
+        mujoco = self._mujoco
         self._camera.fixedcamid = camera
         everything = mujoco.mjtCatBit.mjCAT_ALL
-        self._context.make_current()
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._buffer)
         mujoco.mjv_updateScene(self._model, data, self._options, None, self._camera, everything, self._scene)
         mujoco.mjr_render(self._viewport, self._scene, self._buffer)
-        mujoco.mjr_readPixels(frame, None, self._viewport, self._buffer)
-        return np.ascontiguousarray(frame[::-1])  # OpenGL's first row is the lowest
 
     def close(self) -> None:
         """Free buffer and context, in this order and in this context: ids are shared by all contexts."""
         self._context.make_current()
+        if self._pixels is not None:
+            self._pixels.free()
         self._buffer.free()
         self._context.free()
+
+
+class _PixelBuffer:
+    """Copies of rendered frames in memory of OpenGL, a pixel buffer object, read all at once.
+
+    Pixels are RGBA as in MuJoCo's off-screen buffer: some drivers convert other formats on the CPU, at once.
+    """
+
+    def __init__(self, size: int, capacity: int) -> None:
+        from OpenGL import GL
+
+        self._gl, self._size, self._count = GL, size, 0
+        self._buffer = GL.glGenBuffers(1)
+        with self._bound():
+            GL.glBufferData(GL.GL_PIXEL_PACK_BUFFER, capacity * 4 * size**2, None, GL.GL_STREAM_READ)
+
+    def copy_frame(self) -> None:
+        """Copy the frame that has been rendered last, once the GPU is done with it."""
+        gl, size = self._gl, self._size
+        place = ctypes.c_void_p(self._count * 4 * size**2)
+        with self._bound():
+            gl.glReadPixels(0, 0, size, size, gl.GL_RGBA, gl.GL_UNSIGNED_BYTE, place)
+        self._count += 1
+
+    def take(self) -> np.ndarray:
+        """Wait for the copies and return them, lowest row first, uint8 [n h w 4]."""
+        gl, frames = self._gl, np.empty((self._count, self._size, self._size, 4), np.uint8)
+        with self._bound():
+            gl.glGetBufferSubData(gl.GL_PIXEL_PACK_BUFFER, 0, frames.nbytes, frames)
+        self._count = 0
+        return frames
+
+    def free(self) -> None:
+        """Free the memory; the context must be current."""
+        self._gl.glDeleteBuffers(1, [self._buffer])
+
+    @contextmanager
+    def _bound(self) -> Iterator[None]:
+        """Bind the buffer; MuJoCo's own reading requires that none is bound."""
+        self._gl.glBindBuffer(self._gl.GL_PIXEL_PACK_BUFFER, self._buffer)
+        try:
+            yield
+        finally:
+            self._gl.glBindBuffer(self._gl.GL_PIXEL_PACK_BUFFER, 0)
 
 
 def out_of_view(model: MjModel, data: MjData, camera: int) -> np.ndarray:

@@ -75,6 +75,11 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
     yield draft
+    complete_folder(draft, target)
+
+
+def complete_folder(draft: Path, target: Path) -> None:
+    """Flush a draft folder to disk and rename it to `target`."""
     for path in sorted(draft.rglob("*"), reverse=True):
         _sync(path)
     _sync(draft)

@@ -396,10 +396,11 @@ def _start_worker(episodes: Any) -> None:
     global _EPISODES
     _EPISODES = episodes
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C the collection ends after the running shards
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    threading.Thread(target=exit_with_parent, daemon=True).start()
 
 
-def _exit_with_parent() -> None:
+def exit_with_parent() -> None:
+    """Wait for the parent process to end, then end this one."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

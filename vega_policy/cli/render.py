@@ -1,35 +1,157 @@
-"""`vega-render`: render collected demonstrations at another frame size or rendering profile."""
+"""`vega-render`: render demonstrations from simulator states, at any frame size and rendering profile."""
 
+from __future__ import annotations
+
+import json
+import time
 from importlib import import_module
 from pathlib import Path
+from typing import Any, cast
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from vega_policy.cli.app import Command
 
 FIELDS = {
-    "source": "???",  # dataset of vega-collect
-    "root": "???",  # new dataset
+    "source": "???",  # dataset of vega-collect and the new folder, or files of states
+    "root": None,  # new dataset
     "frame_size": 256,  # height and width in pixels
     "rendering": "full",  # full or fast
-    "video": None,  # lossless or h264; null: as the source
     "processes": 2,
+    "video": None,  # of a dataset: lossless or h264; null: as the source
+    "repo_id": None,  # this and the next of files of states: LeRobot's name of the new dataset
+    "cache_root": "outputs/cache",  # the training's dataset.cache_root
+    "tasks": None,  # indices of tasks of each file, such as [0,1]; null takes all
+    "episodes_per_task": None,  # first ones of each task; null takes all
+    "reuse": [],  # datasets rendered before from states, whose frames are copied
+    "egl_devices": [],  # GPUs over which the processes are spread, such as [0,1]
 }
 
 
 def run(config: DictConfig) -> str:
-    """Render and return the number of demonstrations."""
+    """Render and return what was written."""
+    values = cast(dict[str, Any], OmegaConf.to_container(config))
+    source = values.pop("source")
+    sources = [Path(name) for name in (source if isinstance(source, list) else [source])]
+    if all(path.suffix == ".safetensors" for path in sources):
+        return render_states(sources, **{name: values[name] for name in FIELDS.keys() - {"source", "video"}})
+    if values["root"] is None and len(sources) == 2:
+        values["root"] = sources.pop()
+    if values["root"] is None or len(sources) != 1:
+        raise ValueError(
+            f"expected a dataset and a new folder, or files of states (*.safetensors); got {source}"
+        )
     render_again = import_module("envs.demos.collect").render_again
-    options = {name: config[name] for name in ("frame_size", "rendering", "video", "processes")}
-    metadata = render_again(Path(config.source), Path(config.root), **options)
-    return f"{len(metadata['episodes'])} demonstrations of {config.frame_size} pixels: {config.root}"
+    options = {name: values[name] for name in ("frame_size", "rendering", "video", "processes")}
+    metadata = render_again(sources[0], Path(values["root"]), **options)
+    return f"{len(metadata['episodes'])} demonstrations of {config.frame_size} pixels: {values['root']}"
+
+
+def render_states(
+    files: list[Path],
+    *,
+    root: str | Path | None,
+    repo_id: str | None,
+    cache_root: str | Path,
+    frame_size: int,
+    rendering: str,
+    processes: int = 2,
+    tasks: list[int] | None = None,
+    episodes_per_task: int | None = None,
+    reuse: list[str] | None = None,
+    egl_devices: list[int] | None = None,
+) -> str:
+    """Make one dataset without videos of files of states, and its frames in the training's cache.
+
+    Raises:
+        ValueError: If a field is missing, a file does not fit, or `root` holds another dataset.
+        RuntimeError: If a rendering process dies; the same call resumes.
+    """
+    from vega_policy.data import feature_cache
+
+    if root is None or repo_id is None:
+        raise ValueError("files of states are rendered into a dataset: add root=FOLDER repo_id=ORG/NAME")
+    states, root, cache_root = import_module("envs.demos.render"), Path(root), Path(cache_root)
+    start = time.perf_counter()
+    plan, values = states.plan_rendering(
+        files, frame_size=frame_size, rendering=rendering, tasks=tasks, episodes_per_task=episodes_per_task
+    )
+    _write_dataset(states, plan, values, root, repo_id)
+    plan = states.with_sources(
+        plan, _rendered_before(states, [Path(one) for one in reuse or []], plan, cache_root)
+    )
+    stream = _frames_stream(root, repo_id, plan)
+    if not (cache_root / stream.folder).exists():
+        with feature_cache.draft_frames(cache_root, stream, plan.rows) as draft:
+            draft.sums = states.render_frames(
+                plan, draft.values, draft.notes, processes=processes, egl_devices=egl_devices or ()
+            )
+    seconds = time.perf_counter() - start
+    return (
+        f"{len(plan.episodes)} demonstrations, {plan.rows} states, {plan.rows * len(plan.cameras)} frames of "
+        f"{frame_size} pixels in {seconds:.1f} s: {root}, {cache_root / stream.folder}"
+    )
+
+
+def _write_dataset(states: Any, plan: Any, values: list[dict[str, Any]], root: Path, repo_id: str) -> None:
+    """Write the dataset unless it is there; another one is refused."""
+    from vega_policy.data.dataset import LowDimensionalEpisode, write_state_dataset
+    from vega_policy.run_dir import atomic_folder
+
+    if not root.exists():
+        with atomic_folder(root) as draft:
+            episodes = [LowDimensionalEpisode(**value) for value in values]
+            write_state_dataset(draft, episodes, plan.features, fps=plan.fps, robot_type=plan.robot_type)
+            states.write_origin(draft, plan, repo_id)
+    expected, found = states.origin(plan, repo_id), states.read_origin(root)
+    if found is None or {name: found[name] for name in expected} != expected:
+        raise ValueError(f"{root} holds something else than these states rendered so; choose another root")
+
+
+def _frames_stream(root: Path, repo_id: str, plan: Any) -> Any:
+    from vega_policy.data.feature_cache import dataset_hash, frames_stream
+
+    key = {"repo_id": repo_id, "metadata": dataset_hash(root)}
+    return frames_stream(key, plan.cameras, plan.frame_size)
+
+
+def _rendered_before(
+    states: Any, roots: list[Path], plan: Any, cache_root: Path
+) -> dict[str, tuple[Path, int]]:
+    """Return where frames that were rendered in the same way lie, (file, first row) by episode."""
+    from vega_policy.data.feature_cache import VALUES
+
+    places = {}
+    for root in roots:
+        found = states.read_origin(root)
+        if found is None or any(
+            found["settings"][name] != getattr(plan, name) for name in ("frame_size", "rendering")
+        ):
+            raise ValueError(
+                f"reuse: expected a dataset of frame_size={plan.frame_size} rendering={plan.rendering} that "
+                f"vega-render made of states; {root} is none"
+            )
+        file = cache_root / _frames_stream(root, found["settings"]["repo_id"], plan).folder / VALUES
+        if not file.is_file():
+            raise ValueError(f"reuse: {cache_root} holds no frames of {root}; leave it out")
+        row = 0
+        for identity in found["episodes"]:
+            places[json.dumps(identity)] = file, row
+            row += identity[3]
+    return places
 
 
 main = Command(
     config="render",
     run=run,
-    summary="Render collected demonstrations again from their simulator states, without simulating again.",
-    examples=["vega-render outputs/demonstrations/libero_spatial NEW_FOLDER frame_size=128 rendering=fast"],
+    summary="Render demonstrations from their simulator states, without simulating again.\n"
+    "A dataset of vega-collect becomes one with other videos. Files of states become one dataset without\n"
+    "videos and the training's cache of its frames. The same command resumes after an interruption.",
+    examples=[
+        "vega-render outputs/demonstrations/libero_spatial NEW_FOLDER frame_size=128 rendering=fast",
+        "vega-render assets/demonstrations/libero/libero_object.safetensors root=NEW_FOLDER "
+        "repo_id=vega/libero_object frame_size=128 rendering=fast processes=16",
+    ],
     node=FIELDS,
-    positional=("source", "root"),
+    positional=("source...",),
 ).main

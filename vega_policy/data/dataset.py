@@ -5,11 +5,13 @@ LeRobot is imported where it is used: training from a cache reads the table only
 
 import json
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -17,6 +19,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from lerobot.configs import PolicyFeature, PreTrainedConfig
+    from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
 STATE, ACTION = "observation.state", "action"
@@ -104,12 +107,26 @@ class DatasetConfig:
                 )
 
 
-def open_dataset(config: DatasetConfig, policy: "PreTrainedConfig") -> "LeRobotDataset":
+@dataclass(frozen=True)
+class StateDataset:
+    """A dataset without videos: states, actions and instructions, whose frames are in the cache alone."""
+
+    repo_id: str
+    root: Path
+    meta: "LeRobotDatasetMetadata"
+
+    @property
+    def num_episodes(self) -> int:
+        """Return the number of episodes."""
+        return self.meta.total_episodes
+
+
+def open_dataset(config: DatasetConfig, policy: "PreTrainedConfig") -> "LeRobotDataset | StateDataset":
     """Open all episodes, with a chunk of actions at every row and uint8 frames of videos.
 
     Raises:
         DatasetError: If a local root holds no finalized dataset, or a damaged one; names the files and the
-            command that collects it.
+            command that collects it. If a dataset without videos is to be read without a cache.
     """
     from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
     from lerobot.datasets.factory import resolve_delta_timestamps
@@ -127,6 +144,13 @@ def open_dataset(config: DatasetConfig, policy: "PreTrainedConfig") -> "LeRobotD
             f"collect or download it again{f': {config.collect_command}' if config.collect_command else '.'}"
         )
     meta = LeRobotDatasetMetadata(config.repo_id, root=config.root, revision=config.revision)
+    if config.root is not None and not has_videos(Path(config.root)):
+        if config.cache == "none":
+            raise DatasetError(
+                f"dataset.cache=none reads videos, but {config.root} has none: its frames are in the cache "
+                "alone. Set dataset.cache=gpu (or ram, disk) and dataset.cached=[frames]."
+            )
+        return StateDataset(config.repo_id, Path(config.root), meta)
     return LeRobotDataset(
         config.repo_id,
         root=config.root,
@@ -135,6 +159,13 @@ def open_dataset(config: DatasetConfig, policy: "PreTrainedConfig") -> "LeRobotD
         delta_timestamps=resolve_delta_timestamps(policy, meta),
         return_uint8=True,
     )
+
+
+def has_videos(root: Path) -> bool:
+    """Return whether a local dataset holds the videos that its features name; True where they name none."""
+    features = json.loads((root / "meta" / "info.json").read_text())["features"]
+    named = any(feature["dtype"] == "video" for feature in features.values())
+    return not named or (root / "videos").is_dir()
 
 
 def find_damaged_files(root: Path) -> list[str]:
@@ -173,7 +204,7 @@ def _is_whole(video: Path) -> bool:
     return end == size > 0
 
 
-def match_features(policy: "PreTrainedConfig", dataset: "LeRobotDataset") -> None:
+def match_features(policy: "PreTrainedConfig", dataset: "LeRobotDataset | StateDataset") -> None:
     """Give the policy's config the dataset's features, or check those that it already names.
 
     Only cameras, `observation.state` and `action` are taken: a simulator's state never reaches a policy.
@@ -344,3 +375,96 @@ def check_finite(table: FrameTable, rows: Tensor, source: str | Path) -> None:
             f"{episode}, frame {frame} ({len(bad)} of {len(rows)} frames are affected). Record these "
             "episodes again, or leave them out with dataset.episodes=[...]."
         )
+
+
+QUANTILES = {"q01": 0.01, "q10": 0.1, "q50": 0.5, "q90": 0.9, "q99": 0.99}
+
+
+@dataclass(frozen=True)
+class LowDimensionalEpisode:
+    """What a dataset holds of an episode beside its frames."""
+
+    state: np.ndarray  # proprioception, float32 [t s]
+    action: np.ndarray  # float32 [t a]
+    instruction: str
+
+
+def write_state_dataset(
+    root: Path,
+    episodes: Sequence[LowDimensionalEpisode],
+    features: dict[str, dict[str, Any]],
+    *,
+    fps: int,
+    robot_type: str,
+) -> None:
+    """Write a LeRobotDataset v3 without videos into the folder `root`; `features` name its cameras too."""
+    lengths = [len(episode.action) for episode in episodes]
+    instructions = [episode.instruction for episode in episodes]
+    values = {
+        STATE: np.concatenate([episode.state for episode in episodes]),
+        ACTION: np.concatenate([episode.action for episode in episodes]),
+    }
+    tasks = list(dict.fromkeys(instructions))
+    for folder in ("data/chunk-000", "meta/episodes/chunk-000"):
+        (root / folder).mkdir(parents=True)
+    task_index = np.repeat([tasks.index(instruction) for instruction in instructions], lengths)
+    pq.write_table(_frame_rows(values, lengths, task_index, fps), root / "data/chunk-000/file-000.parquet")
+    pq.write_table(_episode_rows(lengths, instructions), root / "meta/episodes/chunk-000/file-000.parquet")
+    named = pd.DataFrame({"task_index": range(len(tasks))}, index=pd.Index(tasks, name="task"))
+    named.to_parquet(root / "meta" / "tasks.parquet")
+    stats = {name: _statistics(array) for name, array in values.items()}
+    (root / "meta" / "stats.json").write_text(json.dumps(stats, indent=4))
+    counters = {"timestamp": "float32"} | dict.fromkeys(
+        ("frame_index", "episode_index", "index", "task_index"), "int64"
+    )
+    info = {
+        "codebase_version": "v3.0",
+        "fps": fps,
+        "features": {name: feature | {"shape": list(feature["shape"])} for name, feature in features.items()}
+        | {name: {"dtype": dtype, "shape": [1], "names": None} for name, dtype in counters.items()},
+        "total_episodes": len(lengths),
+        "total_frames": sum(lengths),
+        "total_tasks": len(tasks),
+        "chunks_size": 1000,
+        "data_files_size_in_mb": 100,
+        "video_files_size_in_mb": 200,
+        "data_path": "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet",
+        "video_path": "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4",
+        "robot_type": robot_type,
+        "splits": {"train": f"0:{len(lengths)}"},
+    }
+    (root / "meta" / "info.json").write_text(json.dumps(info, indent=4))
+
+
+def _frame_rows(
+    values: dict[str, np.ndarray], lengths: list[int], task_index: np.ndarray, fps: int
+) -> pa.Table:
+    frame = np.concatenate([np.arange(length) for length in lengths])
+    columns = {name: pa.array(list(array), pa.list_(pa.float32())) for name, array in values.items()}
+    columns["timestamp"] = pa.array((frame / fps).astype(np.float32))
+    columns["frame_index"] = pa.array(frame)
+    columns["episode_index"] = pa.array(np.repeat(np.arange(len(lengths)), lengths))
+    columns["index"] = pa.array(np.arange(len(frame)))
+    columns["task_index"] = pa.array(task_index)
+    return pa.table(columns)
+
+
+def _episode_rows(lengths: list[int], instructions: list[str]) -> pa.Table:
+    ends, zeros = np.cumsum(lengths), np.zeros(len(lengths), np.int64)
+    columns = {
+        "episode_index": np.arange(len(lengths)),
+        "tasks": [[instruction] for instruction in instructions],
+        "length": np.array(lengths),
+        "dataset_from_index": ends - lengths,
+        "dataset_to_index": ends,
+    }
+    places = ("data/chunk_index", "data/file_index", "meta/episodes/chunk_index", "meta/episodes/file_index")
+    return pa.table(columns | dict.fromkeys(places, zeros))
+
+
+def _statistics(values: np.ndarray) -> dict[str, list[float]]:
+    """Return what LeRobot stores of a feature [n width]."""
+    exact = values.astype(np.float64)
+    found = {"min": exact.min(0), "max": exact.max(0), "mean": exact.mean(0), "std": exact.std(0)}
+    found |= {name: np.quantile(exact, fraction, axis=0) for name, fraction in QUANTILES.items()}
+    return {name: value.tolist() for name, value in found.items()} | {"count": [len(values)]}

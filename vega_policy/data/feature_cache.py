@@ -11,9 +11,11 @@ This module imports no LeRobot.
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from vega_policy.model.config import BackboneConfig, PriorConfig
 from vega_policy.model.observation import stack_views
 from vega_policy.model.vega import VegaModel
 from vega_policy.priors import resolve
-from vega_policy.run_dir import atomic_folder, lock_folder
+from vega_policy.run_dir import atomic_folder, complete_folder, lock_folder, open_run
 
 FORMAT = 1
 MANIFEST, VALUES, MEAN_FRAMES = "manifest.json", "values.bin", "mean_frames.safetensors"
@@ -105,13 +107,14 @@ def streams_of(
     The key holds a hash of the model's frozen weights, `dataset` (its name and `dataset_hash`) and the
     cameras in the order of views.
     """
-    common = {
-        "format": FORMAT,
-        "dataset": dataset,
-        "cameras": list(cameras),
-        "frame_size": model.config.frame_size,
-    }
+    common = frames_stream(dataset, cameras, model.config.frame_size).key
     return [Stream(name, common | _own_key(model, name)) for name in names]
+
+
+def frames_stream(dataset: dict[str, str], cameras: Sequence[str], frame_size: int) -> Stream:
+    """Return the stream of frames, which depends on no model; see `streams_of`."""
+    key = {"format": FORMAT, "dataset": dataset, "cameras": list(cameras), "frame_size": frame_size}
+    return Stream("frames", key)
 
 
 def _own_key(model: VegaModel, name: str) -> dict[str, Any]:
@@ -192,6 +195,52 @@ def build_streams(root: Path, streams: Sequence[Stream], model: VegaModel, clips
                 bar.update(len(next(iter(instants.values()))))
         for writer in writers:
             save_file(mean.result(), writer.folder / MEAN_FRAMES)
+
+
+class FramesDraft:
+    """An unfinished cache of frames, whose rows several processes write at any place.
+
+    Attributes:
+        values: File of all rows [n v 3 h w] uint8, in its full size.
+        notes: Folder in which the writers record what they have written; it is deleted at the end.
+        sums: Sum of all frames by camera [3 h w], to be set before the context ends.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.values, self.notes = folder / VALUES, folder / "notes"
+        self.sums: Mapping[str, Any] = {}
+
+
+@contextmanager
+def draft_frames(root: Path, stream: Stream, rows: int) -> Iterator[FramesDraft]:
+    """Yield a cache of n = `rows` frames to be filled; without an error in the context it is complete then.
+
+    After an interruption the same call yields the draft as it was left.
+
+    Raises:
+        FolderInUseError: If another process fills it.
+    """
+    cameras, size = stream.key["cameras"], stream.key["frame_size"]
+    shape = [len(cameras), 3, size, size]
+    folder = root / f"{stream.folder}.draft"
+    with open_run(folder, {"key": stream.key, "rows": rows}):
+        draft = FramesDraft(folder)
+        draft.notes.mkdir(exist_ok=True)
+        with draft.values.open("ab") as file:
+            file.truncate(rows * prod(shape))
+        yield draft
+        mean = {name: torch.as_tensor(total) / (255 * rows) for name, total in draft.sums.items()}
+        save_file({name: mean[name].float().contiguous() for name in cameras}, folder / MEAN_FRAMES)
+        manifest = {"key": stream.key, "shape": shape, "dtype": str(TYPES[stream.name])}
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=2))
+    complete_folder(folder, root / stream.folder)
+    shutil.rmtree(root / stream.folder / draft.notes.name)
+
+
+def cached_clips(frames: Tensor, cameras: Sequence[str], length: int = 128) -> Clips:
+    """Yield cached frames [n v 3 h w] as `build_streams` takes them, `length` time steps at once."""
+    for rows in frames.split(length):
+        yield {camera: rows[:, view] for view, camera in enumerate(cameras)}
 
 
 class MeanFrames:

@@ -17,7 +17,14 @@ from torch import Tensor
 
 from vega_policy.checkpoints import PRETRAINED, newest_intact, require_intact
 from vega_policy.data import feature_cache
-from vega_policy.data.dataset import check_finite, match_features, open_dataset, read_table
+from vega_policy.data.dataset import (
+    DatasetError,
+    StateDataset,
+    check_finite,
+    match_features,
+    open_dataset,
+    read_table,
+)
 from vega_policy.data.loader import CachedSource, Source, VideoSource
 from vega_policy.data.video import frames_in_order, sampled_mean_frames
 from vega_policy.model.torch_compile import compile_blocks
@@ -150,6 +157,7 @@ def make_source(
     """Return the source of batches, building its cache where missing, and each camera's mean frame."""
     cameras, backend = list(policy.config.image_features), config.dataset.video_backend
     if config.dataset.cache == "none":
+        assert isinstance(data.dataset, LeRobotDataset)  # `open_dataset` refuses others
         source = VideoSource(data.dataset, cameras, workers=config.dataset.workers, seed=config.seed)
         if checkpoint is not None:
             return source, load_file(checkpoint / PRETRAINED / MEAN_FRAMES)
@@ -158,7 +166,7 @@ def make_source(
     names = feature_cache.check_cacheable(model.config.backbone, model.config.prior, config.dataset.cached)
     key = {"repo_id": config.dataset.repo_id, "metadata": data.metadata}
     streams = feature_cache.streams_of(model, key, cameras, names)
-    clips = frames_in_order(data.dataset, cameras, backend)
+    clips = _make_clips(config, data, key, cameras)
     feature_cache.build_streams(root, streams, model, clips, frames=len(data.table))
     place = {"disk": None, "ram": torch.device("cpu"), "gpu": next(policy.parameters()).device}
     values = {
@@ -169,11 +177,32 @@ def make_source(
     return source, feature_cache.open_mean_frames(root, streams[0])
 
 
+def _make_clips(
+    config: TrainConfig, data: TrainData, key: dict[str, str], cameras: list[str]
+) -> feature_cache.Clips:
+    """Return all frames of a dataset in order, from its videos or, where it has none, from the cache.
+
+    Raises:
+        DatasetError: If it has neither.
+    """
+    if not isinstance(data.dataset, StateDataset):
+        return frames_in_order(data.dataset, cameras, config.dataset.video_backend)
+    root, size = Path(config.dataset.cache_root), config.vega.frame_size
+    stream = feature_cache.frames_stream(key, cameras, size)
+    if not (root / stream.folder).exists():
+        raise DatasetError(
+            f"{data.dataset.root} has no videos, and dataset.cache_root={root} holds no frames of it as "
+            f"{key['repo_id']} with {size} pixels. Render them: vega-render FILE.safetensors "
+            f"root={data.dataset.root} repo_id={key['repo_id']} cache_root={root} frame_size={size}"
+        )
+    return feature_cache.cached_clips(feature_cache.open_stream(root, stream, len(data.table), None), cameras)
+
+
 def _make_state(
     config: TrainConfig,
     policy: VegaPolicy,
     mean_frames: dict[str, Tensor],
-    dataset: LeRobotDataset,
+    dataset: LeRobotDataset | StateDataset,
     checkpoint: Path | None,
 ) -> TrainState:
     average = EMA(policy, config.average_decay)  # a checkpoint's policy holds the averaged weights

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vega_policy.checkpoints import add_scores, checkpoint_path, prune_checkpoints, read_scores
 from vega_policy.data.augmentation import make_augmentations
-from vega_policy.data.dataset import FrameTable
+from vega_policy.data.dataset import FrameTable, StateDataset
 from vega_policy.data.loader import Batch, ShuffledRows, Source
 from vega_policy.training.checkpoint import Origin, TrainState, rng_state, save_checkpoint, snapshot
 from vega_policy.training.config import TrainConfig
@@ -29,7 +29,7 @@ from vega_policy.training.validation import evaluate_closed_loop, held_out_score
 class TrainData:
     """An opened dataset and its split."""
 
-    dataset: LeRobotDataset
+    dataset: LeRobotDataset | StateDataset
     table: FrameTable
     rows: Tensor  # training rows [n]
     held_out: Tensor  # rows of the held-out episodes [m]; may be empty

@@ -1,0 +1,173 @@
+"""Rendering from states: the simulator's own frames, resumable, and what training makes of them."""
+
+import numpy as np
+import pytest
+
+import envs
+from envs.demos.render import plan_rendering, render_frames
+from envs.demos.states import StateEpisode, write_states
+from tests.training_runs import tiny_policy
+from vega_policy.cli.render import render_states
+from vega_policy.data.dataset import DatasetConfig, DatasetError
+from vega_policy.data.feature_cache import dataset_hash, frames_stream, open_mean_frames, open_stream
+from vega_policy.training.config import TrainConfig
+from vega_policy.training.train import train
+
+SIZE, ROWS, CAMERAS = 32, 12, ["observation.images.image", "observation.images.image2"]
+
+
+def simulate(env, seed, steps):
+    """Return an episode of random actions and the frames [t v 3 h w] that the simulator shows."""
+    rng = np.random.default_rng(seed)
+    env.reset_blindly(seed=seed)
+    states, actions, proprioception, frames = [], [], [], []
+    for _ in range(steps):
+        observation = env.observe()
+        states.append(env.simulator_state())
+        proprioception.append(observation["agent_pos"])
+        frames.append(np.stack([frame.transpose(2, 0, 1) for frame in observation["pixels"].values()]))
+        actions.append(rng.uniform(-1, 1, env.action_size).astype(np.float32))
+        env.step_blindly(actions[-1])
+    nq, nv, states, actions = env.model.nq, env.model.nv, np.stack(states), np.stack(actions)
+    positions, velocities = states[:, 1 : 1 + nq], states[:, 1 + nq : 1 + nq + nv]
+    values = states[0], positions, velocities, actions, actions, np.stack(proprioception)
+    return StateEpisode(0, seed, 1, *values), np.stack(frames)
+
+
+@pytest.fixture(scope="module")
+def lift(tmp_path_factory):
+    """Return a file of two short episodes and their frames."""
+    env = envs.make("lift", 0, frame_size=SIZE, rendering="fast")
+    episodes, frames = zip(*(simulate(env, seed, steps) for seed, steps in ((1, 5), (2, 7))), strict=True)
+    env.close()
+    file = tmp_path_factory.mktemp("states") / "lift.safetensors"
+    write_states(file, "lift", episodes, {})
+    return file, np.concatenate(frames)
+
+
+def render(file, folder, **options):
+    """Render a file into `folder`/data and `folder`/cache and return the frames of the cache."""
+    values = {"repo_id": "vega/lift", "frame_size": SIZE, "rendering": "fast", "processes": 1} | options
+    root, cache = folder / "data", folder / "cache"
+    render_states([file], root=root, cache_root=cache, **values)
+    key = {"repo_id": values["repo_id"], "metadata": dataset_hash(root)}
+    stream = frames_stream(key, CAMERAS, SIZE)
+    return open_stream(cache, stream, ROWS, None).numpy(), open_mean_frames(cache, stream)
+
+
+def test_rendered_states_are_the_frames_of_the_simulator(lift, tmp_path):
+    file, expected = lift
+    frames, mean = render(file, tmp_path)
+    assert np.mean(frames != expected) < 1e-3  # positions are stored to 1e-7 m
+    for view, camera in enumerate(CAMERAS):
+        np.testing.assert_allclose(mean[camera], frames[:, view].mean(axis=0) / 255, atol=1e-6)
+
+
+def test_an_interrupted_rendering_resumes_with_the_finished_episodes(lift, tmp_path):
+    file, _ = lift
+    plan, _ = plan_rendering([file], frame_size=SIZE, rendering="fast")
+    target, notes = tmp_path / "values.bin", tmp_path / "notes"
+    notes.mkdir()
+    target.write_bytes(bytes(plan.rows * plan.row_bytes))
+    whole = render_frames(plan, target, notes, processes=1)
+    content = target.read_bytes()
+    (record,) = notes.iterdir()
+    first = record.read_text().splitlines(keepends=True)[0]
+    for torn in (
+        first,
+        first + "5 12",
+    ):  # killed after the first episode, and within the record of the second
+        record.write_text(torn)
+        target.write_bytes(content[: 5 * plan.row_bytes] + bytes(7 * plan.row_bytes))
+        resumed = render_frames(plan, target, notes, processes=1)
+        assert target.read_bytes() == content
+        assert all(np.array_equal(resumed[camera], whole[camera]) for camera in CAMERAS)
+
+
+def test_a_finished_episode_whose_frames_are_damaged_is_rendered_again(lift, tmp_path):
+    plan, _ = plan_rendering([lift[0]], frame_size=SIZE, rendering="fast")
+    target, notes = tmp_path / "values.bin", tmp_path / "notes"
+    notes.mkdir()
+    target.write_bytes(bytes(plan.rows * plan.row_bytes))
+    render_frames(plan, target, notes, processes=1)
+    content = target.read_bytes()
+    target.write_bytes(bytes(len(content)))
+    render_frames(plan, target, notes, processes=1)
+    assert target.read_bytes() == content
+
+
+@pytest.mark.slow
+def test_the_number_of_processes_does_not_change_the_frames(lift, tmp_path):
+    one, _ = render(lift[0], tmp_path / "one")
+    two, _ = render(lift[0], tmp_path / "two", processes=2)
+    assert np.array_equal(one, two)
+
+
+def test_frames_rendered_before_are_copied_into_a_joint_dataset(lift, tmp_path, monkeypatch):
+    file, _ = lift
+    frames, _ = render(file, tmp_path)
+    root, cache = tmp_path / "data", tmp_path / "cache"
+    monkeypatch.setattr("envs.demos.render.render_episode", None)  # nothing is rendered
+    options = {"frame_size": SIZE, "rendering": "fast", "cache_root": cache, "processes": 1}
+    joint = tmp_path / "joint"
+    render_states([file, file], root=joint, repo_id="vega/joint", reuse=[str(root)], **options)
+    key = {"repo_id": "vega/joint", "metadata": dataset_hash(joint)}
+    copied = open_stream(cache, frames_stream(key, CAMERAS, SIZE), 2 * ROWS, None).numpy()
+    assert np.array_equal(copied, np.concatenate([frames, frames]))
+
+
+def test_tasks_and_episodes_are_cut(lift):
+    plan, values = plan_rendering([lift[0]], frame_size=SIZE, rendering="fast", episodes_per_task=1)
+    assert [episode.length for episode in plan.episodes] == [len(value["action"]) for value in values] == [5]
+
+
+@pytest.fixture(scope="module")
+def rendered(lift, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rendered")
+    render(lift[0], folder)
+    return {"repo_id": "vega/lift", "root": str(folder / "data"), "cache_root": str(folder / "cache")}
+
+
+@pytest.mark.parametrize("cached", [["frames"], ["frames", "prior"]])
+def test_a_dataset_without_videos_trains(rendered, tmp_path, cached):
+    data = DatasetConfig(**rendered, cache="ram", cached=cached)
+    run = tmp_path / "run"
+    config = TrainConfig(policy=tiny_policy(), dataset=data, output_dir=str(run), steps=1, batch_size=4)
+    assert (train(config) / "pretrained_model" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"cache": "none"}, "dataset.cache=none reads videos, but .* has none"),
+        (
+            {"cache_root": "elsewhere"},
+            "holds no frames of it as vega/lift with 32 pixels. Render them: vega-render",
+        ),
+        ({"repo_id": "vega/other"}, "holds no frames of it as vega/other"),
+    ],
+)
+def test_training_without_frames_is_refused(rendered, tmp_path, change, message):
+    data = DatasetConfig(**rendered | {"cache": "ram", "cached": ["frames"]} | change)
+    config = TrainConfig(policy=tiny_policy(), dataset=data, output_dir=str(tmp_path / "run"), steps=1)
+    with pytest.raises(DatasetError, match=message):
+        train(config)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"root": None}, "add root=FOLDER repo_id=ORG/NAME"),
+        ({"repo_id": None}, "add root=FOLDER repo_id=ORG/NAME"),
+        ({"tasks": [7]}, "hold none of the tasks"),
+        ({"rendering": "full"}, "holds something else than these states"),
+        ({"episodes_per_task": 1}, "holds something else than these states"),
+        ({"processes": 0, "repo_id": "vega/lift", "cache_root": "new"}, "at least 1 process"),
+        ({"reuse": ["nothing"]}, "reuse: expected a dataset"),
+    ],
+)
+def test_what_cannot_be_rendered_is_refused(lift, rendered, tmp_path, monkeypatch, change, message):
+    monkeypatch.chdir(tmp_path)
+    values = rendered | {"frame_size": SIZE, "rendering": "fast", "processes": 1} | change
+    with pytest.raises(ValueError, match=message):
+        render_states([lift[0]], **values)
