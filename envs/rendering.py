@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+logger = logging.getLogger(__name__)
+
 MUJOCO_VERSION = "3.3.7"
 
 UNSEEN_GROUP = 5  # of shapes outside a camera's view; robosuite, LIBERO and Meta-World leave it empty
@@ -237,7 +239,9 @@ class _Screen:
         self._camera = mujoco.MjvCamera()
         self._camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
         self._viewport = mujoco.MjrRect(0, 0, size, size)
-        self._copies_aside = _uses_egl() and not self._buffer.offSamples  # several samples are first resolved
+        self._copies_aside = (
+            not self._buffer.offSamples and _has_pixel_buffers()
+        )  # samples are resolved first
         self._pixels: _PixelBuffer | None = None
         self._drawn: list[np.ndarray] = []  # enqueued frames where pixels cannot be copied aside
         self._options = mujoco.MjvOption()
@@ -288,6 +292,19 @@ class _Screen:
             self._pixels.free()
         self._buffer.free()
         self._context.free()
+
+
+def _has_pixel_buffers() -> bool:
+    """Return whether PyOpenGL finds pixel buffer objects, which are in libOpenGL or libGL."""
+    try:
+        from OpenGL import GL
+
+        return _uses_egl() and bool(GL.glGenBuffers)
+    except (ImportError, AttributeError, OSError) as error:
+        logger.warning(
+            "every frame is waited for, which is slow on a GPU: PyOpenGL does not work (%s)", error
+        )
+        return False
 
 
 class _PixelBuffer:

@@ -24,11 +24,13 @@ import envs
 from envs.base import DEMONSTRATION_SEEDS, ManipulationEnv, Task
 from envs.demos.shards import (
     CODECS,
+    STATES,
     Demonstrator,
     Recording,
     ShardSummary,
     collected_metadata,
     merge_shards,
+    package_versions,
     read_episodes,
     read_metadata,
     read_shard,
@@ -36,7 +38,9 @@ from envs.demos.shards import (
     record,
     write_metadata,
     write_shard,
+    write_state_shard,
 )
+from envs.demos.states import read_header, read_states, write_states
 from envs.rendering import load_mujoco, profile
 from vega_policy.run_dir import check_same_settings, open_run
 
@@ -61,9 +65,12 @@ class CollectionSettings:
     demonstrator: Demonstrator = field(default_factory=Demonstrator)
     repo_id: str = "vega/demonstrations"  # LeRobot's name for the dataset
     video: str = "lossless"  # key of `envs.demos.shards.CODECS`
+    format: str = "lerobot"  # or "states": one file of simulator states, without frames
 
     def __post_init__(self) -> None:
         profile(self.rendering)
+        if self.format not in ("lerobot", "states"):
+            raise ValueError(f"unknown format {self.format!r}; known: lerobot, states")
         if self.video not in CODECS:
             raise ValueError(f"unknown video {self.video!r}; known: {', '.join(CODECS)}")
         for name in ("episodes_per_task", "episodes_per_shard"):
@@ -79,7 +86,15 @@ class CollectionSettings:
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> CollectionSettings:
         """Build settings from a composed configuration (configs/collect.yaml)."""
-        names = ("tasks", "episodes_per_task", "episodes_per_shard", "demonstrator", "repo_id", "video")
+        names = (
+            "tasks",
+            "episodes_per_task",
+            "episodes_per_shard",
+            "demonstrator",
+            "repo_id",
+            "video",
+            "format",
+        )
         return cls.stored({**config["env"], **{name: config[name] for name in names}})
 
     @classmethod
@@ -119,7 +134,36 @@ def collect(settings: CollectionSettings, root: Path, *, processes: int = 2) -> 
         RuntimeError: If a demonstrator succeeds too rarely, worker processes keep dying, or the simulators
             cannot run here.
     """
+    if settings.format == "states":
+        return _collect_states(settings, root.with_suffix(".safetensors"), processes)
     return _assemble(settings, root, processes, lambda work: list(_collection_jobs(settings, work)))
+
+
+def _collect_states(settings: CollectionSettings, file: Path, processes: int) -> dict[str, Any]:
+    """Collect into one file of simulator states; see `collect`."""
+    unused = CollectionSettings(settings.suite)  # nothing is rendered, and a shard is one episode
+    settings = replace(
+        settings, episodes_per_shard=1, frame_size=unused.frame_size, rendering=unused.rendering
+    )
+    defaults = unused.decisive()
+    if file.is_file():
+        origin = read_header(file)["origin"]
+        check_same_settings(file, origin.get("settings", {}), settings.decisive(), defaults=defaults)
+        logger.info("%s is complete, with these settings: nothing to collect", file)
+        return origin
+    load_mujoco()
+    work = file.with_name(file.name + ".partial")
+    with open_run(work, settings.decisive(), defaults=defaults):
+        jobs = list(_collection_jobs(settings, work))
+        with Workers(processes, total=len(jobs)) as workers:
+            workers.run(_missing(jobs))
+        origin = _metadata(settings, [read_summary(job.folder) for job in jobs])
+        del origin["episodes"]  # the header lists them
+        origin["versions"] = package_versions()
+        episodes = [episode for job in jobs for episode in read_states(job.folder / STATES)]
+        write_states(file, settings.suite, episodes, origin, threads=os.cpu_count() or 1)
+    shutil.rmtree(work)
+    return origin
 
 
 def render_again(
@@ -198,10 +242,7 @@ def _assemble(
     work = root.with_name(root.name + ".partial")
     with open_run(work, settings.decisive(), defaults=defaults):
         jobs = jobs_in(work)
-        missing = [job for job in jobs if read_shard(job.folder) is None]
-        _announce(jobs, missing)
-        for job in missing:  # removes damaged shards
-            shutil.rmtree(job.folder, ignore_errors=True)
+        missing = _missing(jobs)
         merged = work / "merged"
         shutil.rmtree(merged, ignore_errors=True)
         with Workers(processes, total=sum(job.episodes for job in jobs)) as workers:
@@ -214,12 +255,17 @@ def _assemble(
     return read_metadata(root) or {}
 
 
-def _announce(jobs: Sequence[Job], missing: Sequence[Job]) -> None:
+def _missing(jobs: Sequence[Job]) -> list[Job]:
+    """Return the jobs whose shards are missing or damaged; damaged ones are deleted."""
+    missing = [job for job in jobs if read_shard(job.folder) is None]
     damaged = [job.folder.name for job in missing if job.folder.exists()]
     if damaged:
         logger.warning("damaged shards are collected again: %s", ", ".join(damaged))
     if len(missing) < len(jobs):
         logger.info("resuming: %d of %d shards are complete", len(jobs) - len(missing), len(jobs))
+    for job in missing:
+        shutil.rmtree(job.folder, ignore_errors=True)
+    return missing
 
 
 def _metadata(settings: CollectionSettings, shards: Sequence[ShardSummary]) -> dict[str, Any]:
@@ -342,8 +388,12 @@ def collect_shard(job: Job, report: Report) -> ShardSummary:
     Raises:
         RuntimeError: If the demonstrator succeeds too rarely to fill the shard.
     """
-    env = _environment(job.task, job.settings.frame_size, job.settings.rendering)
+    render = job.settings.format != "states"
+    env = _environment(job.task, job.settings.frame_size, job.settings.rendering, render)
     recordings = _successes(job, env, report) if job.source is None else _stored(job, job.source, env, report)
+    if not render:
+        (recording,) = recordings  # a shard of states is one episode
+        return write_state_shard(job.folder, env, recording)
     return write_shard(job.folder, env, recordings, job.settings.repo_id, job.settings.video)
 
 
@@ -373,14 +423,16 @@ def _successes(job: Job, env: ManipulationEnv, report: Report) -> Iterator[Recor
     )
 
 
-_OPEN: dict[tuple[str, int, int, str], ManipulationEnv] = {}  # this process's environment; one at a time
+_OPEN: dict[
+    tuple[str, int, int, str, bool], ManipulationEnv
+] = {}  # this process's environment; one at a time
 
 
-def _environment(task: Task, frame_size: int, rendering: str) -> ManipulationEnv:
-    key = (task.suite, task.index, frame_size, rendering)
+def _environment(task: Task, frame_size: int, rendering: str, render: bool) -> ManipulationEnv:
+    key = (task.suite, task.index, frame_size, rendering, render)
     if key not in _OPEN:
         _close_environment()
-        _OPEN[key] = envs.make(task.suite, task.index, frame_size=frame_size, rendering=rendering)
+        _OPEN[key] = envs.make(*key[:2], frame_size=frame_size, rendering=rendering, render=render)
     return _OPEN[key]
 
 

@@ -22,6 +22,7 @@ import numpy as np
 import envs
 from envs.base import ManipulationEnv, Task
 from envs.demos import DemonstrationOptions, demonstrate
+from envs.demos.states import StateEpisode, write_states
 from vega_policy.run_dir import atomic_folder, write_json
 
 DEMONSTRATOR_STREAM = 1  # separates a demonstrator's random numbers from the reset's, which use the bare seed
@@ -67,6 +68,9 @@ class Recording:
     states: np.ndarray  # float64 [t n], simulator state before each action
     actions: np.ndarray  # float32 [t a], clean actions in [-1, 1]
     attempts: int = 1  # episodes rolled out to get it, itself included
+    executed: np.ndarray | None = (
+        None  # float32 [t a], executed (noisy) actions; None where they are not stored
+    )
 
 
 @dataclass(frozen=True)
@@ -99,14 +103,18 @@ def record(
     rng = np.random.default_rng((seed, DEMONSTRATOR_STREAM))
     noise = demonstrator.noise if rng.random() < demonstrator.noisy_fraction else 0.0
     env.reset_blindly(seed=seed, options=None if initial_state is None else {"initial_state": initial_state})
-    states, actions, success = [], [], False
+    states, actions, noisy, success = [], [], [], False
     for executed, clean in demonstrate(env, rng=rng, noise=noise, options=demonstrator.options):
         states.append(env.simulator_state())  # after the first action is planned, which may move the start
         actions.append(clean)
+        noisy.append(executed)
         success, truncated = env.step_blindly(executed)
         if truncated:
             break
-    return Recording(seed, np.stack(states), np.stack(actions).astype(np.float32)) if success else None
+    if not success:
+        return None
+    clean, executed = (np.stack(values).astype(np.float32) for values in (actions, noisy))
+    return Recording(seed, np.stack(states), clean, executed=executed)
 
 
 def image_key(env: ManipulationEnv, camera: str) -> str:
@@ -153,14 +161,42 @@ def write_shard(
     with atomic_folder(folder) as draft:
         written = _write_dataset(draft / DATASET, env, recordings, repo_id, video)
         _save_states(draft / STATES, [recording.states for recording in written], first=0)
-        summary = ShardSummary(
-            task=env.task.name,
-            seeds=tuple(recording.seed for recording in written),
-            lengths=tuple(len(recording.actions) for recording in written),
-            attempts=sum(recording.attempts for recording in written),
-        )
-        manifest = {"summary": asdict(summary), "files": _hashes(draft)}
-        (draft / MANIFEST).write_text(json.dumps(manifest))
+        return _write_manifest(draft, env, written)
+
+
+def write_state_shard(folder: Path, env: ManipulationEnv, recording: Recording) -> ShardSummary:
+    """Write one recording of a MuJoCo environment as a shard of simulator states; `folder` must not exist."""
+    assert recording.executed is not None
+    proprioception = []
+    for state in recording.states:
+        env.restore(state)
+        proprioception.append(env.observe()["agent_pos"])
+    nq, nv = env.model.nq, env.model.nv
+    episode = StateEpisode(
+        task=env.task.index,
+        seed=recording.seed,
+        attempts=recording.attempts,
+        initial=recording.states[0],
+        positions=recording.states[:, 1 : 1 + nq],
+        velocities=recording.states[:, 1 + nq : 1 + nq + nv],
+        actions=recording.actions,
+        executed=recording.executed,
+        proprioception=np.stack(proprioception),
+    )
+    with atomic_folder(folder) as draft:
+        write_states(draft / STATES, env.task.suite, [episode], {})
+        return _write_manifest(draft, env, [recording])
+
+
+def _write_manifest(draft: Path, env: ManipulationEnv, written: Sequence[Recording]) -> ShardSummary:
+    summary = ShardSummary(
+        task=env.task.name,
+        seeds=tuple(recording.seed for recording in written),
+        lengths=tuple(len(recording.actions) for recording in written),
+        attempts=sum(recording.attempts for recording in written),
+    )
+    manifest = {"summary": asdict(summary), "files": _hashes(draft)}
+    (draft / MANIFEST).write_text(json.dumps(manifest))
     return summary
 
 
@@ -282,9 +318,13 @@ def merge_shards(folders: Sequence[Path], root: Path, repo_id: str) -> None:
 
 def write_metadata(root: Path, metadata: Mapping[str, Any]) -> None:
     """Write the origin of a dataset, with the versions of the packages that decide its content."""
+    write_json(root / METADATA, {**metadata, "versions": package_versions()})
+
+
+def package_versions() -> dict[str, str]:
+    """Return the versions of the packages that decide a dataset's content."""
     installed = {distribution.name for distribution in importlib.metadata.distributions()}
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES if name in installed}
-    write_json(root / METADATA, {**metadata, "versions": versions})
+    return {name: importlib.metadata.version(name) for name in PACKAGES if name in installed}
 
 
 def read_metadata(root: Path) -> dict[str, Any] | None:

@@ -7,7 +7,11 @@ import numpy as np
 import pytest
 
 import envs
+from envs.demos import collect as collection
+from envs.demos.collect import CollectionSettings, collect
+from envs.demos.shards import Demonstrator
 from envs.demos.states import RESOLUTION, StateEpisode, read_header, read_states, write_states
+from vega_policy.run_dir import OtherRunError
 
 SHIPPED = Path(__file__).parents[2] / "assets" / "demonstrations" / "libero"
 INSTANTS = {"libero_spatial": 57952, "libero_object": 66128, "libero_goal": 66532, "libero_10": 126213}
@@ -92,3 +96,50 @@ def test_a_shipped_demonstration_restores_and_succeeds_again():
     outcomes = [env.step_blindly(action)[0] for action in episode.executed]
     env.close()
     assert outcomes[-1]
+
+
+@pytest.mark.slow
+def test_collected_states_do_not_depend_on_processes_or_interruptions(tmp_path):
+    settings = CollectionSettings(
+        "lift", episodes_per_task=1, demonstrator=Demonstrator(noise=0.2), format="states"
+    )
+    collect(settings, tmp_path / "one", processes=1)
+    settings = replace(settings, episodes_per_task=2)
+    collect(settings, tmp_path / "two", processes=2)
+    (one,), two = (read_states(tmp_path / f"{name}.safetensors") for name in ("one", "two"))
+    assert [episode.seed // 1000 for episode in two] == [0, 1]  # a block of seeds each
+    for name in ("initial", *RESOLUTION):
+        assert np.array_equal(getattr(one, name), getattr(two[0], name))
+    assert not np.array_equal(one.actions, one.executed)
+    with pytest.raises(OtherRunError, match="episodes_per_task"):
+        collect(replace(settings, episodes_per_task=3), tmp_path / "two", processes=1)
+
+
+def test_shards_of_states_resume_to_one_file(tmp_path, monkeypatch):
+    collected, real = [], collection.collect_shard
+
+    def fail_at_the_second(job, report):
+        if len(collected) == 1:
+            raise KeyboardInterrupt
+        collected.append(job)
+        return real(job, report)
+
+    settings = CollectionSettings("lift", episodes_per_task=2, format="states")
+    monkeypatch.setattr(collection, "collect_shard", fail_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        collect(settings, tmp_path / "lift", processes=1)
+    assert not (tmp_path / "lift.safetensors").exists()
+    resumed = []
+    monkeypatch.setattr(
+        collection, "collect_shard", lambda job, report: resumed.append(job) or real(job, report)
+    )
+    origin = collect(settings, tmp_path / "lift", processes=1)
+    assert len(resumed) == 1
+    assert origin["tasks"]["lift"]["demonstrations"] == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["lift.safetensors"]
+    env = envs.make("lift", 0, render=False)
+    for episode in read_states(tmp_path / "lift.safetensors"):
+        env.reset_blindly(seed=episode.seed)
+        env.restore(episode.initial)
+        assert [env.step_blindly(action)[0] for action in episode.executed][-1]
+    env.close()

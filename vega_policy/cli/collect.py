@@ -19,15 +19,19 @@ def run(config: DictConfig) -> str:
         f"{name}: {counts['demonstrations']} demonstrations from {counts['attempts']} episodes"
         for name, counts in metadata["tasks"].items()
     ]
+    if values["format"] == "states":
+        return "\n".join([*lines, f"states: {root.with_suffix('.safetensors')}"])
     return "\n".join([*lines, f"dataset: {root}"])
 
 
 main = Command(
     config="collect",
     run=run,
-    summary="Collect demonstrations into a LeRobotDataset. The same command resumes after an interruption.",
+    summary="Collect demonstrations into a LeRobotDataset, or into one file of simulator states.\n"
+    "The same command resumes after an interruption.",
     examples=[
         "vega-collect env=lift_wide episodes_per_task=50",
         "vega-collect env=libero_spatial episodes_per_task=50 processes=16 demonstrator.noise=0.2",
+        "vega-collect env=libero_spatial format=states root=outputs/states/libero_spatial processes=16",
     ],
 ).main
