@@ -1,4 +1,4 @@
-"""Collect demonstrations into a LeRobotDataset, or render a collected one again: parallel and resumable."""
+"""Collect demonstrations into a LeRobotDataset or a file of states, or render a dataset again: resumable."""
 
 from __future__ import annotations
 
@@ -48,6 +48,7 @@ logger = logging.getLogger(__name__)
 
 SEEDS_PER_SHARD = 1000
 MAX_ATTEMPTS = 20  # episodes per demonstration before a demonstrator is called unable
+SLOW_IMPORTS = ("lerobot.datasets.lerobot_dataset", "numba")  # of workers that write LeRobotDatasets
 MAX_DEATHS = 3  # of worker processes before the collection gives up
 Report = Callable[[str, bool], None]  # (task, success), after every episode
 
@@ -375,10 +376,10 @@ class Workers:
         self._bar.set_postfix(rates, refresh=False)
 
 
-def context() -> Any:
-    """Return a multiprocessing context whose processes start with the slow imports already done."""
+def context(modules: Sequence[str] = SLOW_IMPORTS) -> Any:
+    """Return a multiprocessing context whose processes start with these modules already imported."""
     forkserver = multiprocessing.get_context("forkserver")
-    forkserver.set_forkserver_preload(["lerobot.datasets.lerobot_dataset", "numba"])
+    forkserver.set_forkserver_preload(list(modules))
     return forkserver
 
 

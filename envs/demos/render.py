@@ -211,7 +211,7 @@ class _Work:
 
 def _render_in_pool(work: _Work, processes: int, egl_devices: Sequence[int], bar: Any) -> np.ndarray:
     """Run one renderer in each process of a pool until no episode is left; return the sum of all frames."""
-    started = context()
+    started = context(("numba", "envs.demos"))
     claimed, states, numbers = (
         started.Array("i", len(work.groups)),
         started.Value("q", 0),
