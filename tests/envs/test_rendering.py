@@ -78,6 +78,21 @@ def test_restoring_a_state_shows_the_same_image_and_the_same_hand(fast):
             assert np.array_equal(again["pixels"][camera], frame)
 
 
+@pytest.mark.parametrize("profile", ["fast", "full"])
+def test_frames_of_a_batch_of_states_are_those_of_single_observations(fast, full, profile, monkeypatch):
+    monkeypatch.setattr(rendering, "BATCH", 2)
+    env = {"fast": fast, "full": full}[profile]
+    env.reset_blindly(seed=4)
+    states, expected = [], []
+    for action in np.random.default_rng(0).uniform(-1, 1, (3, 7)):
+        expected.append(list(env.observe()["pixels"].values()))
+        states.append(env.simulator_state())
+        env.step_blindly(action)
+    batches = list(env.camera_rig.render_states(states, env.restore))
+    assert [len(batch) for batch in batches] == [2, 1]
+    assert np.array_equal(np.concatenate(batches), np.array(expected))
+
+
 def test_an_episode_can_go_on_from_a_restored_state(fast):
     fast.reset(seed=4)
     state, before = fast.simulator_state(), fast.observe()["agent_pos"]
