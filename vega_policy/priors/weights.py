@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -106,6 +106,15 @@ def fingerprint_files(folder: Path, parts: Iterable[str]) -> str:
             with path.open("rb") as file:
                 while block := file.read(READ_SIZE):
                     digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def fingerprint_weights(weights: Mapping[str, Tensor]) -> str:
+    """Return a hash over the names and bytes of a module's weights, 16 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for name, value in sorted(weights.items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -8,6 +8,7 @@
 """
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 import yaml
 from huggingface_hub import ModelCard
+from huggingface_hub.constants import CONFIG_NAME, SAFETENSORS_SINGLE_FILE
 from lerobot.optim.optimizers import load_optimizer_state, save_optimizer_state
 from lerobot.optim.schedulers import load_scheduler_state, save_scheduler_state
 from lerobot.processor import PolicyProcessorPipeline
@@ -25,17 +27,22 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from vega_policy.backbones.compact import TextEncoder
 from vega_policy.checkpoints import (
     CHECKPOINTS,
+    CHECKSUMS,
     PRETRAINED,
     STATE,
     checkpoint_path,
     list_checkpoints,
     prune_checkpoints,
+    require_intact,
     set_aside_after,
     write_checksums,
 )
-from vega_policy.modeling_vega import VegaPolicy
+from vega_policy.evaluation.policies import find_checkpoint
+from vega_policy.modeling_vega import TEXT_ENCODER, VegaPolicy
+from vega_policy.priors.weights import fingerprint_weights
 from vega_policy.run_dir import (
     LOCK,
     OtherRunError,
@@ -163,6 +170,53 @@ def save_checkpoint(
         )
         write_checksums(folder)
     return target
+
+
+def export_policy(checkpoint: Path, target: Path) -> Path:
+    """Write the policy of a checkpoint to a new folder to be published, and return it.
+
+    It holds `pretrained_model` with weights in bfloat16 and checksums, without the training state. A frozen
+    text encoder is left out where it is the packaged one; the config then holds its fingerprint.
+
+    Raises:
+        FileExistsError: If the folder exists.
+        ValueError: If the checkpoint is damaged.
+    """
+    source = find_checkpoint(checkpoint)
+    require_intact(source)
+    weights = load_file(source / SAFETENSORS_SINGLE_FILE)
+    config = json.loads((source / CONFIG_NAME).read_text()) | {"device": None}  # where there is a GPU: that
+    packaged = _packaged_text_encoder(config, weights)
+    if packaged is not None:
+        config["backbone"]["text_encoder_fingerprint"] = packaged
+        weights = {name: value for name, value in weights.items() if not name.startswith(TEXT_ENCODER)}
+    rounded = {
+        name: value.to(torch.bfloat16) if value.is_floating_point() else value
+        for name, value in weights.items()
+    }
+    with atomic_folder(target) as draft:
+        for path in source.iterdir():
+            if path.is_file() and path.name not in (SAFETENSORS_SINGLE_FILE, CONFIG_NAME, CHECKSUMS):
+                shutil.copyfile(path, draft / path.name)
+        (draft / CONFIG_NAME).write_text(json.dumps(config, indent=4))
+        save_file(rounded, draft / SAFETENSORS_SINGLE_FILE, metadata={"format": "pt"})
+        write_checksums(draft)
+    return target
+
+
+def _packaged_text_encoder(config: dict[str, Any], weights: dict[str, Tensor]) -> str | None:
+    """Return the fingerprint of a policy's text encoder if it is the packaged one, else None."""
+    own = {
+        name.removeprefix(TEXT_ENCODER): value
+        for name, value in weights.items()
+        if name.startswith(TEXT_ENCODER)
+    }
+    backbone = config["backbone"]
+    if not own or not backbone["pretrained"] or backbone["text_encoder"] is not None:
+        return None
+    packaged = TextEncoder(None, pretrained=True, frozen=True)
+    found = fingerprint_weights(own)
+    return found if found == fingerprint_weights(packaged.state_dict()) else None
 
 
 def read_step(checkpoint: Path) -> int:

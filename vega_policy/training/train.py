@@ -147,6 +147,8 @@ def make_policy(config: TrainConfig, checkpoint: Path | None, device: torch.devi
         saved: Any = PreTrainedConfig.from_pretrained(path)
         vega = copy(config.vega)  # requires the weights of the prior that the policy was trained with
         vega.prior = replace(vega.prior, fingerprint=saved.prior.fingerprint)
+        packaged = saved.backbone.text_encoder_fingerprint
+        vega.backbone = replace(vega.backbone, text_encoder_fingerprint=packaged)
         return VegaPolicy.from_pretrained(path, config=vega, strict=True).to(device)
     return VegaPolicy(config.vega).to(device)
 
