@@ -1,6 +1,6 @@
 """Train a small Wan: `python scripts/pretrain_prior.py`."""
 
-from vega_policy.cli.pretrain import main
+from vega_policy.cli.commands import pretrain
 
 if __name__ == "__main__":
-    main()
+    pretrain.main()

@@ -1,6 +1,6 @@
 """Serve a checkpoint: `python scripts/serve_policy.py checkpoint=outputs/demo/train/checkpoints/last`."""
 
-from vega_policy.cli.serve import main
+from vega_policy.cli.commands import serve
 
 if __name__ == "__main__":
-    main()
+    serve.main()

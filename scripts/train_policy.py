@@ -1,6 +1,6 @@
 """Train a policy: `python scripts/train_policy.py experiment=demo`."""
 
-from vega_policy.cli.train import main
+from vega_policy.cli.commands import train
 
 if __name__ == "__main__":
-    main()
+    train.main()

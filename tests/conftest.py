@@ -5,7 +5,7 @@ Heavy imports stay inside the fixtures: pytest-xdist's controller reads this fil
 
 import pytest
 
-from vega_policy.cli.groups import register_groups
+from vega_policy.cli import register_groups
 
 register_groups()  # composed configs need the generated options
 

@@ -6,9 +6,11 @@ require no LeRobot.
 """
 
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 __version__ = "0.1.0"
+PACKAGE = Path(__file__).resolve().parent
 
 _EXPORTS = {
     "VegaConfig": "vega_policy.configuration_vega",
@@ -26,3 +28,15 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *_EXPORTS])
+
+
+def resource(name: str) -> Path:
+    """Return the folder `configs` or `assets`: in the package of an installed wheel, else in the repository.
+
+    Raises:
+        FileNotFoundError: If it is in neither place.
+    """
+    for path in (PACKAGE / name, PACKAGE.parent / name):
+        if path.is_dir():
+            return path
+    raise FileNotFoundError(f"no folder {name} in {PACKAGE} or {PACKAGE.parent}; install the package again.")

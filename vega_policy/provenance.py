@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from vega_policy.resources import PACKAGE
+from vega_policy import PACKAGE
 
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from scripts import benchmark as script
 from vega_policy.backbones.sizes import ARCHITECTURES, Architecture
 from vega_policy.benchmarks import prior as prior_part
 from vega_policy.benchmarks.policy import benchmark_policy
@@ -22,6 +21,7 @@ from vega_policy.benchmarks.timing import (
     write,
 )
 from vega_policy.benchmarks.train import benchmark_train
+from vega_policy.cli.benchmark import benchmark
 from vega_policy.model import cuda_graph as captured
 from vega_policy.model.config import ActionHeadConfig, BackboneConfig, ModelConfig, PriorConfig
 from vega_policy.model.cuda_graph import CapturedControlStep
@@ -152,7 +152,7 @@ def test_the_script_prints_and_writes_what_it_measured(tiny, monkeypatch, tmp_pa
     arguments = ["prior", "device=cpu", "prior=wan_tiny", "sizes=[32x32]", "frames=[1]"]
     arguments += ["paths=[early_stop,fast]", "seconds=0.01", f"output={output}"]
     monkeypatch.setattr("sys.argv", ["benchmark.py", *arguments])
-    script.main()
+    benchmark.main()
     printed = capsys.readouterr().out
     assert "prior on CPU" in printed
     assert "times as fast as early_stop" in printed
@@ -184,7 +184,7 @@ def test_a_prior_without_a_fast_form_is_measured_as_a_policy_runs_it():
 def test_the_script_refuses_sizes_and_paths_that_it_cannot_measure(arguments, message, monkeypatch):
     monkeypatch.setattr("sys.argv", ["benchmark.py", "prior", "device=cpu", *arguments])
     with pytest.raises(SystemExit, match=message):
-        script.main()
+        benchmark.main()
 
 
 def test_the_product_with_an_activation_counts_as_a_product():
@@ -343,7 +343,7 @@ def test_the_dataset_part_compares_videos_a_warm_cache_and_no_prior(root, tmp_pa
     arguments += ["batch=2", "frame_size=32", "seconds=0.01"]
     arguments += ["repo_id=tests/synthetic", f"cache_root={tmp_path / 'cache'}"]
     monkeypatch.setattr("sys.argv", ["benchmark.py", *arguments])
-    script.main()
+    benchmark.main()
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines[-3:]] == [
         ["videos", "random"],

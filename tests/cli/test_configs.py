@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 
 from tests.synthetic_dataset import write_dataset
 from vega_policy.backbones import BACKBONES
-from vega_policy.cli.app import (
+from vega_policy.cli import (
     Command,
     group_options,
     refuse_missing_fields,
@@ -162,7 +162,7 @@ def test_an_error_of_a_library_keeps_its_traceback_and_one_of_ours_ends_in_a_lin
     monkeypatch.setattr(sys, "argv", ["command"])
 
     def main(run):
-        return Command(config="failing", run=run, summary="", node={}).main
+        return Command(run, config="failing", node={}).main
 
     with pytest.raises(SystemExit) as stopped:  # Hydra prints the traceback and ends
         main(lambda config: torch.zeros(2) @ torch.zeros(3))([])
@@ -239,7 +239,7 @@ def test_help_lists_groups_and_fields(script):
 
 
 def test_help_loads_neither_torch_nor_lerobot():
-    code = "import sys; from vega_policy.cli.train import main; main(['--help'])"
+    code = "import sys; from vega_policy.cli.commands import train; train.main(['--help'])"
     code += "; print({*sys.modules} & {'torch', 'lerobot'})"
     shown = subprocess.run(
         [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True

@@ -5,27 +5,30 @@ import importlib.util
 import re
 import shlex
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from vega_policy.cli.app import Command, refuse_unknown_options, with_positional
+from vega_policy.cli import Command, refuse_unknown_options, with_positional
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+CONSOLE = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["scripts"]
 SCRIPTS = {
-    "train_policy": "train",
-    "eval_policy": "eval",
-    "collect_demos": "collect",
-    "render_demos": "render",
-    "deploy_policy": "deploy",
-    "serve_policy": "serve",
-    "probe_prior": "probe",
-    "pretrain_prior": "pretrain",
-    "benchmark": "benchmark",
-    "compare_runs": "compare",
+    "train_policy": "vega-train",
+    "eval_policy": "vega-eval",
+    "collect_demos": "vega-collect",
+    "render_demos": "vega-render",
+    "deploy_policy": "vega-deploy",
+    "serve_policy": "vega-serve",
+    "probe_prior": "vega-probe",
+    "pretrain_prior": "vega-pretrain",
+    "export_policy": "vega-export-policy",
+    "benchmark": "vega-benchmark",
+    "compare_runs": "vega-compare",
 }
 
 
@@ -47,11 +50,11 @@ def commands():
 def command_of(words):
     """Return the command object and the arguments of a line."""
     if words[0].startswith("vega-"):
-        module, arguments = f"vega_policy.cli.{words[0].removeprefix('vega-')}", words[1:]
+        name, arguments = words[0], words[1:]
     else:
-        stem, arguments = Path(words[1]).stem, words[2:]
-        module = f"vega_policy.cli.{SCRIPTS[stem]}" if stem in SCRIPTS else f"scripts.{stem}"
-    command = importlib.import_module(module).main.__self__
+        name, arguments = SCRIPTS[Path(words[1]).stem], words[2:]
+    module, _, attribute = CONSOLE[name].partition(":")
+    command = getattr(importlib.import_module(module), attribute.removesuffix(".main"))
     assert isinstance(command, Command)
     return command, arguments
 

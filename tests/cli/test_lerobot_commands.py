@@ -146,7 +146,7 @@ def test_the_wheel_in_an_empty_environment_trains_and_evaluates_outside_the_repo
         tmp_path,
         "python",
         "-c",
-        "from vega_policy.resources import resource; print(resource('configs') / 'train.yaml')",
+        "from vega_policy import resource; print(resource('configs') / 'train.yaml')",
     )
     assert "empty" in found
     assert Path(found.strip().splitlines()[-1]).is_file()

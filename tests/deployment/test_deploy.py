@@ -16,11 +16,11 @@ from lerobot.rollout.robot_wrapper import ThreadSafeRobot
 from lerobot.utils.feature_utils import hw_to_dataset_features
 from omegaconf import MissingMandatoryValue, OmegaConf
 
+from vega_policy import resource
 from vega_policy.deployment.control_loop import SafeRollout, creates_scenes, delayed
 from vega_policy.deployment.deploy import read_rollout, read_safety
 from vega_policy.deployment.remote_policy import VegaRemoteConfig, VegaRemotePolicy
 from vega_policy.deployment.safety import JointLimits, SafetyFilter, safe_action_pipeline
-from vega_policy.resources import resource
 
 JOINTS = {"pan.pos": 0.0, "lift.pos": 0.5}
 LIMITS = [JointLimits(name, -1.0, 1.0, jump=0.5) for name in JOINTS]

@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 
-from scripts import compare_runs as script
+from vega_policy.cli.commands import compare
 from vega_policy.evaluation.compare import (
     LIBERO,
     UnpairedRunsError,
@@ -66,7 +66,7 @@ def main_pair(tmp_path):
 
 def run(monkeypatch, capsys, *arguments):
     monkeypatch.setattr(sys, "argv", ["compare_runs.py", *map(str, arguments)])
-    script.main()
+    compare.main()
     return capsys.readouterr().out
 
 

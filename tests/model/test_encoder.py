@@ -144,7 +144,7 @@ import sys
 sys.path.append({str(tmp_path)!r})
 import torch
 from vega_policy import VegaEncoder
-from vega_policy.cli.groups import generated_groups
+from vega_policy.cli import generated_groups
 from vega_policy.model.config import BackboneConfig
 groups = generated_groups()
 assert "mean_color" in groups["prior"] and "maximum" in groups["fusion"]

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -71,7 +70,7 @@ def test_folders_that_a_precomputed_prior_cannot_use_are_refused(tmp_path):
     write(tmp_path / "coarse", grid=(2, 2))
     with pytest.raises(ValueError, match="2x2 tokens a view, which cannot be pooled to the backbone's 4x4"):
         opened(tmp_path / "coarse")
-    with pytest.raises(FileNotFoundError, match=r"no manifest.json.*export_features.py"):
+    with pytest.raises(FileNotFoundError, match=r"no manifest.json.*vega-export-features"):
         opened(tmp_path)
     with pytest.raises(ValueError, match=r"needs prior\.path"):
         make_prior(PriorConfig(name="precomputed"), GRID)
@@ -94,23 +93,12 @@ def test_other_precomputed_prior_features_are_other_weights(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_export_script_writes_what_a_policy_with_a_precomputed_prior_trains_on(tmp_path):
+def test_the_export_command_writes_what_a_policy_with_a_precomputed_prior_trains_on(tmp_path):
     write_dataset(tmp_path / "data", lengths=(3, 2), use_videos=False)
     (tmp_path / "stand_in.py").write_text(STAND_IN)
-    script = Path(__file__).parents[2] / "scripts" / "export_features.py"
-    options = [
-        "--repo-id",
-        REPO_ID,
-        "--root",
-        "data",
-        "--output",
-        "features",
-        "--frame-size",
-        "64",
-        "--batch-size",
-        "2",
-    ]
-    command = [sys.executable, str(script), "stand_in:load", *options, "--device", "cpu"]
+    code = "from vega_policy.cli.commands import export_features; export_features.main()"
+    options = [f"repo_id={REPO_ID}", "root=data", "output=features", "frame_size=64", "batch_size=2"]
+    command = [sys.executable, "-c", code, "stand_in:load", *options, "device=cpu"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     row = LeRobotDataset(REPO_ID, root=tmp_path / "data")[4]

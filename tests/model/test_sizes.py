@@ -1,16 +1,14 @@
 """Sizes of real policies, read off networks without weights."""
 
-import runpy
 import sys
-from pathlib import Path
 
 import pytest
 
 from vega_policy.backbones.sizes import inspect_model, without_weights
+from vega_policy.cli.commands import inspect
 from vega_policy.model.config import ActionHeadConfig, BackboneConfig, FusionConfig, ModelConfig, PriorConfig
 from vega_policy.priors.sizes import ARCHITECTURES, published_sizes
 
-REPOSITORY = Path(__file__).parents[2]
 SIZES = {"views": 2, "state_dim": 8, "action_dim": 7}
 COMPACT = BackboneConfig(
     pretrained=False, freeze_image_encoder=True, freeze_text_encoder=True, width=64, depth=1, heads=2
@@ -96,8 +94,8 @@ def test_a_backbone_of_unknown_sizes_is_refused():
 
 
 def run_script(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["inspect_model.py", *arguments, "policy.device=cpu"])
-    runpy.run_path(str(REPOSITORY / "scripts" / "inspect_model.py"), run_name="__main__")
+    monkeypatch.setattr(sys, "argv", ["vega-inspect", *arguments, "policy.device=cpu"])
+    inspect.main()
 
 
 def test_the_script_prints_a_table_of_the_method(monkeypatch, capsys):

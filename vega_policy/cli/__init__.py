@@ -1,1 +1,288 @@
-"""Command-line entry points, one module a command."""
+"""Console commands: Hydra overrides, positional arguments, one-line errors, and generated config groups.
+
+A prior, a fusion or a suite is registered in one place of the code. Its command-line option (`prior`,
+`fusion`, `base`, `env`, `scenes`, `dataset`) follows from there, with the defaults of the frozen dataclasses.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import logging
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from typing import Any
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, Override
+from hydra.errors import OverrideParseException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from vega_policy import resource
+from vega_policy.analysis.config import SceneSettings
+from vega_policy.model.config import BASES, FUSIONS, BaseConfig, FusionConfig, PriorConfig
+from vega_policy.priors import PRIORS
+
+logger = logging.getLogger(__name__)
+
+SEARCH_PATH_OPTIONS = ("--config-dir", "-cd", "--config-path", "-cp", "hydra.searchpath")
+"""Arguments that add config folders; only Hydra knows the options there."""
+
+MISTAKES = (ValueError, OSError, RuntimeError, ImportError, FloatingPointError)
+"""Errors whose message suffices; `hydra.verbose=true` shows where they were raised."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command line; as a decorator `@partial(Command, config=...)` it wraps its function.
+
+    Attributes:
+        run: Runs the command with the composed config and returns what is printed at the end; its docstring
+            starts the text of `--help`.
+        config: Name of the root config in configs/, or of `node`.
+        examples: Lines of `--help` that can be copied.
+        node: Fields with their defaults where no YAML file holds them; `defaults` names groups.
+        positional: Fields that arguments without `=` fill in this order; a name that ends in `...` takes all
+            further ones as a list.
+    """
+
+    run: Callable[[DictConfig], str | None]
+    config: str
+    examples: Sequence[str] = ()
+    node: dict[str, Any] | None = None
+    positional: Sequence[str] = ()
+
+    def main(self, arguments: Sequence[str] | None = None) -> None:
+        """Compose the config and run.
+
+        Args:
+            arguments: Command line; None takes the program's own.
+        """
+        given = list(sys.argv[1:] if arguments is None else arguments)
+        sys.argv[1:] = with_positional(given, self.positional)
+        refuse_unknown_options(sys.argv[1:])
+        self.register()
+        if {"--help", "-h"} & {*given}:
+            print(self.help([word for word in sys.argv[1:] if not word.startswith("-")]))  # noqa: T201
+            return
+        hydra.main(version_base=None, config_path=str(resource("configs")), config_name=self.config)(
+            self._run
+        )()
+
+    def help(self, overrides: Sequence[str] = ()) -> str:
+        """Return the text of `--help`: examples, options of the groups, and fields with their values.
+
+        Hydra's own help composes once an option, which takes seconds.
+        """
+        with hydra.initialize_config_dir(str(resource("configs")), version_base=None):
+            config = hydra.compose(self.config, list(overrides), return_hydra_config=True)
+        choices = OmegaConf.to_container(config.hydra.runtime.choices)
+        assert isinstance(choices, dict)
+        groups = sorted(str(name) for name in choices if not str(name).startswith("hydra/"))
+        OmegaConf.set_struct(config, False)
+        del config.hydra
+        lines = [inspect.getdoc(self.run) or "", "", *(f"  {line}" for line in self.examples)]
+        if groups:
+            lines += ["", "== Groups: NAME=OPTION =="]
+            lines += [f"{name}: {', '.join(group_options(name))}" for name in groups]
+        lines += [
+            "",
+            "== Fields: NAME=VALUE (with the values of this command line) ==",
+            OmegaConf.to_yaml(config),
+        ]
+        return "\n".join(lines)
+
+    def register(self) -> None:
+        """Store the generated options and, where no YAML file holds it, the root config."""
+        register_groups()
+        if self.node is not None:
+            defaults = ["command", *self.node.get("defaults", ()), "_self_"]
+            node = {**self.node, "defaults": defaults}
+            ConfigStore.instance().store(name=self.config, node=node)
+
+    def _run(self, config: DictConfig) -> None:
+        sweep = HydraConfig.get().mode is RunMode.MULTIRUN
+        try:
+            refuse_missing_fields(config)
+            message = self.run(config)
+        except KeyboardInterrupt:
+            sys.exit("Interrupted. The same command resumes from what is finished.")
+        except MISTAKES as error:
+            if isinstance(error, RuntimeError) and not is_own_error(error):
+                raise  # an error of torch, say: only its traceback tells where it comes from
+            logger.debug("Raised here:", exc_info=True)
+            text = f"{type(error).__name__}: {error}"
+            if not sweep:
+                sys.exit(text)
+            logger.error("%s", text)  # other jobs of a sweep go on; its table marks this one as failed
+            return
+        if message:
+            print(message)  # noqa: T201
+
+
+def is_own_error(error: BaseException) -> bool:
+    """Return whether the error was raised by this distribution's code, so that its message suffices."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame.f_globals.get("__name__", "").partition(".")[0] in ("vega_policy", "envs")
+
+
+def with_positional(arguments: Sequence[str], fields: Sequence[str]) -> list[str]:
+    """Turn arguments without `=` into overrides of the given fields, in order.
+
+    Raises:
+        SystemExit: If there are more such arguments than fields.
+    """
+    overrides, values = [], []
+    for argument in arguments:
+        is_value = fields and "=" not in argument and not argument.startswith(("-", "~", "+"))
+        (values if is_value else overrides).append(argument)
+    for index, field in enumerate(fields):
+        if field.endswith("...") and values:
+            quoted = ",".join(_quoted(value) for value in values)
+            return [f"{field[:-3]}=[{quoted}]", *overrides]
+        if index < len(values) and not field.endswith("..."):
+            overrides.insert(0, f"{field}={_quoted(values[index])}")
+    if len(values) > len(fields):
+        sys.exit(f"expected at most {len(fields)} arguments without '=' ({', '.join(fields)}); got {values}")
+    return overrides
+
+
+def _quoted(value: str) -> str:
+    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
+
+
+def refuse_missing_fields(config: DictConfig) -> None:
+    """End the program if a field without a default, such as an evaluation's checkpoint, has no value.
+
+    Raises:
+        SystemExit: With the message.
+    """
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        fields = " ".join(f"{name}=..." for name in missing)
+        sys.exit(
+            f"No value for {', '.join(missing)}. Add {fields} to the command line; --help describes them."
+        )
+
+
+def refuse_unknown_options(arguments: Sequence[str]) -> None:
+    """End the program if a group has no such option, as in `env=libero_spatail`; near ones are listed first.
+
+    Raises:
+        SystemExit: With the message.
+    """
+    if any(argument.startswith(SEARCH_PATH_OPTIONS) for argument in arguments):
+        return
+    problems = [problem for override in _overrides(arguments) for problem in _unknown(override)]
+    if problems:
+        sys.exit("\n".join(problems))
+
+
+def group_options(group: str) -> list[str]:
+    """Return the options of a config group: files in configs/ and generated ones."""
+    files = (path.stem for path in (resource("configs") / group).glob("*.yaml"))
+    return sorted({*files, *generated_groups().get(group, {})})
+
+
+def _overrides(arguments: Sequence[str]) -> list[Override]:
+    """Return what Hydra's own parser accepts; Hydra reports the rest."""
+    parser, parsed = OverridesParser.create(), []
+    for argument in arguments:
+        try:
+            parsed += parser.parse_overrides([argument])
+        except OverrideParseException:
+            continue
+    return parsed
+
+
+def _unknown(override: Override) -> list[str]:
+    group = override.key_or_group
+    options = group_options(group) if "." not in group and not group.startswith("hydra") else []
+    if override.is_delete() or not options:
+        return []
+    value = override.value()
+    if isinstance(value, ChoiceSweep):
+        value = value.list
+    values = value if isinstance(value, list) else [value]
+    names = [name for name in values if isinstance(name, str) and name != "null"]
+    return [_message(group, name, options) for name in names if name not in options]
+
+
+def _message(group: str, name: str, options: list[str]) -> str:
+    near = difflib.get_close_matches(name, options, n=5, cutoff=0.4)
+    hint = f"did you mean {' or '.join(f'{group}={one}' for one in near)}? " if near else ""
+    return f"there is no {group}={name}; {hint}The group {group} has: {', '.join(options)}"
+
+
+Options = dict[str, dict[str, Any]]
+
+SCENE_SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "lift_wide")
+
+
+def register_groups() -> None:
+    """Store all generated options in Hydra's ConfigStore, and the settings that every command shares."""
+    store = ConfigStore.instance()
+    shared = {
+        "run": {"dir": "."},  # no folder and no log file of Hydra's own
+        "output_subdir": None,
+        "job": {"chdir": False},
+    }
+    defaults = [{"override hydra/job_logging": "stdout"}]
+    store.store(name="command", node={"defaults": defaults, "hydra": shared}, package="_global_")
+    for group, options in generated_groups().items():
+        for name, node in options.items():
+            store.store(group=group, name=name, node=node, provider="vega_policy")
+
+
+def generated_groups() -> dict[str, Options]:
+    """Return group -> option -> plain values."""
+    return {
+        "prior": {name: _fields(PriorConfig(name=name)) for name in ("none", *PRIORS)},
+        "fusion": {name: asdict(FusionConfig(name=name)) for name in FUSIONS},
+        "base": {name: _fields(BaseConfig(name=name)) for name in ("none", *BASES)},
+        "env": dict(_environments()),
+        "scenes": _scenes(),
+        "dataset": dict(_demonstrations()),
+    }
+
+
+def _environments() -> Iterator[tuple[str, dict[str, Any]]]:
+    families: dict[str, tuple[str, ...]] = import_module("envs").FAMILIES
+    for family, suites in families.items():
+        # Published numbers of LIBERO and Meta-World are of 256 pixels; robosuite's tasks are ours.
+        size, rendering = (128, "fast") if family == "envs.robosuite" else (256, "full")
+        for suite in suites:
+            yield suite, {"suite": suite, "frame_size": size, "rendering": rendering}
+
+
+def _demonstrations() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the datasets that collect_demos.py writes; other fields are those of dataset/lerobot.yaml."""
+    envs = import_module("envs")
+    single_task = set(envs.FAMILIES["envs.robosuite"]) - {"robosuite"}
+    for suite in envs.suite_names():
+        root, command = f"outputs/demonstrations/{suite}", f"python scripts/collect_demos.py env={suite}"
+        node = {"repo_id": f"vega/{suite}", "root": root, "collect_command": command}
+        if suite in single_task:
+            node["cache"] = "ram"
+        yield suite, {"defaults": ["lerobot", "_self_"], **node}
+
+
+def _scenes() -> Options:
+    options = {name: asdict(SceneSettings(name=name, suite=name)) for name in SCENE_SUITES}
+    options["lift_wide"]["tasks"] = [0]
+    options["folder"] = {"name": "folder", "suite": None, "folders": "???", "views": 32}
+    return options
+
+
+def _fields(config: PriorConfig | BaseConfig) -> dict[str, Any]:
+    node = asdict(config)
+    del node["fingerprint"]  # follows from the weights
+    return node

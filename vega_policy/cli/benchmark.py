@@ -3,6 +3,7 @@
 import shlex
 import sys
 from collections.abc import Iterator
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from vega_policy.cli.app import Command
+from vega_policy.cli import Command
 
 FIELDS: dict[str, Any] = {
     "defaults": [{"prior": "wan_tiny"}, {"backbone": "compact"}, {"head": "flow"}],  # with random weights
@@ -57,8 +58,23 @@ FIELDS: dict[str, Any] = {
 DEPLOYMENT = ("latency", "inference", "logs", "server")
 
 
-def run(config: DictConfig) -> str:
-    """Measure one part and return its table."""
+@partial(
+    Command,
+    config="benchmark",
+    examples=[
+        "vega-benchmark prior prior=wan2.1_t2v_1.3b 'frames=[1,2,8,32]'",
+        "vega-benchmark policy prior=wan_tiny device=cpu output=outputs/policy.json",
+        "vega-benchmark latency checkpoint=outputs/demo/train/checkpoints/last 'thinking_steps=[0,4,8]'",
+        "vega-benchmark logs +logs.sync=outputs/rollout/sync.jsonl",
+    ],
+    node=FIELDS,
+    positional=("part",),
+)
+def benchmark(config: DictConfig) -> str:
+    """Measure a part on this machine.
+
+    Parts: prior, policy, train, dataset, simulate; deployment: latency, inference, logs, server.
+    """
     import torch
 
     from vega_policy.benchmarks import PARTS, benchmark
@@ -118,19 +134,3 @@ def _deployment(options: SimpleNamespace) -> Iterator[dict[str, Any]]:
         overrides = [f"checkpoint={options.checkpoint}", *options.overrides]
         settings = {"episodes": options.episodes, "extra_latency": options.extra_latency}
         yield from latency.benchmark_inference(overrides, output=Path(options.folder), **settings)
-
-
-main = Command(
-    config="benchmark",
-    run=run,
-    summary="Measure a part on this machine: prior, policy, train, dataset, simulate; deployment: latency, "
-    "inference, logs, server.",
-    examples=[
-        "vega-benchmark prior prior=wan2.1_t2v_1.3b 'frames=[1,2,8,32]'",
-        "vega-benchmark policy prior=wan_tiny device=cpu output=outputs/policy.json",
-        "vega-benchmark latency checkpoint=outputs/demo/train/checkpoints/last 'thinking_steps=[0,4,8]'",
-        "vega-benchmark logs +logs.sync=outputs/rollout/sync.jsonl",
-    ],
-    node=FIELDS,
-    positional=("part",),
-).main

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import time
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
-from vega_policy.cli.app import Command
+from vega_policy.cli import Command
 
 FIELDS = {
     "source": "???",  # dataset of vega-collect and the new folder, or files of states
@@ -28,8 +29,23 @@ FIELDS = {
 }
 
 
-def run(config: DictConfig) -> str:
-    """Render and return what was written."""
+@partial(
+    Command,
+    config="render",
+    examples=[
+        "vega-render outputs/demonstrations/libero_spatial NEW_FOLDER frame_size=128 rendering=fast",
+        "vega-render assets/demonstrations/libero/libero_object.safetensors root=NEW_FOLDER "
+        "repo_id=vega/libero_object frame_size=128 rendering=fast processes=16",
+    ],
+    node=FIELDS,
+    positional=("source...",),
+)
+def render(config: DictConfig) -> str:
+    """Render demonstrations from their simulator states, without simulating again.
+
+    A dataset of vega-collect becomes one with other videos. Files of states become one dataset without
+    videos and the training's cache of its frames. The same command resumes after an interruption.
+    """
     values = cast(dict[str, Any], OmegaConf.to_container(config))
     source = values.pop("source")
     sources = [Path(name) for name in (source if isinstance(source, list) else [source])]
@@ -139,19 +155,3 @@ def _rendered_before(
             places[json.dumps(identity)] = file, row
             row += identity[3]
     return places
-
-
-main = Command(
-    config="render",
-    run=run,
-    summary="Render demonstrations from their simulator states, without simulating again.\n"
-    "A dataset of vega-collect becomes one with other videos. Files of states become one dataset without\n"
-    "videos and the training's cache of its frames. The same command resumes after an interruption.",
-    examples=[
-        "vega-render outputs/demonstrations/libero_spatial NEW_FOLDER frame_size=128 rendering=fast",
-        "vega-render assets/demonstrations/libero/libero_object.safetensors root=NEW_FOLDER "
-        "repo_id=vega/libero_object frame_size=128 rendering=fast processes=16",
-    ],
-    node=FIELDS,
-    positional=("source...",),
-).main

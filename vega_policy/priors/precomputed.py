@@ -154,7 +154,7 @@ def load(config: PriorConfig, entry: PriorEntry, grid: tuple[int, int]) -> Preco
     """
     check_layer(config, 1)
     refuse_noise(config)
-    advice = "`python scripts/export_features.py --help` shows how to write one."
+    advice = "`vega-export-features --help` shows how to write one."
     if config.path is None:
         raise ValueError(f"prior=precomputed needs prior.path, a folder of features. {advice}")
     folder = Path(config.path).expanduser()

@@ -1,0 +1,433 @@
+"""The console commands `vega-train`, `vega-eval`, ...; each imports what it runs when it is run."""
+
+import logging
+import sys
+import time
+from collections.abc import Mapping
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any, cast
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from vega_policy.cli import Command
+
+logger = logging.getLogger(__name__)
+
+
+def plain(config: DictConfig) -> dict[str, Any]:
+    """Return the resolved values of a config as plain dictionaries and lists."""
+    return cast(dict[str, Any], OmegaConf.to_container(config, resolve=True, throw_on_missing=True))
+
+
+class SweepTable(Callback):
+    """Hydra callback that writes and prints one table of all jobs when a sweep has ended."""
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Write `sweep.json` and `sweep.txt` into the sweep's folder."""
+        from vega_policy.training.sweep import write_table
+
+        folder = Path(config.hydra.sweep.dir)
+        logger.info("%s\n\nsweep: %s", write_table(folder), folder)
+
+
+@partial(
+    Command,
+    config="train",
+    examples=[
+        "vega-train experiment=demo                                the demo's policy, two CPU cores",
+        "vega-train experiment=demo prior=none                     one field changed: an ablation",
+        "vega-train dataset.repo_id=ORG/NAME                       a dataset of the hub",
+        "vega-train output_dir=outputs/train/RUN resume=true       continue",
+        "vega-train -m experiment=demo fusion=token_gate,add seed=0,1    a sweep, one table",
+    ],
+)
+def train(config: DictConfig) -> str:
+    """Train a VEGA-3D policy on a LeRobot dataset. With resume=true an interrupted run continues."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    from vega_policy.training.config import from_hydra
+    from vega_policy.training.train import train
+
+    if HydraConfig.get().mode is RunMode.MULTIRUN:  # each job of a sweep has a folder below output_dir
+        config.output_dir = HydraConfig.get().runtime.output_dir
+    return f"checkpoint: {train(from_hydra(config))}"
+
+
+SIZES = {"views": 2, "state_dim": 8, "action_dim": 7}
+"""Sizes of LIBERO's data, for the model that `inspect` builds."""
+
+
+@partial(Command, config="train", examples=["vega-inspect experiment=libero_wan +views=1 +state_dim=6"])
+def inspect(config: DictConfig) -> str:
+    """List parameters, memory, tokens and FLOPs of each part of a policy; no weights are needed."""
+    from vega_policy.backbones.sizes import inspect_model, refuse_base
+    from vega_policy.benchmarks.timing import table
+    from vega_policy.model.config import ModelConfig
+    from vega_policy.priors.sizes import published_sizes
+    from vega_policy.training.config import from_hydra
+
+    with open_dict(config):
+        sizes = {name: config.pop(name, usual) for name, usual in SIZES.items()}
+        if OmegaConf.is_missing(config.dataset, "repo_id"):
+            config.dataset.repo_id = "none"
+    policy = from_hydra(config).vega
+    refuse_base(policy.base)
+    parts = {name: getattr(policy, name) for name in ("prior", "fusion", "backbone", "head")}
+    model = ModelConfig(**sizes, chunk_size=policy.chunk_size, frame_size=policy.frame_size, **parts)
+    sizes["frame_size"] = policy.frame_size
+    lines = [", ".join(f"{name} {size}" for name, size in sizes.items())]
+    lines.append(table([part.row() for part in inspect_model(model)]))
+    published = published_sizes(policy.prior.name)
+    if published:
+        whole = ", ".join(f"{part} {size:,}" for part, size in published.items())
+        lines.append(f"prior {policy.prior.name}, published: {whole}")
+    return "\n".join(lines)
+
+
+@partial(
+    Command,
+    config="eval",
+    examples=[
+        "vega-eval checkpoint=outputs/demo/train/checkpoints/last",
+        "vega-eval checkpoint=... env=stack episodes_per_task=20 'ablations=[none,blind]'",
+        "vega-eval -m machines=slurm shards=8 'shard=range(8)' checkpoint=... env=libero_10",
+    ],
+)
+def evaluate(config: DictConfig) -> str:
+    """Evaluate a checkpoint in closed loop. The same command resumes with the missing episodes."""
+    logger.info("evaluating %s in %s", config.checkpoint, config.env.suite)
+    from vega_policy.evaluation.evaluate import evaluate_checkpoint
+    from vega_policy.evaluation.policies import load_lerobot_policy
+    from vega_policy.evaluation.report import format_summary
+
+    values = plain(config)
+    is_local = values["server"]["url"] is None
+    load_policy = load_lerobot_policy if is_local else partial(_connect_policy, values["server"])
+    summary = evaluate_checkpoint(values, load_policy)
+    return f"{format_summary(summary)}\nreport: {Path(config.output_dir) / 'report.html'}"
+
+
+def _connect_policy(server: Mapping[str, Any], folder: Path, *, device: str, action_steps: int | None) -> Any:
+    """Return the policy on a server; it must serve the checkpoint that is evaluated."""
+    from vega_policy.deployment.client import RemotePolicy, ServerAddress
+    from vega_policy.evaluation.policies import checkpoint_fingerprint
+
+    token_file, ca_file = (
+        None if server[name] is None else Path(server[name]) for name in ("token_file", "ca_file")
+    )
+    policy = RemotePolicy(ServerAddress(server["url"], token_file, ca_file), action_steps=action_steps)
+    expected = checkpoint_fingerprint(folder)
+    if policy.served.fingerprint != expected:
+        raise ValueError(
+            f"expected a server of the checkpoint {folder} ({expected}), but {server['url']} serves "
+            f"{policy.served.fingerprint}; serve the one that is to be evaluated"
+        )
+    return policy
+
+
+@partial(
+    Command,
+    config="compare",
+    examples=[
+        "vega-compare outputs/eval/A outputs/eval/B                two evaluations, task by task",
+        "vega-compare assets/results/{wan_tiny,none}               policies, suite by suite and over seeds",
+        "vega-compare outputs/eval/A outputs/eval/A second_ablation=blind",
+    ],
+    node={
+        "folders": "???",  # two or more evaluations or policies (<seed>/<suite> below); the last: reference
+        "first_ablation": "none",  # ablation of all folders but the last
+        "second_ablation": "none",  # ablation of the last folder
+        "markdown": False,  # print Markdown
+        "json": None,  # file that also receives all numbers
+    },
+    positional=("folders...",),
+)
+def compare(config: DictConfig) -> str:
+    """Compare evaluations of the same episodes: paired differences in success with intervals."""
+    from vega_policy.evaluation import compare
+    from vega_policy.run_dir import write_json
+
+    folders = [Path(folder) for folder in config.folders]
+    if len(folders) < 2:
+        raise ValueError(
+            f"folders: expected at least two, got {len(folders)}. For an ablation of one evaluation give its "
+            "folder twice and second_ablation=blind."
+        )
+    if len(folders) == 2 and not any(compare.evaluations_below(folder) for folder in folders):
+        ablations = {"first_ablation": config.first_ablation, "second_ablation": config.second_ablation}
+        comparison = compare.compare_runs(*folders, **ablations)
+        notes = compare.comparison_notes(*folders, **ablations)
+        numbers = {"tasks": comparison, "notes": notes}
+        text = "\n".join([*notes, "", compare.comparison_table(comparison, markdown=config.markdown)])
+    else:
+        ablations = [config.first_ablation] * (len(folders) - 1) + [config.second_ablation]
+        policies = compare.compare_policies(compare.read_policies(folders, ablations))
+        numbers, text = policies.numbers(), compare.results_table(policies, markdown=config.markdown)
+    if config.json:
+        write_json(Path(config.json), numbers)
+    return text
+
+
+@partial(
+    Command,
+    config="collect",
+    examples=[
+        "vega-collect env=lift_wide episodes_per_task=50",
+        "vega-collect env=libero_spatial episodes_per_task=50 processes=16 demonstrator.noise=0.2",
+        "vega-collect env=libero_spatial format=states root=outputs/states/libero_spatial processes=16",
+    ],
+)
+def collect(config: DictConfig) -> str:
+    """Collect demonstrations into a LeRobotDataset, or into one file of simulator states.
+
+    The same command resumes after an interruption.
+    """
+    collect = import_module("envs.demos.collect")  # by name: vega_policy does not depend on envs
+    values = plain(config)
+    root = Path(values["root"])
+    metadata = collect.collect(collect.CollectionSettings.of(values), root, processes=values["processes"])
+    lines = [
+        f"{name}: {counts['demonstrations']} demonstrations from {counts['attempts']} episodes"
+        for name, counts in metadata["tasks"].items()
+    ]
+    if values["format"] == "states":
+        return "\n".join([*lines, f"states: {root.with_suffix('.safetensors')}"])
+    return "\n".join([*lines, f"dataset: {root}"])
+
+
+@partial(
+    Command,
+    config="replay",
+    examples=["vega-replay outputs/demonstrations/libero_spatial processes=16"],
+    node={
+        "source": "???",  # dataset of vega-collect
+        "episodes": None,  # indices; null replays all
+        "processes": 2,
+    },
+    positional=("source",),
+)
+def replay(config: DictConfig) -> str:
+    """Execute the recorded actions of demonstrations from their initial states and count successes.
+
+    This is an end-to-end check of actions, states and gripper sign.
+    """
+    from vega_policy.evaluation.env_pool import EnvironmentFactory, RecordedEpisode, WorkerPool, replay
+
+    shards, dataset = import_module("envs.demos.shards"), Path(config.source)
+    if shards.collected_metadata(dataset)["settings"]["demonstrator"]["noise"]:
+        raise ValueError(
+            f"{dataset} was collected with action noise: the recorded actions are not the executed ones."
+        )
+    episodes = [
+        RecordedEpisode(
+            stored.task.suite,
+            stored.task.name,
+            stored.task.index,
+            stored.recording.seed,
+            stored.recording.states[0],
+            stored.recording.actions,
+        )
+        for stored in shards.read_episodes(dataset, config.episodes)
+    ]
+    lines, successes = [], 0
+    with WorkerPool(EnvironmentFactory("envs.make", 128, "fast"), config.processes) as pool:
+        for episode, success in replay(episodes, pool, num_envs=config.processes):
+            successes += success
+            if not success:
+                lines.append(f"failed: {episode.task}, seed {episode.seed}, {len(episode.actions)} actions")
+    return "\n".join([*lines, f"{successes} of {len(episodes)} replayed demonstrations succeed"])
+
+
+LIBERO_BASES = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
+
+
+@partial(
+    Command,
+    config="demonstrators",
+    examples=["vega-demonstrators libero_goal episodes=5 processes=16"],
+    node={
+        "suites": [],
+        "episodes": 20,  # of each task
+        "official": False,  # named suites start from official states
+        "tasks": None,  # indices; null takes all
+        "swap_episodes": 20,  # official states a task of the swap suites
+        "processes": 2,
+        "output": None,  # JSON file that grows as tasks end; the command resumes while the code is the same
+    },
+    positional=("suites...",),
+)
+def demonstrators(config: DictConfig) -> str:
+    """Measure how often the scripted demonstrators succeed, task by task.
+
+    Without `suites`: 20 episodes a task of LIBERO's spatial, object, goal and 10 on fresh resets, 20 official
+    states a task of LIBERO-PRO's swap suites, and 3 episodes a task of Meta-World MT50.
+    """
+    rate = import_module("envs.demos.success_rate")
+    suites = list(config.suites)
+    plan = [(suites, config.official, config.episodes)]
+    if not suites:
+        swapped = [f"{suite}_swap" for suite in LIBERO_BASES]
+        plan = [(LIBERO_BASES, False, config.episodes), (swapped, True, config.swap_episodes)]
+        plan.append((["metaworld_mt50"], False, min(3, config.episodes)))
+    output = None if config.output is None else Path(config.output)
+    start, results, known = time.perf_counter(), [], [] if output is None else rate.load_results(output)
+    for names, official, episodes in plan:
+        options = {"processes": config.processes, "only": config.tasks, "known": known}
+        for result in rate.measure(names, episodes=episodes, official=official, **options):
+            results.append(result)
+            known = rate.merged(known, result)
+            if output is not None:
+                rate.save_results(output, known)
+            task, counts = result.task, f"{result.successes}/{len(result.lengths)}"
+            seconds = time.perf_counter() - start
+            logger.info("%.0f s: %s %d %s: %s", seconds, task.suite, task.index, task.name, counts)
+    seconds = time.perf_counter() - start
+    return f"\n{rate.success_table(results)}\n\n{seconds:.0f} s, code {rate.code_version()}"
+
+
+@partial(
+    Command,
+    config="export_features",
+    examples=["vega-export-features my_model:encoder repo_id=ORG/NAME output=features"],
+    node={
+        "encoder": "???",  # module:function
+        "repo_id": "???",  # dataset
+        "root": None,  # its local folder
+        "output": "???",  # new folder for the features
+        "frame_size": 224,  # the policy's frame_size
+        "batch_size": 32,  # instants encoded at once
+        "device": None,  # null: cuda where there is one
+    },
+    positional=("encoder",),
+)
+def export_features(config: DictConfig) -> str:
+    """Export features of any model over a LeRobot dataset, for `prior=precomputed prior.path=FOLDER`.
+
+    Run it where the model's own repository is installed (VGGT, SEVA, Vmem, ...). `encoder` names a function
+    of yours as module:function, called as `function(device)`. It returns a callable
+
+        frames float32 [n v 3 h h] in [0, 1], on the device  ->  features [n v d gh gw]
+
+    that normalizes frames as its model requires, reads all views of an instant together, keeps the whole
+    frame (no crop, no letterbox) and returns the patch tokens of one layer at their places, at least as many
+    as the backbone has (14x14 for the compact one at 224 pixels). Views come in the dataset's camera order.
+    """
+    import torch
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    from vega_policy.data.video import frames_in_order
+    from vega_policy.model.observation import stack_views
+    from vega_policy.priors.precomputed import FeatureWriter
+
+    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    sys.path.insert(0, str(Path.cwd()))  # the encoder's module may be in the working folder
+    module, name = config.encoder.split(":")
+    encode = getattr(import_module(module), name)(device)
+    writer = FeatureWriter(Path(config.output), config.encoder)
+    dataset = LeRobotDataset(config.repo_id, root=config.root, video_backend="pyav")
+    for stretch in frames_in_order(dataset, list(dataset.meta.camera_keys), "pyav"):
+        length = len(next(iter(stretch.values())))
+        for start in range(0, length, config.batch_size):
+            clips = {camera: clip[start : start + config.batch_size] for camera, clip in stretch.items()}
+            views = {camera: clip.to(device).float() / 255 for camera, clip in clips.items()}
+            frames = stack_views(views, config.frame_size)[:, :, 0]
+            with torch.no_grad():
+                writer.add(frames, encode(frames))
+    writer.close()
+    return f"features: {config.output}"
+
+
+@partial(
+    Command,
+    config="export_policy",
+    examples=["python scripts/export_policy.py outputs/demo/train/checkpoints/last my_policy"],
+    node={
+        "checkpoint": "???",  # a checkpoint of a run
+        "output": "???",  # new folder
+    },
+    positional=("checkpoint", "output"),
+)
+def export_policy(config: DictConfig) -> str:
+    """Write the policy of a checkpoint, in bfloat16 and without training state, to a new folder."""
+    from vega_policy.training.checkpoint import export_policy
+
+    folder = export_policy(Path(config.checkpoint), Path(config.output))
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    return f"policy: {folder} ({size / 1e6:.1f} MB)"
+
+
+@partial(
+    Command,
+    config="pretrain_prior",
+    examples=[
+        "vega-pretrain                                          all stages",
+        "vega-pretrain 'stages=[clips]' clips.processes=16      record clips only",
+        "vega-pretrain 'stages=[vae]' max_seconds=540           stop in time; the same command resumes",
+    ],
+)
+def pretrain(config: DictConfig) -> str:
+    """Train a small video diffusion model (Wan2.1's architecture) on clips of the simulators."""
+    from vega_policy.config import from_config
+    from vega_policy.pretraining.config import PretrainSettings
+    from vega_policy.pretraining.trainer import pretrain
+
+    folder = pretrain(from_config(PretrainSettings, plain(config)))
+    return f"weights: {folder}" if folder else "max_seconds reached; the same command resumes"
+
+
+@partial(
+    Command,
+    config="probe",
+    examples=[
+        "vega-probe prior=wan_tiny scenes=libero_spatial",
+        "vega-probe prior=wan_tiny prior.path=FOLDER                  other weights against untrained ones",
+        "vega-probe scenes=folder 'scenes.folders=[A,B,C]'            posed frames (transforms.json)",
+    ],
+)
+def probe(config: DictConfig) -> str:
+    """Measure what a frozen prior encodes about space: correspondence, linear probes, questions."""
+    from vega_policy.analysis.config import decode
+    from vega_policy.analysis.probe import run
+
+    return f"report: {run(decode(plain(config)))}"
+
+
+@partial(
+    Command,
+    config="deploy",
+    examples=[
+        "vega-deploy checkpoint=... robot=vega_sim 'task=lift the red cube' dry_run=true    moves nothing",
+        "vega-deploy checkpoint=... robot=vega_sim 'task=lift the red cube' inference=rtc",
+        "vega-deploy server.url=wss://gpu.lab:8765 server.token_file=token robot=so101 task=...",
+    ],
+)
+def deploy(config: DictConfig) -> str:
+    """Let a policy control a robot. Nothing moves before the preflight has passed."""
+    from vega_policy.deployment.deploy import deploy
+
+    logging.getLogger("websockets").setLevel(logging.WARNING)
+    outcome = deploy(plain(config))
+    if outcome.stopped is not None:
+        raise RuntimeError(f"stopped: {outcome.stopped}")
+    return f"{outcome.steps} steps; interventions of the safety layer: {outcome.interventions or 'none'}"
+
+
+@partial(
+    Command,
+    config="serve",
+    examples=[
+        "vega-serve checkpoint=outputs/demo/train/checkpoints/last",
+        "vega-serve checkpoint=... server.host=0.0.0.0 server.token_file=token "
+        "server.certificate=cert.pem server.key=key.pem",
+    ],
+)
+def serve(config: DictConfig) -> None:
+    """Serve a checkpoint to robots over WebSocket. SIGINT and SIGTERM let running requests finish."""
+    from vega_policy.deployment.server import serve_forever
+
+    logging.getLogger("websockets").setLevel(logging.WARNING)
+    serve_forever(plain(config))
