@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from vega_policy.config import from_config
-from vega_policy.pretraining.config import PretrainSettings
+from vega_policy.pretraining import PretrainSettings
 
 CPU = torch.device("cpu")
 WIDTH = 12

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from vega_policy.checkpoints import CHECKSUMS, require_intact
 from vega_policy.configuration_vega import VegaConfig
-from vega_policy.model.cuda_graph import CapturedSteps
+from vega_policy.model.compilation import CapturedSteps
 from vega_policy.model.fusion import gate_weights
 from vega_policy.model.observation import Observation
 from vega_policy.model.rtc import RTCQueueAdapter, left_over

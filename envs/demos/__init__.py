@@ -20,8 +20,7 @@ from envs.demos.planner_arm import (
     widen_start,
 )
 from envs.demos.planner_grasping import NoGraspError, Workcell
-from envs.demos.tasks_libero import achieve_goals
-from envs.demos.tasks_robosuite import DEMONSTRATORS, lift
+from envs.demos.tasks import DEMONSTRATORS, achieve_goals, lift
 from envs.metaworld import packaged_policy
 
 logger = logging.getLogger(__name__)

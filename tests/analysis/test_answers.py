@@ -8,8 +8,14 @@ import torch
 
 from tests.synthetic_scenes import scenes
 from vega_policy.analysis.features import FeatureCache
-from vega_policy.analysis.probe import compute_gates
-from vega_policy.analysis.report import Episode, examples_table, overlay_gate, qa_table, write_recording
+from vega_policy.analysis.probe import (
+    Episode,
+    compute_gates,
+    examples_table,
+    overlay_gate,
+    qa_table,
+    write_recording,
+)
 from vega_policy.analysis.spatial_qa import Question, chance_scores, make_question_set, score
 from vega_policy.analysis.spatial_qa_model import (
     AnswerCodec,

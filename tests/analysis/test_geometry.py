@@ -9,8 +9,14 @@ import pytest
 import torch
 from torch.nn import functional
 
-from vega_policy.analysis.correspondence import correspondence, difference, estimate, r_squared
-from vega_policy.analysis.linear_probes import ProbeData, cross_validate
+from vega_policy.analysis.geometry import (
+    ProbeData,
+    correspondence,
+    cross_validate,
+    difference,
+    estimate,
+    r_squared,
+)
 from vega_policy.analysis.scenes import (
     TokenGeometry,
     project,

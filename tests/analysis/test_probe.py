@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from tests.synthetic_scenes import scenes
-from vega_policy.analysis.config import decode
-from vega_policy.analysis.correspondence import match_tokens
+from vega_policy.analysis import decode
 from vega_policy.analysis.features import (
     UNTRAINED,
     FeatureSpec,
@@ -17,17 +16,18 @@ from vega_policy.analysis.features import (
     frames_of,
     prior_extractors,
 )
-from vega_policy.analysis.linear_probes import (
+from vega_policy.analysis.geometry import (
     HEADLINE,
     METRICS,
     Measurement,
     SceneSet,
     Sweep,
+    match_tokens,
     measure,
     metric_value,
     run_sweep,
 )
-from vega_policy.analysis.report import principal_colours, verdict
+from vega_policy.analysis.probe import principal_colours, verdict
 from vega_policy.analysis.scenes import token_geometry
 from vega_policy.data.scenes import Scene
 from vega_policy.model.config import BackboneConfig, PriorConfig

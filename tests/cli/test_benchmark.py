@@ -6,11 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from vega_policy.backbones.sizes import ARCHITECTURES, Architecture
-from vega_policy.benchmarks import prior as prior_part
-from vega_policy.benchmarks.policy import benchmark_policy
-from vega_policy.benchmarks.prior import RandomWan, benchmark_any_prior, benchmark_prior
-from vega_policy.benchmarks.timing import (
+from vega_policy.benchmarks import (
     by_kind,
     cost_of_prior,
     longest,
@@ -20,12 +16,15 @@ from vega_policy.benchmarks.timing import (
     table,
     write,
 )
+from vega_policy.benchmarks import model as prior_part
+from vega_policy.benchmarks.model import RandomWan, benchmark_any_prior, benchmark_policy, benchmark_prior
 from vega_policy.benchmarks.train import benchmark_train
 from vega_policy.cli.benchmark import benchmark
-from vega_policy.model import cuda_graph as captured
+from vega_policy.model import compilation as captured
+from vega_policy.model.compilation import CapturedControlStep
 from vega_policy.model.config import ActionHeadConfig, BackboneConfig, ModelConfig, PriorConfig
-from vega_policy.model.cuda_graph import CapturedControlStep
 from vega_policy.model.observation import Observation
+from vega_policy.model.sizes import BACKBONE_ARCHITECTURES, Architecture
 from vega_policy.model.vega import VegaModel
 from vega_policy.priors import PRIORS
 
@@ -237,7 +236,7 @@ def test_a_vision_language_backbone_is_built_at_random_for_the_policy_part(monke
         "image_token_id": 49190,
         "pad_token_id": 2,
     }
-    monkeypatch.setitem(ARCHITECTURES, "smolvlm2_500m", Architecture("smolvlm", small, side=2))
+    monkeypatch.setitem(BACKBONE_ARCHITECTURES, "smolvlm2_500m", Architecture("smolvlm", small, side=2))
     config = replace(
         model_config("wan_tiny"),
         backbone=BackboneConfig(name="smolvlm2_500m", pretrained=False, width=32, heads=2),

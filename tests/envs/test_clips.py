@@ -12,8 +12,8 @@ from envs import clips
 from envs.base import DEMONSTRATION_SEEDS
 from envs.clips import ROLLOUT, STILL, Clip, ClipRecorder, ClipSpec
 from vega_policy.config import from_config
+from vega_policy.pretraining import PretrainSettings
 from vega_policy.pretraining.clips import Clips
-from vega_policy.pretraining.config import PretrainSettings
 
 SPEC = {"suites": ["lift_wide", "stack"], "parts": 2, "rounds": 3, "frames": 5, "frame_size": 16}
 CONFIGS = Path(__file__).parents[2] / "configs"

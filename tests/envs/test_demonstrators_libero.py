@@ -13,7 +13,7 @@ from envs.demos.planner_arm import about_z, leaning, pointing
 from envs.demos.planner_fixtures import INSIDE, Region, open_side, resting_place
 from envs.demos.planner_grasping import box_surface
 from envs.demos.shards import Demonstrator, record
-from envs.demos.tasks_libero import achieve_goals, clearance, fitting_turn, open_fingers, shared_spot
+from envs.demos.tasks import achieve_goals, clearance, fitting_turn, open_fingers, shared_spot
 
 
 @pytest.mark.parametrize("heading", [(0.0, 1.0, 0.0), (0.0, -1.0, 0.0), (1.0, 0.0, 0.0), (-1.0, 0.0, 0.0)])

@@ -11,8 +11,8 @@ import pytest
 
 import envs
 from envs import rendering
-from vega_policy.benchmarks.dataset import benchmark_simulate
-from vega_policy.benchmarks.timing import rendering_gain
+from vega_policy.benchmarks import rendering_gain
+from vega_policy.benchmarks.train import benchmark_simulate
 
 SIZE = 96
 

@@ -29,8 +29,8 @@ from transformers import (
 from tests.policies import frames
 from tests.prior_checkpoints import write_checkpoint
 from vega_policy.model.config import PriorConfig
+from vega_policy.model.sizes import build_networks
 from vega_policy.priors import PRIORS, make_prior
-from vega_policy.priors.sizes import build_networks
 from vega_policy.priors.unet import encode_empty_prompt, fix_prompt, fix_single_token, fix_time
 
 GRID = (4, 4)

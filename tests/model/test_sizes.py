@@ -4,10 +4,9 @@ import sys
 
 import pytest
 
-from vega_policy.backbones.sizes import inspect_model, without_weights
 from vega_policy.cli.commands import inspect
 from vega_policy.model.config import ActionHeadConfig, BackboneConfig, FusionConfig, ModelConfig, PriorConfig
-from vega_policy.priors.sizes import ARCHITECTURES, published_sizes
+from vega_policy.model.sizes import PRIOR_ARCHITECTURES, inspect_model, published_sizes, without_weights
 
 SIZES = {"views": 2, "state_dim": 8, "action_dim": 7}
 COMPACT = BackboneConfig(
@@ -82,7 +81,7 @@ def test_adapters_are_what_learns_in_a_language_model():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", [name for name in ARCHITECTURES if name not in ("wan2.1_t2v_14b", "wan2.2_ti2v_5b")]
+    "name", [name for name in PRIOR_ARCHITECTURES if name not in ("wan2.1_t2v_14b", "wan2.2_ti2v_5b")]
 )
 def test_every_reader_runs_without_weights(name):
     assert parts_of(prior=PriorConfig(name=name))[f"prior {name}"].flops > 0

@@ -9,8 +9,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from tests.cli.test_benchmark import model_config
 from tests.training_runs import saved_weights, tiny_run
 from vega_policy.backbones.compact import ImageEncoder
+from vega_policy.model.compilation import compile_blocks, uncompiled
 from vega_policy.model.observation import Observation
-from vega_policy.model.torch_compile import compile_blocks, uncompiled
 from vega_policy.model.vega import VegaModel
 from vega_policy.training import train as setup
 from vega_policy.training.cuda_graph import CapturedGradient

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
-from vega_policy.analysis.config import BASELINES
+from vega_policy.analysis import BASELINES
 from vega_policy.backbones import make_backbone
 from vega_policy.backbones.compact import STRIDE, ImageEncoder
 from vega_policy.data.scenes import Scene

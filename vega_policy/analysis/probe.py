@@ -1,20 +1,28 @@
-"""One probe run, behind the command `vega-probe`: scenes, sweep, figures, spatial questions, report."""
+"""One probe run: scenes, sweep, figures, spatial questions, and the report.
+
+The report has a verdict and tables, figures of features and metrics, a gate video and a rerun recording.
+"""
+
+from __future__ import annotations
 
 import logging
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
+import matplotlib.figure
 import numpy as np
 import torch
 from hydra.utils import get_method
+from torch import Tensor
+from torch.nn import functional
 
-from vega_policy.analysis import report
-from vega_policy.analysis.config import ProbeSettings
-from vega_policy.analysis.correspondence import Estimate
+from vega_policy.analysis import ProbeSettings
 from vega_policy.analysis.features import (
     BATCH,
     FeatureCache,
@@ -26,10 +34,20 @@ from vega_policy.analysis.features import (
     frames_to_float,
     prior_extractors,
 )
-from vega_policy.analysis.linear_probes import HEADLINE, METRICS, Measurement, SceneSet, Sweep, run_sweep
-from vega_policy.analysis.scenes import TRANSFORMS, read_folder, token_geometry
-from vega_policy.analysis.spatial_qa import make_question_set
+from vega_policy.analysis.geometry import (
+    HEADLINE,
+    METRICS,
+    Estimate,
+    Measurement,
+    SceneSet,
+    Sweep,
+    match_tokens,
+    run_sweep,
+)
+from vega_policy.analysis.scenes import TRANSFORMS, TokenGeometry, read_folder, token_geometry, world_points
+from vega_policy.analysis.spatial_qa import KINDS, QuestionSet, make_question_set
 from vega_policy.analysis.spatial_qa_model import (
+    CONTROLS,
     Features,
     QAComparison,
     QAScores,
@@ -38,8 +56,8 @@ from vega_policy.analysis.spatial_qa_model import (
     compare_models,
     qa_model_config,
 )
-from vega_policy.data.scenes import Scene, load_scene
-from vega_policy.evaluation.videos import encode_video
+from vega_policy.data.scenes import Scene, Views, load_scene
+from vega_policy.evaluation.report import encode_video
 from vega_policy.html_report import Block, Figure, Paragraph, Section, Table, render_report
 from vega_policy.model.observation import resize
 from vega_policy.priors import has_trained_weights, resolve
@@ -79,7 +97,7 @@ def run(settings: ProbeSettings) -> Path:
         if settings.episode.steps:
             with _timed("episode", seconds):
                 has_video = record_gate(folder, settings, comparison.model)
-    statement = report.verdict(sweep, not has_trained_weights(settings.prior), len(scenes.scenes))
+    statement = verdict(sweep, not has_trained_weights(settings.prior), len(scenes.scenes))
     summary = {"verdict": statement, "scenes": len(scenes.scenes), "seconds": seconds}
     summary["features"] = [
         {**asdict(spec), **{name: _round(number) for name, number in row.items()}}
@@ -163,18 +181,18 @@ def draw_figures(
     for extractor in extractors:
         chosen = [spec for spec in sweep.main_specs() if spec in extractor.specs]
         maps |= {str(spec): tokens for spec, tokens in extractor.extract(frames, chosen)}
-    report.draw_feature_maps(folder / "feature_maps.png", scene.views, maps, grid)
+    draw_feature_maps(folder / "feature_maps.png", scene.views, maps, grid)
     geometry = token_geometry(scene.views, grid, max_depth=settings.max_depth)
     maps.pop("position", None)
     lines = folder / "correspondences.png"
-    report.draw_correspondences(lines, scene.views, geometry, maps, grid, settings.radius)
+    draw_correspondences(lines, scene.views, geometry, maps, grid, settings.radius)
     heat_maps, numbers = [], sweep.table()
     for name in HEADLINE:
         swept = {spec: row[name] for spec, row in numbers.items() if spec.layer is not None}
         others = {str(spec): row[name] for spec, row in numbers.items() if spec.layer is None}
         if any(np.isfinite(number.value) for number in swept.values()):
             image, title = f"sweep_{name}.png", METRICS[name].title
-            report.draw_heat_maps(folder / image, title, swept, others)
+            draw_heat_maps(folder / image, title, swept, others)
             heat_maps.append(Figure(f"{title} by layer and noise level", image=image))
     captions = {
         "feature_maps.png": "First three principal components as colours.",
@@ -212,19 +230,19 @@ def record_gate(folder: Path, settings: ProbeSettings, model: SpatialQAModel) ->
     path = Path(settings.cache_root) / f"episode-{cache_key(**spec)}.npz"
     if not path.is_file():
         get_method(settings.episode_writer)(path, **spec)
-    episode = report.load_episode(path)
+    episode = load_episode(path)
     gates = compute_gates(model, episode)
     if gates is None:
         return False
     frames = episode.scene.views.frames
-    video = np.stack([report.overlay_gate(frame, gate) for frame, gate in zip(frames, gates, strict=True)])
+    video = np.stack([overlay_gate(frame, gate) for frame, gate in zip(frames, gates, strict=True)])
     write_bytes(folder / GATE_VIDEO, encode_video(video))
-    report.write_recording(folder / RECORDING, episode, gates)
+    write_recording(folder / RECORDING, episode, gates)
     return True
 
 
 @torch.no_grad()
-def compute_gates(model: SpatialQAModel, episode: report.Episode) -> np.ndarray | None:
+def compute_gates(model: SpatialQAModel, episode: Episode) -> np.ndarray | None:
     """Return the fused model's gate for each view of an episode, [n gh gw]; None if the fusion has none."""
     encoder = model.encoder
     if encoder.prior is None:
@@ -243,11 +261,11 @@ def compute_gates(model: SpatialQAModel, episode: report.Episode) -> np.ndarray 
 
 def _sweep_sections(sweep: Sweep, figures: dict[str, list[Block]], scenes: int) -> list[Section]:
     return [
-        Section(f"Geometry in {scenes} scenes", report.metrics_table(sweep)),
-        Section("The prior against the others, scene by scene", [report.gains_table(sweep)]),
+        Section(f"Geometry in {scenes} scenes", metrics_table(sweep)),
+        Section("The prior against the others, scene by scene", [gains_table(sweep)]),
         Section(
             "Sweep over layers and noise levels",
-            [*figures["sweep"], *report.best_table(sweep)],
+            [*figures["sweep"], *best_table(sweep)],
         ),
         Section("Features", figures["features"]),
         Section("Correspondence", figures["correspondence"]),
@@ -258,8 +276,8 @@ def _question_sections(comparison: QAComparison | None, has_video: bool) -> list
     if comparison is None:
         return []
     sections = [
-        Section("Spatial questions", report.qa_table(comparison.scores)),
-        Section("Examples", [report.examples_table(comparison.questions)]),
+        Section("Spatial questions", qa_table(comparison.scores)),
+        Section("Examples", [examples_table(comparison.questions)]),
     ]
     if has_video:
         caption = (
@@ -282,3 +300,315 @@ def _summarize_scores(scores: QAScores) -> dict[str, Any]:
 
 def _round(number: Estimate) -> list[float | None]:
     return [None if np.isnan(x) else round(x, 5) for x in (number.value, number.low, number.high)]
+
+
+def verdict(sweep: Sweep, is_untrained: bool, scenes: int) -> str:
+    """State, from the intervals, on which metrics the trained prior differs from its untrained copy.
+
+    Args:
+        sweep: All numbers.
+        is_untrained: Whether the weights of the probed prior come from a seed.
+        scenes: Number of scenes.
+    """
+    name = sweep.default.encoder
+    if is_untrained:
+        return (
+            f"The weights of {name} are untrained (drawn from a seed), so nothing follows about training; "
+            "set prior.path=FOLDER to compare trained weights with an untrained copy."
+        )
+    copy = sweep.untrained_copy()
+    if copy is None:
+        return f"There is no untrained copy of {name}: copies are built of Wan priors."
+    if scenes < 2:
+        return "One scene gives no intervals, so nothing follows about training."
+    gains = sweep.gains(copy)
+    groups = {
+        "is better than its untrained copy on": [n for n, g in gains.items() if g.low > 0],
+        "is worse than it on": [n for n, g in gains.items() if g.high < 0],
+        "shows no difference on": [n for n, g in gains.items() if g.low <= 0 <= g.high],
+    }
+    parts = [
+        f"{words} {', '.join(METRICS[n].title for n in names)}" for words, names in groups.items() if names
+    ]
+    return f"At {sweep.default} the trained prior {'; '.join(parts)} (95% intervals over {scenes} scenes)."
+
+
+def metrics_table(sweep: Sweep) -> list[Block]:
+    """Return all metrics of the prior's default features, its copy's and the baselines'."""
+    numbers = sweep.table()
+    rows = [(str(s), *(format_estimate(numbers[s][name]) for name in METRICS)) for s in sweep.main_specs()]
+    note = (
+        "95% bootstrap intervals over scenes; probes are tested on held-out scenes. Correspondence is "
+        "VEGA-3D's score, which rises with any component common to all tokens: compare it with its chance "
+        "level and with the centred score."
+    )
+    header = ("features", *(metric.title for metric in METRICS.values()))
+    return [Table(header, rows), Paragraph(note, "quiet")]
+
+
+def gains_table(sweep: Sweep) -> Table:
+    """Return paired differences of the prior to all other features."""
+    others = [spec for spec in sweep.main_specs() if spec != sweep.default]
+    rows = [(str(other), *map(format_estimate, sweep.gains(other).values())) for other in others]
+    return Table((f"{sweep.default} minus", *(METRICS[name].title for name in HEADLINE)), rows)
+
+
+def best_table(sweep: Sweep) -> list[Block]:
+    """Return the layer and noise level at which each headline metric is best."""
+    numbers, rows = sweep.table(), []
+    for name in HEADLINE:
+        values = {spec: row[name] for spec, row in numbers.items() if spec.layer is not None}
+        known = [spec for spec, number in values.items() if math.isfinite(number.value)]
+        if known:
+            best = max(known, key=lambda spec, v=values: v[spec].value)
+            rows.append((METRICS[name].title, str(best), format_estimate(values[best])))
+    note = "The best is selected on the scenes it is evaluated on, so its value is biased upwards."
+    return [Table(("metric", "best features", "value"), rows), Paragraph(note, "quiet")]
+
+
+def qa_table(result: QAScores) -> list[Block]:
+    """Return the scores of every model by kind of question, and the fused model's gains."""
+    counts = [sum(question.kind == kind for question in result.questions) for kind in result.kinds]
+    columns = (None, *result.kinds)
+    rows = [("test questions", str(sum(counts)), *map(str, counts))]
+    rows += [
+        (name, *(format_estimate(result.mean(name, kind)) for kind in columns)) for name in result.scores
+    ]
+    rows += [
+        (f"fused minus {other}", *(format_estimate(result.gain("fused", other, kind)) for kind in columns))
+        for other in CONTROLS
+        if other in result.scores
+    ]
+    note = (
+        "Accuracy for choices, mean relative accuracy for distances and sizes (VSI-Bench), Acc@0.25 for "
+        "grounding (ScanRefer); intervals over test scenes. Every answer to a text is correct equally often, "
+        "so that the text alone should stay at chance."
+    )
+    header = ("model", "mean of kinds", *(kind.replace("_", " ") for kind in result.kinds))
+    return [Table(header, rows), Paragraph(note, "quiet")]
+
+
+def examples_table(questions: QuestionSet) -> Table:
+    """Return one test question of each kind with its answer."""
+    rows = []
+    for kind in KINDS:
+        one = next((question for question in questions.test if question.kind == kind), None)
+        if one is not None:
+            answer = one.choice or (f"{one.number:.1f}" if one.number else "")
+            if one.box:
+                answer = "box at " + ", ".join(f"{number:.2f}" for number in one.box)
+            rows.append((kind.replace("_", " "), f"scene {one.scene}: {one.text}", answer))
+    return Table(("kind", "question", "answer"), rows)
+
+
+def format_estimate(number: Estimate) -> str:
+    """Format a value with its interval; a dash if it is nan, the value alone if the interval is."""
+    if not math.isfinite(number.value):
+        return "\u2013"
+    return str(number) if math.isfinite(number.low) else f"{number.value:.3f}"
+
+
+MAX_LINES = 24  # correspondence lines in one image
+CORRECT, WRONG = "#2ca02c", "#d62728"
+
+
+def principal_colours(tokens: Tensor, grid: tuple[int, int]) -> np.ndarray:
+    """Map the first three principal components to red, green and blue, [n t d] -> [n gh gw 3] in [0, 1].
+
+    Each component runs from its 2nd to its 98th percentile.
+    """
+    flat = tokens.flatten(0, 1).double()
+    flat = flat - flat.mean(dim=0)
+    _, _, axes = torch.linalg.svd(flat, full_matrices=False)
+    parts = flat @ axes[:3].T
+    low, high = parts.quantile(0.02, dim=0), parts.quantile(0.98, dim=0)
+    scaled = ((parts - low) / (high - low).clamp_min(1e-9)).clamp(0, 1)
+    colours = torch.zeros(len(flat), 3, dtype=scaled.dtype)
+    colours[:, : scaled.shape[1]] = scaled
+    return colours.reshape(len(tokens), *grid, 3).numpy()
+
+
+def draw_feature_maps(
+    path: Path, views: Views, maps: Mapping[str, Tensor], grid: tuple[int, int], columns: int = 4
+) -> None:
+    """Draw frames of one scene in the first row and each encoder's principal components below.
+
+    Args:
+        path: PNG file.
+        views: Views of the scene.
+        maps: Title -> tokens [n t d] of these views.
+        grid: Token grid (gh, gw).
+        columns: Largest number of views.
+    """
+    columns = min(columns, len(views))
+    figure = mpl.figure.Figure(figsize=(2.2 * columns, 2.3 * (len(maps) + 1)), layout="constrained")
+    axes = figure.subplots(len(maps) + 1, columns, squeeze=False)
+    rows = {"frame": views.frames} | {name: principal_colours(part, grid) for name, part in maps.items()}
+    for line, (title, images) in zip(axes, rows.items(), strict=True):
+        for axis, image in zip(line, images[:columns], strict=True):
+            axis.imshow(image, interpolation="nearest")
+            axis.set_xticks([])
+            axis.set_yticks([])
+        line[0].set_ylabel(title, fontsize=8)
+    _save(figure, path)
+
+
+def draw_correspondences(
+    path: Path,
+    views: Views,
+    geometry: TokenGeometry,
+    maps: Mapping[str, Tensor],
+    grid: tuple[int, int],
+    radius: float,
+) -> None:
+    """Draw lines from tokens of one view to the most similar ones of the next: green if correct, else red.
+
+    Args:
+        path: PNG file.
+        views: Views of one scene; the middle two are drawn.
+        geometry: Their tokens' geometry.
+        maps: Title -> tokens [n t d].
+        grid: Token grid (gh, gw).
+        radius: Distance in metres within which a match is correct.
+    """
+    left = max(0, len(views) // 2 - 1)
+    figure = mpl.figure.Figure(figsize=(7, 3.6 * len(maps)), layout="constrained")
+    axes = figure.subplots(len(maps), 1, squeeze=False)[:, 0]
+    height, width = views.frames.shape[1:3]
+    cell = np.array([width / grid[1], height / grid[0]])
+    for axis, (title, tokens) in zip(axes, maps.items(), strict=True):
+        first, second, is_correct = match_tokens(tokens[left : left + 2], geometry, left, radius)
+        axis.imshow(np.concatenate(list(views.frames[left : left + 2]), axis=1))
+        axis.set_axis_off()
+        count = min(MAX_LINES, len(first))
+        for index in np.linspace(0, max(0, len(first) - 1), count).round().astype(int):
+            start, end = (
+                (np.array([int(side[index]) % grid[1], int(side[index]) // grid[1]]) + 0.5) * cell
+                for side in (first, second)
+            )
+            colour = CORRECT if is_correct[index] else WRONG
+            axis.plot([start[0], end[0] + width], [start[1], end[1]], color=colour, linewidth=0.9, marker=".")
+        fraction = float(is_correct.double().mean()) if len(is_correct) else float("nan")
+        axis.set_title(f"{title}: {100 * fraction:.0f}% of {len(first)} points found", fontsize=9)
+    _save(figure, path)
+
+
+def draw_heat_maps(
+    path: Path, title: str, numbers: Mapping[FeatureSpec, Estimate], others: Mapping[str, Estimate]
+) -> None:
+    """Draw one metric over layers and noise levels, a map for each prior, baselines in the title.
+
+    Args:
+        path: PNG file.
+        title: The metric.
+        numbers: Values of the sweep.
+        others: Values of encoders without layers.
+    """
+    encoders = list(dict.fromkeys(spec.encoder for spec in numbers))
+    figure = mpl.figure.Figure(figsize=(1.5 + 4.2 * len(encoders), 4.2), layout="constrained")
+    axes = figure.subplots(1, len(encoders), squeeze=False)[0]
+    finite = [number.value for number in [*numbers.values(), *others.values()] if np.isfinite(number.value)]
+    low, high = (max(-0.2, min(finite)), max(finite)) if finite else (0.0, 1.0)
+    for axis, encoder in zip(axes, encoders, strict=True):
+        layers = sorted({s.layer for s in numbers if s.encoder == encoder and s.layer is not None})
+        levels = sorted(
+            {s.noise_level for s in numbers if s.encoder == encoder and s.noise_level is not None}
+        )
+        table = np.array(
+            [[numbers[FeatureSpec(encoder, layer, level)].value for level in levels] for layer in layers]
+        )
+        image = axis.imshow(table, vmin=low, vmax=high, cmap="viridis", aspect="auto", origin="lower")
+        axis.set_xticks(range(len(levels)), [f"{level:g}" for level in levels])
+        axis.set_yticks(range(len(layers)), [str(layer) for layer in layers])
+        axis.set(xlabel="noise level", ylabel="layer", title=encoder)
+        for (row, column), number in np.ndenumerate(table):
+            colour = "w" if number < (low + high) / 2 else "k"
+            axis.text(column, row, f"{number:.2f}", ha="center", va="center", fontsize=7, color=colour)
+        figure.colorbar(image, ax=axis, shrink=0.8)
+    baselines = "   ".join(f"{name} {number.value:.2f}" for name, number in others.items())
+    figure.suptitle(f"{title}\n{baselines}", fontsize=9)
+    _save(figure, path)
+
+
+def _save(figure: mpl.figure.Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def overlay_gate(frame: np.ndarray, gate: np.ndarray) -> np.ndarray:
+    """Return a frame beside itself under its gate, [h w 3] uint8 and [gh gw] in [0, 1] -> [h 2w 3] uint8.
+
+    Yellow is where the fusion takes the prior's token (gate near 0), blue where it takes the semantic one.
+    """
+    height, width = frame.shape[:2]
+    maps = torch.from_numpy(1 - gate)[None, None].float()
+    smooth = functional.interpolate(maps, (height, width), mode="bilinear")[0, 0].numpy()
+    colours = mpl.colormaps["cividis"](smooth.clip(0, 1))[..., :3] * 255
+    overlay = (0.45 * frame + 0.55 * colours).round().astype(np.uint8)
+    return np.concatenate([frame, overlay], axis=1)
+
+
+APPLICATION = "vega_policy"
+PIXEL_STRIDE = 2  # every second row and column goes into the point cloud
+MAX_DISTANCE = 2.5  # m; farther points are left out of the cloud
+
+
+@dataclass(frozen=True)
+class Episode:
+    """Frames, actions and instruction of an episode."""
+
+    scene: Scene  # its views are frames of the episode in time
+    actions: np.ndarray  # of all steps, [t a]
+    steps: np.ndarray  # step of each view, [n]
+    instruction: str
+
+
+def load_episode(path: Path) -> Episode:
+    """Read what `envs.posed_views.write_episode` wrote."""
+    with np.load(path.with_suffix(".actions.npz")) as stored:
+        instruction = str(stored["instruction"])
+        return Episode(load_scene(path), stored["actions"], stored["moments"], instruction)
+
+
+def write_recording(path: Path, episode: Episode, gates: np.ndarray) -> None:
+    """Write an episode with its gates [n gh gw] in [0, 1] as an `.rrd` file, to be opened by `rerun PATH`.
+
+    Raises:
+        ValueError: If there is not one gate per view.
+        ImportError: If rerun is missing.
+    """
+    rerun = _load_rerun()
+    views = episode.scene.views
+    if len(gates) != len(views):
+        raise ValueError(f"expected the gate of each of {len(views)} views, got {len(gates)}")
+    recording = rerun.RecordingStream(APPLICATION)
+    recording.save(path)
+    recording.log("instruction", rerun.TextDocument(episode.instruction), static=True)
+    points = world_points(
+        *(torch.from_numpy(part).double() for part in (views.depth, views.intrinsics, views.poses))
+    ).numpy()
+    for index, step in enumerate(episode.steps.tolist()):
+        recording.set_time("step", sequence=step)
+        near = (views.depth[index] > 0) & (views.depth[index] < MAX_DISTANCE)
+        near[np.arange(len(near)) % PIXEL_STRIDE > 0] = False
+        near[:, np.arange(near.shape[1]) % PIXEL_STRIDE > 0] = False
+        cloud = rerun.Points3D(points[index][near], colors=views.frames[index][near], radii=0.004)
+        recording.log("world/points", cloud)
+        recording.log("frame", rerun.Image(views.frames[index]))
+        recording.log("gate/map", rerun.Image((255 * gates[index]).round().astype(np.uint8)))
+        recording.log("gate/mean", rerun.Scalars(float(gates[index].mean())))
+    for step, action in enumerate(episode.actions):
+        recording.set_time("step", sequence=step)
+        for axis, number in enumerate(action):
+            recording.log(f"action/{axis}", rerun.Scalars(float(number)))
+    recording.flush()
+
+
+def _load_rerun() -> Any:
+    try:
+        import rerun
+    except ImportError as error:
+        raise ImportError(
+            "recordings need rerun-sdk: pip install 'lerobot[viz]', or record none with episode.steps=0"
+        ) from error
+    return rerun

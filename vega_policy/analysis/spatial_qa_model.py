@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
-from vega_policy.analysis.correspondence import Estimate, difference, estimate
 from vega_policy.analysis.features import FeatureCache, cache_key, has_untrained_copy
+from vega_policy.analysis.geometry import Estimate, difference, estimate
 from vega_policy.analysis.spatial_qa import (
     KINDS,
     Question,

@@ -26,7 +26,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from vega_policy import resource
-from vega_policy.analysis.config import SceneSettings
+from vega_policy.analysis import SceneSettings
 from vega_policy.model.config import BASES, FUSIONS, BaseConfig, FusionConfig, PriorConfig
 from vega_policy.priors import PRIORS
 

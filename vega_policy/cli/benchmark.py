@@ -77,8 +77,7 @@ def benchmark(config: DictConfig) -> str:
     """
     import torch
 
-    from vega_policy.benchmarks import PARTS, benchmark
-    from vega_policy.benchmarks.timing import device_name, summarize, table, write
+    from vega_policy.benchmarks import PARTS, benchmark, device_name, summarize, table, write
 
     if config.part not in (*PARTS, *DEPLOYMENT):
         raise ValueError(f"part: expected one of {', '.join((*PARTS, *DEPLOYMENT))}; got {config.part!r}.")

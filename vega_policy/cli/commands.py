@@ -64,10 +64,9 @@ SIZES = {"views": 2, "state_dim": 8, "action_dim": 7}
 @partial(Command, config="train", examples=["vega-inspect experiment=libero_wan +views=1 +state_dim=6"])
 def inspect(config: DictConfig) -> str:
     """List parameters, memory, tokens and FLOPs of each part of a policy; no weights are needed."""
-    from vega_policy.backbones.sizes import inspect_model, refuse_base
-    from vega_policy.benchmarks.timing import table
+    from vega_policy.benchmarks import table
     from vega_policy.model.config import ModelConfig
-    from vega_policy.priors.sizes import published_sizes
+    from vega_policy.model.sizes import inspect_model, published_sizes, refuse_base
     from vega_policy.training.config import from_hydra
 
     with open_dict(config):
@@ -372,7 +371,7 @@ def export_policy(config: DictConfig) -> str:
 def pretrain(config: DictConfig) -> str:
     """Train a small video diffusion model (Wan2.1's architecture) on clips of the simulators."""
     from vega_policy.config import from_config
-    from vega_policy.pretraining.config import PretrainSettings
+    from vega_policy.pretraining import PretrainSettings
     from vega_policy.pretraining.trainer import pretrain
 
     folder = pretrain(from_config(PretrainSettings, plain(config)))
@@ -390,7 +389,7 @@ def pretrain(config: DictConfig) -> str:
 )
 def probe(config: DictConfig) -> str:
     """Measure what a frozen prior encodes about space: correspondence, linear probes, questions."""
-    from vega_policy.analysis.config import decode
+    from vega_policy.analysis import decode
     from vega_policy.analysis.probe import run
 
     return f"report: {run(decode(plain(config)))}"

@@ -39,9 +39,8 @@ from vega_policy.evaluation.policies import (
     find_checkpoint,
     load_lerobot_policy,
 )
-from vega_policy.evaluation.report import summarize, write_report
+from vega_policy.evaluation.report import choose_episodes, render_videos, summarize, write_report
 from vega_policy.evaluation.rollout import FinishedEpisode, Rollout, single_call_seconds
-from vega_policy.evaluation.videos import choose_episodes, render_videos
 from vega_policy.run_dir import write_json
 
 logger = logging.getLogger(__name__)

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
+from vega_policy.pretraining import AutoencoderSettings
 from vega_policy.pretraining.clips import Clips, Loss, StepRandomness
-from vega_policy.pretraining.config import AutoencoderSettings
 from vega_policy.run_dir import atomic_file
 
 _VALIDATED = 16  # held-out clips that are measured during training

@@ -15,6 +15,7 @@ from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from vega_policy.pretraining import PretrainSettings, ReportSettings
 from vega_policy.pretraining.autoencoder import (
     as_frames,
     denormalise,
@@ -23,7 +24,6 @@ from vega_policy.pretraining.autoencoder import (
     posterior_means,
 )
 from vega_policy.pretraining.clips import Clips
-from vega_policy.pretraining.config import PretrainSettings, ReportSettings
 from vega_policy.pretraining.transformer import BATCH, EMPTY, PromptTable, loss_by_level, predict_velocity
 from vega_policy.provenance import hardware
 from vega_policy.run_dir import atomic_folder, write_json, write_text

@@ -38,9 +38,15 @@ from vega_policy.checkpoints import (
     set_aside_after,
     write_checksums,
 )
-from vega_policy.pretraining import autoencoder, export, transformer
+from vega_policy.pretraining import (
+    STAGES,
+    LearningSettings,
+    PretrainSettings,
+    autoencoder,
+    export,
+    transformer,
+)
 from vega_policy.pretraining.clips import Clips, Loss, StepRandomness
-from vega_policy.pretraining.config import STAGES, LearningSettings, PretrainSettings
 from vega_policy.pretraining.transformer import EMPTY, PromptTable, read_prompts, write_prompts
 from vega_policy.priors import PRIORS
 from vega_policy.priors.weights import fingerprint_files

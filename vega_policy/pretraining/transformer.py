@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
 
+from vega_policy.pretraining import TransformerSettings
 from vega_policy.pretraining.clips import Loss, StepRandomness
-from vega_policy.pretraining.config import TransformerSettings
 from vega_policy.priors.weights import PROMPT_LENGTH
 from vega_policy.run_dir import atomic_file
 

@@ -27,7 +27,7 @@ from vega_policy.data.dataset import (
 )
 from vega_policy.data.loader import CachedSource, Source, VideoSource
 from vega_policy.data.video import frames_in_order, sampled_mean_frames
-from vega_policy.model.torch_compile import compile_blocks
+from vega_policy.model.compilation import compile_blocks
 from vega_policy.modeling_vega import VegaPolicy
 from vega_policy.processor_vega import make_vega_pre_post_processors
 from vega_policy.provenance import use_available_cores

@@ -16,7 +16,7 @@ from vega_policy.evaluation.env_pool import EnvironmentFactory, WorkerPool
 from vega_policy.evaluation.env_worker import resolve
 from vega_policy.evaluation.evaluate import Evaluation
 from vega_policy.evaluation.policies import checkpoint_fingerprint, load_lerobot_policy
-from vega_policy.model.torch_compile import uncompiled
+from vega_policy.model.compilation import uncompiled
 from vega_policy.training.checkpoint import TrainState, rng_state, set_rng_state
 from vega_policy.training.config import SimulationConfig
 
