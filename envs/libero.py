@@ -64,6 +64,7 @@ class LiberoEnv(PandaEnv):
     """
 
     flipped: ClassVar[tuple[int, ...]] = (1,)
+    states_hold_fixtures: ClassVar[bool] = True
 
     def _compile(self) -> Any:
         libero = _load_libero()

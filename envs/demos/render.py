@@ -334,6 +334,7 @@ class _Renderer:
                 self._env.close()
             size, rendering = plan.frame_size, plan.rendering
             self._env = envs.make(episode.suite, episode.task, frame_size=size, rendering=rendering)
+            self._env.reset_blindly(seed=episode.seed)
             self._states, self._opened = read_states(episode.file, [episode.task]), self._group
         return render_episode(self._env, self._states[episode.index])
 
@@ -341,7 +342,8 @@ class _Renderer:
 def render_episode(env: ManipulationEnv, episode: StateEpisode) -> np.ndarray:
     """Render each state of a demonstration from every camera, uint8 [t v 3 h w]."""
     assert env.camera_rig is not None
-    env.reset_blindly(seed=episode.seed)  # places bodies that no simulator state holds
+    if not env.states_hold_fixtures:
+        env.reset_blindly(seed=episode.seed)
     frames = np.empty((len(episode), len(env.cameras), 3, env.frame_size, env.frame_size), np.uint8)
     states, done = (episode.state(step) for step in range(len(episode))), 0
     for batch in env.camera_rig.render_states(states, env.restore):

@@ -344,9 +344,9 @@ def collected_metadata(root: Path) -> dict[str, Any]:
         FileNotFoundError: If `root` holds no dataset with simulator states.
     """
     metadata = read_metadata(root)
-    if metadata is None:
+    if metadata is None or not (root / "states").is_dir():
         raise FileNotFoundError(
-            f"{root} has no meta/vega.json, so its simulator states are not known; give a dataset that "
+            f"{root} has no meta/vega.json or no states/, so its simulator states are not known; give a dataset that "
             "scripts/collect_demos.py wrote"
         )
     return metadata

@@ -1,11 +1,13 @@
 """Rendering from states: the simulator's own frames, resumable, and what training makes of them."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 import envs
 from envs.demos.render import plan_rendering, render_frames
-from envs.demos.states import StateEpisode, write_states
+from envs.demos.states import StateEpisode, read_states, write_states
 from tests.training_runs import tiny_policy
 from vega_policy.cli.render import render_states
 from vega_policy.data.dataset import DatasetConfig, DatasetError
@@ -13,6 +15,7 @@ from vega_policy.data.feature_cache import dataset_hash, frames_stream, open_mea
 from vega_policy.training.config import TrainConfig
 from vega_policy.training.train import train
 
+SHIPPED = Path(__file__).parents[2] / "assets" / "demonstrations" / "libero"
 SIZE, ROWS, CAMERAS = 32, 12, ["observation.images.image", "observation.images.image2"]
 
 
@@ -103,6 +106,12 @@ def test_the_number_of_processes_does_not_change_the_frames(lift, tmp_path):
     assert np.array_equal(one, two)
 
 
+@pytest.mark.slow
+def test_the_error_of_a_rendering_process_is_shown(lift, tmp_path):
+    with pytest.raises(RuntimeError, match="MUJOCO_EGL_DEVICE_ID"):
+        render(lift[0], tmp_path, processes=2, egl_devices=[99])
+
+
 def test_frames_rendered_before_are_copied_into_a_joint_dataset(lift, tmp_path, monkeypatch):
     file, _ = lift
     frames, _ = render(file, tmp_path)
@@ -114,6 +123,22 @@ def test_frames_rendered_before_are_copied_into_a_joint_dataset(lift, tmp_path, 
     key = {"repo_id": "vega/joint", "metadata": dataset_hash(joint)}
     copied = open_stream(cache, frames_stream(key, CAMERAS, SIZE), 2 * ROWS, None).numpy()
     assert np.array_equal(copied, np.concatenate([frames, frames]))
+
+
+@pytest.mark.slow
+def test_libero_states_show_the_same_frames_without_the_reset_of_their_episode():
+    stove = 2  # its burner's light is switched by the state, and the seed places the stove
+    first, second = read_states(SHIPPED / "libero_10.safetensors", tasks=[stove])[:2]
+    env = envs.make("libero_10", stove, frame_size=SIZE, rendering="fast")
+    env.reset_blindly(seed=second.seed)
+    states = [second.state(step) for step in (0, 100, len(second) - 1)]
+    expected = np.concatenate(list(env.camera_rig.render_states(states, env.restore)))
+    env.reset_blindly(seed=first.seed)
+    env.restore(first.state(len(first) - 1))
+    frames = np.concatenate(list(env.camera_rig.render_states(states, env.restore)))
+    env.close()
+    assert np.array_equal(frames, expected)
+    assert not np.array_equal(frames[0], frames[2])
 
 
 def test_tasks_and_episodes_are_cut(lift):

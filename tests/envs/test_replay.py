@@ -61,7 +61,9 @@ def test_a_dataset_is_rendered_again_at_another_size_with_the_same_states_and_ac
 
 
 def test_a_dataset_without_simulator_states_or_with_changed_ones_is_refused(dataset, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no meta/vega.json.*simulator states are not known"):
+    with pytest.raises(
+        FileNotFoundError, match=r"no meta/vega.json or no states/.*simulator states are not known"
+    ):
         read_episodes(tmp_path)
     with pytest.raises(ValueError, match=r"has the episodes 0 to 1, got \[7\]"):
         read_episodes(dataset, [7])
