@@ -346,8 +346,8 @@ def collected_metadata(root: Path) -> dict[str, Any]:
     metadata = read_metadata(root)
     if metadata is None or not (root / "states").is_dir():
         raise FileNotFoundError(
-            f"{root} has no meta/vega.json or no states/, so its simulator states are not known; give a dataset that "
-            "scripts/collect_demos.py wrote"
+            f"{root} has no meta/vega.json or no states/, so its simulator states are not known; give a "
+            "dataset that scripts/collect_demos.py wrote"
         )
     return metadata
 
