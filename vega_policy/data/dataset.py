@@ -462,7 +462,7 @@ def _episode_rows(lengths: list[int], instructions: list[str]) -> pa.Table:
     return pa.table(columns | dict.fromkeys(places, zeros))
 
 
-def _statistics(values: np.ndarray) -> dict[str, list[float]]:
+def _statistics(values: np.ndarray) -> dict[str, list[Any]]:
     """Return what LeRobot stores of a feature [n width]."""
     exact = values.astype(np.float64)
     found = {"min": exact.min(0), "max": exact.max(0), "mean": exact.mean(0), "std": exact.std(0)}
