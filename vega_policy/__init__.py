@@ -40,3 +40,9 @@ def resource(name: str) -> Path:
         if path.is_dir():
             return path
     raise FileNotFoundError(f"no folder {name} in {PACKAGE} or {PACKAGE.parent}; install the package again.")
+
+
+def packaged_policies() -> dict[str, Path]:
+    """Return the folders of the policies in `assets/policies` by name."""
+    configs = sorted((resource("assets") / "policies").glob("*/config.json"))
+    return {config.parent.name: config.parent for config in configs}

@@ -114,7 +114,7 @@ def newest_intact(run: Path) -> Path | None:
 
 
 def require_intact(folder: Path) -> None:
-    """Refuse a checkpoint, or a checkpoint's `pretrained_model`, whose files were altered.
+    """Refuse a checkpoint, its `pretrained_model` or an exported policy whose files were altered.
 
     A folder without checksums, such as LeRobot's own, passes.
 
@@ -126,6 +126,8 @@ def require_intact(folder: Path) -> None:
     wrong = find_damage(named, below=below) if (named / CHECKSUMS).is_file() else []
     if not wrong:
         return
+    if named.parent.name != CHECKPOINTS:
+        raise DamagedCheckpointError(f"{named} is damaged: {', '.join(wrong)}. Copy or export it again.")
     intact = [
         path for path in list_checkpoints(named.parent.parent) if path != named and not find_damage(path)
     ]

@@ -8,12 +8,16 @@ import pytest
 from huggingface_hub import ModelCard
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import vega_policy
+from tests.evaluation.test_policies import evaluation_config
 from tests.synthetic_dataset import CAMERAS, write_dataset
 from tests.training_runs import assert_bitwise_equal, tiny_run
-from vega_policy.checkpoints import add_scores, checkpoint_path, read_scores
+from vega_policy.checkpoints import add_scores, checkpoint_path, find_damage, read_scores
 from vega_policy.evaluation.episodes import read_episodes
-from vega_policy.training.checkpoint import FREE_TO_CHANGE
+from vega_policy.evaluation.evaluate import evaluate_checkpoint
+from vega_policy.training.checkpoint import FREE_TO_CHANGE, export_policy
 from vega_policy.training.config import EnvironmentConfig, SimulationConfig, WandbConfig
+from vega_policy.training.logging import complete_card
 from vega_policy.training.train import train
 
 WORLD = "tests.evaluation.test_world"
@@ -110,6 +114,33 @@ def test_a_card_without_a_measurement_says_so(points, tmp_path):
     checkpoint = train(tiny_run(points, tmp_path / "run", steps=2))
     card = ModelCard.load(checkpoint / "pretrained_model" / "README.md")
     assert "Nothing was measured during training" in card.text
+
+
+def evaluate(checkpoint, output):
+    """Evaluate two episodes in the point world."""
+    places = (f"environments.make={WORLD}.make", "env.suite=near", "episodes_per_task=2", "processes=1")
+    return evaluate_checkpoint(evaluation_config(checkpoint, output, *places))
+
+
+def test_a_policy_is_exported_evaluated_by_name_and_exported_again_with_what_it_reached(
+    watched, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(vega_policy, "PACKAGE", tmp_path / "vega_policy")
+    (tmp_path / "assets" / "policies").mkdir(parents=True)
+    first, second = (tmp_path / "assets" / "policies" / name for name in ("points", "again"))
+    source = checkpoint_path(watched, 4) / "pretrained_model"
+    export_policy(source, first, complete_card(source, []))
+    summary = evaluate("points", tmp_path / "evaluation")
+    export_policy(first, second, complete_card(first, [tmp_path / "evaluation"]))
+    assert find_damage(second) == []
+    text = (second / "README.md").read_text()
+    for part in ("## Training", "minutes of optimizer steps", 'path = "FOLDER"', "license: apache-2.0"):
+        assert part in text
+    assert f"| near | 32 | fast | 0 | 2 | {100 * summary['success_rate']:.1f} | " in text
+    with pytest.raises(ValueError, match="evaluates another policy: expected"):
+        complete_card(second, [tmp_path / "evaluation"])
+    with pytest.raises(FileNotFoundError, match=r"name of a packaged policy \(again, points\)"):
+        evaluate("pionts", tmp_path / "other")
 
 
 def test_each_start_notes_code_packages_and_hardware(points, tmp_path):

@@ -343,20 +343,27 @@ def export_features(config: DictConfig) -> str:
 @partial(
     Command,
     config="export_policy",
-    examples=["python scripts/export_policy.py outputs/demo/train/checkpoints/last my_policy"],
+    examples=[
+        "python scripts/export_policy.py outputs/demo/train/checkpoints/last my_policy",
+        "python scripts/export_policy.py my_policy my_policy_1 'evaluations=[outputs/eval/lift_wide]'",
+    ],
     node={
-        "checkpoint": "???",  # a checkpoint of a run
+        "checkpoint": "???",  # a checkpoint of a run, or an exported policy
         "output": "???",  # new folder
+        "evaluations": [],  # output folders of evaluations of this checkpoint, for the card
     },
     positional=("checkpoint", "output"),
 )
 def export_policy(config: DictConfig) -> str:
-    """Write the policy of a checkpoint, in bfloat16 and without training state, to a new folder."""
+    """Write a policy to a new folder to be published: in bfloat16, without training state, with a card."""
+    from vega_policy.evaluation.policies import find_checkpoint
     from vega_policy.training.checkpoint import export_policy
+    from vega_policy.training.logging import complete_card
 
-    folder = export_policy(Path(config.checkpoint), Path(config.output))
-    size = sum(path.stat().st_size for path in folder.iterdir())
-    return f"policy: {folder} ({size / 1e6:.1f} MB)"
+    source, output = find_checkpoint(Path(config.checkpoint)), Path(config.output)
+    export_policy(source, output, complete_card(source, [Path(folder) for folder in config.evaluations]))
+    size = sum(path.stat().st_size for path in output.iterdir())
+    return f"policy: {output} ({size / 1e6:.1f} MB)"
 
 
 @partial(

@@ -40,7 +40,6 @@ from vega_policy.checkpoints import (
     set_aside_after,
     write_checksums,
 )
-from vega_policy.evaluation.policies import find_checkpoint
 from vega_policy.modeling_vega import TEXT_ENCODER, VegaPolicy
 from vega_policy.priors.weights import fingerprint_weights
 from vega_policy.run_dir import (
@@ -57,7 +56,7 @@ from vega_policy.training.distributed import shard_like, shard_state, whole
 from vega_policy.training.failure_guards import NonFiniteGuard
 from vega_policy.training.optim import EMA, trainable
 
-CONFIG, METRICS = "config.yaml", "metrics.jsonl"
+CONFIG, METRICS, CARD = "config.yaml", "metrics.jsonl", "README.md"
 MEAN_FRAMES, WEIGHTS, STEP = "mean_frames.safetensors", "weights.safetensors", "training_step.json"
 
 Origin = dict[str, int | str]
@@ -159,7 +158,7 @@ def save_checkpoint(
         for processor in train_state.processors:
             processor.save_pretrained(pretrained)
         save_file(train_state.mean_frames, pretrained / MEAN_FRAMES)
-        card.save(pretrained / "README.md")
+        card.save(pretrained / CARD)
         save_file(content.raw, state / WEIGHTS)
         save_optimizer_state(train_state.optimizer, state, optim_state_dict=content.optimizer)
         save_scheduler_state(train_state.scheduler, state)
@@ -172,17 +171,16 @@ def save_checkpoint(
     return target
 
 
-def export_policy(checkpoint: Path, target: Path) -> Path:
-    """Write the policy of a checkpoint to a new folder to be published, and return it.
+def export_policy(source: Path, target: Path, card: str | None = None) -> None:
+    """Write the policy in the folder `source` to a new folder to be published.
 
-    It holds `pretrained_model` with weights in bfloat16 and checksums, without the training state. A frozen
-    text encoder is left out where it is the packaged one; the config then holds its fingerprint.
+    Weights are rounded to bfloat16, and checksums are added. A frozen text encoder is left out where it is
+    the packaged one; the config then holds its fingerprint. None copies the card.
 
     Raises:
-        FileExistsError: If the folder exists.
-        ValueError: If the checkpoint is damaged.
+        FileExistsError: If the target exists.
+        DamagedCheckpointError: If a file was altered.
     """
-    source = find_checkpoint(checkpoint)
     require_intact(source)
     weights = load_file(source / SAFETENSORS_SINGLE_FILE)
     config = json.loads((source / CONFIG_NAME).read_text()) | {"device": None}  # where there is a GPU: that
@@ -200,8 +198,9 @@ def export_policy(checkpoint: Path, target: Path) -> Path:
                 shutil.copyfile(path, draft / path.name)
         (draft / CONFIG_NAME).write_text(json.dumps(config, indent=4))
         save_file(rounded, draft / SAFETENSORS_SINGLE_FILE, metadata={"format": "pt"})
+        if card is not None:
+            (draft / CARD).write_text(card)
         write_checksums(draft)
-    return target
 
 
 def _packaged_text_encoder(config: dict[str, Any], weights: dict[str, Tensor]) -> str | None:

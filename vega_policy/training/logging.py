@@ -4,11 +4,13 @@ import io
 import json
 import logging
 import math
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,9 +22,10 @@ from tensorboard.compat.proto import summary_pb2
 from tqdm import tqdm
 
 from vega_policy.checkpoints import BEST, CHECKPOINTS, LAST, PRETRAINED, read_scores
+from vega_policy.evaluation.policies import checkpoint_fingerprint
 from vega_policy.provenance import code_revision, environment, hardware
 from vega_policy.run_dir import drop_lines_after, write_json, write_text
-from vega_policy.training.checkpoint import METRICS, read_step
+from vega_policy.training.checkpoint import CARD, METRICS, read_step
 from vega_policy.training.config import TrainConfig, encode
 
 logger = logging.getLogger(__name__)
@@ -264,6 +267,51 @@ def _describe_run(config: TrainConfig, step: int, data: str) -> dict[str, Any]:
         "code": f"{code['revision']}{changed}",
         "hardware": ", ".join(machine["gpus"]) or f"{machine['processor']}, {machine['cores']} cores",
     }
+
+
+def complete_card(folder: Path, evaluations: Sequence[Path]) -> str:
+    """Return the card of the policy in `folder`, with its training and its evaluations.
+
+    Args:
+        folder: `pretrained_model` of a run, whose commands and minutes are added, or an exported policy.
+        evaluations: Output folders of evaluations of the policy.
+
+    Raises:
+        ValueError: If an evaluation is of another policy.
+    """
+    card = (folder / CARD).read_text().replace("FOLDER/pretrained_model", "FOLDER").rstrip()
+    run = folder.resolve().parents[2]
+    if folder.name == PRETRAINED and (run / PROVENANCE).is_file():
+        starts = json.loads((run / PROVENANCE).read_text())
+        commands = [shlex.join(["python", *start["command"]]) for start in starts]
+        card += "\n".join(["\n\n## Training\n", "```bash", *commands, "```\n"])
+        card += f"\n{training_minutes(run):.1f} minutes of optimizer steps.\n"
+    if not evaluations:
+        return card
+    mark = checkpoint_fingerprint(folder)
+    rows = ["suite | pixels | rendering | seed | episodes | success, % | 95% interval", "|".join(7 * ["---"])]
+    rows += [_evaluation_row(path, mark) for path in evaluations]
+    return card + f"\n\n## Evaluated (policy {mark})\n\n" + "".join(f"| {row} |\n" for row in rows)
+
+
+def _evaluation_row(folder: Path, mark: str) -> str:
+    summary = json.loads((folder / "summary.json").read_text())
+    settings = summary["settings"]
+    if settings["checkpoint_sha256"] != mark:
+        raise ValueError(
+            f"{folder} evaluates another policy: expected {mark}, got {settings['checkpoint_sha256']}. Give "
+            "evaluations of the folder that is exported."
+        )
+    success, low, high = (f"{100 * summary[name]:.1f}" for name in ("success_rate", "ci_low", "ci_high"))
+    where = (settings[name] for name in ("suite", "frame_size", "rendering", "seed"))
+    return " | ".join([*map(str, where), str(summary["episodes"]), success, f"{low} to {high}"])
+
+
+def training_minutes(run: Path) -> float:
+    """Return the minutes that a run's optimizer steps took, by its log."""
+    lines = [json.loads(line) for line in (run / METRICS).read_text().splitlines()]
+    speeds = {line["step"]: line["steps_per_s"] for line in lines if "steps_per_s" in line}
+    return sum((step - last) / speeds[step] for last, step in pairwise([0, *sorted(speeds)])) / 60
 
 
 def push_to_hub(config: TrainConfig, data: str) -> str:
