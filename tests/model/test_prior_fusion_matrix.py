@@ -14,7 +14,7 @@ from vega_policy.model.fusion import make_fusion
 from vega_policy.model.observation import Observation
 from vega_policy.model.vega import VegaModel
 from vega_policy.priors import PRIORS, make_prior
-from vega_policy.priors.precomputed import FeatureWriter
+from vega_policy.priors.baselines import FeatureWriter
 
 
 def write_features(folder):

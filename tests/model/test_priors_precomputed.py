@@ -13,7 +13,7 @@ from vega_policy.model.config import PriorConfig
 from vega_policy.model.observation import stack_views
 from vega_policy.modeling_vega import VegaPolicy
 from vega_policy.priors import make_prior
-from vega_policy.priors.precomputed import FeatureWriter
+from vega_policy.priors.baselines import FeatureWriter
 
 GRID = (4, 4)
 STAND_IN = '''

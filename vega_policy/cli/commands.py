@@ -320,7 +320,7 @@ def export_features(config: DictConfig) -> str:
 
     from vega_policy.data.video import frames_in_order
     from vega_policy.model.observation import stack_views
-    from vega_policy.priors.precomputed import FeatureWriter
+    from vega_policy.priors.baselines import FeatureWriter
 
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     sys.path.insert(0, str(Path.cwd()))  # the encoder's module may be in the working folder

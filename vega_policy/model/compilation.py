@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from vega_policy.backbones.compact import CompactBackbone
 from vega_policy.model.observation import Observation
 from vega_policy.model.vega import VegaModel
-from vega_policy.priors.precomputed import PrecomputedPrior
+from vega_policy.priors.baselines import PrecomputedPrior
 from vega_policy.priors.unet import StableVideoDiffusion
 from vega_policy.priors.wan import LatentWorldSimulator
 from vega_policy.priors.wan_fast import capture

@@ -121,7 +121,7 @@ PRIORS: dict[str, PriorEntry] = {
     "dinov3": PriorEntry(f"{BASELINES}:Dinov3.load", DINOV3, 23, dtype="bfloat16", terms=DINOV3_TERMS),
     "vjepa2": PriorEntry(f"{BASELINES}:VJepa2.load", VJEPA2, 39, dtype="bfloat16", video=True),
     "random": PriorEntry(f"{BASELINES}:RandomProjection.load"),
-    "precomputed": PriorEntry("vega_policy.priors.precomputed:load"),
+    "precomputed": PriorEntry("vega_policy.priors.baselines:load"),
 }
 """Name -> entry. A new prior is one file and one line, here or in another package under the entry points
 `vega_policy.priors`.

@@ -1,19 +1,35 @@
-"""Baselines: an autoencoder's clean latent, vision transformers, a random projection."""
+"""Priors other than diffusion models: clean latents, vision transformers, a random projection, files.
 
+`precomputed` reads features that another program wrote, for models that neither diffusers nor transformers
+carries. A folder of features:
+
+    manifest.json             format, model, frame_size, views, width, grid, rows of each shard
+    shard-00000.safetensors   `signature` float32 [n s], `features` [n v d gh gw]
+
+Features are found by their frames: a row's signature is its frames (all views), averaged to 16x16 pixels.
+Frames that were not exported have no features, so such a prior serves training and analysis on the exported
+dataset, not a robot.
+"""
+
+import json
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderKLWan
 from einops import rearrange, repeat
-from torch import Tensor
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional
 from transformers import DINOv3ViTModel, VJEPA2Model
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from vega_policy.model.config import PriorConfig
 from vega_policy.priors import PriorEntry
-from vega_policy.priors.base import BasePrior, check_layer, drop_modules, refuse_noise
+from vega_policy.priors.base import BasePrior, check_layer, drop_modules, pool, refuse_noise
 from vega_policy.priors.unet import latent_mean
-from vega_policy.priors.weights import fingerprint_seed
+from vega_policy.priors.weights import fingerprint_files, fingerprint_seed
 
 CELL = 16
 """Pixels of a frame for each token of the backbone, as with the diffusion priors."""
@@ -186,3 +202,140 @@ class RandomProjection(BasePrior):
             clips - 0.5, "n t c (gh p) (gw q) -> n t gh gw (c p q)", p=self.patch, q=self.patch
         )
         return rearrange(patches @ self.matrix, "n t gh gw d -> n t d gh gw")
+
+
+FORMAT = 1
+MANIFEST, SHARD = "manifest.json", "shard-{:05d}.safetensors"
+SIDE = 16
+TOLERANCE = 1 / 255
+"""Largest difference between signatures of one image; another device makes a smaller one."""
+
+
+def signature(frames: Tensor) -> Tensor:
+    """Average frames to 16x16 pixels, [n v 3 h w] in [0, 1] -> [n v*3*16*16] float32."""
+    small = functional.adaptive_avg_pool2d(frames.flatten(0, 1).float(), SIDE)
+    return rearrange(small, "(n v) c h w -> n (v c h w)", v=frames.shape[1])
+
+
+class FeatureWriter:
+    """Writes the features of `model` to a new folder, which `close` completes with a manifest."""
+
+    def __init__(self, folder: Path, model: str) -> None:
+        if folder.exists() and any(folder.iterdir()):
+            raise ValueError(f"{folder} is not empty. Name a new folder for the features.")
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder, self._model = folder, model
+        self._rows: list[int] = []
+        self._shape: tuple[int, ...] | None = None
+        self._frame_size = 0
+
+    def add(self, frames: Tensor, features: Tensor) -> None:
+        """Write one shard, frames [n v 3 h h] in [0, 1] and their features [n v d gh gw].
+
+        Raises:
+            ValueError: If shapes disagree with each other or with earlier shards.
+        """
+        square = frames.shape[-1] == frames.shape[-2]
+        if features.ndim != 5 or features.shape[:2] != frames.shape[:2] or not square:
+            raise ValueError(
+                "expected features [n v d gh gw] of square frames [n v 3 h h], got "
+                f"{tuple(features.shape)} of {tuple(frames.shape)}."
+            )
+        if self._shape not in (None, tuple(features.shape[1:])) or not features.isfinite().all():
+            raise ValueError(
+                "features must be finite and of one shape [v d gh gw]; got "
+                f"{tuple(features.shape[1:])} after {self._shape}."
+            )
+        self._shape, self._frame_size = tuple(features.shape[1:]), frames.shape[-1]
+        shard = {"signature": signature(frames), "features": features}
+        path = self._folder / SHARD.format(len(self._rows))
+        save_file({key: value.cpu().contiguous() for key, value in shard.items()}, path)
+        self._rows.append(len(frames))
+
+    def close(self) -> None:
+        """Write the manifest; refuse a folder without features."""
+        if self._shape is None:
+            raise ValueError(f"Nothing to write into {self._folder}: no frames were given.")
+        views, width, *grid = self._shape
+        manifest = {"format": FORMAT, "model": self._model, "frame_size": self._frame_size}
+        manifest |= {"views": views, "width": width, "grid": grid, "rows": self._rows}
+        (self._folder / MANIFEST).write_text(json.dumps(manifest, indent=2))
+
+
+class PrecomputedPrior(nn.Module):
+    """Finds features in a folder of `FeatureWriter` by the frames they were computed from."""
+
+    untrained = False
+    layer = 0
+    noise_level = 0.0
+
+    def __init__(self, folder: Path, grid: tuple[int, int]) -> None:
+        """Raise a ValueError if the features are coarser than the grid (gh, gw), or of another format."""
+        super().__init__()
+        self.manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+        if self.manifest["format"] != FORMAT:
+            raise ValueError(f"{folder} has format {self.manifest['format']}; this version reads {FORMAT}.")
+        held = tuple(self.manifest["grid"])
+        if held[0] < grid[0] or held[1] < grid[1]:
+            raise ValueError(
+                f"{folder} holds {held[0]}x{held[1]} tokens a view, which cannot be pooled to the backbone's "
+                f"{grid[0]}x{grid[1]}. Export the features on that grid, or a finer one."
+            )
+        self.folder, self.grid = folder, grid
+        self.width: int = self.manifest["width"]
+        self.fingerprint = fingerprint_files(folder, ["."])
+        self._shards = [folder / SHARD.format(number) for number in range(len(self.manifest["rows"]))]
+        self._rows = [
+            (shard, row)
+            for shard, count in zip(self._shards, self.manifest["rows"], strict=True)
+            for row in range(count)
+        ]
+        self._signatures = torch.cat([load_file(shard)["signature"] for shard in self._shards])
+
+    @torch.no_grad()
+    def forward(self, frames: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Return features of the last frame of each clip, [b v t 3 h w] in [0, 1] -> [b v d gh gw].
+
+        Raises:
+            ValueError: If a frame was not exported, or frames have another size or number of views.
+        """
+        frames = frames[:, :, -1]
+        expected = (self.manifest["views"], self.manifest["frame_size"])
+        if (frames.shape[1], frames.shape[-1]) != expected:
+            raise ValueError(
+                f"{self.folder} was exported from {expected[0]} views of {expected[1]} pixels; the policy "
+                f"has {frames.shape[1]} of {frames.shape[-1]}. Export again with its frame_size."
+            )
+        wanted = signature(frames).cpu()
+        nearest = torch.cdist(wanted, self._signatures).argmin(dim=1)
+        distance = (wanted - self._signatures[nearest]).abs().max()  # the largest difference of a pixel
+        if distance > TOLERANCE:
+            raise ValueError(
+                f"{self.folder} holds no features of these frames: the nearest of its {len(self._rows)} rows "
+                f"differs by {distance:.3f}. Precomputed features exist for the exported dataset only; new "
+                "frames (a rollout, a robot) need a prior that runs."
+            )
+        features = torch.stack([self._read(*self._rows[index]) for index in nearest.tolist()])
+        return pool(features.to(frames.device), self.grid)
+
+    def _read(self, shard: Path, row: int) -> Tensor:
+        with safe_open(shard, "pt") as file:
+            return file.get_slice("features")[row : row + 1][0]
+
+
+def load(config: PriorConfig, entry: PriorEntry, grid: tuple[int, int]) -> PrecomputedPrior:
+    """Open a folder of features.
+
+    Raises:
+        ValueError: If no folder is named, or a layer or noise level is.
+        FileNotFoundError: If there is no complete folder of features.
+    """
+    check_layer(config, 1)
+    refuse_noise(config)
+    advice = "`vega-export-features --help` shows how to write one."
+    if config.path is None:
+        raise ValueError(f"prior=precomputed needs prior.path, a folder of features. {advice}")
+    folder = Path(config.path).expanduser()
+    if not (folder / MANIFEST).is_file():
+        raise FileNotFoundError(f"{folder} is no complete folder of features: no {MANIFEST}. {advice}")
+    return PrecomputedPrior(folder, grid)
