@@ -50,14 +50,9 @@ def tasks(suite: str) -> list[Task]:
 def make(
     suite: str, task_index: int, *, frame_size: int = 256, rendering: str = "full", render: bool = True
 ) -> ManipulationEnv:
-    """Build the environment of a task.
+    """Build the environment of a task, `task_index` of `suite`, with square frames of `frame_size` pixels.
 
-    Args:
-        suite: One of `suite_names()`.
-        task_index: Index of the task in the suite, from 0.
-        frame_size: Height and width of a frame in pixels.
-        rendering: Profile "full" or "fast" (see `envs.rendering`).
-        render: False for an environment without cameras.
+    `rendering` is the profile "full" or "fast" (see `envs.rendering`); `render=False` builds no cameras.
 
     Raises:
         ValueError: If the suite, the task or the profile does not exist.

@@ -165,13 +165,10 @@ def instructions(**values: Any) -> list[str]:
 
 
 def write_clips(folder: Path, *, processes: int, deadline: float | None = None, **values: Any) -> bool:
-    """Record the missing shards of a `ClipSpec` (its fields are `values`); return whether all are complete.
+    """Record the missing shards of `ClipSpec(**values)` into its folder; return whether all are complete.
 
-    Args:
-        folder: Belongs to this spec alone.
-        processes: Simulator processes; they do not change what is written.
-        deadline: Time (`time.time()`) at which unfinished shards are left to the next call.
-        **values: Fields of `ClipSpec`.
+    Unfinished shards are left to the next call at `deadline` (`time.time()`). `processes` does not change
+    what is written.
 
     Raises:
         ValueError: If the folder holds clips of another spec.

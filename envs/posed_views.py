@@ -287,13 +287,10 @@ class PosedCamera:
     def take(
         self, viewpoints: list[Viewpoint], middle: np.ndarray, base: np.ndarray, object_of_geom: np.ndarray
     ) -> Views:
-        """Render RGB-D images.
+        """Render RGB-D images from viewpoints relative to the point `middle` [3] of the simulator's world.
 
-        Args:
-            viewpoints: One for each view.
-            middle: Point [3] of the simulator's world that viewpoints are relative to.
-            base: Pose [4 4] of the robot's base; the views' world is its frame.
-            object_of_geom: Index of the object to which each geom belongs, [geoms], or `NO_OBJECT`.
+        The views' world is the frame of the robot's base, pose [4 4]. `object_of_geom` [geoms] holds each
+        geom's object index or `NO_OBJECT`.
         """
         self._env.refresh()
         from_base, shots = np.linalg.inv(base), []

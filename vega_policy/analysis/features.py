@@ -158,11 +158,7 @@ def prior_extractors(
 ) -> list[FeatureExtractor]:
     """Return the prior's extractor, and that of its untrained copy if its weights are trained.
 
-    Args:
-        config: The prior; it reads single frames.
-        grid: Token grid (gh, gw).
-        layers: None takes all of a Wan, the default of another prior.
-        noise_levels: None takes the default, as do priors that read clean frames.
+    `layers=None` takes all of a Wan and the default of another prior; `noise_levels=None` takes the default.
     """
     default = resolve(config).noise_level or 0.0
     if not is_wan(config):
@@ -221,14 +217,10 @@ def baseline_extractors(
     grid: tuple[int, int],
     seed: int = 0,
 ) -> list[FeatureExtractor]:
-    """Return the extractors that the prior is compared with.
+    """Return the extractors of some `BASELINES` that the prior is compared with.
 
-    Args:
-        names: Entries of `BASELINES`; `vae` is left out if the prior is not a Wan.
-        prior: The prior's extractor, whose autoencoder `vae` takes.
-        backbone: Its image encoder is `semantic`.
-        grid: Token grid (gh, gw).
-        seed: Seed of `random`, a projection of pixels.
+    `vae` is the autoencoder of a Wan prior and left out for others, `semantic` the backbone's image encoder,
+    `random` a projection of pixels drawn from `seed`.
 
     Raises:
         ValueError: If a name is unknown.

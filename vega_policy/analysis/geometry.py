@@ -43,13 +43,9 @@ class Correspondence:
 def correspondence(
     features: Tensor, geometry: TokenGeometry, voxel: float = 0.1, radius: float = 0.1
 ) -> Correspondence:
-    """Compare each view of a scene with the next one.
+    """Compare each view of a scene with the next one, features [n t d].
 
-    Args:
-        features: Tokens [n t d] of the scene's views.
-        geometry: Their geometry.
-        voxel: Side of a voxel in metres.
-        radius: Distance in metres within which a retrieved token is correct.
+    `voxel` is the side of a voxel (m), `radius` the distance (m) within which a retrieved token is correct.
 
     Raises:
         ValueError: If features and geometry have different tokens, or there is only one view.
@@ -114,14 +110,8 @@ def match_tokens(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Match the tokens of view `left` that the next view shows too with their most similar tokens there.
 
-    Args:
-        tokens: Both views' tokens [2 t d].
-        geometry: Geometry of all views.
-        left: Index of the first view.
-        radius: Distance in metres within which a match is correct.
-
-    Returns:
-        Indices in the first view [m], in the second [m], and whether the match is correct, bool [m].
+    Tokens are those of both views [2 t d]. Returns indices in the first view [m], in the second [m], and
+    whether the match lies within `radius` (m), bool [m].
     """
     centred = functional.normalize(tokens - tokens.flatten(0, 1).mean(dim=0), dim=-1)
     near = torch.cdist(geometry.points[left], geometry.points[left + 1]) <= radius
@@ -165,12 +155,9 @@ def r_squared(sums: np.ndarray) -> np.ndarray:
 
 
 def estimate(sums: np.ndarray, statistic: Statistic = ratio_of_sums, seed: int = 0) -> Estimate:
-    """Estimate a statistic of sums over scenes.
+    """Estimate a statistic ([... k] -> [...]) of sums over scenes [scenes k].
 
-    Args:
-        sums: What each scene adds, [scenes k].
-        statistic: From summed [... k] to [...].
-        seed: Seed of the resampling; equal seeds draw equal scenes, so that two estimates are paired.
+    Equal seeds draw equal scenes, so that two estimates are paired.
 
     Raises:
         ValueError: If there is no scene.

@@ -303,13 +303,7 @@ def _round(number: Estimate) -> list[float | None]:
 
 
 def verdict(sweep: Sweep, is_untrained: bool, scenes: int) -> str:
-    """State, from the intervals, on which metrics the trained prior differs from its untrained copy.
-
-    Args:
-        sweep: All numbers.
-        is_untrained: Whether the weights of the probed prior come from a seed.
-        scenes: Number of scenes.
-    """
+    """State, from the intervals, on which metrics the trained prior differs from its untrained copy."""
     name = sweep.default.encoder
     if is_untrained:
         return (
@@ -431,14 +425,9 @@ def principal_colours(tokens: Tensor, grid: tuple[int, int]) -> np.ndarray:
 def draw_feature_maps(
     path: Path, views: Views, maps: Mapping[str, Tensor], grid: tuple[int, int], columns: int = 4
 ) -> None:
-    """Draw frames of one scene in the first row and each encoder's principal components below.
+    """Draw frames of one scene in the first row and each encoder's principal components below, as PNG.
 
-    Args:
-        path: PNG file.
-        views: Views of the scene.
-        maps: Title -> tokens [n t d] of these views.
-        grid: Token grid (gh, gw).
-        columns: Largest number of views.
+    `maps` holds tokens [n t d] by title; at most `columns` views are drawn.
     """
     columns = min(columns, len(views))
     figure = mpl.figure.Figure(figsize=(2.2 * columns, 2.3 * (len(maps) + 1)), layout="constrained")
@@ -461,15 +450,10 @@ def draw_correspondences(
     grid: tuple[int, int],
     radius: float,
 ) -> None:
-    """Draw lines from tokens of one view to the most similar ones of the next: green if correct, else red.
+    """Draw lines from tokens of one view to the most similar ones of the next, as PNG.
 
-    Args:
-        path: PNG file.
-        views: Views of one scene; the middle two are drawn.
-        geometry: Their tokens' geometry.
-        maps: Title -> tokens [n t d].
-        grid: Token grid (gh, gw).
-        radius: Distance in metres within which a match is correct.
+    A match within `radius` (m) is green, another one red. The middle two views are drawn; `maps` holds tokens
+    [n t d] by title.
     """
     left = max(0, len(views) // 2 - 1)
     figure = mpl.figure.Figure(figsize=(7, 3.6 * len(maps)), layout="constrained")
@@ -496,14 +480,7 @@ def draw_correspondences(
 def draw_heat_maps(
     path: Path, title: str, numbers: Mapping[FeatureSpec, Estimate], others: Mapping[str, Estimate]
 ) -> None:
-    """Draw one metric over layers and noise levels, a map for each prior, baselines in the title.
-
-    Args:
-        path: PNG file.
-        title: The metric.
-        numbers: Values of the sweep.
-        others: Values of encoders without layers.
-    """
+    """Draw one metric over layers and noise levels as PNG, a map for each prior, baselines in the title."""
     encoders = list(dict.fromkeys(spec.encoder for spec in numbers))
     figure = mpl.figure.Figure(figsize=(1.5 + 4.2 * len(encoders), 4.2), layout="constrained")
     axes = figure.subplots(1, len(encoders), squeeze=False)[0]

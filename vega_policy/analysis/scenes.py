@@ -62,15 +62,10 @@ def project(points: Tensor, intrinsics: Tensor, pose: Tensor) -> tuple[Tensor, T
 
 
 def surface_normals(depth: Tensor, intrinsics: Tensor, max_jump: float = 0.05) -> Tensor:
-    """Return unit normals that point towards the camera, in the camera's frame.
+    """Return unit normals that point towards the camera, in its frame, depth [n h w] (m) -> [n h w 3].
 
-    Args:
-        depth: [n h w] in metres, 0 where unknown.
-        intrinsics: [n 3 3] in pixels.
-        max_jump: Relative depth difference between pixels two apart beyond which there is an edge.
-
-    Returns:
-        [n h w 3]; zeros at the image border, at edges and where depth is unknown.
+    Normals are zero at the image border, where depth is unknown (0), and at edges: pixels two apart whose
+    depths differ by more than the fraction `max_jump`.
     """
     points = camera_points(depth, intrinsics)
     unknown = depth <= 0
@@ -116,11 +111,7 @@ def token_geometry(
 ) -> TokenGeometry:
     """Average the pixels of each cell of a token grid (gh, gw).
 
-    Args:
-        views: Posed RGB-D frames.
-        grid: Token grid (gh, gw).
-        num_objects: Number of the scene's objects.
-        max_depth: Depth in metres beyond which a pixel counts as unknown (sky, distant walls).
+    Depth beyond `max_depth` (m) counts as unknown (sky, distant walls).
     """
     depth = torch.from_numpy(views.depth).double()
     depth = depth.masked_fill(depth > max_depth, 0.0)
@@ -155,12 +146,9 @@ OPENGL = np.diag([1.0, -1.0, -1.0, 1.0])  # nerfstudio's cameras look along -z w
 
 
 def read_folder(folder: Path, frame_size: int, max_frames: int = 32) -> Scene:
-    """Read a folder of posed RGB-D frames in nerfstudio's layout; frames are stretched to a square.
+    """Read posed RGB-D frames in nerfstudio's layout (`transforms.json`), stretched to squares.
 
-    Args:
-        folder: Holds `transforms.json` and the files that it names.
-        frame_size: Side of the square in pixels.
-        max_frames: Evenly spread frames are taken; VEGA-3D's score takes 32.
+    At most `max_frames` evenly spread frames are taken; VEGA-3D's score takes 32.
 
     Raises:
         FileNotFoundError: If `transforms.json`, or a file that it names, is missing.

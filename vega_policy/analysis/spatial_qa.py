@@ -73,11 +73,8 @@ def make_question_set(
 ) -> QuestionSet:
     """Generate and balance questions; every fourth scene is a test scene.
 
-    Args:
-        scenes: Scenes with objects and segments.
-        max_per_kind: Training questions of one kind; the test set has half as many.
-        max_texts: Different texts of one kind.
-        seed: Seed of the choice of questions.
+    Training has at most `max_per_kind` questions of one kind, the test set half as many, and both at most
+    `max_texts` different texts of one kind.
     """
     names = sorted({one.category for scene in scenes for one in scene.objects if one.movable})
     generated = [generate_questions(index, scene, names) for index, scene in enumerate(scenes)]
@@ -92,12 +89,9 @@ def make_question_set(
 
 
 def generate_questions(index: int, scene: Scene, categories: Sequence[str]) -> list[Question]:
-    """Generate all questions about a scene.
+    """Generate all questions about scene `index`, an overview and close-ups.
 
-    Args:
-        index: The scene's number.
-        scene: Overview and close-ups, with objects and segments.
-        categories: Movable objects of all scenes; a count may be zero.
+    `categories` are the movable objects of all scenes: a count may be zero.
     """
     fractions = visible_fractions(scene)
     visible = [one for one, part in zip(scene.objects, fractions[0], strict=True) if part >= MIN_VISIBLE]
@@ -239,13 +233,7 @@ def balance(
     """Select questions so that, for each text, every answer is correct equally often.
 
     Options become the answers that occur for the text. Grounding has no answers to balance: all questions of
-    a text are kept.
-
-    Args:
-        questions: Candidates.
-        rng: Draws the selection and its order.
-        max_per_kind: Questions of one kind.
-        max_texts: Different texts of one kind; those with the most questions are kept.
+    a text are kept. The texts with the most questions are kept, at most `max_texts` of a kind.
     """
     kept: list[Question] = []
     for kind in KINDS:

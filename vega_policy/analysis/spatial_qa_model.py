@@ -168,16 +168,9 @@ class ContextAttention(nn.Module):
             self.attention.kv_proj.weight[:width].mul_(ATTENTION_GAIN)
 
     def forward(self, queries: Tensor, scene: Tensor, context: Tensor, mask: Tensor) -> Tensor:
-        """Attend to each question's own scene.
+        """Attend to each question's own scene, queries [b k d], context [u n d], mask [u n] -> [b k d].
 
-        Args:
-            queries: [b k d].
-            scene: Index of each question's context, [b].
-            context: [u n d].
-            mask: [u n] (True: may be read).
-
-        Returns:
-            [b k d].
+        `scene` [b] is the index of each question's context.
         """
         counts = torch.bincount(scene, minlength=len(context))
         order, place = scene.argsort(stable=True), torch.empty_like(scene)
@@ -208,10 +201,7 @@ def qa_model_config(
 class SpatialQAModel(nn.Module):
     """The policy's encoder and backbone with an answer head instead of its action head.
 
-    Args:
-        config: The encoder; `state_dim` is 1.
-        names: Number of names that an answer may be.
-        features: Outputs of the frozen encoders, for the scale of their channels.
+    `names` is the number of names that an answer may be; `features` give the scale of the encoders' channels.
     """
 
     def __init__(self, config: ModelConfig, names: int, features: Features) -> None:
@@ -414,14 +404,8 @@ def compare_models(
 ) -> QAComparison:
     """Train and test models with the prior, without it, with random or untrained ones, and without vision.
 
-    Ablations replace the fused model's prior features at test time.
-
-    Args:
-        cache: Features of all scenes.
-        questions: Questions about them.
-        config: Encoder without a prior, of `qa_model_config`.
-        prior: The prior of the fused model.
-        training: How each model is trained.
+    `config` is an encoder without a prior, of `qa_model_config`. Ablations replace the fused model's prior
+    features at test time.
     """
     result = QAScores(questions.test)
     result.scores["chance"] = chance_scores(questions.train, questions.test)

@@ -60,11 +60,7 @@ class Command:
     positional: Sequence[str] = ()
 
     def main(self, arguments: Sequence[str] | None = None) -> None:
-        """Compose the config and run.
-
-        Args:
-            arguments: Command line; None takes the program's own.
-        """
+        """Compose the config of a command line, the program's own by default, and run."""
         given = list(sys.argv[1:] if arguments is None else arguments)
         sys.argv[1:] = with_positional(given, self.positional)
         refuse_unknown_options(sys.argv[1:])

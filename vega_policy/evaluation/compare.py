@@ -208,10 +208,7 @@ def read_policies(folders: Sequence[Path], ablations: Sequence[str]) -> list[Pol
 def read_policy(folder: Path, ablation: str, name: str) -> PolicyRuns:
     """Read all evaluations of a policy that have episodes under an ablation.
 
-    Args:
-        folder: Holds `<seed>/<suite>/episodes.parquet`, or `<suite>/episodes.parquet` for a single seed.
-        ablation: The ablation whose episodes are read.
-        name: Name of the policy in tables.
+    They lie in `<folder>/<seed>/<suite>/episodes.parquet`, or `<folder>/<suite>` for a single seed.
 
     Raises:
         FileNotFoundError: If it holds no evaluation.

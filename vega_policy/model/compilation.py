@@ -27,9 +27,7 @@ from vega_policy.priors.wan_fast import capture
 def compile_blocks(model: VegaModel, **options: Any) -> None:
     """Compile image encoder, projectors, fusion, trunk and head, each for the first shapes it is called with.
 
-    Args:
-        model: A model with the compact backbone.
-        **options: For `torch.compile`, such as `backend` or `mode`.
+    Options are those of `torch.compile`.
 
     Raises:
         ValueError: If it is another backbone, or a base.
@@ -70,12 +68,8 @@ class CapturedControlStep:
     """`VegaModel.sample_actions` for one batch shape and its instructions, replayed as one CUDA graph.
 
     Small policies leave a GPU waiting for the host, which launches thousands of kernels per chunk; a graph
-    launches them at once. Instructions are encoded when the graph is captured.
-
-    Args:
-        model: A model in evaluation mode on a CUDA device.
-        observation: The observation that the graph is captured for, with frames.
-        noise: Noise that the chunk starts from, [b t a].
+    launches them at once. Instructions are encoded when the graph is captured. The model is in evaluation
+    mode.
 
     Raises:
         ValueError: If the model is not on a CUDA device or the observation has no frames.
@@ -121,13 +115,8 @@ class CapturedSteps:
     """Control steps of one model, captured per kind when a kind occurs for the second time.
 
     A kind is the shapes of the inputs, the instructions and the version of the text encoder's weights. Each
-    captured kind keeps its own memory. Steps that cannot be captured, or that exceed the capacity, run
-    uncaptured; the log says why, once.
-
-    Args:
-        enabled: Whether anything is captured.
-        capture: Makes the captured step of a model for an observation and noise.
-        capacity: Most kinds that are kept.
+    captured kind keeps its own memory, `capacity` at most. Steps that cannot be captured, or that exceed the
+    capacity, run uncaptured; the log says why, once.
     """
 
     def __init__(

@@ -288,14 +288,8 @@ def without_weights(
 ) -> VisionLanguageBackbone:
     """Build a backbone at its published sizes, frozen and adapted as its config says.
 
-    Args:
-        config: The backbone's config.
-        state_dim: Width s of the proprioceptive state.
-        views: Number of cameras v.
-        frame_size: Side of the square frames in pixels.
-        device: `meta` takes no memory; others get random weights.
-        prompts: Makes the replacement of the processor from the tokens along a frame's side and the id of a
-            placeholder; None takes `Placeholders`.
+    `device="meta"` takes no memory; others get random weights. `prompts` makes the replacement of the
+    processor from the tokens along a frame's side and the id of a placeholder; None takes `Placeholders`.
 
     Raises:
         ValueError: If the sizes of the backbone are not listed.

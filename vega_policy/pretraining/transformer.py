@@ -61,14 +61,7 @@ def matching_loss(
 ) -> Loss:
     """Return the loss of one step of a `WanTransformer3DModel`, on clips or on single images of them.
 
-    Args:
-        network: The transformer, on `device`.
-        latents: Normalised latents of the clips [n z t h w].
-        image_latents: Those of k single images of each clip [n k z 1 h w].
-        instructions: Instruction of each clip, or the empty prompt.
-        prompts: Embeddings of the instructions.
-        settings: Its training.
-        device: Device of the network.
+    Latents are normalised: clips [n z t h w], k single images of each clip [n k z 1 h w].
     """
 
     def loss(randomness: StepRandomness) -> tuple[Tensor, dict[str, Tensor]]:

@@ -103,15 +103,9 @@ class CapturedStep:
     """Loss, clipped gradient and metrics of batches of one shape, captured at the first one.
 
     Results equal those without a graph up to the order of sums, except for the dropout of a trainable text
-    encoder: it reads all instructions at once instead of the batch's, so its draws differ.
-
-    Args:
-        forward: The policy as the trainer calls it.
-        policy: The policy, in training mode.
-        autocast: Makes the context of a forward pass.
-        instructions: All that batches may hold.
-        most: Norm that the gradient is clipped to.
-        capture: Makes the graph of a loss, the trainable weights and that norm.
+    encoder: it reads all instructions at once instead of the batch's, so its draws differ. `instructions` are
+    all that batches may hold; `capture` makes the graph of a loss, the trainable weights and the largest norm
+    `most`.
     """
 
     def __init__(
@@ -185,13 +179,9 @@ class CapturedStep:
 
 
 class WordTable:
-    """Encoded instructions of a batch, chosen by number from all instructions.
+    """Encoded instructions of a batch of b samples, chosen by number from all instructions.
 
-    Args:
-        encoder: The text encoder; a frozen one encodes here, a trainable one in each call.
-        sentences: All instructions.
-        batch: Samples b of a batch.
-        device: Device of the result.
+    A frozen text encoder encodes here, a trainable one in each call.
     """
 
     def __init__(
