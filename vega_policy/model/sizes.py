@@ -25,69 +25,9 @@ from vega_policy.model.vega import VegaModel
 from vega_policy.priors import PRIORS, make_prior, resolve
 from vega_policy.priors.base import BasePrior, as_clips
 
+PUBLISHED = json.loads(Path(__file__).with_suffix(".json").read_text())
 
-def _wan(heads: int, ffn_dim: int, layers: int, channels: int = 16, **options: Any) -> dict[str, Any]:
-    sizes = {"num_attention_heads": heads, "ffn_dim": ffn_dim, "num_layers": layers, "text_dim": 4096}
-    return sizes | {"in_channels": channels, "out_channels": channels} | options
-
-
-_WAN_5B_VAE = {
-    "base_dim": 160,
-    "decoder_base_dim": 256,
-    "z_dim": 48,
-    "is_residual": True,
-    "in_channels": 12,
-    "out_channels": 12,
-    "patch_size": 2,
-    "scale_factor_spatial": 16,
-    "latents_mean": [0.0] * 48,
-    "latents_std": [1.0] * 48,
-}
-_SVD_VAE = {
-    "block_out_channels": (128, 256, 512, 512),
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "layers_per_block": 2,
-}
-_SD_VAE = {**_SVD_VAE, "up_block_types": ("UpDecoderBlock2D",) * 4}
-_SD_UNET = {"attention_head_dim": [5, 10, 20, 20], "cross_attention_dim": 1024, "use_linear_projection": True}
-_CLIP_H = {
-    "hidden_size": 1280,
-    "intermediate_size": 5120,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 16,
-    "patch_size": 14,
-    "projection_dim": 1024,
-    "hidden_act": "gelu",
-}
-_DINOV3_L = {
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "num_register_tokens": 4,
-}
-_VJEPA2_G = {
-    "hidden_size": 1408,
-    "num_hidden_layers": 40,
-    "num_attention_heads": 22,
-    "mlp_ratio": 48 / 11,
-}
-
-PRIOR_ARCHITECTURES: dict[str, dict[str, dict[str, Any]]] = {
-    "wan2.1_t2v_1.3b": {"vae": {}, "transformer": _wan(12, 8960, 30)},
-    "wan2.1_t2v_14b": {"vae": {}, "transformer": _wan(40, 13824, 40)},
-    "wan2.1_vace_1.3b": {
-        "vae": {},
-        "transformer": _wan(12, 8960, 30, vace_layers=list(range(0, 30, 2)), vace_in_channels=96),
-    },
-    "wan2.2_ti2v_5b": {"vae": _WAN_5B_VAE, "transformer": _wan(24, 14336, 30, channels=48)},
-    "sd21": {"vae": _SD_VAE, "unet": _SD_UNET},
-    "svd": {"vae": _SVD_VAE, "unet": {"num_attention_heads": (5, 10, 20, 20)}, "image_encoder": _CLIP_H},
-    "sd_vae": {"vae": _SD_VAE},
-    "wan_vae": {"vae": {}},
-    "dinov3": {".": _DINOV3_L},
-    "vjepa2": {".": _VJEPA2_G},
-}
+PRIOR_ARCHITECTURES: dict[str, dict[str, dict[str, Any]]] = PUBLISHED["priors"]
 """Prior -> network -> arguments other than the defaults of its class (in transformers: of its config)."""
 
 
@@ -195,8 +135,7 @@ class Architecture:
 
 
 BACKBONE_ARCHITECTURES: dict[str, Architecture] = {
-    name: Architecture(**published)
-    for name, published in json.loads(Path(__file__).with_suffix(".json").read_text()).items()
+    name: Architecture(**published) for name, published in PUBLISHED["backbones"].items()
 }
 """Backbone -> its published sizes."""
 
