@@ -1,7 +1,8 @@
-"""Where a run's checkpoints lie, whether their files are intact, how they score and which ones are kept.
+"""Where a run's checkpoints lie, whether they are safe to load and intact, how they score, which are kept.
 
     <run>/scores.json                   measurements by step
-          checkpoints/<step>/           LeRobot's layout, with checksums.json over all files
+          checkpoints/<step>/           LeRobot's layout; checksums.json over all files, and one of its own in
+                                        pretrained_model/, which is copied and published without the rest
                       last, best        links
                       <step>.damaged    set aside when a run resumed from an earlier one
 
@@ -12,7 +13,9 @@ import hashlib
 import json
 import logging
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from vega_policy.run_dir import delete_folder, point_link, write_json
 
@@ -21,6 +24,30 @@ logger = logging.getLogger(__name__)
 CHECKPOINTS, PRETRAINED, STATE = "checkpoints", "pretrained_model", "training_state"
 CHECKSUMS, SCORES = "checksums.json", "scores.json"
 LAST, BEST, DAMAGED_SUFFIX = "last", "best", ".damaged"
+MODEL_CARD = "README.md"
+
+POLICY_TYPES = {
+    *("vega", "act", "diffusion", "multi_task_dit", "pi0", "pi05", "smolvla", "tdmpc", "vqbet", "xvla"),
+}
+"""Types of checkpoints that load no code of their own; a plugin adds its type.
+
+LeRobot's other types run code from repositories that the checkpoint names (`trust_remote_code`).
+"""
+
+PROCESSOR_STEPS = {
+    *("absolute_actions_processor", "device_processor", "normalizer_processor", "observation_processor"),
+    *("pi05_prepare_state_tokenizer_processor_step", "pi0_new_line_processor", "relative_actions_processor"),
+    *("rename_observations_processor", "smolvla_new_line_processor", "to_batch_processor"),
+    *("to_batch_processor_action", "to_batch_processor_complementary_data"),
+    *("to_batch_processor_observation", "tokenizer_processor", "unnormalizer_processor"),
+    *("xvla_add_domain_id", "xvla_image_scale", "xvla_image_to_float", "xvla_imagenet_normalize"),
+    "xvla_rotation_6d_to_axis_angle",
+}
+"""Registered names of LeRobot's processor steps that load no code; a plugin adds the names of its steps.
+
+LeRobot would import any class that a step names (`class`); its `action_tokenizer_processor` and
+`reward_classifier_processor` run code from repositories that the checkpoint names.
+"""
 
 Scores = dict[int, dict[str, float]]
 """Measurements by step: `success` in [0, 1], `held_out_loss`, ..."""
@@ -28,6 +55,10 @@ Scores = dict[int, dict[str, float]]
 
 class DamagedCheckpointError(ValueError):
     """Files of a checkpoint are not those that were written; the message names them."""
+
+
+class UnsafeCheckpointError(ValueError):
+    """A checkpoint would run code, or use an address or credentials, that its files name."""
 
 
 def checkpoint_path(run: Path, step: int) -> Path:
@@ -41,15 +72,99 @@ def list_checkpoints(run: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name))
 
 
-def write_checksums(folder: Path) -> None:
-    """Write the SHA-256 of every file below `folder`, and of the list itself, to its `checksums.json`."""
-    (folder / CHECKSUMS).write_bytes(_render({name: _digest(folder / name) for name in _files(folder)}))
+def fetch_checkpoint(source: str | Path, **hub: Any) -> Path:
+    """Return the folder of a policy, downloaded if `source` is a name on the hub, after `check_checkpoint`.
+
+    Args:
+        source: Folder, or name on the hub.
+        **hub: Options of `huggingface_hub.snapshot_download`, such as `revision`.
+
+    Raises:
+        FileNotFoundError: If it is neither a folder nor available from the hub.
+        DamagedCheckpointError: See `require_intact`.
+        UnsafeCheckpointError: See `check_checkpoint`.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download  # imports an HTTP client, which is slow
+        from huggingface_hub.errors import HfHubHTTPError
+
+        patterns = ["*.json", "*.safetensors"]
+        try:
+            folder = Path(snapshot_download(str(source), allow_patterns=patterns, **hub))
+        except (HfHubHTTPError, OSError, ValueError) as error:
+            raise FileNotFoundError(
+                f"{source}: expected a checkpoint's folder or a name on the hub, found neither "
+                f"({type(error).__name__}); give another path, or download it once (`hf download {source}`)."
+            ) from error
+    check_checkpoint(folder)
+    return folder
 
 
-def find_damage(folder: Path, *, below: str = "") -> list[str]:
+def check_checkpoint(folder: Path) -> None:
+    """Refuse a policy's folder that is damaged or names code; nothing of it is imported or loaded.
+
+    Raises:
+        DamagedCheckpointError: See `require_intact`.
+        UnsafeCheckpointError: If the policy's type or a step of a processor is not on the list of those that
+            load no code, or a state file is outside the folder; names it.
+    """
+    require_intact(folder)
+    for path in sorted(folder.glob("*.json")):
+        try:
+            content = json.loads(path.read_text())
+        except ValueError as error:
+            raise DamagedCheckpointError(f"{path}: expected JSON, got {error}; copy it again.") from error
+        if path.name == "config.json":
+            _check_type(path, content)
+        elif isinstance(content, dict) and isinstance(content.get("steps"), list):
+            _check_steps(path, content["steps"])
+
+
+def _check_type(path: Path, content: Any) -> None:
+    found = content.get("type") if isinstance(content, dict) else None
+    if found == "vega_remote":
+        raise UnsafeCheckpointError(
+            f"{path}: a checkpoint of type 'vega_remote' would choose the address and the token file of a "
+            "policy server; give them yourself, as server.url and server.token_file of vega-deploy."
+        )
+    if not isinstance(found, str) or found not in POLICY_TYPES:
+        raise UnsafeCheckpointError(
+            f"{path}: expected a policy type that loads no code ({', '.join(sorted(POLICY_TYPES))}), got "
+            f"{found!r}. If you trust its source, add the type to vega_policy.checkpoints.POLICY_TYPES."
+        )
+
+
+def _check_steps(path: Path, steps: list[Any]) -> None:
+    for step in steps:
+        entry = step if isinstance(step, dict) else {}
+        name, file = entry.get("registry_name"), entry.get("state_file", "")
+        if not isinstance(name, str) or name not in PROCESSOR_STEPS:
+            raise UnsafeCheckpointError(
+                f"{path}: expected registered processor steps that load no code, got the step "
+                f"{name or entry.get('class', step)!r}; nothing was imported. If you trust its source, add "
+                "its registry_name to vega_policy.checkpoints.PROCESSOR_STEPS."
+            )
+        if not isinstance(file, str) or Path(file).name != file:
+            raise UnsafeCheckpointError(
+                f"{path}: expected the step {name!r} to name a state file in {path.parent}, got {file!r}."
+            )
+
+
+def write_checksums(folder: Path, names: Iterable[str] | None = None) -> None:
+    """Write the SHA-256 of files below `folder`, and of the list itself, to its `checksums.json`.
+
+    A sub-folder with a list of its own contributes that list instead of its files. The model card and hidden
+    files are left out: they may be edited, and the hub adds some. None for `names` takes all files.
+    """
+    listed = _files(folder) if names is None else names
+    (folder / CHECKSUMS).write_bytes(_render({name: _digest(folder / name) for name in listed}))
+
+
+def find_damage(folder: Path) -> list[str]:
     """Return one phrase for each file that differs from what `write_checksums` saw; empty if intact.
 
-    Files outside the sub-folder `below` (`""` for none) may be altered or missing.
+    Files that were added since are not reported: LeRobot and the hub put theirs beside the weights.
     """
     note = folder / CHECKSUMS
     if not note.is_file():
@@ -61,14 +176,29 @@ def find_damage(folder: Path, *, below: str = "") -> list[str]:
     wrong = [
         f"{name} is {'altered' if name in present else 'missing'}"
         for name, digest in expected.items()
-        if name.startswith(below) and (name not in present or _digest(folder / name) != digest)
+        if name not in present or _digest(folder / name) != digest
     ]
-    return wrong + [f"{name} does not belong there" for name in sorted(present - expected.keys())]
+    for nested in _nested(folder):
+        name = nested.relative_to(folder).as_posix()
+        if f"{name}/{CHECKSUMS} is altered" not in wrong:
+            wrong += [f"{name}/{phrase}" for phrase in find_damage(nested)]
+    return wrong
+
+
+def _nested(folder: Path) -> list[Path]:
+    """Return the sub-folders with a list of their own."""
+    return sorted(path.parent for path in folder.rglob(CHECKSUMS) if path.parent != folder)
 
 
 def _files(folder: Path) -> list[str]:
-    paths = (path for path in folder.rglob("*") if path.is_file() and path != folder / CHECKSUMS)
-    return sorted(path.relative_to(folder).as_posix() for path in paths)
+    nested, names = set(_nested(folder)), []
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder)
+        covered = path.name != CHECKSUMS and any(parent in nested for parent in path.parents)
+        hidden = any(part.startswith(".") for part in name.parts)
+        if path.is_file() and not covered and not hidden and name.as_posix() not in (CHECKSUMS, MODEL_CARD):
+            names.append(name.as_posix())
+    return sorted(names)
 
 
 def _digest(path: Path) -> str:
@@ -122,17 +252,16 @@ def require_intact(folder: Path) -> None:
         DamagedCheckpointError: Names the files, and the newest intact checkpoint of the same run.
     """
     folder = folder.resolve()
-    named, below = (folder, "") if (folder / CHECKSUMS).is_file() else (folder.parent, f"{folder.name}/")
-    wrong = find_damage(named, below=below) if (named / CHECKSUMS).is_file() else []
+    step = folder.parent if folder.name == PRETRAINED else folder
+    listed = next((path for path in (folder, step) if (path / CHECKSUMS).is_file()), None)
+    wrong = [] if listed is None else find_damage(listed)
     if not wrong:
         return
-    if named.parent.name != CHECKPOINTS:
-        raise DamagedCheckpointError(f"{named} is damaged: {', '.join(wrong)}. Copy or export it again.")
-    intact = [
-        path for path in list_checkpoints(named.parent.parent) if path != named and not find_damage(path)
-    ]
+    if step.parent.name != CHECKPOINTS:
+        raise DamagedCheckpointError(f"{folder} is damaged: {', '.join(wrong)}. Copy or export it again.")
+    intact = [path for path in list_checkpoints(step.parent.parent) if path != step and not find_damage(path)]
     offer = f"Use {intact[-1]} instead" if intact else "No other checkpoint of this run is intact"
-    raise DamagedCheckpointError(f"{named} is damaged: {', '.join(wrong)}. {offer}.")
+    raise DamagedCheckpointError(f"{folder} is damaged: {', '.join(wrong)}. {offer}.")
 
 
 def set_aside_after(run: Path, step: int) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from huggingface_hub.constants import CONFIG_NAME, SAFETENSORS_SINGLE_FILE
 from lerobot.policies.common.flow_matching import euler_integrate
 from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.policies.rtc.configuration_rtc import RTCConfig
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, load_model
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vega_policy.checkpoints import CHECKSUMS, require_intact
+from vega_policy.checkpoints import fetch_checkpoint, write_checksums
 from vega_policy.configuration_vega import VegaConfig
 from vega_policy.model.compilation import CapturedSteps
 from vega_policy.model.fusion import gate_weights
@@ -316,12 +317,22 @@ class VegaPolicy(PreTrainedPolicy):
         A missing or superfluous weight is an error unless `strict=False`.
 
         Raises:
-            DamagedCheckpointError: If a file of an exported policy was altered; names it.
+            DamagedCheckpointError: If its files are not those that its checksums list.
             ValueError: If the policy leaves out a text encoder and the installed one differs.
+            UnsafeCheckpointError: If its configuration or a processor beside it names code.
         """
-        if (folder := Path(pretrained_name_or_path)).joinpath(CHECKSUMS).is_file():
-            require_intact(folder)
-        return super().from_pretrained(pretrained_name_or_path, strict=strict, **kwargs)
+        options = ("revision", "cache_dir", "force_download", "token", "local_files_only")
+        hub = {name: kwargs[name] for name in options if name in kwargs}
+        folder, config = fetch_checkpoint(pretrained_name_or_path, **hub), kwargs.get("config")
+        if config is not None and config.use_peft and config.pretrained_path is not None:
+            fetch_checkpoint(config.pretrained_path, **hub)  # LeRobot reads the processors beside the adapter
+        return super().from_pretrained(folder, strict=strict, **kwargs)
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:
+        """Save configuration, weights and their checksums; see LeRobot's `save_pretrained`."""
+        url = super().save_pretrained(save_directory, **kwargs)
+        write_checksums(Path(save_directory), [CONFIG_NAME, SAFETENSORS_SINGLE_FILE])
+        return url
 
     def _save_pretrained(self, save_directory: Path, state_dict: dict[str, Tensor] | None = None) -> None:
         """Save configuration and weights, without those that are unchanged in the base's own file."""

@@ -6,11 +6,14 @@
             ...
 
 Everything is written beside its target, flushed to disk and renamed. Names of drafts start with a dot and end
-with `.partial`; `remove_partial` deletes those that a killed process left. This module imports no torch.
+with `.partial`; `remove_partial` deletes those that a killed process left. A full disk is a `DiskFullError`
+wherever these functions write or hold a lock. This module imports no torch.
 """
 
+import errno
 import fcntl
 import json
+import logging
 import os
 import shutil
 import socket
@@ -20,8 +23,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TextIO
 
+logger = logging.getLogger(__name__)
+
 LOCK, SETTINGS = ".lock", "settings.json"
 _PARTIAL = ".partial"
+_DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS}
 
 
 class FolderInUseError(RuntimeError):
@@ -32,15 +39,81 @@ class OtherRunError(ValueError):
     """The folder holds other files, or a run with other settings; the message names them."""
 
 
+class DiskFullError(RuntimeError):
+    """A file could not be written for want of space; the message names the bytes needed and free."""
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Return whether an error, or one that caused it, is a full disk; libraries give only the text."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _DISK_FULL:
+            return True
+        if any(f"(os error {code})" in str(error) or os.strerror(code) in str(error) for code in _DISK_FULL):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 @contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a draft to write instead of `path`; on success it is flushed and renamed, on failure deleted."""
+def disk_guard(target: Path, draft: Path | None = None, needed: int | None = None) -> Iterator[None]:
+    """Turn a full disk into one clear error.
+
+    Args:
+        target: What is written, for the message.
+        draft: File or folder that is written instead; its size is the least that is needed.
+        needed: Bytes of `target`, where they are known.
+
+    Raises:
+        DiskFullError: If a write inside failed for want of space.
+    """
+    try:
+        yield
+    except DiskFullError:
+        raise
+    except Exception as error:
+        if not is_disk_full(error):
+            raise
+        files = [] if draft is None else [draft, *draft.rglob("*")]
+        written = sum(path.stat().st_size for path in files if path.is_file())
+        need = f"it needs {needed} bytes" if needed else f"it needs more than {written} bytes"
+        raise DiskFullError(
+            f"{target}: the disk is full ({need}, {free_space(target)} are free). What was finished before "
+            "is complete; make room, then start the same command again to resume."
+        ) from error
+
+
+def free_space(path: Path) -> int:
+    """Return the free bytes of the disk on which a path is, or would be."""
+    return shutil.disk_usage(next(parent for parent in (path, *path.parents) if parent.is_dir())).free
+
+
+def check_space(path: Path, needed: int, what: str) -> None:
+    """Refuse to start where `what` of `needed` bytes does not fit.
+
+    Raises:
+        DiskFullError: If less is free.
+    """
+    free = free_space(path)
+    if free < needed:
+        raise DiskFullError(
+            f"{path}: {what} takes about {needed} bytes, and {free} are free. Make room or give a folder on "
+            "another disk."
+        )
+
+
+@contextmanager
+def atomic_file(path: Path, needed: int | None = None) -> Iterator[Path]:
+    """Yield a draft to write instead of `path`; on success it is flushed and renamed, on failure deleted.
+
+    `needed` is its size in bytes if that is known, for the message of a full disk.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}{_PARTIAL}")
     try:
-        yield draft
-        _sync(draft)
-        draft.replace(path)
+        with disk_guard(path, draft, needed):
+            yield draft
+            _sync(draft)
+            draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
     _sync(path.parent)
@@ -48,7 +121,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file atomically; its folder is made if missing."""
-    with atomic_file(path) as draft:
+    with atomic_file(path, len(content)) as draft:
         draft.write_bytes(content)
 
 
@@ -73,9 +146,14 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         raise FileExistsError(f"{target} exists already; a complete folder is never overwritten.")
     draft = target.with_name(f".{target.name}{_PARTIAL}")
     shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    yield draft
-    complete_folder(draft, target)
+    try:
+        with disk_guard(target, draft):
+            draft.mkdir(parents=True)
+            yield draft
+            complete_folder(draft, target)
+    except DiskFullError:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
 
 
 def complete_folder(draft: Path, target: Path) -> None:
@@ -96,10 +174,27 @@ def delete_folder(folder: Path) -> None:
 
 
 def point_link(link: Path, target: Path) -> None:
-    """Make `link` a relative symbolic link to `target` in one step, replacing an earlier link."""
+    """Make `link` a relative symbolic link to `target` in one step, replacing an earlier link.
+
+    A disk without symbolic links gets none, which is logged.
+
+    Raises:
+        FileExistsError: If `link` is a file or a folder.
+    """
+    if link.exists() and not link.is_symlink():
+        raise FileExistsError(
+            f"{link}: expected a symbolic link or nothing, found a {'folder' if link.is_dir() else 'file'}. "
+            "Rename it, then start the same command again; all checkpoints are complete."
+        )
     draft = link.with_name(f".{link.name}{_PARTIAL}")
     draft.unlink(missing_ok=True)
-    draft.symlink_to(os.path.relpath(target, link.parent))
+    try:
+        draft.symlink_to(os.path.relpath(target, link.parent))
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        logger.warning("This disk has no symbolic links, so there is no %s; give %s itself.", link, target)
+        return
     draft.replace(link)
     _sync(link.parent)
 
@@ -135,9 +230,12 @@ def lock_folder(folder: Path, *, wait: bool = False) -> Iterator[None]:
 
     Raises:
         FolderInUseError: If another process holds the lock and `wait` is off.
+        NotADirectoryError: If the path is a file, or leads through one.
+        PermissionError: If this process cannot write there.
+        DiskFullError: If a write inside failed for want of space.
     """
     existed = folder.exists()
-    with _open_lock(folder, wait) as file:
+    with disk_guard(folder), _open_lock(folder, wait) as file:
         try:
             now = datetime.now(UTC).isoformat(timespec="seconds")
             file.truncate(0)
@@ -154,11 +252,19 @@ def lock_folder(folder: Path, *, wait: bool = False) -> Iterator[None]:
 def _open_lock(folder: Path, wait: bool) -> TextIO:
     path = folder / LOCK
     while True:
-        folder.mkdir(parents=True, exist_ok=True)
+        require_folder(folder)
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             file = path.open("a+")  # not "w": the holder's name must not be truncated
         except FileNotFoundError:  # the last holder deleted the folder meanwhile
             continue
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise
+            raise PermissionError(
+                f"{folder}: expected a folder that this process can write to, got: {error.strerror}. Give "
+                "another folder, or make it writable."
+            ) from error
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
@@ -209,6 +315,17 @@ def open_run(
             write_json(record, settings)
         remove_partial(folder)
         yield resumed
+
+
+def require_folder(folder: Path) -> None:
+    """Refuse a path that is a file, or leads through one; a missing one passes.
+
+    Raises:
+        NotADirectoryError: Names the file.
+    """
+    found = next((path for path in (folder, *folder.parents) if path.exists()), folder)
+    if not found.is_dir() and found.exists():
+        raise NotADirectoryError(f"{folder}: expected a folder, found the file {found}; give another path.")
 
 
 def require_empty(folder: Path, *, may_hold: Iterable[str] = ()) -> None:

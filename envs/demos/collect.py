@@ -42,7 +42,7 @@ from envs.demos.shards import (
 )
 from envs.demos.states import read_header, read_states, write_states
 from envs.rendering import load_mujoco, profile
-from vega_policy.run_dir import check_same_settings, open_run
+from vega_policy.run_dir import check_same_settings, open_run, require_folder
 
 logger = logging.getLogger(__name__)
 
@@ -132,6 +132,7 @@ def collect(settings: CollectionSettings, root: Path, *, processes: int = 2) -> 
     Raises:
         ValueError: If `root` or its interrupted collection has other settings, or tasks do not exist.
         FileExistsError: If `root` holds something else.
+        NotADirectoryError: If `root` is a file.
         RuntimeError: If a demonstrator succeeds too rarely, worker processes keep dying, or the simulators
             cannot run here.
     """
@@ -237,6 +238,7 @@ def _assemble(
         check_same_settings(root, finished["settings"], settings.decisive(), defaults=defaults)
         logger.info("%s is complete, with these settings: nothing to collect", root)
         return finished
+    require_folder(root)
     if root.exists() and any(root.iterdir()):
         raise FileExistsError(f"{root} holds files that this command did not write; choose another root")
     load_mujoco()  # reports a simulator that cannot run; a worker could only die of it

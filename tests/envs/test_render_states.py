@@ -10,8 +10,8 @@ from envs.demos.render import plan_rendering, render_frames
 from envs.demos.states import StateEpisode, read_states, write_states
 from tests.training_runs import tiny_policy
 from vega_policy.cli.render import render_states
-from vega_policy.data.dataset import DatasetConfig, DatasetError
-from vega_policy.data.feature_cache import dataset_hash, frames_stream, open_mean_frames, open_stream
+from vega_policy.data.dataset import DatasetConfig, DatasetError, fingerprint_frames
+from vega_policy.data.feature_cache import frames_stream, open_mean_frames, open_stream
 from vega_policy.training.config import TrainConfig
 from vega_policy.training.train import train
 
@@ -53,7 +53,7 @@ def render(file, folder, **options):
     values = {"repo_id": "vega/lift", "frame_size": SIZE, "rendering": "fast", "processes": 1} | options
     root, cache = folder / "data", folder / "cache"
     render_states([file], root=root, cache_root=cache, **values)
-    key = {"repo_id": values["repo_id"], "metadata": dataset_hash(root)}
+    key = {"repo_id": values["repo_id"], **fingerprint_frames(root)}
     stream = frames_stream(key, CAMERAS, SIZE)
     return open_stream(cache, stream, ROWS, None).numpy(), open_mean_frames(cache, stream)
 
@@ -120,7 +120,7 @@ def test_frames_rendered_before_are_copied_into_a_joint_dataset(lift, tmp_path, 
     options = {"frame_size": SIZE, "rendering": "fast", "cache_root": cache, "processes": 1}
     joint = tmp_path / "joint"
     render_states([file, file], root=joint, repo_id="vega/joint", reuse=[str(root)], **options)
-    key = {"repo_id": "vega/joint", "metadata": dataset_hash(joint)}
+    key = {"repo_id": "vega/joint", **fingerprint_frames(joint)}
     copied = open_stream(cache, frames_stream(key, CAMERAS, SIZE), 2 * ROWS, None).numpy()
     assert np.array_equal(copied, np.concatenate([frames, frames]))
 

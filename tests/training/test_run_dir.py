@@ -1,5 +1,6 @@
 """Files and folders are complete or absent, one process writes at a time, and only the same run resumes."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -9,14 +10,17 @@ import pytest
 
 from vega_policy import run_dir
 from vega_policy.run_dir import (
+    DiskFullError,
     FolderInUseError,
     OtherRunError,
     atomic_file,
     atomic_folder,
     check_same_settings,
+    check_space,
     delete_folder,
     drop_lines_after,
     flatten,
+    is_disk_full,
     lock_folder,
     open_run,
     point_link,
@@ -193,3 +197,107 @@ sys.modules |= dict.fromkeys(("numpy", "torch", "lerobot"))
 exec(compile(open({run_dir.__file__!r}).read(), "run_dir", "exec"), {{"__name__": "run_dir"}})
 """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
+def in_namespace(script: str, program: str, folder: Path) -> str:
+    """Run a shell script and a program where mounts are allowed; return what the program prints."""
+    mount = ["unshare", "--map-root-user", "--mount", "sh", "-ec"]
+    if subprocess.run([*mount, f"mount -t tmpfs tmpfs {folder}"], capture_output=True).returncode != 0:
+        pytest.skip("this machine allows no mounts")
+    command = [*mount, f"{script}; exec {sys.executable} -c '{program}'"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+
+
+def test_a_full_disk_keeps_what_is_finished_and_names_the_bytes(tmp_path):
+    program = f"""
+from pathlib import Path
+from vega_policy.run_dir import DiskFullError, atomic_folder, lock_folder, write_bytes
+root = Path("{tmp_path}")
+with lock_folder(root / "run"):
+    write_bytes(root / "run" / "first", bytes(1000))
+    try:
+        write_bytes(root / "run" / "second", bytes(300_000))
+    except DiskFullError as error:
+        print(error)
+    try:
+        with atomic_folder(root / "run" / "third") as draft:
+            (draft / "part").write_bytes(bytes(20_000))
+            (draft / "rest").write_bytes(bytes(300_000))
+    except DiskFullError as error:
+        print(error)
+    print(sorted(path.name for path in (root / "run").iterdir()))
+"""
+    first, second, names = in_namespace(
+        f"mount -t tmpfs -o size=128k tmpfs {tmp_path}", program, tmp_path
+    ).splitlines()
+    assert "second: the disk is full (it needs 300000 bytes, " in first
+    assert "third: the disk is full (it needs more than " in second
+    assert names == "['.lock', 'first']"
+
+
+def test_a_folder_on_a_disk_that_cannot_be_written_to_is_refused(tmp_path):
+    program = f"""
+from pathlib import Path
+from vega_policy.run_dir import lock_folder
+try:
+    with lock_folder(Path("{tmp_path}") / "run"):
+        pass
+except PermissionError as error:
+    print(error)
+"""
+    printed = in_namespace(
+        f"mount -t tmpfs tmpfs {tmp_path}; mount -o remount,ro {tmp_path}", program, tmp_path
+    )
+    assert "run: expected a folder that this process can write to, got: Read-only file system." in printed
+
+
+@pytest.mark.parametrize("below", [(), ("inner", "run")])
+def test_a_file_in_place_of_the_folder_is_named(tmp_path, below):
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(NotADirectoryError, match=r"expected a folder, found the file .*file; give another"),
+        lock_folder(tmp_path.joinpath("file", *below)),
+    ):
+        raise AssertionError
+
+
+def test_a_link_does_not_replace_a_folder(tmp_path):
+    for name in ("last", "second"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(FileExistsError, match=r"last: expected a symbolic link or nothing, found a folder"):
+        point_link(tmp_path / "last", tmp_path / "second")
+    assert names(tmp_path) == ["last", "second"]
+
+
+def test_a_disk_without_links_gets_none(tmp_path, monkeypatch, caplog):
+    def refuse(*arguments):
+        raise PermissionError(errno.EPERM, "Operation not permitted")  # as vfat answers
+
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+    (tmp_path / "first").mkdir()
+    point_link(tmp_path / "last", tmp_path / "first")
+    assert names(tmp_path) == ["first"]
+    assert "no symbolic links" in caplog.text
+
+
+def test_a_start_is_refused_where_what_it_writes_does_not_fit(tmp_path):
+    with pytest.raises(DiskFullError, match=r"new: a checkpoint takes about 1000000000000000000 bytes, and "):
+        check_space(tmp_path / "new", 10**18, "a checkpoint")
+
+
+@pytest.mark.parametrize(
+    ("error", "full"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), True),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), True),
+        (OSError(errno.EDQUOT, "quota"), True),
+        (PermissionError(errno.EACCES, "Permission denied"), False),
+        (RuntimeError("shapes do not fit"), False),
+        (None, False),
+    ],
+)
+def test_a_full_disk_is_recognized_also_as_the_cause_of_another_error(error, full):
+    assert is_disk_full(error) is full
+    wrapped = RuntimeError("could not save")
+    wrapped.__cause__ = error
+    assert is_disk_full(wrapped) is full

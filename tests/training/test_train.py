@@ -1,8 +1,13 @@
 """Training runs: exact resume, complete checkpoints, what learns and what does not, refused folders."""
 
 import json
+import os
 import shutil
+import socket
+from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -14,7 +19,7 @@ from tests.training_runs import assert_bitwise_equal, saved_weights, tiny_backbo
 from vega_policy.checkpoints import newest_intact
 from vega_policy.model.config import FusionConfig
 from vega_policy.modeling_vega import VegaPolicy
-from vega_policy.run_dir import OtherRunError, point_link
+from vega_policy.run_dir import FolderInUseError, OtherRunError, lock_folder, point_link
 from vega_policy.training.train import train
 
 
@@ -184,6 +189,72 @@ def test_a_folder_that_holds_anything_else_is_refused(root, tmp_path):
 def test_resuming_with_another_config_is_refused_and_names_the_field(root, finished):
     with pytest.raises(OtherRunError, match=r"batch_size \(stored: 5, received: 6\)"):
         train(tiny_run(root, finished, resume=True, batch_size=6, log_every=7))
+
+
+def test_a_second_start_is_refused_and_names_the_process_that_trains(root, tmp_path):
+    train(tiny_run(root, tmp_path / "run", stop_after=2))
+    before = sorted(tmp_path.rglob("*"))
+    holder = rf"run is in use by process {os.getpid()} on {socket.gethostname()} since 2"
+    with lock_folder(tmp_path / "run"), pytest.raises(FolderInUseError, match=holder):
+        train(tiny_run(root, tmp_path / "run", resume=True))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def rewrite_column(path, name, change):
+    table = pq.read_table(path)
+    values = change(table[name].to_pylist())
+    column = pa.array(values, table.schema.field(name).type)
+    pq.write_table(
+        table.set_column(table.schema.get_field_index(name), table.schema.field(name), column), path
+    )
+
+
+def change_actions(root):
+    (path,) = (root / "data").rglob("*.parquet")
+    rewrite_column(path, "action", lambda rows: [[row[0] + 1e-3, *row[1:]] for row in rows])
+
+
+def change_statistics(root):
+    path = root / "meta" / "stats.json"
+    statistics = json.loads(path.read_text())
+    statistics["action"]["min"][0] -= 1
+    path.write_text(json.dumps(statistics))
+
+
+def change_instructions(root):
+    path = root / "meta" / "tasks.parquet"
+    table = pq.read_table(path)
+    name = next(column for column in table.column_names if column != "task_index")
+    rewrite_column(path, name, lambda rows: [row.replace("cube", "ball") for row in rows])
+
+
+def change_frames(root):
+    path = next((root / "videos").rglob("*.mp4"))
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        (change_actions, "actions"),
+        (change_statistics, "statistics"),
+        (change_instructions, "instructions"),
+        (change_frames, "frames"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_run_does_not_resume_over_changed_data(root, tmp_path, change, part):
+    data = Path(shutil.copytree(root, tmp_path / "data"))
+    train(tiny_run(data, tmp_path / "run", stop_after=2))
+    moved = data.rename(tmp_path / "moved")
+    shutil.copytree(moved, data)  # with other modification times: the same data all the same
+    resumed = train(tiny_run(data, tmp_path / "run", stop_after=3, resume=True))
+    assert resumed.name == "000003"
+    change(data)
+    with pytest.raises(ValueError, match=rf"000003: dataset {part} was [0-9a-f]{{16}}, is [0-9a-f]{{16}};"):
+        train(tiny_run(data, tmp_path / "run", resume=True))
 
 
 def test_a_run_from_before_a_field_existed_goes_on_with_its_default(root, tmp_path):

@@ -215,11 +215,12 @@ class TextEncoder(nn.Module):
 
             path = str(get_model_path())
         with quiet_transformers():
-            self.tokenizer = AutoTokenizer.from_pretrained(path)
+            # A checkpoint's config names the path: no code of that repository, and no pickles.
+            self.tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
             self.network = (
-                AutoModel.from_pretrained(path)
+                AutoModel.from_pretrained(path, trust_remote_code=False, use_safetensors=True)
                 if pretrained
-                else AutoModel.from_config(AutoConfig.from_pretrained(path))
+                else AutoModel.from_config(AutoConfig.from_pretrained(path, trust_remote_code=False))
             )
         self.network.pooler = None  # tokens are read, not the pooled vector
         self.width: int = self.network.config.hidden_size

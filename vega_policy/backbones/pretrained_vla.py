@@ -15,6 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, Offl
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from vega_policy.checkpoints import check_checkpoint
 from vega_policy.model.config import BASES, BaseConfig
 from vega_policy.model.fusion import make_fusion
 from vega_policy.model.layers import Mlp
@@ -171,9 +172,11 @@ def base_config(config: "VegaConfig", folder: Path) -> Any:
 
     Raises:
         ValueError: If the folder holds a policy of another type or chunk length.
+        UnsafeCheckpointError: If a processor beside it names code.
     """
     from lerobot.configs.policies import PreTrainedConfig
 
+    check_checkpoint(folder)
     own: Any = PreTrainedConfig.from_pretrained(folder)
     base = config.base
     if own.type != base.name:

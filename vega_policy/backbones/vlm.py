@@ -223,17 +223,18 @@ def load_model(folder: Path, config: BackboneConfig) -> Any:
     Raises:
         ValueError: If transformers does not know it as an image-text-to-text model.
     """
-    options: dict[str, Any] = {"dtype": getattr(torch, config.dtype)}
+    options: dict[str, Any] = {"dtype": getattr(torch, config.dtype), "trust_remote_code": False}
     if config.attention is not None:
         options["attn_implementation"] = config.attention
-    architecture = AutoConfig.from_pretrained(folder)
+    # A checkpoint's config names the folder: no code of that repository, and no pickles.
+    architecture = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if type(architecture) not in AutoModelForImageTextToText._model_mapping:
         raise ValueError(
             f"{folder} holds a model of type {architecture.model_type!r}, which transformers does not know "
             "as image-text-to-text. Give another backbone.path."
         )
     if config.pretrained:
-        whole = AutoModelForImageTextToText.from_pretrained(folder, **options)
+        whole = AutoModelForImageTextToText.from_pretrained(folder, use_safetensors=True, **options)
     else:
         whole = AutoModelForImageTextToText.from_config(architecture, **options)
     return whole.base_model
@@ -307,7 +308,7 @@ class Prompts:
 
     def __init__(self, folder: Path, views: int, frame_size: int) -> None:
         try:
-            self.processor: Any = AutoProcessor.from_pretrained(folder)
+            self.processor: Any = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
         except ImportError as error:
             raise ImportError(
                 f"{error} It comes with this package's extra: pip install 'lerobot_policy_vega[vlm]'."

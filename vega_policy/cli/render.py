@@ -125,9 +125,10 @@ def _write_dataset(states: Any, plan: Any, values: list[dict[str, Any]], root: P
 
 
 def _frames_stream(root: Path, repo_id: str, plan: Any) -> Any:
-    from vega_policy.data.feature_cache import dataset_hash, frames_stream
+    from vega_policy.data.dataset import fingerprint_frames
+    from vega_policy.data.feature_cache import frames_stream
 
-    key = {"repo_id": repo_id, "metadata": dataset_hash(root)}
+    key = {"repo_id": repo_id, **fingerprint_frames(root)}
     return frames_stream(key, plan.cameras, plan.frame_size)
 
 

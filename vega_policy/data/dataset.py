@@ -3,6 +3,7 @@
 LeRobot is imported where it is used: training from a cache reads the table only.
 """
 
+import hashlib
 import json
 import struct
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 STATE, ACTION = "observation.state", "action"
 STREAMS = ("frames", "semantic", "prior")
 _CACHES = ("none", "disk", "ram", "gpu")
+_SAMPLE = 1 << 16
 _BOX_HEADER = struct.Struct(">I4s")
 """Size and type of an MP4 box (ISO/IEC 14496-12); a size of 1 means that 64 bits of it follow."""
 
@@ -166,6 +168,58 @@ def has_videos(root: Path) -> bool:
     features = json.loads((root / "meta" / "info.json").read_text())["features"]
     named = any(feature["dtype"] == "video" for feature in features.values())
     return not named or (root / "videos").is_dir()
+
+
+def fingerprint_dataset(root: Path, table: "FrameTable") -> dict[str, str]:
+    """Return a hash of each part of a dataset that training reads, 16 hexadecimal digits.
+
+    Numbers, instructions and metadata are hashed whole; of a file of frames, its size and the first, middle
+    and last 64 KiB.
+    """
+    statistics = root / "meta" / "stats.json"
+    return {
+        "actions": hash_bytes(table.action.numpy().tobytes()),
+        "states": hash_bytes(table.state.numpy().tobytes()),
+        "instructions": hash_bytes(json.dumps(table.tasks).encode(), table.task.numpy().tobytes()),
+        "statistics": hash_bytes(statistics.read_bytes() if statistics.is_file() else b""),
+        **fingerprint_frames(root),
+    }
+
+
+def fingerprint_frames(root: Path) -> dict[str, str]:
+    """Return the parts of `fingerprint_dataset` on which cached frames and features depend."""
+    info = root / "meta" / "info.json"
+    features = json.loads(info.read_text())["features"].values()
+    stored_as = "data" if any(feature["dtype"] == "image" for feature in features) else "videos"
+    files = sorted(path for path in (root / stored_as).rglob("*") if path.is_file())
+    episodes = sorted((root / "meta" / "episodes").rglob("*.parquet"))
+    return {
+        "features": hash_bytes(info.read_bytes()),
+        "episodes": hash_bytes(*(path.read_bytes() for path in episodes)),
+        "frames": hash_bytes(
+            *(path.relative_to(root).as_posix().encode() + _sample_file(path) for path in files)
+        ),
+    }
+
+
+def hash_bytes(*parts: bytes) -> str:
+    """Return the first 16 hexadecimal digits of the SHA-256 over the parts."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()[:16]
+
+
+def _sample_file(path: Path) -> bytes:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        if size <= 3 * _SAMPLE:
+            return file.read()
+        samples = [size.to_bytes(8)]
+        for start in (0, size // 2, size - _SAMPLE):
+            file.seek(start)
+            samples.append(file.read(_SAMPLE))
+    return b"".join(samples)
 
 
 def find_damaged_files(root: Path) -> list[str]:

@@ -9,7 +9,6 @@ One folder a stream, named by a hash over all that determines its values; it is 
 This module imports no LeRobot.
 """
 
-import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -24,12 +23,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from vega_policy.data.dataset import hash_bytes
 from vega_policy.model.config import BackboneConfig, PriorConfig
 from vega_policy.model.observation import stack_views
 from vega_policy.model.vega import VegaModel
 from vega_policy.priors import resolve
 from vega_policy.priors.weights import fingerprint_weights
-from vega_policy.run_dir import atomic_folder, complete_folder, lock_folder, open_run
+from vega_policy.run_dir import (
+    atomic_folder,
+    check_space,
+    complete_folder,
+    lock_folder,
+    open_run,
+    remove_partial,
+)
 
 FORMAT = 1
 MANIFEST, VALUES, MEAN_FRAMES = "manifest.json", "values.bin", "mean_frames.safetensors"
@@ -55,7 +62,7 @@ class Stream:
     @property
     def folder(self) -> str:
         """Return the folder name below the cache's root."""
-        return f"{self.name}-{_hash(json.dumps(self.key, sort_keys=True).encode())}"
+        return f"{self.name}-{hash_bytes(json.dumps(self.key, sort_keys=True).encode())}"
 
 
 def check_cacheable(backbone: BackboneConfig, prior: PriorConfig, cached: Sequence[str]) -> list[str]:
@@ -93,20 +100,13 @@ def check_cacheable(backbone: BackboneConfig, prior: PriorConfig, cached: Sequen
     return streams
 
 
-def dataset_hash(root: Path) -> str:
-    """Return a hash over a LeRobot dataset's metadata: `meta/info.json` and the episodes' files."""
-    episodes = sorted((root / "meta" / "episodes").rglob("*.parquet"))
-    content = b"".join(path.read_bytes() for path in [root / "meta" / "info.json", *episodes])
-    return _hash(content)
-
-
 def streams_of(
     model: VegaModel, dataset: dict[str, str], cameras: Sequence[str], names: Sequence[str]
 ) -> list[Stream]:
     """Return the streams, accepted by `check_cacheable`, of one policy on one dataset.
 
-    The key holds a hash of the model's frozen weights, `dataset` (its name and `dataset_hash`) and the
-    cameras in the order of views.
+    The key holds a hash of the model's frozen weights, `dataset` (its name and the fingerprint of its frames)
+    and the cameras in the order of views.
     """
     common = frames_stream(dataset, cameras, model.config.frame_size).key
     return [Stream(name, common | _own_key(model, name)) for name in names]
@@ -165,12 +165,19 @@ def build_streams(root: Path, streams: Sequence[Stream], model: VegaModel, clips
     """Build the streams that are missing, in one pass over `clips`, which are read only then.
 
     Processes that share `root` take turns; the later ones find the work done. The model computes on its own
-    device and is left in evaluation mode. `frames` is the dataset's number of frames, for the progress bar.
+    device and is left in evaluation mode. `frames` is the dataset's number of frames.
+
+    Raises:
+        DiskFullError: If the streams do not fit on the disk.
+        OSError: If `root` is a file or cannot be written to; see `lock_folder`.
     """
+    if not _missing(root, streams):
+        return  # without a lock: a finished cache may be on a disk that cannot be written to
     with lock_folder(root, wait=True), ExitStack() as stack:
-        missing = [stream for stream in streams if not (root / stream.folder).exists()]
+        missing = _missing(root, streams)
         if not missing:
             return
+        remove_partial(root)
         model.eval()
         batch = BATCH["cpu" if next(model.parameters()).device.type == "cpu" else "accelerator"]
         writers = [stack.enter_context(_Writer(root, stream)) for stream in missing]
@@ -183,11 +190,18 @@ def build_streams(root: Path, streams: Sequence[Stream], model: VegaModel, clips
             for start in range(0, len(next(iter(clip.values()))), batch):
                 instants = {camera: stretch[start : start + batch] for camera, stretch in clip.items()}
                 values = _encode(model, instants, [stream.name for stream in missing])
+                if bar.n == 0:
+                    row = sum(value[0].numel() * value.element_size() for value in values.values())
+                    check_space(root, row * frames, f"the cache of {frames} frames")
                 for writer in writers:
                     writer.append(values[writer.stream.name])
                 bar.update(len(next(iter(instants.values()))))
         for writer in writers:
             save_file(mean.result(), writer.folder / MEAN_FRAMES)
+
+
+def _missing(root: Path, streams: Sequence[Stream]) -> list[Stream]:
+    return [stream for stream in streams if not (root / stream.folder).exists()]
 
 
 class FramesDraft:
@@ -298,7 +312,3 @@ def _encode(model: VegaModel, instants: dict[str, Tensor], names: Sequence[str])
     if "prior" in names:
         values["prior"] = model.prior(frames)
     return {name: value.to(TYPES[name]).cpu() for name, value in values.items()}
-
-
-def _hash(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:16]

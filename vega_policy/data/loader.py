@@ -6,6 +6,7 @@ involve no per-sample Python and no LeRobot.
 
 from collections.abc import Iterator, Mapping
 from itertools import count
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -13,8 +14,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from vega_policy.data.dataset import ACTION, STATE, FrameTable
+from vega_policy.run_dir import free_space
 
 Batch = dict[str, Any]
+_PREFETCHED = 2  # batches of each decoding process, torch's default
+_SHARED_MEMORY = Path("/dev/shm")  # where torch passes tensors between processes
 
 
 class ShuffledRows:
@@ -97,7 +101,17 @@ class VideoSource:
         return next(self._load([rows.tolist()], workers=0))
 
     def stream(self, sampler: ShuffledRows, first: int) -> Iterator[Batch]:
-        """Yield the batches of `sampler` endlessly, from number `first` on."""
+        """Yield the batches of `sampler` endlessly, from number `first` on.
+
+        Raises:
+            ValueError: If the batches of the decoding processes do not fit into shared memory.
+        """
+        if self._workers:
+            row = self._dataset[int(sampler.rows[0])]
+            size = sum(
+                value.numel() * value.element_size() for value in row.values() if torch.is_tensor(value)
+            )
+            check_shared_memory(size * sampler.batch_size * self._workers * _PREFETCHED, self._workers)
         return self._load(_RowLists(sampler, first), self._workers)
 
     def _load(self, row_lists: Any, workers: int) -> Iterator[Batch]:
@@ -105,6 +119,7 @@ class VideoSource:
             self._dataset,
             batch_sampler=row_lists,
             num_workers=workers,
+            prefetch_factor=_PREFETCHED if workers else None,
             multiprocessing_context="forkserver" if workers else None,
             generator=self._generator,  # leaves the process's own random state alone
             pin_memory=torch.cuda.is_available(),
@@ -114,6 +129,19 @@ class VideoSource:
                 if batch[camera].dtype == torch.uint8:
                     batch[camera] = batch[camera].float() / 255
             yield batch
+
+
+def check_shared_memory(needed: int, workers: int) -> None:
+    """Refuse decoding processes whose batches of `needed` bytes do not fit into shared memory.
+
+    Raises:
+        ValueError: If less is free; without this check a process would die of a bus error.
+    """
+    if _SHARED_MEMORY.is_dir() and (free := free_space(_SHARED_MEMORY)) < needed:
+        raise ValueError(
+            f"dataset.workers={workers} needs about {needed} bytes of shared memory, and {_SHARED_MEMORY} "
+            f"has {free} free. Set dataset.workers=0, or give the container more (docker run --shm-size=2g)."
+        )
 
 
 class _RowLists:

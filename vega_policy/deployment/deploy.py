@@ -27,6 +27,7 @@ from lerobot.utils.import_utils import register_third_party_plugins
 from lerobot.utils.robot_utils import precise_sleep
 from torch import Tensor
 
+from vega_policy.checkpoints import check_checkpoint
 from vega_policy.deployment.control_loop import (
     SafeRollout,
     creates_scenes,
@@ -128,6 +129,7 @@ def read_rollout(config: Mapping[str, Any]) -> RolloutConfig:
         )
     else:
         folder = find_checkpoint(Path(checkpoint))
+        check_checkpoint(folder)
         policy = PreTrainedConfig.from_pretrained(folder)
         policy.pretrained_path, policy.device = folder, device
     robot, teleop = dict(config["robot"]["device"]), config["teleop"]

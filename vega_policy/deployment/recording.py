@@ -10,11 +10,12 @@ import logging
 import queue
 import threading
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from vega_policy.run_dir import atomic_folder, remove_partial
+from vega_policy.run_dir import atomic_folder, lock_folder, remove_partial
 
 logger = logging.getLogger(__name__)
 
@@ -58,9 +59,10 @@ class EpisodeRecorder:
         self._thread = threading.Thread(target=self._run, name="recorder", daemon=True)
         self.failure: Exception | None = None  # ended the recording early
         self.saved: list[Path] = finished_episodes(folder)
+        self._lock = ExitStack()
 
     def __enter__(self) -> Self:
-        self._folder.mkdir(parents=True, exist_ok=True)
+        self._lock.enter_context(lock_folder(self._folder))
         remove_partial(self._folder)
         self._thread.start()
         return self
@@ -69,6 +71,7 @@ class EpisodeRecorder:
         self.end_episode()
         self._queue.put(None)
         self._thread.join()
+        self._lock.close()
         if self.failure is not None:
             logger.error("the last episode was not recorded: %s", self.failure)
 

@@ -25,6 +25,7 @@ from lerobot.processor.factory import make_policy_processor_pipelines
 from lerobot.utils.constants import ACTION, OBS_STATE
 from torch import Tensor, nn
 
+from vega_policy.checkpoints import UnsafeCheckpointError
 from vega_policy.deployment.client import RemotePolicy, ServerAddress
 from vega_policy.deployment.protocol import RTCContext, ServedDescription
 from vega_policy.evaluation.policies import ObservationBatch
@@ -116,7 +117,17 @@ class VegaRemotePolicy(PreTrainedPolicy):
     def from_pretrained(
         cls, pretrained_name_or_path: str | Path | None, *, config: Any, **kwargs: Any
     ) -> Self:
-        """Connect to the server of the config; there are no weights here."""
+        """Connect to the server of the user's own config; there are no weights here.
+
+        Raises:
+            UnsafeCheckpointError: If the config comes from a checkpoint, which would choose the address and
+                the token file.
+        """
+        if pretrained_name_or_path is not None:
+            raise UnsafeCheckpointError(
+                f"{pretrained_name_or_path}: a checkpoint must not choose the address and the token file of "
+                "a policy server; expected no path, and your own --policy.url and --policy.token_file."
+            )
         return cls(config)
 
     def get_optim_params(self) -> Iterator[nn.Parameter]:

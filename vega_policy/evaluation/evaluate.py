@@ -15,7 +15,7 @@ import yaml
 from lerobot.utils.constants import PRETRAINED_MODEL_DIR
 from tqdm import tqdm
 
-from vega_policy.checkpoints import require_intact
+from vega_policy.checkpoints import check_checkpoint
 from vega_policy.evaluation.ablations import ABLATIONS, apply_ablation
 from vega_policy.evaluation.config import EvaluationSettings, read_settings
 from vega_policy.evaluation.env_pool import EnvironmentFactory, WorkerPool
@@ -74,7 +74,7 @@ def evaluate_checkpoint(
     settings = read_settings(config, tasks)
     factory = EnvironmentFactory(functions["make"], environment["frame_size"], environment["rendering"])
     checkpoint = find_checkpoint(Path(config["checkpoint"]))
-    require_intact(checkpoint)
+    check_checkpoint(checkpoint)
     device = choose_device(config["device"])
     provenance = {
         "checkpoint": str(config["checkpoint"]),

@@ -20,6 +20,7 @@ from lerobot.utils.import_utils import register_third_party_plugins
 from torch import Tensor
 
 from vega_policy import packaged_policies
+from vega_policy.checkpoints import check_checkpoint
 from vega_policy.evaluation.env_worker import EnvObservation
 from vega_policy.modeling_vega import VegaPolicy
 
@@ -243,8 +244,11 @@ def load_lerobot_policy(folder: Path, *, device: str, action_steps: int | None =
 
     Raises:
         ValueError: If the policy type is not registered, or the policy cannot be evaluated by chunks.
+        DamagedCheckpointError: If its files are not those that its checksums list.
+        UnsafeCheckpointError: If its configuration names code.
     """
     register_third_party_plugins()
+    check_checkpoint(folder)
     config = PreTrainedConfig.from_pretrained(folder)
     config.device = device
     policy = get_policy_class(config.type).from_pretrained(folder, config=config, strict=True)

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vega_policy.backbones import make_backbone
-from vega_policy.checkpoints import require_intact
+from vega_policy.checkpoints import check_checkpoint
 from vega_policy.config import from_config
 from vega_policy.model import flow
 from vega_policy.model.action_head import make_action_head
@@ -264,7 +264,7 @@ def _load_encoder(folder: Path) -> VegaEncoder:
             f"{folder}: expected a checkpoint's folder `pretrained_model`, with config.json and "
             "model.safetensors."
         )
-    require_intact(folder)
+    check_checkpoint(folder)
     saved = json.loads((folder / "config.json").read_text())
     if saved.get("type") != "vega" or saved["base"]["name"] != "none":
         raise ValueError(

@@ -31,8 +31,8 @@ from tqdm import tqdm
 
 from vega_policy.checkpoints import (
     CHECKPOINTS,
-    LAST,
     checkpoint_path,
+    list_checkpoints,
     newest_intact,
     prune_checkpoints,
     set_aside_after,
@@ -194,7 +194,7 @@ class _Stages:
 
     def _describe_training(self, clips: Clips, held_out: Clips) -> dict[str, Any]:
         steps = {
-            f"{part}_steps": _read_step(self.folder / part / CHECKPOINTS / LAST)
+            f"{part}_steps": _read_step(list_checkpoints(self.folder / part)[-1])
             for part in ("vae", "transformer")
         }
         start = self.settings.start

@@ -181,8 +181,9 @@ def latent_mean(vae: Any, images: Tensor) -> Tensor:
 
 def encode_empty_prompt(folder: Path) -> Tensor:
     """Run a checkpoint's tokenizer and CLIP text encoder on "", -> [77 d] float32, padding included."""
-    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
-    encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", trust_remote_code=False)
+    text_encoder = folder / "text_encoder"
+    encoder = CLIPTextModel.from_pretrained(text_encoder, dtype=torch.float32, use_safetensors=True).eval()
     length = encoder.config.max_position_embeddings
     tokens = tokenizer([""], padding="max_length", max_length=length, truncation=True, return_tensors="pt")
     with torch.no_grad():

@@ -238,8 +238,9 @@ class ControlledWorldSimulator(LatentWorldSimulator):
 
 def encode_empty_prompt(folder: Path) -> Tensor:
     """Run a checkpoint's tokenizer and UMT5 encoder on "", -> [n d] float32, padding cut off."""
-    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
-    encoder = UMT5EncoderModel.from_pretrained(folder / "text_encoder", dtype="auto").eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", trust_remote_code=False)
+    text_encoder = folder / "text_encoder"
+    encoder = UMT5EncoderModel.from_pretrained(text_encoder, dtype="auto", use_safetensors=True).eval()
     tokens = tokenizer(
         [""], padding="max_length", max_length=PROMPT_LENGTH, truncation=True, return_tensors="pt"
     )

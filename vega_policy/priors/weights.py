@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-import os
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
@@ -17,6 +17,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from vega_policy.model.config import PriorConfig
+from vega_policy.run_dir import DiskFullError, atomic_file
+
+logger = logging.getLogger(__name__)
 
 READ_SIZE = 1 << 24
 VARIANTS = ("*.fp16.*", "*.bf16.*", "*.non_ema.*")
@@ -90,10 +93,8 @@ def check_class(folder: Path, expected: str) -> None:
 
 def load_network(cls: type[Any], folder: Path, config: PriorConfig) -> Any:
     """Load one network of diffusers or transformers in the floating-point type of the config."""
-    dtype = getattr(torch, str(config.dtype))
-    if issubclass(cls, PreTrainedModel):
-        return cls.from_pretrained(folder, dtype=dtype)
-    return cls.from_pretrained(folder, torch_dtype=dtype)
+    name = "dtype" if issubclass(cls, PreTrainedModel) else "torch_dtype"
+    return cls.from_pretrained(folder, use_safetensors=True, **{name: getattr(torch, str(config.dtype))})
 
 
 def fingerprint_files(folder: Path, parts: Iterable[str]) -> str:
@@ -149,10 +150,11 @@ def empty_prompt(config: PriorConfig, folder: Path, width: int, encode: Callable
             "prior.prompt_file (safetensors, key `prompt`, [n d]).",
         )
     prompt = encode(folder)
-    cached.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = cached.with_suffix(f".{os.getpid()}")
-    save_file({"prompt": prompt}, unfinished)
-    unfinished.rename(cached)  # complete or absent, whenever the process is killed
+    try:
+        with atomic_file(cached) as draft:
+            save_file({"prompt": prompt}, draft)
+    except (OSError, DiskFullError) as error:  # such as a home that is read-only
+        logger.warning("The empty prompt is not cached, and will be encoded again: %s", error)
     return prompt
 
 

@@ -1,10 +1,11 @@
 """Training checkpoints in LeRobot's layout, from which a run resumes bitwise, and the run's folder.
 
 <step>/pretrained_model/   config.json, model.safetensors (averaged weights), processors, README.md,
-                           mean_frames.safetensors (each camera's mean frame, for the blind ablation)
+                           mean_frames.safetensors (each camera's mean frame, for the blind ablation),
+                           checksums.json of these files
        training_state/     weights.safetensors (raw weights), optimizer_*, scheduler_state.json,
                            training_step.json, rng_state.safetensors (rng_state_<rank> of other processes)
-       checksums.json      of every file
+       checksums.json      of all files
 """
 
 import json
@@ -33,10 +34,10 @@ from vega_policy.checkpoints import (
     CHECKSUMS,
     PRETRAINED,
     STATE,
+    check_checkpoint,
     checkpoint_path,
     list_checkpoints,
     prune_checkpoints,
-    require_intact,
     set_aside_after,
     write_checksums,
 )
@@ -60,7 +61,7 @@ CONFIG, METRICS, CARD = "config.yaml", "metrics.jsonl", "README.md"
 MEAN_FRAMES, WEIGHTS, STEP = "mean_frames.safetensors", "weights.safetensors", "training_step.json"
 
 Origin = dict[str, int | str]
-"""`num_processes` and `batch_size`, as LeRobot notes them, and `dataset`, a hash."""
+"""`num_processes` and `batch_size`, as LeRobot notes them, and a hash of each part of the dataset."""
 
 FREE_TO_CHANGE = (
     "output_dir",
@@ -167,6 +168,7 @@ def save_checkpoint(
         (state / STEP).write_text(
             json.dumps({"step": train_state.step, **train_state.guard.state(), **origin})
         )
+        write_checksums(pretrained)
         write_checksums(folder)
     return target
 
@@ -181,7 +183,7 @@ def export_policy(source: Path, target: Path, card: str | None = None) -> None:
         FileExistsError: If the target exists.
         DamagedCheckpointError: If a file was altered.
     """
-    require_intact(source)
+    check_checkpoint(source)
     weights = load_file(source / SAFETENSORS_SINGLE_FILE)
     config = json.loads((source / CONFIG_NAME).read_text()) | {"device": None}  # where there is a GPU: that
     packaged = _packaged_text_encoder(config, weights)
@@ -258,7 +260,9 @@ def check_origin(checkpoint: Path, origin: Origin) -> None:
         ValueError: Lists each difference.
     """
     saved = json.loads((checkpoint / STATE / STEP).read_text())
-    differing = [f"{name} was {saved[name]}, is {new}" for name, new in origin.items() if saved[name] != new]
+    differing = [
+        f"{name} was {saved.get(name)}, is {new}" for name, new in origin.items() if saved.get(name) != new
+    ]
     if differing:
         raise ValueError(
             f"{checkpoint}: {', '.join(differing)}; a run resumes exactly only with the same dataset, "

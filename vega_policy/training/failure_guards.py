@@ -1,8 +1,6 @@
 """Guards that stop a training with advice: values that are not finite, a full disk, exhausted memory."""
 
-import errno
 import math
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -10,14 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
-from vega_policy.checkpoints import CHECKPOINTS
-from vega_policy.run_dir import remove_partial, write_json
+from vega_policy.run_dir import DiskFullError, is_disk_full, write_json
 from vega_policy.training.config import TrainConfig
 
 REPORT = "not_finite.json"
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_MEMORY = ("DefaultCPUAllocator", "CUDA out of memory")
 
 
@@ -27,10 +22,6 @@ class TrainingStoppedError(RuntimeError):
 
 class NotFiniteError(TrainingStoppedError):
     """Too many steps in a row had a loss or a gradient that was not finite."""
-
-
-class DiskFullError(TrainingStoppedError):
-    """A file could not be written for want of space."""
 
 
 class MemoryExhaustedError(TrainingStoppedError):
@@ -98,43 +89,21 @@ def are_finite(*values: float) -> bool:
 
 
 @contextmanager
-def disk_guard(run: Path) -> Iterator[None]:
-    """Turn a full disk into one clear error, and delete half-written files.
+def disk_advice() -> Iterator[None]:
+    """Add to the error of a full disk what to lower.
 
     Raises:
         DiskFullError: If a write inside failed for want of space.
     """
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        if not _is_full(error):
+    except Exception as error:
+        if not is_disk_full(error):
             raise
-        remove_partial(run / CHECKPOINTS)
-        free = shutil.disk_usage(run).free
         raise DiskFullError(
-            f"{run}: the disk is full ({free / 1e9:.1f} GB free; {error}). Earlier checkpoints are complete "
-            "and untouched. Make room, or lower keep_last and keep_best, then resume with resume=true."
+            f"{error} Earlier checkpoints are untouched. Lower keep_last and keep_best to need less; "
+            "resume=true resumes."
         ) from error
-
-
-def check_space(run: Path, needed: int) -> None:
-    """Refuse to start where a checkpoint of `needed` bytes does not fit.
-
-    Raises:
-        DiskFullError: If less is free.
-    """
-    free = shutil.disk_usage(run).free
-    if free < needed:
-        raise DiskFullError(
-            f"{run}: a checkpoint takes about {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free. Make "
-            "room or give an output_dir on another disk."
-        )
-
-
-def _is_full(error: OSError | SafetensorError) -> bool:
-    if isinstance(error, OSError):
-        return error.errno in _DISK_FULL
-    return any(f"(os error {code})" in str(error) for code in _DISK_FULL)  # safetensors gives only the text
 
 
 @contextmanager

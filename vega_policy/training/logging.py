@@ -21,7 +21,7 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData
 from tensorboard.compat.proto import summary_pb2
 from tqdm import tqdm
 
-from vega_policy.checkpoints import BEST, CHECKPOINTS, LAST, PRETRAINED, read_scores
+from vega_policy.checkpoints import BEST, CHECKPOINTS, PRETRAINED, list_checkpoints, read_scores
 from vega_policy.evaluation.policies import checkpoint_fingerprint
 from vega_policy.provenance import code_revision, environment, hardware
 from vega_policy.run_dir import drop_lines_after, write_json, write_text
@@ -319,7 +319,7 @@ def push_to_hub(config: TrainConfig, data: str) -> str:
     run, policy = Path(config.output_dir), config.vega
     assert policy.repo_id is not None  # TrainConfig refuses to push without
     best = run / CHECKPOINTS / BEST
-    checkpoint = best if best.exists() else run / CHECKPOINTS / LAST
+    checkpoint = best if best.exists() else list_checkpoints(run)[-1]
     step = read_step(checkpoint)
     card = model_card(config, step, read_scores(run).get(step, {}), data)
     api = HfApi()

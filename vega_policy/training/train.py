@@ -15,12 +15,14 @@ from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from safetensors.torch import load_file
 from torch import Tensor
 
-from vega_policy.checkpoints import PRETRAINED, newest_intact, require_intact
+from vega_policy.checkpoints import PRETRAINED, fetch_checkpoint, newest_intact
 from vega_policy.data import feature_cache
 from vega_policy.data.dataset import (
     DatasetError,
     StateDataset,
     check_finite,
+    fingerprint_dataset,
+    fingerprint_frames,
     match_features,
     open_dataset,
     read_table,
@@ -31,13 +33,13 @@ from vega_policy.model.compilation import compile_blocks
 from vega_policy.modeling_vega import VegaPolicy
 from vega_policy.processor_vega import make_vega_pre_post_processors
 from vega_policy.provenance import use_available_cores
-from vega_policy.run_dir import lock_folder
+from vega_policy.run_dir import check_space, lock_folder
 from vega_policy.training import checkpoint as checkpoints
 from vega_policy.training.checkpoint import MEAN_FRAMES, Origin, TrainState, check_folder, claim_folder
 from vega_policy.training.config import TrainConfig, encode
 from vega_policy.training.cuda_graph import check_capturable
 from vega_policy.training.distributed import make_accelerator, shard
-from vega_policy.training.failure_guards import NonFiniteGuard, check_space
+from vega_policy.training.failure_guards import NonFiniteGuard
 from vega_policy.training.logging import push_to_hub, record_start
 from vega_policy.training.optim import EMA, make_optimizer
 from vega_policy.training.trainer import TrainData, Trainer
@@ -54,7 +56,8 @@ def train(config: TrainConfig) -> Path:
     Raises:
         ValueError: If the output folder, the dataset or the cache does not fit; says what to do.
         FolderInUseError: If another process trains into the folder.
-        TrainingStoppedError: If too many steps were not finite, or disk or memory is full.
+        TrainingStoppedError: If too many steps were not finite, or memory is full.
+        DiskFullError: If the disk is full.
     """
     use_available_cores()
     accelerator = make_accelerator(cpu=config.vega.device == "cpu", precision=config.precision)
@@ -92,7 +95,8 @@ def make_trainer(config: TrainConfig, accelerator: Accelerator, checkpoint: Path
     data = load_data(config)
     if config.capture:
         check_capturable(config, accelerator.device, data.instructions)
-    origin: Origin = {"num_processes": world, "batch_size": config.batch_size, "dataset": data.metadata}
+    origin: Origin = {"num_processes": world, "batch_size": config.batch_size}
+    origin |= {f"dataset {part}": value for part, value in data.fingerprint.items()}
     if checkpoint is not None:
         checkpoints.check_origin(checkpoint, origin)
     set_seed(config.seed)
@@ -104,7 +108,7 @@ def make_trainer(config: TrainConfig, accelerator: Accelerator, checkpoint: Path
     if accelerator.is_main_process:
         run = Path(config.output_dir)
         claim_folder(config, saved, state.step)
-        check_space(run, checkpoints.estimate_size(state))
+        check_space(run, checkpoints.estimate_size(state), "a checkpoint")
         record_start(run, state.step, world)
         logger.info(_summarize(config, policy, data, state.step))
     accelerator.wait_for_everyone()
@@ -131,7 +135,7 @@ def load_data(config: TrainConfig) -> TrainData:
         table.rows_of(episodes) for episodes in table.split(config.dataset.held_out, config.dataset.episodes)
     )
     check_finite(table, torch.cat([training, held_out]), root)
-    return TrainData(dataset, table, training, held_out, feature_cache.dataset_hash(root))
+    return TrainData(dataset, table, training, held_out, fingerprint_dataset(root, table))
 
 
 def make_policy(config: TrainConfig, checkpoint: Path | None, device: torch.device) -> VegaPolicy:
@@ -141,9 +145,7 @@ def make_policy(config: TrainConfig, checkpoint: Path | None, device: torch.devi
         saved.device = config.vega.device
         return VegaPolicy.from_pretrained(checkpoint / PRETRAINED, config=saved, strict=True).to(device)
     if config.vega.pretrained_path is not None:
-        path = config.vega.pretrained_path
-        if Path(path).is_dir():
-            require_intact(Path(path))
+        path = fetch_checkpoint(config.vega.pretrained_path, revision=config.vega.pretrained_revision)
         saved: Any = PreTrainedConfig.from_pretrained(path)
         vega = copy(config.vega)  # requires the weights of the prior that the policy was trained with
         vega.prior = replace(vega.prior, fingerprint=saved.prior.fingerprint)
@@ -166,7 +168,7 @@ def make_source(
         return source, sampled_mean_frames(data.dataset, cameras, backend)
     root, model = Path(config.dataset.cache_root), policy.model
     names = feature_cache.check_cacheable(model.config.backbone, model.config.prior, config.dataset.cached)
-    key = {"repo_id": config.dataset.repo_id, "metadata": data.metadata}
+    key = {"repo_id": config.dataset.repo_id, **fingerprint_frames(Path(data.dataset.root))}
     streams = feature_cache.streams_of(model, key, cameras, names)
     clips = _make_clips(config, data, key, cameras)
     feature_cache.build_streams(root, streams, model, clips, frames=len(data.table))

@@ -1,5 +1,6 @@
 """The training loop: optimizer steps, and measurements, checkpoints and evaluations where they are due."""
 
+import json
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -13,13 +14,14 @@ from torch import Tensor, nn
 
 from vega_policy.checkpoints import add_scores, checkpoint_path, prune_checkpoints, read_scores
 from vega_policy.data.augmentation import make_augmentations
-from vega_policy.data.dataset import FrameTable, StateDataset
+from vega_policy.data.dataset import FrameTable, StateDataset, hash_bytes
 from vega_policy.data.loader import Batch, ShuffledRows, Source
+from vega_policy.run_dir import disk_guard
 from vega_policy.training.checkpoint import Origin, TrainState, rng_state, save_checkpoint, snapshot
 from vega_policy.training.config import TrainConfig
 from vega_policy.training.cuda_graph import CapturedStep
 from vega_policy.training.distributed import all_agree, find_unused_weights, mean_over_processes, replicate
-from vega_policy.training.failure_guards import BadStep, are_finite, disk_guard, memory_guard
+from vega_policy.training.failure_guards import BadStep, are_finite, disk_advice, memory_guard
 from vega_policy.training.logging import Progress, model_card, open_trackers
 from vega_policy.training.optim import clip_gradient, learning_rates, read_scalars, trainable
 from vega_policy.training.validation import evaluate_closed_loop, held_out_scores, spread_evenly
@@ -33,7 +35,7 @@ class TrainData:
     table: FrameTable
     rows: Tensor  # training rows [n]
     held_out: Tensor  # rows of the held-out episodes [m]; may be empty
-    metadata: str  # hash over the dataset's metadata, which identifies it
+    fingerprint: dict[str, str]  # hashes of the dataset's parts, by `fingerprint_dataset`
 
     @property
     def instructions(self) -> list[str]:
@@ -43,7 +45,8 @@ class TrainData:
     def describe(self, config: TrainConfig) -> str:
         """Return the dataset in a few words."""
         held = f", {len(self.held_out)} held out" if len(self.held_out) else ""
-        return f"{config.dataset.repo_id}, {len(self.rows)} frames{held}, metadata {self.metadata}"
+        whole = hash_bytes(json.dumps(self.fingerprint).encode())
+        return f"{config.dataset.repo_id}, {len(self.rows)} frames{held}, fingerprint {whole}"
 
 
 class Trainer:
@@ -99,7 +102,8 @@ class Trainer:
         """Train from the state's step to the last one, and return the folder of the last checkpoint.
 
         Raises:
-            TrainingStoppedError: If too many steps were not finite, or disk or memory is full.
+            TrainingStoppedError: If too many steps were not finite, or memory is full.
+            DiskFullError: If the disk is full.
         """
         config, state = self.config, self.state
         height, width = state.policy.model.backbone.grid
@@ -108,7 +112,7 @@ class Trainer:
         progress = Progress(self.run, state.step, config.steps, trackers, shown=main)
         batches = self.source.stream(self.sampler, state.step * config.accumulate)
         try:
-            with disk_guard(self.run), memory_guard(config, height * width):
+            with disk_advice(), disk_guard(self.run), memory_guard(config, height * width):
                 self._make_up_evaluation(progress)
                 for step in range(state.step + 1, config.last_step + 1):
                     values = self.optimize(batches, progress, step)
