@@ -1,14 +1,17 @@
 """A policy server in its own thread or process, with a policy made of arithmetic.
 
-`python -m tests.policy_servers PORT SECONDS` serves until it is killed; a prediction takes SECONDS.
+`python -m tests.policy_servers PORT SECONDS [CERTIFICATE KEY]` serves until it is killed; a prediction takes
+SECONDS.
 """
 
 import asyncio
 import contextlib
+import logging
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -101,11 +104,26 @@ def address(port, tmp_path=None, token=None, **options):
     return ServerAddress(f"ws://127.0.0.1:{port}", token_file=file, **{"timeout_seconds": 10.0} | options)
 
 
+def write_certificate(folder):
+    """Write a certificate for this machine and its key, and return their paths."""
+    certificate, key = folder / "certificate.pem", folder / "key.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
+         "-keyout", key, "-out", certificate, "-days", "2", "-subj", "/CN=localhost",
+         "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    return certificate, key
+
+
 @contextlib.contextmanager
-def server_process(port=0, seconds=0.0):
-    """Yield a server's process and port; the process is killed afterwards."""
-    command = [sys.executable, "-m", "tests.policy_servers", str(port), str(seconds)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+def server_process(port=0, seconds=0.0, tls=(), log=None):
+    """Yield a server's process and port; the process is killed afterwards.
+
+    `tls` is a certificate and its key, `log` an open file for the server's log.
+    """
+    command = [sys.executable, "-m", "tests.policy_servers", str(port), str(seconds), *map(str, tls)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
     try:
         yield process, int(process.stdout.readline())
     finally:
@@ -115,8 +133,11 @@ def server_process(port=0, seconds=0.0):
 
 
 if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO)
+    port, seconds, *files = sys.argv[1:]
+    tls = {name: Path(file) for name, file in zip(("certificate", "key"), files, strict=False)}
     server = PolicyServer(
-        ArithmeticPolicy(float(sys.argv[2])), ServerSettings(port=int(sys.argv[1]), limits=limits())
+        ArithmeticPolicy(float(seconds)), ServerSettings(port=int(port), limits=limits(), **tls)
     )
 
     def started(port):

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vega_policy.deployment.safety import (
+    SHORTEST_STEP,
     EmergencyStop,
     JointLimits,
     SafetyFilter,
@@ -46,29 +47,47 @@ actions = st.one_of(
     st.fixed_dictionaries({limit.name: numbers for limit in JOINTS}),
     st.dictionaries(names, numbers),
 )
-waits = st.sampled_from([0.0, 1e-6, 0.01, 0.049, 0.05, 0.051, 0.3, 5.0])
+denormals = st.floats(-2.3e-308, 2.3e-308)
+swapped = st.permutations(list(START.values())).map(lambda values: dict(zip(START, values, strict=True)))
+actions |= st.fixed_dictionaries({limit.name: denormals for limit in JOINTS}) | swapped
+waits = st.sampled_from([0.0, 5e-324, 1e-12, 1e-6, 0.01, 0.049, 0.05, 0.051, 0.3, 5.0])
+clock_faults = st.sampled_from([-1e-6, -0.05, -3600.0, math.nan, -math.inf])
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.lists(st.tuples(actions, waits), min_size=1, max_size=60))
+@given(st.lists(st.tuples(actions, waits | clock_faults), min_size=1, max_size=60))
 def test_no_stream_of_actions_leads_outside_position_speed_or_acceleration(stream):
+    check_stream(stream)
+
+
+@pytest.mark.slow
+@settings(max_examples=20_000, deadline=None)
+@given(st.lists(st.tuples(actions, waits | clock_faults), min_size=1, max_size=60))
+def test_no_long_search_finds_a_command_outside_position_speed_or_acceleration(stream):
+    check_stream(stream)
+
+
+def check_stream(stream):
+    """The camera, and with it the observation, is frozen; each wait is that of the clock before a command."""
     safety = SafetyFilter(JOINTS, period=PERIOD)
     low, high, speed, acceleration = (
         np.array([vars(limit)[field] for limit in JOINTS])
         for field in ("low", "high", "speed", "acceleration")
     )
-    now, since, before, velocity = 100.0, None, np.array(list(START.values())), np.zeros(3)
+    clock, since, before, velocity = 0.0, None, np.array(list(START.values())), np.zeros(3)
     for action, wait in stream:
-        now += wait
+        now = clock + wait
+        clock = now if math.isfinite(now) else clock
+        safety.set_observation_time(now)
         named = safety.command(action, START, now)
         command = np.array([named[limit.name] for limit in JOINTS])
         assert np.isfinite(command).all()
         assert ((low <= command) & (command <= high)).all()
         dt = PERIOD if since is None else min(now - since, PERIOD)
-        since = now
-        if dt == 0:
+        if math.isnan(now) or dt < SHORTEST_STEP or now == -math.inf:
             assert (command == before).all()
             continue
+        since = now
         new_velocity = (command - before) / dt
         assert (np.abs(new_velocity) <= speed + 1e-6).all()
         assert (np.abs(new_velocity - velocity) <= acceleration * dt + 1e-6).all()
@@ -125,6 +144,28 @@ def test_an_action_that_rests_on_an_old_observation_is_refused():
     assert safety.counts == {"stale": 1}
     safety.set_observation_time(10.6)
     assert safety.command(START | {"pan.pos": 0.25}, START, 10.65) != START
+
+
+@pytest.mark.parametrize("fault", [math.nan, -1e9])
+def test_an_observation_without_a_usable_time_is_refused(fault):
+    safety = SafetyFilter(JOINTS, period=PERIOD, max_observation_age=0.5)
+    safety.set_observation_time(fault)
+    assert safety.command(START | {"pan.pos": 0.25}, START, 10.6) == START
+    assert not safety.accept_chunk(fault)
+    assert safety.counts == {"stale": 1, "stale chunk": 1}
+
+
+def test_a_robot_whose_clock_ran_backwards_stands_still_until_it_has_caught_up():
+    safety = SafetyFilter(JOINTS, period=PERIOD)
+    first = safety.command(START | {"pan.pos": 0.25}, START, 10.0)
+    assert safety.command(START | {"pan.pos": 0.3}, START, 9.0) == first
+    assert safety.command(START | {"pan.pos": 0.3}, START, 10.05) != first
+
+
+def test_a_box_for_the_hand_needs_limits_at_which_the_hand_stands_still():
+    moving = JointLimits("x.vel", 0.1, 1, rest=0.5)
+    with pytest.raises(ValueError, match=r"workspace: expected limits around 0.*x\.vel has none"):
+        SafetyFilter([moving, *DELTAS[1:]], period=PERIOD, workspace=HAND)
 
 
 def test_a_moving_robot_brakes_within_its_acceleration():

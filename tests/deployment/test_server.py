@@ -1,8 +1,8 @@
 """The policy server: authentication, limits, reconnection and shutdown."""
 
 import http.client
+import logging
 import socket
-import subprocess
 import threading
 import time
 
@@ -12,7 +12,16 @@ import pytest
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
-from tests.policy_servers import TOKEN, ArithmeticPolicy, address, limits, noises, observations, running
+from tests.policy_servers import (
+    TOKEN,
+    ArithmeticPolicy,
+    address,
+    limits,
+    noises,
+    observations,
+    running,
+    write_certificate,
+)
 from vega_policy.deployment import protocol
 from vega_policy.deployment.client import (
     PolicyClient,
@@ -21,7 +30,7 @@ from vega_policy.deployment.client import (
     ServerAddress,
 )
 from vega_policy.deployment.protocol import ProtocolError, Request, RTCContext, read_token
-from vega_policy.deployment.server import ServerSettings
+from vega_policy.deployment.server import LogLimit, ServerSettings
 
 
 class Other(ArithmeticPolicy):
@@ -273,14 +282,53 @@ def test_a_server_beyond_loopback_needs_a_long_private_token(tmp_path):
     assert read_token(file) == TOKEN
 
 
+def test_half_open_tls_handshakes_count_as_connections_and_are_freed_when_they_end(tmp_path):
+    certificate, key = write_certificate(tmp_path)
+    with running(connections=4, certificate=certificate, key=key) as (server, port):
+        opened = [socket.create_connection(("127.0.0.1", port), timeout=5) for _ in range(5)]
+        assert opened[-1].recv(1) == b""
+        assert 'vega_connections_refused_total{reason="connections"} 1.0' in server.metrics.text()
+        for connection in opened:
+            connection.close()
+        trusting = ServerAddress(f"wss://127.0.0.1:{port}", ca_file=certificate, timeout_seconds=5)
+        RemotePolicy(trusting, patience_seconds=5).close()
+
+
+def test_of_many_equal_log_records_a_few_pass_and_the_rest_is_counted():
+    now = [0.0]
+    limit, passed = LogLimit(most=2, seconds=60.0, clock=lambda: now[0]), []
+
+    def log(name, text):
+        record = logging.LogRecord(name, logging.ERROR, "", 0, text, (), None)
+        if limit.filter(record):
+            passed.append(record.getMessage())
+
+    for number in range(9):
+        log("asyncio", f"Fatal error\ntransport: <{number}>")
+    log("asyncio", "another")
+    now[0] = 61.0
+    log("asyncio", "Fatal error")
+    assert passed == [
+        "Fatal error\ntransport: <0>",
+        "Fatal error\ntransport: <1>",
+        "another",
+        "Fatal error (7 more in 61 s)",
+    ]
+
+
+@pytest.mark.parametrize(
+    "content", ["", "two words\nand lines", "-----BEGIN KEY-----\nabc\n", "\u00e9" * 30, "x" * 513]
+)
+def test_a_file_that_holds_no_token_is_not_sent_to_a_server(tmp_path, content):
+    file = tmp_path / "id_rsa"
+    file.write_text(content)
+    file.chmod(0o600)
+    with pytest.raises(ValueError, match=r"id_rsa: expected one line of at most 512 visible ASCII"):
+        read_token(file)
+
+
 def test_with_tls_only_clients_that_trust_the_certificate_connect(tmp_path):
-    certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
-         "-keyout", key, "-out", certificate, "-days", "2", "-subj", "/CN=localhost",
-         "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"],
-        check=True, capture_output=True,
-    )  # fmt: skip
+    certificate, key = write_certificate(tmp_path)
     with running(certificate=certificate, key=key) as (_, port):
         trusting = ServerAddress(f"wss://127.0.0.1:{port}", ca_file=certificate, timeout_seconds=5)
         assert PolicyClient(trusting).predict(observations()).actions.shape == (1, 4, 7)

@@ -3,8 +3,12 @@
 The measurements of the slow tests are shown with `-m slow -o log_cli=true -o log_cli_level=INFO`.
 """
 
+import contextlib
 import logging
 import signal
+import socket
+import ssl
+import struct
 import subprocess
 import sys
 import threading
@@ -19,9 +23,9 @@ from hypothesis import strategies as st
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
-from tests.policy_servers import address, observations, running, server_process
+from tests.policy_servers import CAMERAS, address, observations, running, server_process, write_certificate
 from vega_policy.deployment import protocol
-from vega_policy.deployment.client import PolicyClient, RemotePolicy
+from vega_policy.deployment.client import PolicyClient, RemotePolicy, ServerAddress
 from vega_policy.deployment.protocol import Request
 from vega_policy.deployment.safety import JointLimits, SafetyFilter, Watchdog
 
@@ -46,6 +50,62 @@ malformed = st.one_of(
 )
 
 
+VALID = {
+    "type": "predict",
+    "session": b"",  # filled in by the attacker
+    "sequence": 2**40,
+    "frames": {camera: {"shape": [1, 32, 32, 3], "data": bytes(3072)} for camera in CAMERAS},
+    "state": {"shape": [1, 8], "data": bytes(32)},
+    "instructions": ["lift"],
+    "noise": None,
+    "rtc": None,
+}
+HUGE, NAN = {"shape": [2**31] * 5, "data": b""}, b"\x00\x00\xc0\x7f"
+CORPUS = [
+    b"",
+    b"\xc1",  # never used in msgpack
+    b"\xdf\xff\xff\xff\xff",  # a map of 4 billion entries
+    b"\xc6\xff\xff\xff\xff",  # 4 GiB of bytes
+    b"\x91" * 5000,  # nested lists
+    b"\x81\xa1a\xc6\x7f\xff\xff\xff",
+    b"\xc7\x05\x01hello",  # an extension type
+    "{}",
+    b"\x80",
+    *(
+        VALID | change
+        for change in (
+            {"session": bytes(16)},
+            {"session": bytes(2**16)},
+            {"sequence": -1},
+            {"sequence": 2**63},
+            {"sequence": 1.5},
+            {"frames": {}},
+            {"frames": dict.fromkeys(CAMERAS, HUGE)},
+            {"frames": VALID["frames"] | {"more": HUGE}},
+            {"frames": {key: {"shape": [1, 32, 32, 3], "data": bytes(3071)} for key in CAMERAS}},
+            {"frames": {key: {"shape": [1, 1, 1, 3], "data": bytes(3)} for key in CAMERAS}},
+            {"frames": {key: {"shape": [1, -32, -32, 3], "data": bytes(3072)} for key in CAMERAS}},
+            {"frames": {key: {"shape": [0, 32, 32, 3], "data": b""} for key in CAMERAS}},
+            {"frames": {key: {"shape": [1, 32, 32, 3], "data": "x" * 3072} for key in CAMERAS}},
+            {"state": {"shape": [1, 8], "data": NAN * 8}},
+            {"state": {"shape": [1, 0], "data": b""}},
+            {"state": HUGE},
+            {"noise": {"shape": [1, 4, 7], "data": NAN * 28}},
+            {"noise": HUGE},
+            {"instructions": []},
+            {"instructions": ["x"] * 1025},
+            {"instructions": ["x" * 513]},
+            {"instructions": [None]},
+            {"rtc": {}},
+            {"rtc": {"actions": HUGE, "delay": 0, "horizon": 1, "guidance": 1.0}},
+            {"rtc": {"actions": HUGE, "delay": 2**63, "horizon": 0, "guidance": float("nan")}},
+            {"more": 1},
+            {"type": "hello"},
+        )
+    ),
+]
+
+
 class Attacker:
     """Sends one message after another; opens a new session when the server closed the last one."""
 
@@ -65,8 +125,8 @@ class Attacker:
             self.session = protocol.decode_hello(self.connection.recv(timeout=20)).session
         try:
             self.connection.send(self.corrupt(message))
-            answer = msgspec.msgpack.decode(self.connection.recv(timeout=20))
-            assert answer["type"] in ("error", "actions")
+            self.answer = msgspec.msgpack.decode(self.connection.recv(timeout=20))
+            assert self.answer["type"] in ("error", "actions")
         except ConnectionClosed:
             self.connection, self.closed = None, self.closed + 1
         self.sent += 1
@@ -74,6 +134,9 @@ class Attacker:
     def corrupt(self, message):
         if isinstance(message, bytes | str):
             return message
+        if isinstance(message, dict):
+            session = message["session"] or self.session
+            return msgspec.msgpack.encode(message | {"session": session})
         valid = protocol.encode_request(self.session, Request(self.sent, observations(side=16), None, None))
         if isinstance(message, int):
             return valid[: min(message, len(valid) - 1)]
@@ -94,26 +157,32 @@ def attack(port, messages):
 
     draw()
     rng = np.random.default_rng(0)
-    corpus = [
-        b"",
-        b"\xc1",
-        b"\xdf\xff\xff\xff\xff",
-        b"\x91" * 5000,
-        b"\x81\xa1a\xc6\x7f\xff\xff\xff",
-        "{}",
-        b"\x80",
-    ]
     while attacker.sent < messages:
-        turn = attacker.sent % 20
-        if turn < len(corpus):
-            attacker.send(corpus[turn])
-        elif turn < 10 and attacker.sent % 400 < 20:
+        turn = attacker.sent % 100
+        if turn < len(CORPUS):
+            attacker.send(CORPUS[turn])
+        elif turn < 50 and attacker.sent % 400 < 100:
             attacker.send(bytes(9 * 2**20))
-        elif turn < 15:
+        elif turn < 75:
             attacker.send((int(rng.integers(3000)), rng.bytes(int(rng.integers(1, 9)))))
         else:
             attacker.send(rng.bytes(int(rng.integers(2000))))
     return attacker
+
+
+@pytest.mark.parametrize("message", CORPUS, ids=range(len(CORPUS)))
+def test_each_message_of_the_corpus_is_refused_and_the_session_continues(corpus_server, message):
+    attacker = Attacker(corpus_server)
+    attacker.send(message)
+    assert attacker.answer["type"] == "error"
+    assert attacker.answer["code"] in ("malformed", "session")
+    attacker.connection.close()
+
+
+@pytest.fixture(scope="module")
+def corpus_server():
+    with running() as (_, port):
+        yield port
 
 
 def test_malformed_messages_are_refused_while_a_valid_client_is_served():
@@ -155,6 +224,112 @@ def test_ten_thousand_malformed_messages_cost_no_memory_and_disturb_no_client():
         assert not good.is_alive()
         assert served[0] > 100
         assert after - before < 20 * 2**20
+
+
+UPGRADE = (
+    b"GET /v1 HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
+    b"Sec-WebSocket-Protocol: vega-policy.v1\r\n\r\n"
+)
+
+
+class Aborter:
+    """Opens connections to a server and hangs up at every stage, half of the times with a TCP reset."""
+
+    def __init__(self, port, certificate=None):
+        self.port = port
+        self.tls = None if certificate is None else ssl.create_default_context(cafile=str(certificate))
+
+    def abort(self, number):
+        """Open and abort one connection; `number` chooses the stage."""
+        connection = socket.create_connection(("127.0.0.1", self.port), timeout=20)
+        stages = (self.half_handshake, self.handshake, self.half_request, self.request)
+        connection = stages[number % 4](connection)
+        if number % 8 < 4:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        connection.close()
+
+    def half_handshake(self, connection):
+        """Send half of the first bytes: of TLS's hello, or of the HTTP request."""
+        if self.tls is None:
+            connection.sendall(UPGRADE[:100])
+            return connection
+        received, sent = ssl.MemoryBIO(), ssl.MemoryBIO()
+        with contextlib.suppress(ssl.SSLWantReadError):
+            self.tls.wrap_bio(received, sent, server_hostname="localhost").do_handshake()
+        connection.sendall(sent.read()[:100])
+        return connection
+
+    def handshake(self, connection):
+        """Open a session and read its first message in part."""
+        if self.tls is not None:
+            connection = self.tls.wrap_socket(connection, server_hostname="localhost")
+        connection.sendall(UPGRADE)
+        connection.recv(200)
+        return connection
+
+    def half_request(self, connection):
+        """Send half of a request."""
+        return self.request(connection, part=0.5)
+
+    def request(self, connection, part=1.0):
+        """Send a request and do not wait for the answer."""
+        connection = self.handshake(connection)
+        message = protocol.encode_request(bytes(16), Request(0, observations(side=64), None, None))
+        frame = b"\x82\xff" + struct.pack(">Q", len(message)) + bytes(4) + message
+        connection.sendall(frame[: int(len(frame) * part)])
+        return connection
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("encrypted", [False, True], ids=["plain", "TLS"])
+def test_a_soak_of_malformed_requested_and_aborted_connections_costs_neither_memory_nor_log(
+    tmp_path, encrypted
+):
+    tls = write_certificate(tmp_path) if encrypted else ()
+    log = (tmp_path / "log").open("w")
+    with log, server_process(tls=tls, log=log) as (process, port):
+        url = f"{'wss' if encrypted else 'ws'}://localhost:{port}"
+        client = PolicyClient(ServerAddress(url, ca_file=tls[0] if tls else None, timeout_seconds=30))
+        expected, aborter, server = (
+            client.predict(observations()),
+            Aborter(port, *tls[:1]),
+            psutil.Process(process.pid),
+        )
+
+        def times(count):
+            """Return the seconds of valid requests."""
+            seconds = []
+            for _ in range(count):
+                start = time.monotonic()
+                np.testing.assert_array_equal(client.predict(observations()).actions, expected.actions)
+                seconds.append(time.monotonic() - start)
+            return seconds
+
+        def abort(count):
+            for number in range(count):
+                aborter.abort(number)
+
+        times(1000)
+        abort(1000)
+        alone = times(1000)
+        before = server.memory_info().rss
+        times(5000)
+        attacker = threading.Thread(target=abort, args=(5000,))
+        attacker.start()
+        beside = []
+        while attacker.is_alive():
+            beside += times(1)
+        after, lines = server.memory_info().rss, (tmp_path / "log").read_text().count("\n")
+        slow = [float(np.percentile(seconds, 95)) * 1e3 for seconds in (alone, beside)]
+        logger.info(
+            "5000 requests, 5000 aborted: memory %.1f -> %.1f MiB, %d log lines, p95 of a request "
+            "%.2f ms alone and %.2f ms meanwhile (%d requests)",
+            *(before / 2**20, after / 2**20, lines, *slow, len(beside)),
+        )
+        assert process.poll() is None
+        assert after < 1.05 * before
+        assert lines < 500
 
 
 LIMITS = [JointLimits(f"joint{index}.pos", -1e6, 1e6, speed=10.0) for index in range(7)]

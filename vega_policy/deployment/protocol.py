@@ -18,6 +18,7 @@ large, the server closes the connection (1008, 1009); when it shuts down, after 
 
 from __future__ import annotations
 
+import re
 import stat
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -280,7 +281,12 @@ def decode_answer(data: bytes | str, sequence: int) -> Reply:
 
 
 def read_token(path: Path | None) -> str | None:
-    """Read a token from a file; None for None. A file that others may read is a PermissionError."""
+    """Read a token from a file; None for None.
+
+    Raises:
+        PermissionError: If others may read the file.
+        ValueError: If the file holds anything but one token, so that no other file is sent to a server.
+    """
     if path is None:
         return None
     mode = stat.S_IMODE(path.stat().st_mode)
@@ -288,7 +294,13 @@ def read_token(path: Path | None) -> str | None:
         raise PermissionError(
             f"{path} can be read by other users (mode {mode:o}): run chmod 600 {path}, and make a new token"
         )
-    return path.read_text().strip()
+    token = path.read_bytes().strip()
+    if not re.fullmatch(rb"[!-~]{1,512}", token):
+        raise ValueError(
+            f"{path}: expected one line of at most 512 visible ASCII characters, found {len(token)} bytes of "
+            'something else; run: python -c "import secrets; print(secrets.token_urlsafe(32))"'
+        )
+    return token.decode()
 
 
 def _decode(data: bytes | str, schema: Any) -> Any:

@@ -33,6 +33,7 @@ from lerobot.processor.converters import robot_action_observation_to_transition,
 logger = logging.getLogger(__name__)
 
 TOLERANCE = 1e-6  # a command that changes by less does not count as changed
+SHORTEST_STEP = 1e-9  # s; velocities over shorter times overflow
 
 
 class UnsafeStartError(ValueError):
@@ -69,6 +70,14 @@ class SafetyFilter:
                 f"{', '.join(moving)}: a velocity that is held keeps the robot moving; set rest: 0.0"
             )
         self.names = tuple(limit.name for limit in limits)
+        if workspace is not None:
+            bounds = {limit.name: (limit.low, limit.high) for limit in limits}
+            wrong = [name for name in workspace.action if not _contains_zero(*bounds.get(name, (1, 1)))]
+            if wrong:
+                raise ValueError(
+                    f"workspace: expected limits around 0, at which the hand stands still, of "
+                    f"{', '.join(workspace.action)}; {', '.join(wrong)} has none. Known: {', '.join(bounds)}"
+                )
         self.period = period
         self.counts: Counter[str] = Counter()
         self.stopped: str | None = None  # why the robot was stopped for good, or None
@@ -111,10 +120,11 @@ class SafetyFilter:
     def accept_chunk(self, observed_at: float) -> bool:
         """Whether a chunk may be executed that was predicted from an observation of that time."""
         age = time.monotonic() - observed_at
+        is_fresh = age <= self._max_age  # False for nan
         with self._lock:
-            if age > self._max_age:
+            if not is_fresh:
                 self._refuse("stale chunk", f"it rests on an observation {age:.3f} s old")
-        return age <= self._max_age
+        return is_fresh
 
     @property
     def last_command(self) -> dict[str, float]:
@@ -190,7 +200,7 @@ class SafetyFilter:
         values = np.array([float(action[name]) for name in self.names])
         if not np.isfinite(values).all():
             return "finite", f"not finite: {dict(action)}"
-        if self.observed_at > -np.inf and now - self.observed_at > self._max_age:
+        if self.observed_at != -np.inf and not now - self.observed_at <= self._max_age:  # also nan
             return "stale", f"it rests on an observation {now - self.observed_at:.3f} s old"
         assert self._command is not None
         # Also from the last target: a robot that lags behind a smooth policy is no jump of the policy.
@@ -229,9 +239,10 @@ class SafetyFilter:
         policy's. A lag is reduced no faster than the robot can brake, so that nothing overshoots.
         """
         assert self._command is not None
-        dt = float(min(max(now - self._commanded_at, 0.0), self.period))
-        if dt == 0.0:
+        elapsed = now - self._commanded_at
+        if not elapsed >= SHORTEST_STEP:  # also nan, and a clock that stands still or runs backwards
             return self._named(self._command)
+        dt = float(min(elapsed, self.period))
         self._commanded_at = now
         along = np.zeros_like(target) if shift is None else shift
         lag = target - along - self._command
@@ -349,6 +360,10 @@ class Workspace:
             raise ValueError(f"workspace: expected low < high in x, y, z; got {self.low} and {self.high}")
         if not self.metres_per_unit > 0:
             raise ValueError(f"workspace: metres_per_unit must be positive, got {self.metres_per_unit}")
+
+
+def _contains_zero(low: float, high: float) -> bool:
+    return low <= 0.0 <= high
 
 
 def read_limits(joints: Mapping[str, Mapping[str, Any]]) -> tuple[JointLimits, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import ipaddress
 import json
@@ -10,9 +11,10 @@ import logging
 import math
 import secrets
 import signal
+import socket
 import ssl
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -50,6 +52,7 @@ from vega_policy.modeling_vega import VegaPolicy
 logger = logging.getLogger(__name__)
 
 MIN_TOKEN_LENGTH = 24
+_MOST_MESSAGES = 100
 DEFAULT_LIMITS = MessageLimits(8 * 2**20, rows=16, frame_side=1280, requests_per_second=50.0)
 
 
@@ -204,15 +207,11 @@ class PolicyServer:
         settings = self.settings
         tls = settings.tls()
         only_with_tls: dict[str, Any] = {"ssl_handshake_timeout": settings.handshake_seconds} if tls else {}
-        limited = partial(
-            _LimitedConnection,
-            max_connections=settings.connections,
-            on_refusal=partial(self._count_refusal, "connections"),
-        )
+        refuse = partial(self._count_refusal, "connections")
+        listener = _Listener(settings.host, settings.port, settings.connections, refuse)
         async with serve(
             self._serve_session,
-            settings.host,
-            settings.port,
+            sock=listener,
             origins=[None],  # no browser: any web page could otherwise connect to a server on loopback
             subprotocols=[Subprotocol(protocol.SUBPROTOCOL)],
             compression=None,  # a small message cannot expand into a large one
@@ -223,7 +222,6 @@ class PolicyServer:
             max_queue=1,
             ssl=tls,
             **only_with_tls,
-            create_connection=limited,  # pyright: ignore[reportArgumentType] called, never subclassed
         ) as server:
             port = server.sockets[0].getsockname()[1]
             logger.info("serving on %s:%d, %s", settings.host, port, "TLS" if tls else "no TLS")
@@ -231,8 +229,9 @@ class PolicyServer:
                 logger.warning("without TLS the token and all frames can be read on the network")
             if started is not None:
                 started(port)
-            await stop.wait()
-            await self._shut_down(server)
+            with limited_logs("asyncio", "websockets.server", __name__):
+                await stop.wait()
+                await self._shut_down(server)
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     async def _shut_down(self, server: Server) -> None:
@@ -410,23 +409,79 @@ class _Session:
         return True
 
 
-class _LimitedConnection(ServerConnection):
-    """A connection that is dropped at once if too many are open, handshakes included."""
+class _Listener(socket.socket):
+    """Listening socket that closes at once what exceeds a number of connections.
+
+    asyncio creates a connection's object only after its TLS handshake, so handshakes are counted here.
+    """
+
+    def __init__(self, host: str, port: int, most: int, on_refusal: Callable[[], None]) -> None:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        super().__init__(fileno=socket.create_server((host, port), family=family).detach())
+        self.open = 0
+        self._most, self._on_refusal = most, on_refusal
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        """Return a connection and its address; a ConnectionAbortedError where it was closed at once."""
+        accepted, address = super().accept()
+        connection = _CountedConnection(self, accepted.detach())
+        if self.open > self._most:
+            connection.close()
+            self._on_refusal()
+            raise ConnectionAbortedError
+        return connection, address
+
+
+class _CountedConnection(socket.socket):
+    def __init__(self, listener: _Listener, descriptor: int) -> None:
+        super().__init__(fileno=descriptor)
+        self._listener: _Listener | None = listener
+        listener.open += 1
+
+    def close(self) -> None:
+        if self._listener is not None:
+            self._listener.open -= 1
+            self._listener = None
+        super().close()
+
+
+@contextlib.contextmanager
+def limited_logs(*names: str) -> Iterator[None]:
+    """Limit the records of loggers: clients that hang up by the thousand must not fill the disk."""
+    limit = LogLimit()
+    loggers = [logging.getLogger(name) for name in names]
+    for one in loggers:
+        one.addFilter(limit)
+    try:
+        yield
+    finally:
+        for one in loggers:
+            one.removeFilter(limit)
+
+
+class LogLimit(logging.Filter):
+    """Passes `most` records of one message in `seconds`; the first one after that counts those dropped."""
 
     def __init__(
-        self, *arguments: Any, max_connections: int, on_refusal: Callable[[], None], **options: Any
+        self, most: int = 5, seconds: float = 60.0, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        super().__init__(*arguments, **options)
-        self._max_connections, self._on_refusal = max_connections, on_refusal
+        super().__init__()
+        self._most, self._seconds, self._clock = most, seconds, clock
+        self._seen: dict[tuple[str, str], tuple[float, int]] = {}  # start of the interval, records in it
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Accept the connection, or drop it."""
-        if len(self.server.handlers) < self._max_connections:
-            super().connection_made(transport)
-            return
-        super(ServerConnection, self).connection_made(transport)
-        self._on_refusal()
-        self.transport.abort()
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Return whether the record passes."""
+        key = (record.name, str(record.msg).partition("\n")[0][:100])  # asyncio appends addresses
+        now = self._clock()
+        start, count = self._seen.pop(key, (now, 0))
+        if now - start >= self._seconds:
+            if count > self._most:
+                record.msg = f"{record.msg} ({count - self._most} more in {now - start:.0f} s)"
+            start, count = now, 0
+        self._seen[key] = (start, count + 1)
+        if len(self._seen) > _MOST_MESSAGES:
+            self._seen.pop(next(iter(self._seen)))
+        return count < self._most
 
 
 class ServedCheckpoint:
