@@ -1,7 +1,8 @@
-"""Killed at any moment and resumed, a training ends with the weights of one that was left alone."""
+"""Killed at any moment, or stopped by a full disk, and resumed, a command ends with the same result."""
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,30 +10,56 @@ from pathlib import Path
 import pytest
 
 from tests.training_runs import assert_bitwise_equal, tiny_run
-from vega_policy.checkpoints import checkpoint_path
 from vega_policy.training.train import train
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+PROGRAMS = ["training", "cache", "evaluation", "collection", "pretraining"]
 
 
-@pytest.mark.slow
-def test_twenty_kills_some_inside_a_checkpoints_write_change_no_bit(root, tmp_path):
+def run_program(*arguments, before=()):
     output = subprocess.run(
-        [sys.executable, REPOSITORY / "tests" / "kill_program.py", root, tmp_path, "20"],
+        [*before, sys.executable, "-m", "tests.kill_program", *map(str, arguments)],
+        cwd=REPOSITORY,
         env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         text=True,
         timeout=3000,
         check=True,
     ).stdout
-    counts = json.loads(output.splitlines()[-1])
+    return json.loads(output.splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_twenty_kills_change_no_bit_and_lose_nothing_that_was_finished(tmp_path, program):
+    counts = run_program("kill", program, tmp_path, 20)
     assert counts["kills"] == 20
-    assert counts["in_write"] >= 3, output
-    assert counts["checkpoints"] == sorted(counts["checkpoints"])
-    assert counts["checkpoints"][-1] > counts["checkpoints"][0], output
-    assert_bitwise_equal(
-        checkpoint_path(tmp_path / "straight", 240), checkpoint_path(tmp_path / "killed", 240)
-    )
+    assert counts["same"], counts
+    assert counts["finished"] == sorted(counts["finished"]), counts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("program", "size"),
+    [
+        ("training", 2**21),
+        ("cache", 2**21),
+        ("evaluation", 2**15),
+        ("collection", 2**17),
+        ("pretraining", 2**20),
+    ],
+)
+def test_a_full_disk_keeps_what_is_finished_and_names_the_bytes_that_are_needed(tmp_path, program, size):
+    mount = f'mount -t tmpfs -o size=1g tmpfs {tmp_path} && exec "$@"'
+    inside = ["unshare", "--map-root-user", "--mount", "sh", "-ec", mount, "sh"]
+    if subprocess.run([*inside, "true"], capture_output=True).returncode != 0:
+        pytest.skip("this machine allows no mounts")
+    counts = run_program("full", program, tmp_path, size, before=inside)
+    assert counts["same"], counts
+    assert counts["finished"] == sorted(counts["finished"])
+    assert counts["errors"], "the disk was never full: a smaller size is needed"
+    for error in counts["errors"]:
+        assert re.search(r"(needs|takes) (more than |about )?\d+ bytes", error), error
 
 
 @pytest.mark.slow
