@@ -216,8 +216,14 @@ def test_the_lists_name_what_lerobot_has():
 @pytest.mark.slow
 def test_lerobot_eval_runs_nothing_of_a_checkpoint(folder, tmp_path):
     add_step(folder, run_command(folder))
-    command = [Path(sys.executable).parent / "lerobot-eval", f"--policy.path={folder}", "--env.type=vega_sim"]
-    command += ["--env.task=lift", "--eval.batch_size=1", "--eval.n_episodes=1", "--policy.device=cpu"]
+    command = [Path(sys.executable).parent / "lerobot-eval", f"--policy.path={folder}", "--policy.device=cpu"]
+    command += [
+        "--env.type=vega_robosuite",
+        "--env.task=lift_wide",
+        "--env.frame_size=64",
+        "--env.rendering=fast",
+    ]
+    command += ["--eval.batch_size=1", "--eval.n_episodes=1"]
     environment = {**os.environ, "MUJOCO_GL": "egl"}
     output = subprocess.run(
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600

@@ -61,7 +61,7 @@ def test_no_stream_of_actions_leads_outside_position_speed_or_acceleration(strea
 
 
 @pytest.mark.slow
-@settings(max_examples=20_000, deadline=None)
+@settings(max_examples=5_000, deadline=None)
 @given(st.lists(st.tuples(actions, waits | clock_faults), min_size=1, max_size=60))
 def test_no_long_search_finds_a_command_outside_position_speed_or_acceleration(stream):
     check_stream(stream)

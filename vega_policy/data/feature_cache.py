@@ -226,6 +226,7 @@ def draft_frames(root: Path, stream: Stream, rows: int) -> Iterator[FramesDraft]
 
     Raises:
         FolderInUseError: If another process fills it.
+        DiskFullError: If it does not fit on the disk.
     """
     cameras, size = stream.key["cameras"], stream.key["frame_size"]
     shape = [len(cameras), 3, size, size]
@@ -235,6 +236,8 @@ def draft_frames(root: Path, stream: Stream, rows: int) -> Iterator[FramesDraft]
         draft.notes.mkdir(exist_ok=True)
         with draft.values.open("ab") as file:
             file.truncate(rows * prod(shape))
+        written = draft.values.stat().st_blocks * 512  # the file is sparse
+        check_space(root, rows * prod(shape) - written, f"the cache of {rows} frames")
         yield draft
         mean = {name: torch.as_tensor(total) / (255 * rows) for name, total in draft.sums.items()}
         save_file({name: mean[name].float().contiguous() for name in cameras}, folder / MEAN_FRAMES)

@@ -426,8 +426,8 @@ class _Listener(socket.socket):
         accepted, address = super().accept()
         connection = _CountedConnection(self, accepted.detach())
         if self.open > self._most:
-            connection.close()
             self._on_refusal()
+            connection.close()
             raise ConnectionAbortedError
         return connection, address
 
