@@ -14,6 +14,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from vega_policy.model.compilation import uncompiled
+
 if TYPE_CHECKING:
     from vega_policy.modeling_vega import VegaPolicy
 
@@ -63,7 +65,8 @@ def find_unused_weights(policy: "VegaPolicy", batch: dict[str, Any]) -> list[str
     Of the random states only torch's default generator may advance.
     """
     noise, time = policy.sample_noise_and_time(batch["action"], torch.Generator())
-    policy(batch, noise=noise, time=time)[0].backward()
+    with uncompiled(policy):  # another type than under autocast would be compiled for this one call
+        policy(batch, noise=noise, time=time)[0].backward()
     weights = [(name, weight) for name, weight in policy.named_parameters() if weight.requires_grad]
     unused = [name for name, weight in weights if weight.grad is None]
     policy.zero_grad()
