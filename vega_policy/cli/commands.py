@@ -437,3 +437,21 @@ def serve(config: DictConfig) -> None:
 
     logging.getLogger("websockets").setLevel(logging.WARNING)
     serve_forever(plain(config))
+
+
+@partial(
+    Command,
+    config="doctor",
+    examples=["vega-doctor", "vega-doctor folder=/data/runs"],
+    node={"folder": "outputs"},  # where runs and caches shall lie
+)
+def doctor(config: DictConfig) -> None:
+    """Check this installation in a minute: torch, LeRobot's plugin, rendering, simulators, disk, hub."""
+    from vega_policy.doctor import check_installation, format_check
+
+    failed = False
+    for check in check_installation(Path(config.folder)):
+        print(format_check(check, color=sys.stdout.isatty()), flush=True)  # noqa: T201
+        failed |= check.status == "failed"
+    if failed:
+        sys.exit(1)

@@ -1,0 +1,51 @@
+"""`vega-doctor`: what works is reported as working, and each fault with a remedy."""
+
+import pytest
+
+from vega_policy import doctor
+from vega_policy.cli.commands import doctor as command
+
+
+def test_this_environment_passes_rendering_simulator_plugin_and_weights():
+    checks = (doctor.check_weights, doctor.check_plugin, doctor.check_mujoco, doctor.check_rendering)
+    assert [check().status for check in checks] == ["ok"] * 4
+
+
+def test_another_mujoco_is_reported_with_the_version_to_install(monkeypatch):
+    monkeypatch.setattr("envs.rendering.MUJOCO_VERSION", "0.0.1")
+    check = doctor.check_mujoco()
+    assert check.status == "warning"
+    assert "pip install mujoco==0.0.1" in check.found
+
+
+def test_black_frames_are_no_rendering(monkeypatch):
+    monkeypatch.setattr(doctor, "MARKER", doctor.MARKER.replace('rgba="1 0 0 1"', 'rgba="0 0 0 1"'))
+    check = doctor.check_rendering()
+    assert check.status == "failed"
+    assert "apt-get install" in check.remedy
+
+
+def test_a_file_in_place_of_the_folder_fails(tmp_path):
+    file = tmp_path / "runs"
+    file.touch()
+    assert doctor.check_disk(file / "outputs").status == "failed"
+    assert doctor.check_disk(tmp_path / "outputs").status in ("ok", "warning")
+
+
+@pytest.mark.parametrize(("status", "code"), [("ok", None), ("warning", None), ("failed", 1)])
+def test_a_failed_check_ends_with_status_one(monkeypatch, capsys, status, code):
+    checks = [doctor.Check("rendering", status, "found", "remedy")]
+    monkeypatch.setattr("vega_policy.doctor.check_installation", lambda folder: iter(checks))
+    if code is None:
+        command.main([])
+    else:
+        with pytest.raises(SystemExit, match="1"):
+            command.main([])
+    assert "remedy" in capsys.readouterr().out
+
+
+def test_offline_mode_names_the_models_that_need_no_hub(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    check = doctor.check_hub()
+    assert check.status == "warning"
+    assert "prior=wan_tiny" in check.remedy
