@@ -10,10 +10,11 @@ from tests.training_runs import tiny_backbone, tiny_policy, tiny_run
 from vega_policy.data import feature_cache as features
 from vega_policy.data.dataset import DatasetError, match_features, read_table
 from vega_policy.data.feature_cache import CacheError, check_cacheable
-from vega_policy.data.loader import VideoSource
+from vega_policy.data.loader import ShuffledRows, VideoSource
 from vega_policy.data.video import frames_in_order
 from vega_policy.model.config import BackboneConfig, PriorConfig
 from vega_policy.modeling_vega import VegaPolicy
+from vega_policy.run_dir import DiskFullError
 from vega_policy.training.train import load_data, make_source
 
 
@@ -88,6 +89,38 @@ def test_a_built_cache_is_not_built_again(loaded, tmp_path):
     features.build_streams(tmp_path, wanted, policy.model, iter(()), frames=0)
     values = features.open_stream(tmp_path, wanted[0], len(data.table), None)
     assert values.shape == (27, 2, 3, 32, 32)
+
+
+def test_a_built_cache_is_read_where_nothing_can_be_written(loaded, tmp_path, monkeypatch):
+    _, policy, data = loaded
+    wanted = build(policy, data, tmp_path)
+
+    def refuse(*arguments, **options):
+        raise PermissionError(30, "Read-only file system")
+
+    monkeypatch.setattr("vega_policy.data.feature_cache.lock_folder", refuse)
+    features.build_streams(tmp_path, wanted, policy.model, iter(()), frames=27)
+
+
+def test_a_cache_that_does_not_fit_is_refused_with_its_bytes_and_leaves_nothing(
+    loaded, tmp_path, monkeypatch
+):
+    _, policy, data = loaded
+    monkeypatch.setattr("vega_policy.run_dir.free_space", lambda path: 1000)
+    size = 27 * 2 * 3 * 32 * 32
+    with pytest.raises(
+        DiskFullError, match=rf"the cache of 27 frames takes about {size} bytes, and 1000 are"
+    ):
+        build(policy, data, tmp_path, ["frames"])
+    assert list(tmp_path.glob("[a-z]*")) == []
+
+
+def test_decoding_processes_need_shared_memory_for_their_batches(loaded, monkeypatch):
+    _, _, data = loaded
+    videos = VideoSource(data.dataset, list(CAMERAS), workers=2, seed=0)
+    monkeypatch.setattr("vega_policy.data.loader.free_space", lambda path: 65536)
+    with pytest.raises(ValueError, match=r"workers=2 needs about \d+ bytes of shared memory.*has 65536 free"):
+        next(videos.stream(ShuffledRows(data.rows, 5, seed=0), 0))
 
 
 def test_a_missing_stream_is_added_to_a_cache(loaded, tmp_path):

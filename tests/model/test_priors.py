@@ -12,6 +12,7 @@ from tests.tiny_wan import TRANSFORMER
 from vega_policy.model.config import PriorConfig
 from vega_policy.priors import FORMER_WEIGHTS, PRIORS, has_trained_weights, make_prior, resolve
 from vega_policy.priors.wan import encode_empty_prompt
+from vega_policy.priors.weights import empty_prompt
 
 GRID = (4, 4)
 
@@ -185,6 +186,17 @@ def test_offline_the_default_prior_names_the_missing_files_and_the_way_out(monke
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(FileNotFoundError, match=r"Missing: vae/, transformer/.*prior.path.*wan_tiny"):
         make_prior(PriorConfig(revision="0" * 40), GRID)
+
+
+def test_a_home_that_cannot_be_written_to_costs_only_the_cache_of_the_prompt(tmp_path, monkeypatch, caplog):
+    (tmp_path / "home").touch()
+    monkeypatch.setattr("vega_policy.priors.weights.PROMPT_CACHE", tmp_path / "home" / "cache")
+    folder = tmp_path / "wan"
+    (folder / "text_encoder").mkdir(parents=True)
+    (folder / "text_encoder" / "config.json").touch()
+    prompt = empty_prompt(PriorConfig(name="wan", path=str(folder)), folder, 4, lambda _: torch.ones(2, 4))
+    assert prompt.shape == (2, 4)
+    assert "not cached" in caplog.text
 
 
 def test_the_empty_prompt_comes_from_the_checkpoints_own_text_encoder(wan_checkpoint, tmp_path, monkeypatch):
