@@ -180,3 +180,72 @@ def test_an_unknown_expert_and_bad_sizes_are_refused():
         head(name="flw")
     with pytest.raises(ValueError, match="at least 1; got 0"):
         ActionHeadConfig(steps=0)
+
+
+MAKERS = pytest.mark.parametrize("make", [head, regression])
+
+
+@MAKERS
+def test_without_a_prefix_nothing_is_sampled_or_added(make):
+    plain, trained = make(), make(prefix_steps=3)
+    actions = torch.zeros(4, 5, 3)
+    _, time = plain.sample_noise_and_time(actions)
+    assert time is None or time.shape == (4,)
+    assert {name for name, _ in trained.named_parameters()} - {
+        "embed_prefix.weight",
+        "embed_prefix.bias",
+    } == {name for name, _ in plain.named_parameters()}
+
+
+@MAKERS
+def test_prefixes_of_all_lengths_are_sampled_and_a_part_of_the_samples_has_none(make):
+    made, actions = make(prefix_steps=3, prefix_dropout=0.5), torch.zeros(4000, 5, 3)
+    _, time = made.sample_noise_and_time(actions, torch.Generator().manual_seed(0))
+    lengths = (time == 0).sum(dim=1)
+    assert torch.equal(time == 0, torch.arange(5) < lengths[:, None])  # at the chunk's start
+    shares = torch.bincount(lengths, minlength=5) / len(lengths)
+    torch.testing.assert_close(shares, torch.tensor([0.625, 0.125, 0.125, 0.125, 0.0]), atol=0.03, rtol=0)
+    for rank in range(2):
+        part = made.sample_noise_and_time(actions[:2000], torch.Generator().manual_seed(0), rank, 2)[1]
+        assert torch.equal(part, time[2000 * rank : 2000 * rank + 2000])
+
+
+@MAKERS
+def test_the_loss_leaves_the_prefix_out(make):
+    made, seen, actions = make(prefix_steps=3), context(), torch.randn(2, 5, 3)
+    noise, time = torch.randn(2, 5, 3), torch.full((2, 5), 0.5)
+    time[:, :2] = 0.0
+    torch.nn.init.zeros_(made.output[-1].weight)  # a constant prediction
+    moved = actions.clone()
+    moved[:, :2] += 5
+
+    def loss(values, is_pad=None):
+        return made.loss(*seen, values, is_pad, noise, time)
+
+    assert torch.equal(loss(moved), loss(actions))
+    moved[:, 4] += 5
+    assert not torch.equal(loss(moved), loss(actions))
+    is_pad = torch.arange(5).expand(2, 5) == 4
+    assert torch.equal(loss(moved, is_pad), loss(actions, is_pad))
+
+
+@MAKERS
+def test_a_chunk_begins_with_its_prefix_and_continues_it(make):
+    made, (seen, mask) = make(prefix_steps=3), context()
+    optimizer = torch.optim.Adam(made.parameters(), lr=3e-3)
+    generator = torch.Generator().manual_seed(0)
+    repeated = (seen.repeat(16, 1, 1), mask.repeat(16, 1))
+    signs = torch.tensor([1.0, -1.0]).repeat_interleave(16)[:, None, None]
+    targets = signs * torch.ones(32, 5, 3)  # either way in the same context: only the prefix decides
+    for _ in range(150):
+        optimizer.zero_grad()
+        noise, time = made.sample_noise_and_time(targets, generator)
+        made.loss(*repeated, targets, None, noise, time).mean().backward()
+        optimizer.step()
+    noise = torch.randn(2, 5, 3, generator=generator)
+    for sign in (1.0, -1.0):
+        prefix = sign * torch.ones(2, 2, 3)
+        with torch.no_grad():
+            chunk = made.sample(seen, mask, noise, prefix=prefix)
+        assert torch.equal(chunk[:, :2], prefix)
+        assert (sign * chunk[:, 2:]).mean() > 0.5

@@ -6,6 +6,7 @@ import torch
 from einops import repeat
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn import functional
 
 from vega_policy.model import flow
 from vega_policy.model.config import ActionHeadConfig
@@ -18,7 +19,10 @@ class ActionHead(Protocol):
     def sample_noise_and_time(
         self, actions: Tensor, generator: torch.Generator | None = None, rank: int = 0, world_size: int = 1
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Sample what `loss` needs for these actions: noise [b t a] and time [b], or None."""
+        """Sample what `loss` needs for these actions: noise [b t a] and time [b], or None.
+
+        With `prefix_steps` the time is [b t], and 0 at the clean actions of a prefix.
+        """
         ...
 
     def loss(
@@ -34,10 +38,31 @@ class ActionHead(Protocol):
         ...
 
     def sample(
-        self, context: Tensor, mask: Tensor, noise: Tensor, integrate: flow.Integrator = flow.euler
+        self,
+        context: Tensor,
+        mask: Tensor,
+        noise: Tensor,
+        integrate: flow.Integrator = flow.euler,
+        prefix: Tensor | None = None,
     ) -> Tensor:
-        """Return chunks from noise [b*r t a] -> [b*r t a], r chunks for each context."""
+        """Return chunks from noise [b*r t a] -> [b*r t a], r chunks for each context.
+
+        They begin with `prefix` [b*r d a], d <= `prefix_steps`, where it is given.
+        """
         ...
+
+
+def sample_prefix(
+    config: ActionHeadConfig, batch: int, steps: int, generator: torch.Generator | None
+) -> Tensor:
+    """Sample which actions of training chunks are a clean prefix, bool [batch steps], on the CPU.
+
+    The number of actions is uniform in 0..prefix_steps, and 0 in a part `prefix_dropout` of the samples
+    (training-time real-time chunking; Black et al., arXiv 2512.05964).
+    """
+    length = torch.randint(config.prefix_steps + 1, (batch,), generator=generator)
+    length[torch.rand(batch, generator=generator) < config.prefix_dropout] = 0
+    return torch.arange(steps) < length[:, None]
 
 
 class FlowHead(nn.Module):
@@ -68,8 +93,11 @@ class FlowHead(nn.Module):
         batch, *chunk = actions.shape
         own = slice(rank * batch, (rank + 1) * batch)
         noise = torch.randn(world_size * batch, *chunk, generator=generator)[own]
-        time = flow.sample_time(world_size * batch, self.config.time_power, generator)[own]
-        return copy_to(noise, actions), copy_to(time, actions)
+        time = flow.sample_time(world_size * batch, self.config.time_power, generator)
+        if self.config.prefix_steps:
+            prefix = sample_prefix(self.config, world_size * batch, chunk[0], generator)
+            time = time[:, None] * ~prefix
+        return copy_to(noise, actions), copy_to(time[own], actions)
 
     def loss(
         self,
@@ -80,7 +108,7 @@ class FlowHead(nn.Module):
         noise: Tensor | None = None,
         time: Tensor | None = None,
     ) -> Tensor:
-        """Return the squared error of the velocity on the straight path, without padded actions, [b].
+        """Return the squared error of the velocity on the straight path, without padding and prefix, [b].
 
         Raises:
             ValueError: If noise or time is missing.
@@ -89,17 +117,24 @@ class FlowHead(nn.Module):
             raise ValueError("The flow head needs noise [b t a] and time [b]; see sample_noise_and_time.")
         x = flow.interpolate(actions, noise, time)
         predicted = self.velocity(self.norm_context(context), mask, x, time)
-        return flow.masked_mean_square(predicted - flow.velocity(actions, noise), is_pad)
+        return flow.masked_mean_square(
+            predicted - flow.velocity(actions, noise), without_prefix(is_pad, time)
+        )
 
     def velocity(self, context: Tensor, mask: Tensor, x: Tensor, time: Tensor) -> Tensor:
-        """Return the velocity at x_t, normalised context [b s c], x [b t a], time [b] -> [b t a]."""
+        """Return the velocity at x_t, normalised context [b s c], x [b t a], time [b] or [b t] -> [b t a]."""
         tokens, embedded = self.embed_action(x) + self.position, self._embed(time)
         for block in self.blocks:
             tokens = block(tokens, context, mask, embedded)
         return self.output(tokens)
 
     def sample(
-        self, context: Tensor, mask: Tensor, noise: Tensor, integrate: flow.Integrator = flow.euler
+        self,
+        context: Tensor,
+        mask: Tensor,
+        noise: Tensor,
+        integrate: flow.Integrator = flow.euler,
+        prefix: Tensor | None = None,
     ) -> Tensor:
         """Integrate the velocity field, noise [b*r t a] -> actions [b*r t a]; equal noise, equal actions.
 
@@ -107,6 +142,8 @@ class FlowHead(nn.Module):
         their weights again, so are the modulations of Euler's times.
         """
         context = self.norm_context(context)
+        if prefix is not None:
+            return self._sample_after(prefix, context, mask, noise, integrate)
         repeats = len(noise) // len(context)
         context, mask = (repeat(x, "b ... -> (b r) ...", r=repeats) for x in (context, mask))
         if any(isinstance(weight, DTensor) for weight in self.blocks.parameters()):
@@ -129,7 +166,23 @@ class FlowHead(nn.Module):
 
         return integrate(velocity, noise, self.config.steps)
 
-    def _embed(self, time: Tensor) -> Tensor:  # [b] -> [b d]
+    def _sample_after(
+        self, prefix: Tensor, context: Tensor, mask: Tensor, noise: Tensor, integrate: flow.Integrator
+    ) -> Tensor:
+        """Integrate what follows a clean prefix [b*r d a], whose time is 0 throughout."""
+        length, steps = prefix.shape[1], noise.shape[1]
+        repeats = len(noise) // len(context)
+        context, mask = (repeat(x, "b ... -> (b r) ...", r=repeats) for x in (context, mask))
+        is_rest = torch.arange(steps, device=noise.device) >= length
+
+        def velocity(x: Tensor, time: Tensor) -> Tensor:
+            x = torch.cat([prefix, x[:, length:]], dim=1)
+            return self.velocity(context, mask, x, time[:, None] * is_rest)
+
+        chunk = integrate(velocity, noise, self.config.steps)
+        return torch.cat([prefix, chunk[:, length:]], dim=1)
+
+    def _embed(self, time: Tensor) -> Tensor:  # [b] -> [b d], [b t] -> [b t d]
         return self.embed_time(sinusoid(1000 * time, self.config.width))
 
     def _modulations(self) -> dict[float, list[Tensor]]:
@@ -153,6 +206,7 @@ class L1Head(nn.Module):
     ) -> None:
         super().__init__()
         width = config.width
+        self.config = config
         self.queries = nn.Parameter(0.02 * torch.randn(chunk_size, width))
         self.norm_context = nn.LayerNorm(context_width)
         self.blocks = nn.ModuleList(
@@ -168,12 +222,18 @@ class L1Head(nn.Module):
             nn.LayerNorm(width),
             nn.Linear(width, action_dim),
         )
+        if config.prefix_steps:
+            self.embed_prefix = nn.Linear(action_dim, width)
 
     def sample_noise_and_time(
         self, actions: Tensor, generator: torch.Generator | None = None, rank: int = 0, world_size: int = 1
-    ) -> tuple[None, None]:
-        """Sample nothing: regression needs no noise."""
-        return None, None
+    ) -> tuple[None, Tensor | None]:
+        """Sample no noise, which regression does not need, and the prefix, if any, as time 0 of [b t]."""
+        if not self.config.prefix_steps:
+            return None, None
+        batch, steps, _ = actions.shape
+        prefix = sample_prefix(self.config, world_size * batch, steps, generator)
+        return None, copy_to((~prefix[rank * batch : (rank + 1) * batch]).float(), actions)
 
     def loss(
         self,
@@ -184,22 +244,42 @@ class L1Head(nn.Module):
         noise: Tensor | None = None,
         time: Tensor | None = None,
     ) -> Tensor:
-        """Return the mean absolute error, without padded actions, [b]; noise and time are not used."""
-        return flow.masked_mean((self.predict(context, mask) - actions).abs(), is_pad)
+        """Return the mean absolute error, without padding and prefix, [b]; noise is not used."""
+        prefix = None if time is None else (actions, time == 0)
+        error = (self.predict(context, mask, prefix) - actions).abs()
+        return flow.masked_mean(error, without_prefix(is_pad, time))
 
-    def predict(self, context: Tensor, mask: Tensor) -> Tensor:
-        """Return the chunk, context [b s c] -> [b t a]."""
+    def predict(self, context: Tensor, mask: Tensor, prefix: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Return the chunk, context [b s c] -> [b t a].
+
+        A prefix is actions [b t a], and where they are known, bool [b t].
+        """
         context = self.norm_context(context)
         tokens = repeat(self.queries, "t d -> b t d", b=len(context))
+        if prefix is not None:
+            tokens = tokens + self.embed_prefix(prefix[0]) * prefix[1][..., None]
         for block in self.blocks:
             tokens = block(tokens, context, mask)
         return self.output(tokens)
 
     def sample(
-        self, context: Tensor, mask: Tensor, noise: Tensor, integrate: flow.Integrator = flow.euler
+        self,
+        context: Tensor,
+        mask: Tensor,
+        noise: Tensor,
+        integrate: flow.Integrator = flow.euler,
+        prefix: Tensor | None = None,
     ) -> Tensor:
         """Return the chunk, [b*r t a]; the noise gives the number of rows only."""
-        return repeat(self.predict(context, mask), "b t a -> (b r) t a", r=len(noise) // len(context))
+        repeats = len(noise) // len(context)
+        if prefix is None:
+            return repeat(self.predict(context, mask), "b t a -> (b r) t a", r=repeats)
+        context, mask = (repeat(x, "b ... -> (b r) ...", r=repeats) for x in (context, mask))
+        length, steps = prefix.shape[1], noise.shape[1]
+        known = torch.arange(steps, device=prefix.device) < length
+        padded = functional.pad(prefix, (0, 0, 0, steps - length))
+        chunk = self.predict(context, mask, (padded, known.expand(len(prefix), -1)))
+        return torch.cat([prefix, chunk[:, length:]], dim=1)
 
 
 ACTION_HEADS: dict[str, type[FlowHead] | type[L1Head]] = {"flow": FlowHead, "l1": L1Head}
@@ -215,6 +295,13 @@ def make_action_head(config: ActionHeadConfig, context_width: int, chunk_size: i
     if config.name not in ACTION_HEADS:
         raise ValueError(f"Unknown head {config.name!r}. Known: {', '.join(sorted(ACTION_HEADS))}.")
     return ACTION_HEADS[config.name](config, context_width, chunk_size, action_dim)
+
+
+def without_prefix(is_pad: Tensor | None, time: Tensor | None) -> Tensor | None:
+    """Return which actions [b t] the loss leaves out: padding, and those of a prefix, whose time is 0."""
+    if time is None or time.dim() == 1:
+        return is_pad
+    return time == 0 if is_pad is None else is_pad | (time == 0)
 
 
 def copy_to(value: Tensor, like: Tensor) -> Tensor:
@@ -241,14 +328,14 @@ class DiTBlock(nn.Module):
         nn.init.zeros_(self.modulation.bias)
 
     def forward(self, tokens: Tensor, context: Tensor, mask: Tensor, time: Tensor) -> Tensor:
-        """Tokens [b t d], context [b s c], mask [b s], time embedding [b d] -> [b t d]."""
+        """Tokens [b t d], context [b s c], mask [b s], time embedding [b d] or [b t d] -> [b t d]."""
         return self.modulated(tokens, self.cross_attention.kv_cache(context), mask, self.modulation(time))
 
     def modulated(self, tokens: Tensor, cache: KVCache, mask: Tensor, modulation: Tensor) -> Tensor:
-        """Apply the block with a cached context; modulation [b 9*d] or [1 9*d]."""
+        """Apply the block with a cached context; modulation [b 9*d], [1 9*d] or [b t 9*d]."""
         cross = self.cross_attention
         branches = (self.attention, lambda normed: cross.attend(normed, cache, mask), self.mlp)
-        parts = modulation[:, None].chunk(9, dim=-1)
+        parts = (modulation[:, None] if modulation.dim() == 2 else modulation).chunk(9, dim=-1)
         for i, branch in enumerate(branches):
             shift, scale, gate = parts[3 * i : 3 * i + 3]
             tokens = tokens + gate * self.dropout(branch(self.norms[i](tokens) * (1 + scale) + shift))

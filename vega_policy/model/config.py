@@ -197,6 +197,10 @@ class ActionHeadConfig:
     time_power: float = 1.5  # training times are Beta(time_power, 1); above 1 prefers noise (pi0: 1.5)
     state: bool = True  # False: the policy gets a state of zeros
     dropout: float = 0.0  # on each branch of the blocks, in [0, 1)
+    prefix_steps: int = (
+        0  # training for delay: most actions under way that a chunk is conditioned on; 0: none
+    )
+    prefix_dropout: float = 0.5  # part of the training samples without a prefix
 
     def __post_init__(self) -> None:
         if self.width % self.heads or self.width % 2:
@@ -208,6 +212,11 @@ class ActionHeadConfig:
             raise ValueError(f"head.steps must be at least 1; got {self.steps}.")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"head.dropout: expected a probability in [0, 1); got {self.dropout}.")
+        if self.prefix_steps < 0 or not 0.0 <= self.prefix_dropout < 1.0:
+            raise ValueError(
+                f"head.prefix_steps must be at least 0 and head.prefix_dropout in [0, 1); got "
+                f"{self.prefix_steps} and {self.prefix_dropout}."
+            )
 
 
 @dataclass(frozen=True)
@@ -225,6 +234,11 @@ class ModelConfig:
     head: ActionHeadConfig = field(default_factory=ActionHeadConfig)
 
     def __post_init__(self) -> None:
+        if self.head.prefix_steps >= self.chunk_size:
+            raise ValueError(
+                f"head.prefix_steps must be below chunk_size ({self.chunk_size}); got "
+                f"{self.head.prefix_steps}."
+            )
         if not self.backbone.sight and self.prior.name != "none":
             raise ValueError(
                 f"backbone.sight=false removes all vision, but prior={self.prior.name} reads the frames. "

@@ -21,8 +21,8 @@ Integrator = Callable[[VelocityField, Tensor, int], Tensor]
 
 
 def interpolate(actions: Tensor, noise: Tensor, time: Tensor) -> Tensor:
-    """Return the point x_t on the straight path, [b t a], [b t a], [b] -> [b t a]."""
-    time = time[:, None, None]
+    """Return the point x_t on the straight path, [b t a], [b t a], [b] or [b t] -> [b t a]."""
+    time = time[:, None, None] if time.dim() == 1 else time[..., None]
     return time * noise + (1 - time) * actions
 
 

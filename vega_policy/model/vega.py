@@ -241,11 +241,18 @@ class VegaModel(VegaEncoder):
         return self.head.loss(context, mask, actions, is_pad, noise, time)
 
     def sample_actions(
-        self, observation: Observation, noise: Tensor, integrate: flow.Integrator = flow.euler
+        self,
+        observation: Observation,
+        noise: Tensor,
+        integrate: flow.Integrator = flow.euler,
+        prefix: Tensor | None = None,
     ) -> Tensor:
-        """Return a chunk of normalised actions from noise, [b t a] -> [b t a]; equal noise, equal chunk."""
+        """Return a chunk of normalised actions from noise, [b t a] -> [b t a]; equal noise, equal chunk.
+
+        It begins with `prefix` [b d a], if given to a head that was trained with `prefix_steps`.
+        """
         context, mask = self.encode_context(observation)
-        return self.head.sample(context, mask, noise, integrate)
+        return self.head.sample(context, mask, noise, integrate, prefix)
 
     def encode_context(
         self, observation: Observation, prior_generator: torch.Generator | None = None

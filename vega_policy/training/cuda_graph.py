@@ -135,7 +135,8 @@ class CapturedStep:
             ValueError: If shapes differ from the first batch's, or an instruction is unknown.
         """
         inputs = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
-        inputs |= {} if noise is None or time is None else {"noise": noise, "time": time}
+        drawn = {"noise": noise, "time": time}
+        inputs |= {name: value for name, value in drawn.items() if value is not None}
         if self._gradient is None:
             self._allocate(batch, inputs)
             self._gradient = self._captured()
