@@ -1,11 +1,16 @@
-"""Logs of the simulated robot are summarized without the episodes that were cut short."""
+"""Success against delay in virtual time, and the logs of the simulated robot on the wall clock."""
 
 import json
-import sys
+from types import SimpleNamespace
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
-from vega_policy.deployment.latency_benchmark import benchmark_inference, summarize_log
+from vega_policy.deployment.latency_benchmark import Cell, benchmark_latency, summarize_log
+from vega_policy.evaluation.env_worker import Worker
+from vega_policy.evaluation.episodes import plan_episodes
+from vega_policy.evaluation.policies import PolicyDescription
 from vega_policy.run_dir import OtherRunError
 
 
@@ -15,6 +20,8 @@ def episode(success, **changes):
         "steps": 50,
         "held_steps": 5,
         "late_steps": 0,
+        "lost_commands": 1,
+        "under_way": {"0": 40, "1": 5},
         "seconds": 2.5,
         "won_at": 2.5 if success else None,
         "cut_short": False,
@@ -36,34 +43,123 @@ def test_complete_episodes_are_counted_with_an_interval(tmp_path):
     row = summarize_log("sync", log)
     expected = {"run": "sync", "success": 2, "episodes": 3, "held_fraction": 0.1, "seconds_to_success": 2.5}
     assert {key: row[key] for key in expected} == expected
+    assert (row["lost_commands"], row["under_way"]) == (3, {"0": 120, "1": 15})
     assert 0.2 < row["low"] < 2 / 3 < row["high"] < 0.95
     assert summarize_log("first", log, episodes=2)["episodes"] == 2
     with pytest.raises(ValueError, match="3 complete episodes, expected 50"):
         summarize_log("sync", log, episodes=50)
 
 
-DEPLOY = """
-import json, pathlib, sys
-fields = dict(argument.split("=", 1) for argument in sys.argv[1:])
-folder = pathlib.Path(fields["output_dir"])
-folder.mkdir(exist_ok=True)
-lines = [json.loads(sys.argv[-1].partition("=")[2])] * int(fields["episodes"])
-with (folder / "vega_sim.jsonl").open("a") as log:
-    log.writelines(json.dumps(line) + "\\n" for line in lines)
-"""
+class Numbers:
+    """An environment that succeeds when numbered actions come in order, each once, and shows their number."""
+
+    action_space, task_description = SimpleNamespace(shape=(2,)), "count"
+
+    def reset(self, seed, options):
+        self.done, self.steps, self.goal = 0, 0, 20 + seed % 5
+        return self.observe(), {}
+
+    def step_blindly(self, action):
+        self.steps += 1
+        if action[0] != 0 and self.done >= 0:
+            self.done = self.done + 1 if action[0] == self.done + 1 else -1
+        return self.done == self.goal, self.steps >= 100
+
+    def observe(self):
+        return {"agent_pos": np.array([self.done], np.float32)}
+
+    def simulator_state(self):
+        return np.array([self.done, self.goal], float)
+
+    def close(self):
+        pass
 
 
-def test_inference_modes_alternate_and_a_comparison_resumes(tmp_path):
-    output, command = tmp_path / "logs", [sys.executable, "-c", DEPLOY]
-    overrides = [f"record={episode(True)}"]
-    first, _ = benchmark_inference(overrides, output=output, episodes=3, block=2, command=command)
-    assert (first["run"], first["success"], first["episodes"]) == ("sync", 3, 3)
-    rows = benchmark_inference(overrides, output=output, episodes=4, block=2, command=command)
-    assert [(row["run"], row["episodes"]) for row in rows] == [("sync", 4), ("rtc", 4)]
-    with pytest.raises(OtherRunError, match="extra_latency"):
-        benchmark_inference(overrides, output=output, extra_latency=0.6, command=command)
-    with pytest.raises(RuntimeError, match="no episode was added"):
-        benchmark_inference(overrides, output=tmp_path / "other", command=[sys.executable, "-c", ""])
+class LocalPool:
+    """The environments in this process."""
+
+    def open(self, *, render, keep_states, history):
+        self.worker = Worker(lambda suite, index, **options: Numbers())
+        self.worker.open({}, keep_states, history)
+
+    def advance(self, commands):
+        return self.worker.advance(commands)
+
+
+class Counter:
+    """Plans the numbers that come next."""
+
+    description = PolicyDescription("counter", "none", (), 1, 2, action_steps=8)
+    noise_shape, reads_frames, supports_rtc = (16, 2), False, True
+
+    def __init__(self):
+        self.contexts = []
+
+    def reset(self):
+        pass
+
+    def chunk(self, batch, noise, rtc=None):
+        if rtc is not None:
+            self.contexts.append((int(batch.state[0, 0]), rtc))
+        numbers = batch.state[:, :1] + 1 + np.arange(16)
+        return np.stack([numbers, -np.ones_like(numbers)], axis=-1).astype(np.float32)
+
+
+def run_cells(folder, cells, policy=None, episodes=2):
+    tasks = [SimpleNamespace(suite="numbers", name="count", index=0, official_states=0)]
+    planned = plan_episodes(tasks, episodes, 0, official_states=False)
+    settings = {"episodes": episodes}
+    run = benchmark_latency(
+        policy or Counter(), LocalPool(), planned, cells, output=folder, settings=settings, num_envs=2
+    )
+    return list(run)
+
+
+@pytest.mark.parametrize("method", ["aligned", "async", "rtc"])
+@pytest.mark.parametrize(("delay", "under_way"), [(0, 0), (1, 1), (4, 2), (8, 0), (8, 2), (3, 9)])
+def test_aligned_chunks_execute_every_planned_action_once_and_in_order(tmp_path, method, delay, under_way):
+    (row,) = run_cells(tmp_path / "run", [Cell(method, delay, under_way)])
+    assert (row["success"], row["episodes"]) == (2, 2)
+
+
+def test_commands_under_way_are_repeated_without_alignment_and_lost_by_the_clock(tmp_path):
+    cells = [Cell("aligned", 2, 1), Cell("naive", 2, 0), Cell("naive", 2, 1), Cell("lerobot", 2, 0)]
+    rows = run_cells(tmp_path / "run", cells)
+    assert [row["success"] for row in rows] == [2, 2, 0, 0]
+    assert [row["lost"] for row in rows] == [0, 0, 2, 2]
+    held = rows[0]["steps"] - sum(20 + index for index in range(2)) / 2
+    assert held > 5  # the robot waits for each chunk, and the last command takes a step more
+
+
+def test_the_policy_continues_the_actions_since_its_observation(tmp_path):
+    policy = Counter()
+    run_cells(tmp_path / "run", [Cell("rtc", 3, 2)], policy)
+    assert policy.contexts
+    for done, context in policy.contexts:
+        assert context.delay == 5  # two under way, and three until the chunk arrives
+        assert context.actions[:, 0].tolist() == list(range(done + 1, done + 1 + len(context.actions)))
+
+
+def test_a_benchmark_resumes_with_raw_episodes_and_a_plot(tmp_path):
+    folder, cells = tmp_path / "run", [Cell("aligned", 0, 0), Cell("naive", 0, 1)]
+    first = run_cells(folder, cells[:1])
+    assert run_cells(folder, cells, episodes=2)[0] == first[0]
+    raw = pq.read_table(folder / "episodes.parquet").to_pylist()
+    assert [(row["method"], row["index"]) for row in raw] == [(c.method, i) for c in cells for i in range(2)]
+    assert (folder / "latency.png").stat().st_size > 1000
+    with pytest.raises(OtherRunError, match="episodes"):
+        run_cells(folder, cells, episodes=3)
+
+
+def test_unknown_methods_and_policies_without_real_time_chunking_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"methods: expected some of naive, .*; got fast"):
+        Cell("fast", 0, 0)
+    with pytest.raises(ValueError, match="at least 0"):
+        Cell("naive", -1, 0)
+    policy = Counter()
+    policy.supports_rtc = False
+    with pytest.raises(ValueError, match="supports only naive, aligned and async"):
+        run_cells(tmp_path / "run", [Cell("rtc", 0, 0)], policy)
 
 
 def test_a_log_of_an_older_version_is_refused(tmp_path):

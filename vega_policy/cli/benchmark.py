@@ -1,5 +1,6 @@
 """`vega-benchmark`: measure the time of each part on this machine."""
 
+import math
 import shlex
 import sys
 from collections.abc import Iterator
@@ -14,8 +15,11 @@ from omegaconf import DictConfig, OmegaConf
 from vega_policy.cli import Command
 
 FIELDS: dict[str, Any] = {
-    "defaults": [{"prior": "wan_tiny"}, {"backbone": "compact"}, {"head": "flow"}],  # with random weights
-    "part": "???",  # prior, policy, train, dataset, simulate; deployment: latency, inference, logs, server
+    "defaults": [
+        *({"prior": "wan_tiny"}, {"backbone": "compact"}, {"head": "flow"}),  # with random weights
+        {"env": "lift_wide"},
+    ],
+    "part": "???",  # prior, policy, train, dataset, simulate; deployment: latency, logs, server
     "device": None,  # null: cuda where there is one
     "output": None,  # JSON file, written after each row
     "seconds": 1.0,  # duration of each measurement
@@ -36,16 +40,25 @@ FIELDS: dict[str, Any] = {
     "cache_root": "outputs/cache",
     "cached": ["semantic", "prior"],  # of frames, semantic, prior
     "small": False,  # the demo's small trunk and head
-    # simulate; latency takes the first suite
+    # simulate
     "suites": ["lift_wide"],
-    # latency (success against thinking steps, without a clock), inference (sync and rtc on the wall clock)
+    # latency: success in the suite of the group env against delays in control steps, on any machine the same
     "checkpoint": None,
-    "episodes": 50,  # logs: null counts all
-    "thinking_steps": [8],  # environment steps between an observation and its chunk
-    "threshold": 10,  # actions left when real-time chunking predicts the next chunk
-    "overrides": [],  # inference: further fields of configs/deploy.yaml, such as robot.device.seed=1
-    "extra_latency": 0.3,  # inference: seconds added to each prediction
-    "folder": "outputs/inference",  # inference: logs; the same command resumes
+    "methods": [
+        "aligned",
+        "naive",
+        "lerobot",
+        "async",
+        "rtc",
+    ],  # the first one with the first delays: reference
+    "delays": [0, 1, 2, 4, 8],  # from an observation until its chunk arrives
+    "under_way": [0, 1, 2],  # from sending a command to its execution
+    "tasks": None,  # indices; null: the whole suite
+    "episodes": 40,  # of each cell, spread over the tasks; logs: null counts all
+    "action_steps": None,  # actions executed of each chunk; null takes the policy's own n_action_steps
+    "num_envs": 10,  # batch size of the policy
+    "processes": 2,  # simulator processes
+    "folder": "outputs/latency/${env.suite}",  # raw episodes and plot; the same command resumes
     # logs
     "logs": {},  # name: file of a simulated robot
     # server
@@ -55,7 +68,7 @@ FIELDS: dict[str, Any] = {
     "clients": [1, 4, 16],
 }
 
-DEPLOYMENT = ("latency", "inference", "logs", "server")
+DEPLOYMENT = ("latency", "logs", "server")
 
 
 @partial(
@@ -64,7 +77,7 @@ DEPLOYMENT = ("latency", "inference", "logs", "server")
     examples=[
         "vega-benchmark prior prior=wan2.1_t2v_1.3b 'frames=[1,2,8,32]'",
         "vega-benchmark policy prior=wan_tiny device=cpu output=outputs/policy.json",
-        "vega-benchmark latency checkpoint=outputs/demo/train/checkpoints/last 'thinking_steps=[0,4,8]'",
+        "vega-benchmark latency checkpoint=outputs/demo/train/checkpoints/last 'delays=[0,4,8]'",
         "vega-benchmark logs +logs.sync=outputs/rollout/sync.jsonl",
     ],
     node=FIELDS,
@@ -73,7 +86,7 @@ DEPLOYMENT = ("latency", "inference", "logs", "server")
 def benchmark(config: DictConfig) -> str:
     """Measure a part on this machine.
 
-    Parts: prior, policy, train, dataset, simulate; deployment: latency, inference, logs, server.
+    Parts: prior, policy, train, dataset, simulate; deployment: latency, logs, server.
     """
     import torch
 
@@ -101,7 +114,6 @@ def _deployment(options: SimpleNamespace) -> Iterator[dict[str, Any]]:
     """Yield the rows of a part of `DEPLOYMENT`."""
     from vega_policy.deployment import latency_benchmark as latency
     from vega_policy.deployment.client import ServerAddress
-    from vega_policy.evaluation.policies import find_checkpoint, load_lerobot_policy
 
     if options.part == "logs":
         for name, file in options.logs.items():
@@ -114,22 +126,36 @@ def _deployment(options: SimpleNamespace) -> Iterator[dict[str, Any]]:
             None if certificate is None else Path(certificate),
         )
         yield from latency.benchmark_server(address, clients=options.clients, seconds=options.seconds)
-    elif options.checkpoint is None:
-        raise ValueError(
-            f"{options.part}: no value for checkpoint. Add checkpoint=FOLDER to the command line."
-        )
-    elif options.part == "latency":
-        envs = import_module("envs")
-        environment = envs.make(options.suites[0], 0, frame_size=options.frame_size, rendering="fast")
-        yield from latency.benchmark_discrete_time(
-            load_lerobot_policy(find_checkpoint(Path(options.checkpoint)), device=options.device),
-            environment,
-            first_seed=import_module("envs.base").EVALUATION_SEED,
-            episodes=options.episodes,
-            thinking_steps=options.thinking_steps,
-            threshold=options.threshold,
-        )
     else:
-        overrides = [f"checkpoint={options.checkpoint}", *options.overrides]
-        settings = {"episodes": options.episodes, "extra_latency": options.extra_latency}
-        yield from latency.benchmark_inference(overrides, output=Path(options.folder), **settings)
+        yield from _latency(options)
+
+
+def _latency(options: SimpleNamespace) -> Iterator[dict[str, Any]]:
+    """Yield success in virtual time, a row for each method, delay and number of commands under way."""
+    from vega_policy.deployment.latency_benchmark import Cell, benchmark_latency
+    from vega_policy.deployment.server import load_served_policy
+    from vega_policy.evaluation.env_pool import EnvironmentFactory, WorkerPool
+    from vega_policy.evaluation.episodes import plan_episodes, select_tasks
+
+    if options.checkpoint is None:
+        raise ValueError("latency: no value for checkpoint. Add checkpoint=FOLDER to the command line.")
+    env = options.env
+    tasks = select_tasks(import_module("envs").tasks(env["suite"]), options.tasks)
+    official = all(task.official_states for task in tasks)
+    episodes = plan_episodes(tasks, math.ceil(options.episodes / len(tasks)), 0, official_states=official)
+    cells = [
+        Cell(method, delay, under_way)
+        for under_way in options.under_way
+        for delay in options.delays
+        for method in options.methods
+    ]
+    factory = EnvironmentFactory("envs.make", env["frame_size"], env["rendering"])
+    policy = load_served_policy(
+        Path(options.checkpoint), device=options.device, action_steps=options.action_steps
+    )
+    settings = {"checkpoint": policy.fingerprint, "action_steps": policy.description.action_steps, "env": env}
+    settings |= {"tasks": options.tasks, "episodes": options.episodes, "num_envs": options.num_envs}
+    output = Path(options.folder)
+    with WorkerPool(factory, min(options.processes, options.num_envs)) as pool:
+        sizes = {"num_envs": options.num_envs, "settings": settings}
+        yield from benchmark_latency(policy, pool, episodes, cells, output=output, **sizes)

@@ -1,4 +1,4 @@
-"""Measures the cost of latency: success in discrete time and on the wall clock, and a server's load.
+"""Measures the cost of latency: success in virtual time, logs of the wall clock, and a server's load.
 
 Each benchmark returns or yields rows of plain values, one table row each.
 """
@@ -6,219 +6,211 @@ Each benchmark returns or yields rows of plain values, one table row each.
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from lerobot.policies.rtc import ActionQueue, RTCConfig
-from torch import Tensor
+import pyarrow as pa
+import pyarrow.parquet as pq
+from matplotlib.figure import Figure
 
 from vega_policy.deployment.client import PolicyClient, ServerAddress
-from vega_policy.deployment.protocol import ProtocolError
-from vega_policy.deployment.rtc import Predict, RealTimeEngine
-from vega_policy.deployment.safety import JointLimits, SafetyFilter
-from vega_policy.evaluation.policies import LeRobotChunkPolicy, ObservationBatch, lerobot_keys
+from vega_policy.deployment.protocol import ProtocolError, RTCContext
+from vega_policy.deployment.server import ServedCheckpoint
+from vega_policy.evaluation.env_pool import WorkerPool
+from vega_policy.evaluation.episodes import Episode, queue_episodes
+from vega_policy.evaluation.policies import ObservationBatch
+from vega_policy.evaluation.rollout import Rollout
 from vega_policy.evaluation.stats import wilson_interval
-from vega_policy.modeling_vega import VegaPolicy
-from vega_policy.run_dir import open_run
+from vega_policy.run_dir import open_run, write_bytes
 
 Row = dict[str, Any]
 
-INFERENCE = {"sync": ["inference=sync"], "rtc": ["inference=rtc", "inference.queue_threshold=12"]}
-"""Overrides of configs/deploy.yaml that `benchmark_inference` compares."""
-
-DEPLOY = (sys.executable, "-c", "from vega_policy.cli.deploy import main; main()")
-SIMULATOR_LOG = "vega_sim.jsonl"
-
-
-@dataclass
-class DiscreteTimeEpisode:
-    """An episode in which a prediction takes steps of the environment: the same on any machine."""
-
-    environment: Any  # one of `envs`, reset
-    predict: Predict
-    thinking_steps: int  # steps from an observation until its chunk arrives; the hand rests without a command
-    steps: int = 0
-    held_steps: int = 0  # steps without a command
-    success: bool = False
-    _gripper: float = -1.0
-
-    @property
-    def is_over(self) -> bool:
-        """Whether it succeeded, or reached the task's horizon."""
-        return self.success or self.steps >= self.environment.task.horizon
-
-    def step(self, action: Tensor | None) -> None:
-        """Execute an action [a], or hold still."""
-        if self.is_over:
-            return
-        command = np.zeros(self.environment.action_space.shape[0])
-        command[-1] = self._gripper
-        if action is None:
-            self.held_steps += 1
-        else:
-            command = action.numpy().astype(np.float64)
-        self._gripper = command[-1]
-        self.success = bool(self.environment.step_blindly(command)[0])
-        self.steps += 1
-
-
-def run_sync(episode: DiscreteTimeEpisode, *, action_steps: int, threshold: int) -> None:
-    """Wait for each prediction, then execute the first actions of its chunk."""
-    while not episode.is_over:
-        _, actions = episode.predict(episode.environment.observe(), 0, None)
-        for action in [None] * episode.thinking_steps + list(actions[:action_steps]):
-            episode.step(action)
-
-
-def run_rtc(episode: DiscreteTimeEpisode, *, action_steps: int, threshold: int) -> None:
-    """Real-time chunking of `RealTimeEngine`: chunks are joined by the number of executed actions."""
-    safety = SafetyFilter([JointLimits("any", -1.0, 1.0)], period=0.05, max_observation_age=np.inf)
-
-    def tick() -> None:
-        engine.notify_observation({} if episode.is_over else episode.environment.observe())
-        episode.step(engine.get_action(None))
-
-    def predict(observation: dict[str, Any], delay: int, rest: Tensor | None) -> tuple[Tensor, Tensor]:
-        chunk = episode.predict(observation, delay, rest)
-        for _ in range(episode.thinking_steps - 1):  # the tick before has executed one
-            tick()
-        return chunk
-
-    engine = RealTimeEngine(predict, lambda: None, safety, threshold=threshold, shutdown=threading.Event())
-    while not episode.is_over:
-        tick()
-        if not episode.is_over:
-            engine.predict_if_due()
-
-
-def run_rtc_by_clock(episode: DiscreteTimeEpisode, *, action_steps: int, threshold: int) -> None:
-    """Real-time chunking with LeRobot's queue, which drops the actions that were due by the clock."""
-    queue = ActionQueue(RTCConfig())
-    while not episode.is_over:
-        if queue.qsize() > threshold:
-            episode.step(queue.get())
-            continue
-        chunk, actions = episode.predict(
-            episode.environment.observe(), episode.thinking_steps, queue.get_left_over()
-        )
-        for _ in range(episode.thinking_steps):
-            episode.step(queue.get())
-        queue.merge(chunk, actions, episode.thinking_steps, None)
-        episode.step(queue.get())
-
-
-MODES: dict[str, Callable[..., None]] = {
-    "sync": run_sync,
-    "rtc": run_rtc,
-    "rtc by the clock": run_rtc_by_clock,
+METHODS = {
+    "naive": "the robot waits for a chunk, which begins at its first action",
+    "aligned": "the robot waits for a chunk, which begins after the commands under way",
+    "lerobot": "predicted while the last chunk is executed; an action is dropped for each step of the delay",
+    "async": "predicted while the last chunk is executed; begins after the commands sent since",
+    "rtc": "as async, and continues the last chunk: by prefix if trained so, else by guidance or blending",
 }
+"""How a chunk follows the last one."""
+
+EPISODES_FILE, PLOT_FILE = "episodes.parquet", "latency.png"
 
 
-def benchmark_discrete_time(
-    chunks: LeRobotChunkPolicy,
-    environment: Any,
-    *,
-    first_seed: int,
-    episodes: int = 50,
-    thinking_steps: Sequence[int] = (8,),
-    threshold: int = 10,
-    modes: Sequence[str] = tuple(MODES),
-) -> Iterator[Row]:
-    """Yield the success of each mode at each number of thinking steps, over the same episodes.
-
-    `environment` is one of `envs`, with the cameras that the policy was trained on. A thinking step is an
-    environment step between an observation and the arrival of its chunk. Real-time chunking predicts the next
-    chunk at `threshold` actions left.
+@dataclass(frozen=True)
+class Cell:
+    """One condition of the benchmark.
 
     Raises:
-        ValueError: If the policy is not of type vega, or a mode is unknown.
+        ValueError: If the method is unknown, or a number is negative.
     """
-    policy, description = chunks.policy, chunks.description
-    if not isinstance(policy, VegaPolicy):
-        raise ValueError(f"expected a policy of type vega, got {description.name}")
-    if unknown := set(modes) - set(MODES):
-        raise ValueError(f"modes: expected some of {', '.join(MODES)}; got {', '.join(sorted(unknown))}")
 
-    @torch.no_grad()
-    def predict(observation: dict[str, Any], delay: int, rest: Tensor | None) -> tuple[Tensor, Tensor]:
-        names = lerobot_keys(observation["pixels"])
-        frames = {camera: observation["pixels"][names[camera]][None] for camera in description.cameras}
-        state = np.asarray(observation["agent_pos"], np.float32)[None]
-        inputs = chunks.inputs(ObservationBatch(frames, state, [environment.task.instruction]))
-        chunk = policy.predict_action_chunk(inputs, inference_delay=delay, prev_chunk_left_over=rest)
-        return chunk[0], chunks.postprocessor(chunk)[0]
+    method: str
+    delay: int  # control steps from an observation until its chunk arrives
+    under_way: int  # control steps from sending a command to its execution
 
-    for steps in thinking_steps:
-        for mode in modes:
-            policy.use_rtc(None if mode == "sync" else RTCConfig())
-            runs = [DiscreteTimeEpisode(environment, predict, steps) for _ in range(episodes)]
-            for index, run in enumerate(runs):
-                torch.manual_seed(index)  # of the noise that a chunk starts from
-                environment.reset_blindly(seed=first_seed + index)
-                MODES[mode](run, action_steps=description.action_steps, threshold=threshold)
-            yield {
-                "mode": mode,
-                "thinking_steps": steps,
-                **_success(sum(run.success for run in runs), episodes),
-                "steps": sum(run.steps for run in runs) / episodes,
-                "held_steps": sum(run.held_steps for run in runs) / episodes,
-            }
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"methods: expected some of {', '.join(METHODS)}; got {self.method}")
+        if min(self.delay, self.under_way) < 0:
+            raise ValueError(f"expected delay and under_way of at least 0, got {self}")
 
 
-def benchmark_inference(
-    overrides: Sequence[str],
+class DelayedPlan:
+    """An episode's plan in virtual time: the commands that reach the environment, whatever machine runs it.
+
+    A command reaches it `under_way` steps after it was sent; where none does, the hand holds still.
+    """
+
+    def __init__(self, cell: Cell, *, action_steps: int, threshold: int, action_size: int) -> None:
+        self._cell, self._action_steps = cell, action_steps
+        self._waits = cell.method in ("naive", "aligned")
+        self._threshold = 0 if self._waits else threshold
+        self._plan = np.zeros((0, action_size), np.float32)  # all actions of the episode by index
+        self._sent = self._executed = 0  # the next index of each
+        self._pipeline: deque[np.ndarray | None] = deque([None] * cell.under_way)
+        self._hold = np.zeros(action_size, np.float32)
+        self._hold[-1] = -1.0
+        self._commands: list[np.ndarray] = []
+
+    def context(self) -> RTCContext | None:
+        """Return the actions that the next chunk continues, or None."""
+        delay, since = self._cell.delay, self._plan[self._sent :]
+        if self._cell.method == "rtc":
+            delay, since = self._sent - self._executed + delay, self._plan[self._executed :]
+        elif self._cell.method != "lerobot":
+            return None
+        return RTCContext(since, min(delay, len(since)), 10, 10.0) if len(since) else None
+
+    def advance(self, chunk: np.ndarray) -> np.ndarray:
+        """Return the commands [n a] from a chunk's observation until the next one; see `rollout.Plan`."""
+        observed, self._commands = self._executed, []
+        for _ in range(self._cell.delay):
+            self._step()
+        rules = {"naive": 0, "lerobot": self._cell.delay}
+        first = rules.get(self._cell.method, self._sent - observed)
+        last = first + self._action_steps if self._waits else None
+        self._plan = np.concatenate([self._plan[: self._sent], chunk[first:last]])
+        self._step()
+        while len(self._plan) - self._sent > self._threshold:
+            self._step()
+        return np.stack(self._commands)
+
+    def _step(self) -> None:
+        """Send the next action, if there is one, and execute the command that is due."""
+        self._pipeline.append(self._plan[self._sent] if self._sent < len(self._plan) else None)
+        self._sent = min(self._sent + 1, len(self._plan))
+        due = self._pipeline.popleft()
+        if due is not None:
+            self._executed += 1
+            self._hold[-1] = due[-1]
+        self._commands.append(self._hold.copy() if due is None else due)
+
+
+def benchmark_latency(
+    policy: ServedCheckpoint,
+    pool: WorkerPool,
+    episodes: Sequence[Episode],
+    cells: Sequence[Cell],
     *,
     output: Path,
-    episodes: int = 50,
-    block: int = 10,
-    seconds: float = 6.0,
-    extra_latency: float = 0.3,
-    command: Sequence[str] = DEPLOY,
-) -> list[Row]:
-    """Compare `INFERENCE` on the simulated robot and the wall clock, with a policy that is made slower.
+    settings: dict[str, Any],
+    num_envs: int = 10,
+) -> Iterator[Row]:
+    """Run the same episodes in each cell and yield its success; raw episodes and a plot are in `output`.
 
-    Blocks of episodes alternate, so that other load of the machine affects both. Called again, it resumes.
+    Called again with the same settings, it continues after the last finished cell. `gained` and `lost` count
+    episodes against the first cell.
 
     Args:
-        overrides: Overrides of configs/deploy.yaml, such as `checkpoint=...`.
-        output: Folder of the logs.
-        episodes: Episodes of each inference.
-        block: Episodes of one inference before the other one's turn.
-        seconds: Length of an episode.
-        extra_latency: Seconds added to each prediction.
-        command: Program that deploys; takes overrides.
+        policy: A checkpoint of a policy of type vega.
+        pool: Workers; opened here.
+        episodes: Episodes of a suite.
+        cells: The conditions; the first one is the reference.
+        output: Folder of `episodes.parquet` and `latency.png`.
+        settings: All that decides the results, as JSON values.
+        num_envs: Batch size of the policy.
 
     Raises:
-        OtherRunError: If `output` holds episodes of other settings.
-        RuntimeError: If a deployment fails or adds no episode.
+        OtherRunError: If `output` holds a benchmark with other settings.
+        ValueError: If real-time chunking is requested of a policy that does not support it.
     """
-    settings = {"overrides": list(overrides), "seconds": seconds, "extra_latency": extra_latency}
-    logs = {name: output / name / SIMULATOR_LOG for name in INFERENCE}
+    if not policy.supports_rtc and any(cell.method in ("lerobot", "rtc") for cell in cells):
+        raise ValueError(f"methods: {policy.description.name} supports only naive, aligned and async")
     with open_run(output, settings):
-        while (done := min(len(complete_episodes(log)) for log in logs.values())) < episodes:
-            end = min(done // block * block + block, episodes)
-            for name, log in logs.items():
-                first = len(complete_episodes(log))
-                if first >= end:
-                    continue
-                arguments = [
-                    *("robot=vega_sim", "task=lift the red cube", *INFERENCE[name]),
-                    *(f"robot.device.first_episode={first}", f"episodes={end - first}"),
-                    *(f"episode_seconds={seconds}", f"output_dir={log.parent}"),
-                    *(f"extra_latency_seconds={extra_latency}", *overrides),
-                ]
-                code = subprocess.run([*command, *arguments], check=False).returncode
-                if code != 0 or len(complete_episodes(log)) <= first:
-                    raise RuntimeError(f"no episode was added to {log} (exit status {code}); see above")
-    return [summarize_log(name, log, episodes) for name, log in logs.items()]
+        path = output / EPISODES_FILE
+        raw: list[Row] = pq.read_table(path).to_pylist() if path.is_file() else []
+        pool.open(render=policy.reads_frames, keep_states=False, history=policy.description.history)
+        rows: list[Row] = []
+        for cell in cells:
+            results = [row for row in raw if row.items() >= asdict(cell).items()]
+            if not results:
+                results = _run_cell(policy, pool, episodes, cell, num_envs)
+                raw += results
+                buffer = pa.BufferOutputStream()
+                pq.write_table(pa.Table.from_pylist(raw), buffer)
+                write_bytes(path, buffer.getvalue().to_pybytes())
+            reference = [row for row in raw if row.items() >= asdict(cells[0]).items()]
+            rows.append(_summarize_cell(cell, results, reference))
+            yield rows[-1]
+        plot_latency(rows).savefig(output / PLOT_FILE, dpi=120)
+
+
+def _run_cell(
+    policy: ServedCheckpoint, pool: WorkerPool, episodes: Sequence[Episode], cell: Cell, num_envs: int
+) -> list[Row]:
+    """Return one row an episode, in order."""
+    action_steps, size = policy.description.action_steps, policy.description.action_size
+    chunk_size = action_steps if policy.noise_shape is None else policy.noise_shape[0]
+    threshold = max(chunk_size - action_steps, cell.delay)
+    sizes = {"action_steps": action_steps, "threshold": threshold, "action_size": size}
+    rollout = Rollout(policy, pool, partial(DelayedPlan, cell, **sizes))
+    rows = []
+    for end in rollout.run(queue_episodes(episodes, num_envs, set())):
+        episode, outcome = end.episode, end.outcome
+        identity = {name: getattr(episode, name) for name in ("task_index", "index", "seed")}
+        result = {name: outcome[name] for name in ("success", "length", "initial_hash")}
+        rows.append({**asdict(cell), **identity, **result})
+    return sorted(rows, key=lambda row: (row["task_index"], row["index"]))
+
+
+def _summarize_cell(cell: Cell, results: Sequence[Row], reference: Sequence[Row]) -> Row:
+    pairs = [(one["success"], other["success"]) for one, other in zip(results, reference, strict=True)]
+    return {
+        **asdict(cell),
+        **_success(sum(one for one, _ in pairs), len(pairs)),
+        "gained": sum(one and not other for one, other in pairs),
+        "lost": sum(other and not one for one, other in pairs),
+        "steps": sum(row["length"] for row in results) / len(results),
+    }
+
+
+def plot_latency(rows: Sequence[Row]) -> Figure:
+    """Return a plot of success against delay, one panel for each number of commands under way."""
+    panels = sorted({row["under_way"] for row in rows})
+    figure = Figure(figsize=(4 * len(panels), 3.5), layout="constrained")
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axis, under_way in zip(axes, panels, strict=True):
+        for method in METHODS:
+            line = sorted(
+                (row["delay"], 100 * row["success"] / row["episodes"])
+                for row in rows
+                if (row["method"], row["under_way"]) == (method, under_way)
+            )
+            if line:
+                axis.plot(*zip(*line, strict=True), marker="o", label=method)
+        axis.set(title=f"commands under way: {under_way}", xlabel="delay, control steps", ylim=(0, 102))
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("success, %")
+    axes[0].legend()
+    return figure
 
 
 def complete_episodes(log: Path) -> list[Row]:
@@ -230,8 +222,10 @@ def complete_episodes(log: Path) -> list[Row]:
 def summarize_log(name: str, log: Path, episodes: int | None = None) -> Row:
     """Return the success in a simulated robot's log (`vega_sim`), and how well time was kept.
 
-    `held_fraction` is the fraction of steps without a command, `late_fraction` that of steps that the
-    simulator itself began late: above a few percent, the machine was too slow for the log to be meaningful.
+    `held_fraction` is the fraction of steps without a command, `lost_commands` the number that was never
+    executed, `under_way` how often an observation did not reflect that many commands. `late_fraction` is that
+    of steps that the simulator itself began late: above a few percent, the machine was too slow for the log
+    to be meaningful.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -244,7 +238,7 @@ def summarize_log(name: str, log: Path, episodes: int | None = None) -> Row:
         raise ValueError(f"{log} holds {len(found)} complete episodes, expected {episodes or 'some'}")
     found = found[:episodes]
     successes = [line for line in found if line["success"]]
-    if any("won_at" not in line for line in successes):
+    if any("under_way" not in line for line in found):
         raise ValueError(f"{log} was written by an older version; use another file")
     steps = sum(line["steps"] for line in found)
     times = [line["won_at"] for line in successes]
@@ -254,6 +248,8 @@ def summarize_log(name: str, log: Path, episodes: int | None = None) -> Row:
         "seconds_to_success": sum(times) / len(times) if times else None,
         "held_fraction": sum(line["held_steps"] for line in found) / steps,
         "late_fraction": sum(line["late_steps"] for line in found) / steps,
+        "lost_commands": sum(line["lost_commands"] for line in found),
+        "under_way": dict(sum((Counter(line["under_way"]) for line in found), Counter())),
     }
 
 

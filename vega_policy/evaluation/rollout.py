@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -35,11 +36,25 @@ class FinishedEpisode:
     policy_calls: int
 
 
+class Plan(Protocol):
+    """What an environment executes between two predictions of an episode, if not a chunk's first actions."""
+
+    def context(self) -> Any:
+        """Return what a policy with real-time chunking is given besides the observation, or None."""
+        ...
+
+    def advance(self, chunk: np.ndarray) -> np.ndarray:
+        """Return the commands [n a], n >= 1, executed from a chunk's observation until the next one."""
+        ...
+
+
 @dataclass
 class _Row:
     """State of one environment in the main process."""
 
     queue: deque[Episode]
+    make_plan: Callable[[], Plan] | None = None
+    plan: Plan | None = None
     episode: Episode | None = None
     observation: EnvObservation | None = None
     calls: int = 0
@@ -54,16 +69,21 @@ class _Row:
             finished = FinishedEpisode(self.episode, outcome, self.calls)
         if outcome is not None or self.episode is None:
             self.episode, self.calls = (self.queue.popleft() if self.queue else None), 0
+            self.plan = None if self.make_plan is None else self.make_plan()
         self.observation = report["observation"]
         return finished
 
 
 @dataclass
 class Rollout:
-    """Runs episodes with a batched policy."""
+    """Runs episodes with a batched policy.
 
-    policy: ChunkPolicy
+    With `make_plan` each episode has a plan, whose contexts go to the policy as a third argument, row by row.
+    """
+
+    policy: Any  # a ChunkPolicy
     pool: WorkerPool  # opened
+    make_plan: Callable[[], Plan] | None = None
     call_seconds: list[float] = field(default_factory=list)  # duration of every policy call
     last_batch: ObservationBatch | None = None  # input of the last policy call
 
@@ -76,7 +96,7 @@ class Rollout:
             ValueError: If the policy predicts too few, non-finite or wrongly shaped actions.
         """
         self.policy.reset()
-        rows = [_Row(deque(queue)) for queue in queues]
+        rows = [_Row(deque(queue), self.make_plan) for queue in queues]
         commands = {index: row.command(None) for index, row in enumerate(rows) if row.queue}
         while commands:
             reports = self.pool.advance(commands)
@@ -94,24 +114,43 @@ class Rollout:
             if row.calls == 0 and row.observation is not None:
                 reads_frames = self.policy.reads_frames
                 check_compatible(self.policy.description, row.observation, reads_frames=reads_frames)
-        actions = self._predict(rows, active)
+        chunk, steps, commands = self._predict(rows, active), self.policy.description.action_steps, {}
         for index in active:
-            rows[index].calls += 1
-        return {index: rows[index].command(actions[index]) for index in active}
+            row = rows[index]
+            row.calls += 1
+            actions = chunk[index, :steps] if row.plan is None else row.plan.advance(chunk[index])
+            commands[index] = row.command(actions)
+        return commands
 
     def _predict(self, rows: Sequence[_Row], active: Sequence[int]) -> np.ndarray:
-        """Return the actions to execute, float32 [b action_steps a]; those of idle rows are undefined."""
+        """Return chunks, float32 [b t a]; those of idle rows are undefined."""
         description = self.policy.description
         cameras = description.cameras if self.policy.reads_frames else ()
         batch = stack_observations([row.observation for row in rows], cameras)
         noise = None if self.policy.noise_shape is None else _batch_noise(rows, self.policy.noise_shape)
         start = time.perf_counter()
-        chunk = self.policy.chunk(batch, noise)
+        contexts = {index: plan.context() for index in active if (plan := rows[index].plan) is not None}
+        chunk = self._predict_batch(batch, noise, contexts)
         self.call_seconds.append(time.perf_counter() - start)
         self.last_batch = batch
         steps = description.action_steps
         _check_chunk(chunk, (len(rows), steps, description.action_size), active)
-        return np.asarray(chunk[:, :steps], dtype=np.float32)
+        return np.asarray(chunk, dtype=np.float32)
+
+    def _predict_batch(
+        self, batch: ObservationBatch, noise: np.ndarray | None, contexts: dict[int, Any]
+    ) -> np.ndarray:
+        """Predict all rows at once, or one by one where a row continues the last chunk."""
+        if all(context is None for context in contexts.values()):
+            return self.policy.chunk(batch, noise)
+        chunks = {
+            row: self.policy.chunk(batch.row(row), None if noise is None else noise[row : row + 1], context)[
+                0
+            ]
+            for row, context in contexts.items()
+        }
+        idle = np.zeros_like(next(iter(chunks.values())))
+        return np.stack([chunks.get(row, idle) for row in range(len(batch.instructions))])
 
 
 def _batch_noise(rows: Sequence[_Row], shape: tuple[int, int]) -> np.ndarray:
