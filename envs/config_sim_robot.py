@@ -18,10 +18,9 @@ class VegaSimConfig(RobotConfig):
 
     Attributes:
         seed: Episode i of seed k starts as in an evaluation with that seed: 1000000 + 10000 k + i.
-        auto_reset: Whether a success or the task's horizon ends an episode and resets the scene. If not, the
-            scene stays until the robot is sent back to its start, as LeRobot's episodic rollout does.
-        reset_seconds: How long a new scene is shown before its episode begins. Commands are ignored
-            meanwhile, so that a plan for the old scene is not executed in the new one.
+        first_episode: The first i. A new scene is created when the robot is sent back to its start, as
+            LeRobot does at the end of an episode and of a rollout, never while a policy runs.
+        latency_steps: Steps by which observations are late, to imitate a slower robot.
     """
 
     suite: str = "lift_wide"
@@ -29,7 +28,6 @@ class VegaSimConfig(RobotConfig):
     frame_size: int = 128  # height and width in pixels
     rendering: str = "fast"  # or "full"; use the one of the policy's training data
     seed: int = 0
-    first_episode: int = 0  # the first i, to continue after another run
-    auto_reset: bool = True
-    reset_seconds: float = 1.0
+    first_episode: int = 0
+    latency_steps: int = 0
     log_file: Path | None = None  # JSON lines, one per episode or event; None logs to the console only

@@ -32,8 +32,9 @@ _SINGLE_THREADED = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NU
 class VegaSim(Robot):
     """A robosuite or LIBERO scene behind LeRobot's robot interface.
 
-    The simulator takes 20 steps a second: a command is executed in the next step, without one the hand holds
-    still, and surplus commands are dropped. Success is the simulator's own check; its log is the record.
+    The simulator takes 20 steps a second, the first one with the first command of an episode. A command is
+    executed in the next step; without one the hand holds still. An observation waits until all commands are
+    executed and in it. Success is the simulator's own check; its log is the record.
     """
 
     config_class = VegaSimConfig  # pyright: ignore[reportAssignmentType]
@@ -42,6 +43,7 @@ class VegaSim(Robot):
     def __init__(self, config: VegaSimConfig) -> None:
         super().__init__(config)
         self.config = config
+        self.commands_sent = 0  # number of the last command
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
 
@@ -90,7 +92,7 @@ class VegaSim(Robot):
                 env={**os.environ, **_SINGLE_THREADED},
                 start_new_session=True,  # Ctrl-C is for the client
             )
-        self._connection = Connection(ours.detach())
+        self._connection, self.commands_sent = Connection(ours.detach()), 0
         options = {name: getattr(self.config, name) for name in VegaSimConfig.__annotations__}
         self._connection.send((sys.path, options))
         if not self._connection.poll(_START_TIMEOUT):
@@ -99,13 +101,16 @@ class VegaSim(Robot):
         self._receive()
 
     def get_observation(self) -> dict[str, Any]:
-        """Return the latest state and camera frames (uint8 [h w 3]) without waiting for new ones.
+        """Return the state, camera frames (uint8 [h w 3]) and, as `last_command`, the last command in them.
+
+        It waits until all commands are executed. With `latency_steps` the observation is that many steps old.
 
         Raises:
             DeviceNotConnectedError: If the simulator does not run.
         """
-        state, frames = self._request("observe", None)
-        return {**dict(zip(STATE_NAMES, state.tolist(), strict=True)), **frames}
+        state, frames, last_command = self._request("observe", None)
+        values = dict(zip(STATE_NAMES, state.tolist(), strict=True))
+        return {**values, **frames, "last_command": last_command}
 
     def send_action(self, action: dict[str, float]) -> dict[str, float]:
         """Queue one command for the next step.
@@ -125,6 +130,7 @@ class VegaSim(Robot):
         values = np.array([float(action[name]) for name in ACTION_NAMES])
         if not np.isfinite(values).all():
             raise ValueError(f"expected finite values, got {action}")
+        self.commands_sent += 1
         self._request("act", values)
         return action
 

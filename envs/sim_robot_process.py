@@ -7,20 +7,24 @@ client is gone it holds still for a while, as a robot would, logs the remaining 
 from __future__ import annotations
 
 import json
+import math
 import sys
 import threading
 import time
 import traceback
-from collections import deque
+from collections import Counter, deque
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-MAX_PENDING = 2  # commands; evens out the sender's jitter, the oldest surplus one is dropped
+MAX_PENDING = 2  # commands; the oldest surplus one is lost
 ALONE_SECONDS = 1.0  # how long it holds still after its client is gone
 SEED_STRIDE = 10_000  # between two evaluation seeds, as in vega_policy.evaluation
+
+View = tuple[np.ndarray, dict[str, np.ndarray], int]
+"""State float32 [s], frames uint8 [h w 3] by camera, and number of the last command in them."""
 
 
 class WallClockRobot:
@@ -29,10 +33,9 @@ class WallClockRobot:
     Args:
         make: Builds the environment; called in the thread that steps it, which owns its rendering context.
         seed: Seed of episode 0; the following ones count up.
-        first_episode: Number of the first episode.
-        auto_reset: Whether the end of an episode draws a new scene.
-        reset_seconds: How long a new scene is shown before commands move anything.
         log_file: Where JSON lines are appended, or None.
+        first_episode: Number of the first episode.
+        latency_steps: Steps by which views are late.
     """
 
     def __init__(
@@ -40,48 +43,62 @@ class WallClockRobot:
         make: Any,
         *,
         seed: int,
-        auto_reset: bool,
-        reset_seconds: float,
         log_file: Path | None,
         first_episode: int = 0,
+        latency_steps: int = 0,
     ) -> None:
         self._make, self._log_file = make, log_file
         self._seed, self._first_episode = seed, first_episode
-        self._auto_reset, self._reset_seconds = auto_reset, reset_seconds
-        self._commands: deque[np.ndarray] = deque(maxlen=MAX_PENDING)
-        self._observation: tuple[np.ndarray, dict[str, np.ndarray]] | None = None
-        self._lock = threading.Lock()
-        self._started = threading.Event()  # a command has arrived in this episode
-        self._return = threading.Event()  # a new scene is requested
-        self._untouched = threading.Event()  # no command has arrived in this scene
-        self._closed = threading.Event()
+        self._commands: deque[tuple[int, np.ndarray]] = deque()
+        self._sent = 0  # number of the last command
+        self._lost = 0  # commands of this episode that a later one displaced
+        self._views: deque[View] = deque(maxlen=latency_steps + 1)
+        self._under_way: Counter[int] = Counter()  # commands that views of this episode did not reflect
+        self._changed = threading.Condition()
+        self._is_started = False  # a command has arrived in this scene
+        self._is_returned = False  # a new scene is requested
+        self._is_closed = False
         self.ready = threading.Event()
         self.failure: str | None = None
 
-    def observe(self) -> tuple[np.ndarray, dict[str, np.ndarray]] | None:
-        """Return the latest state float32 [s] and frames uint8 [h w 3] by camera."""
-        with self._lock:
-            return self._observation
+    def observe(self) -> View | None:
+        """Wait until all commands are executed; return the latest view, or that of `latency_steps` before."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._is_over or not self._views or self._views[-1][2] == self._sent
+            )
+            if not self._views:
+                return None
+            self._under_way[self._sent - self._views[0][2]] += 1
+            return self._views[0]
 
     def act(self, action: np.ndarray) -> None:
         """Queue a command [a] for the next step."""
-        with self._lock:
-            self._commands.append(action)
-            self._untouched.clear()
-            self._started.set()
+        with self._changed:
+            self._sent += 1
+            self._commands.append((self._sent, action))
+            if len(self._commands) > MAX_PENDING:
+                self._commands.popleft()
+                self._lost += 1
+            self._is_started = True
+            self._changed.notify_all()
 
     def new_scene(self) -> None:
-        """Request a new scene and wait until it is shown; an untouched scene is kept."""
-        if not self._untouched.is_set():
-            self._return.set()
-            while not (self._untouched.wait(0.1) or self._closed.is_set() or self.failure is not None):
-                pass
+        """Request a new scene and wait until it is shown; one that no command has changed is kept."""
+        with self._changed:
+            if self._is_started:
+                self._is_returned = True
+                self._changed.wait_for(lambda: self._is_over or not self._is_returned)
 
     def close(self) -> None:
         """End after the present step."""
-        with self._lock:
-            self._closed.set()
-            self._started.set()
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
+
+    @property
+    def _is_over(self) -> bool:
+        return self._is_closed or self.failure is not None
 
     def run(self) -> None:
         """Step until closed; a failure's traceback is kept in `failure`."""
@@ -92,78 +109,81 @@ class WallClockRobot:
         except (RuntimeError, ValueError, OSError, ImportError):
             self.failure = traceback.format_exc()
         finally:
-            if not self._closed.is_set() and self.failure is None:  # an unexpected type, a bug; it propagates
+            if not self._is_closed and self.failure is None:  # an unexpected type, a bug; it propagates
                 self.failure = traceback.format_exc()
             if self.failure is not None:
                 self.ready.set()
+            with self._changed:
+                self._changed.notify_all()
             if environment is not None:
                 environment.close()
 
     def _run_episodes(self, environment: Any) -> None:
         episode = self._first_episode
-        while not self._closed.is_set():
+        while not self._is_closed:
             seed = self._seed + episode
             environment.reset_blindly(seed=seed)
-            self._publish(environment)
-            if episode > self._first_episode:
-                self._closed.wait(self._reset_seconds)  # so that no plan is based on the old scene
-            with self._lock:
+            with self._changed:  # commands for the old scene are void
                 self._commands.clear()
-                if not self._closed.is_set():
-                    self._started.clear()
-                self._return.clear()
-                self._untouched.set()
-            self.ready.set()
-            if episode == self._first_episode or not self._auto_reset:
-                self._started.wait()  # the client's start-up does not count as the policy's time
-            if self._closed.is_set():
+                self._views.clear()
+                self._under_way.clear()
+                self._lost = 0
+            self._publish(environment, self._sent)
+            with self._changed:
+                self._is_started = self._is_returned = False
+                self._changed.notify_all()
+                self.ready.set()
+                self._changed.wait_for(lambda: self._is_started or self._is_closed)
+            if not self._is_started:
                 return
             self._log({"episode": episode, "seed": seed, **self._run_episode(environment)})
             episode += 1
 
     def _run_episode(self, environment: Any) -> dict[str, Any]:
-        """Step through one episode and return its record."""
+        """Step until the client requests a new scene or closes, and return the episode's record."""
         period = 1.0 / environment.metadata["render_fps"]
         hold = np.zeros(environment.action_space.shape[0])
         hold[-1] = -1.0
-        steps = held = late = 0
-        success = ended = False
-        won_at = None
+        steps = held = late = number = 0
+        success, won_at = False, None
         start = due = time.monotonic()
-        while not (ended or self._closed.is_set() or self._return.is_set()):
-            due += period
-            if (wait := due - time.monotonic()) > 0:
-                time.sleep(wait)
-            elif wait < -period:
-                late, due = late + 1, time.monotonic()  # the simulator itself is too slow
-            with self._lock:
-                action = self._commands.popleft() if self._commands else None
+        while not (self._is_closed or self._is_returned):
+            with self._changed:
+                number, action = self._commands.popleft() if self._commands else (number, None)
             held += action is None
             hold[-1] = hold[-1] if action is None else action[-1]
-            done, truncated = environment.step_blindly(hold if action is None else action)
+            success_now, _ = environment.step_blindly(hold if action is None else action)
             steps += 1
-            if done and not success:
+            if success_now and not success:
                 success, won_at = True, round(time.monotonic() - start, 3)
-            ended = (success or truncated) and self._auto_reset
-            self._publish(environment)
+            self._publish(environment, number)
+            due += period
+            missed = max(math.floor((time.monotonic() - due) / period), 0)  # the simulator itself is too slow
+            late, due = late + missed, due + missed * period
+            time.sleep(max(due - time.monotonic(), 0.0))
         return {
-            "success": bool(success),
+            "success": success,
             "steps": steps,
             "held_steps": held,
             "late_steps": late,
+            "lost_commands": self._lost,
+            "under_way": {str(count): times for count, times in sorted(self._under_way.items())},
             "seconds": round(time.monotonic() - start, 3),
             "won_at": won_at,
-            "cut_short": not (ended or self._return.is_set()),  # closed during the episode
+            "cut_short": not self._is_returned,  # closed during the episode
         }
 
-    def _publish(self, environment: Any) -> None:
+    def _publish(self, environment: Any, number: int) -> None:
+        """Show the present state, which reflects the commands up to a number."""
         observation = environment.observe()
-        with self._lock:
-            self._observation = observation["agent_pos"], dict(observation["pixels"])
+        view = observation["agent_pos"], dict(observation["pixels"]), number
+        with self._changed:
+            self._views.extend([view] * (1 if self._views else self._views.maxlen or 1))
+            self._changed.notify_all()
 
     def hold_alone(self) -> None:
         """Wait after the client is gone and log how far the hand still moves."""
-        with self._lock:
+        with self._changed:
             pending = len(self._commands)
         time.sleep(ALONE_SECONDS / 2)  # pending commands are executed and their motion ends
         before = self.observe()
@@ -221,7 +241,7 @@ def main() -> None:
     robot = WallClockRobot(
         make,
         seed=EVALUATION_SEED + SEED_STRIDE * options["seed"],
-        **{name: options[name] for name in ("first_episode", "auto_reset", "reset_seconds", "log_file")},
+        **{name: options[name] for name in ("first_episode", "latency_steps", "log_file")},
     )
     stepping = threading.Thread(target=robot.run, name="simulator")
     stepping.start()

@@ -28,6 +28,7 @@ class VegaConfig(PreTrainedConfig):
 
     chunk_size: int = ModelConfig.chunk_size  # actions predicted at once
     n_action_steps: int = 8  # actions of a chunk that are executed before the next one is predicted
+    latency_steps: int = 0  # commands that are under way when a robot is observed; see docs/deploy.md
     frame_size: int = ModelConfig.frame_size  # side in pixels to which every camera's frames are resized
     # On a GPU, with the compact backbone: replay a control step as one CUDA graph. The first step of a kind
     # runs uncaptured and later ones agree up to rounding, so keep it off where results must be repeatable.
@@ -61,6 +62,11 @@ class VegaConfig(PreTrainedConfig):
             raise ValueError(
                 f"n_action_steps must lie between 1 and chunk_size ({self.chunk_size}); got "
                 f"{self.n_action_steps}."
+            )
+        if not 0 <= self.latency_steps <= self.chunk_size - self.n_action_steps:
+            raise ValueError(
+                f"latency_steps must lie between 0 and chunk_size - n_action_steps "
+                f"({self.chunk_size - self.n_action_steps}); got {self.latency_steps}."
             )
         if self.base.name != "none" and not self.backbone.sight:
             raise ValueError(

@@ -23,10 +23,10 @@ from vega_policy.configuration_vega import VegaConfig
 from vega_policy.model.compilation import CapturedSteps
 from vega_policy.model.fusion import gate_weights
 from vega_policy.model.observation import Observation
-from vega_policy.model.rtc import RTCQueueAdapter, left_over
+from vega_policy.model.rtc import RTCQueueAdapter
 from vega_policy.model.vega import VegaModel
 from vega_policy.priors import resolve
-from vega_policy.priors.base import fingerprint_weights
+from vega_policy.priors.weights import fingerprint_weights
 from vega_policy.processor_vega import to_observation
 
 TEXT_ENCODER = "model.backbone.text_encoder."
@@ -73,6 +73,7 @@ class VegaPolicy(PreTrainedPolicy):
         if prior is not None:
             config.prior = dataclasses.replace(resolve(config.prior), fingerprint=prior.fingerprint)
         self._queue: deque[Tensor] = deque()
+        self._is_moving = False  # a chunk of this episode has been executed
         self._history: dict[str, deque[Tensor]] = {}
         self._captured = CapturedSteps(config.capture)
         self.rtc_processor: RTCProcessor | None = None
@@ -115,7 +116,7 @@ class VegaPolicy(PreTrainedPolicy):
         if self.base is not None:
             loss, metrics = self.base(batch, reduction=reduction)
         else:
-            if noise is None:
+            if noise is None and time is None:
                 noise, time = self.sample_noise_and_time(batch[ACTION])
             losses = self.model.loss(
                 self.observe(batch),
@@ -154,9 +155,9 @@ class VegaPolicy(PreTrainedPolicy):
     def sample_noise_and_time(
         self, actions: Tensor, generator: torch.Generator | None = None, rank: int = 0, world_size: int = 1
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Sample noise [b t a] and time [b] for the loss of actions [b t a]; see `ActionHead`.
+        """Sample noise [b t a] and time [b] or [b t] for the loss of actions [b t a]; see `ActionHead`.
 
-        Both are None for an L1 head, and for a base, which samples its own.
+        Both are None for an L1 head without a prefix, and for a base, which samples its own.
         """
         if self.base is not None:
             return None, None
@@ -181,20 +182,26 @@ class VegaPolicy(PreTrainedPolicy):
     def reset(self) -> None:
         """Begin a new episode: clear the action queue and the history of frames."""
         self._queue.clear()
+        self._is_moving = False
         self._history.clear()
         if self.base is not None:
             self.base.reset()
+        if self._rtc_queue is not None:
+            self._rtc_queue.reset()
 
     @torch.no_grad()
     def select_action(self, batch: dict[str, Any], noise: Tensor | None = None, **kwargs: Any) -> Tensor:
         """Return the next normalised action [b a]; predict a chunk every `n_action_steps` calls.
 
-        With `prior.clip=history` it keeps the frames of the last calls: call it once per control step.
+        Each chunk but the first of an episode begins after `latency_steps` actions, which are under way. With
+        `prior.clip=history` it keeps the frames of the last calls: call it once per control step.
         """
         batch = self.remember(batch)
         if not self._queue:
             chunk = self.predict_action_chunk(batch, noise=noise, **kwargs)
-            self._queue.extend(chunk[:, : self.config.n_action_steps].unbind(dim=1))
+            first = self.config.latency_steps if self._is_moving else 0
+            self._queue.extend(chunk[:, first : first + self.config.n_action_steps].unbind(dim=1))
+            self._is_moving = True
         return self._queue.popleft()
 
     @torch.no_grad()
@@ -205,11 +212,13 @@ class VegaPolicy(PreTrainedPolicy):
             batch: Normalised batch without actions.
             noise: Noise that the flow starts from, [b t a]; equal noise, equal chunk. None samples it.
             **rtc: Arguments of LeRobot's real-time chunking (`inference_delay`, `prev_chunk_left_over`,
-                `execution_horizon`); without effect unless `use_rtc` was called.
+                `execution_horizon`); without effect unless `use_rtc` was called or the head was trained for
+                delay (`head.prefix_steps`).
         """
-        if self.base is not None:
-            return self.base.predict_action_chunk(batch, noise=noise, **rtc)
-        predict = partial(self._predict, batch, noise)
+        if self.base is None:
+            predict = partial(self._predict, batch, noise)
+        else:
+            predict = partial(self.base.predict_action_chunk, batch, noise=noise)
         queue = self._rtc_queue if "inference_delay" in rtc else None
         return predict(**rtc) if queue is None else queue.answer(predict, **rtc)
 
@@ -217,10 +226,16 @@ class VegaPolicy(PreTrainedPolicy):
         observation = self.observe(batch)
         noise = torch.randn(len(observation.state), *self.noise_shape) if noise is None else noise
         noise, processor = noise.to(observation.state), self.rtc_processor
-        left = left_over(rtc.pop("prev_chunk_left_over", None), self.config.chunk_size)
-        if processor is None or left is None:
+        left = rtc.pop("prev_chunk_left_over", None)  # [t a] or [1 t a]
+        has_left, delay = left is not None and left.numel() > 0, rtc.get("inference_delay", 0)
+        known = min(delay, self.config.head.prefix_steps)
+        if has_left and known > 0:  # trained for delay
+            prefix = left.reshape(1, -1, left.shape[-1])[:, :known].to(noise)
+            return self.model.sample_actions(observation, noise, _integrate, prefix)
+        if processor is None or not has_left:
             uncaptured = partial(self.model.sample_actions, integrate=_integrate)
             return self._captured.sample_actions(self.model, observation, noise, uncaptured)
+        left = left.reshape(1, -1, left.shape[-1])[:, : self.config.chunk_size]
         if self.config.head.name != "flow":
             return _blend(processor, self.model.sample_actions(observation, noise), left, **rtc)
         guidance = {"prev_chunk_left_over": left, "rtc_processor": processor, "rtc_enabled": True}
@@ -264,8 +279,9 @@ class VegaPolicy(PreTrainedPolicy):
     def use_rtc(self, config: RTCConfig | None) -> None:
         """Let chunks continue what remains of the last one, as `config` says; None turns that off.
 
-        A flow is guided step by step (Black et al., arXiv 2506.07339), the chunk of an L1 head is blended
-        with the remaining actions, and a base does it its own way. The caller joins chunks by the number of
+        A head that was trained for delay continues the actions under way as a clean prefix. Otherwise a flow
+        is guided step by step (Black et al., arXiv 2506.07339), the chunk of an L1 head is blended with the
+        remaining actions, and a base does it its own way. The caller joins chunks by the number of
         executed actions.
 
         Raises:
@@ -286,10 +302,13 @@ class VegaPolicy(PreTrainedPolicy):
     def init_rtc_processor(self) -> None:
         """Turn on real-time chunking for LeRobot's rollout, which has set `config.rtc_config`.
 
-        The rollout joins chunks by the clock.
+        The rollout would join chunks by the clock; see `RTCQueueAdapter`.
         """
-        self.use_rtc(self.config.rtc_config)
-        self._rtc_queue = None if self.rtc_processor is None else RTCQueueAdapter()
+        shared = self.config.rtc_config  # with the rollout's queue
+        self.use_rtc(None if shared is None else dataclasses.replace(shared))
+        if shared is not None and shared.enabled:
+            self._rtc_queue = RTCQueueAdapter(self.config.n_action_steps, self.config.latency_steps)
+            shared.enabled = False
 
     # Captured control steps: their graphs hold the addresses of the weights
 

@@ -17,7 +17,7 @@ from lerobot.utils.feature_utils import hw_to_dataset_features
 from omegaconf import MissingMandatoryValue, OmegaConf
 
 from vega_policy import resource
-from vega_policy.deployment.control_loop import SafeRollout, creates_scenes, delayed
+from vega_policy.deployment.control_loop import SafeRollout, StepClock, creates_scenes, delayed
 from vega_policy.deployment.deploy import read_rollout, read_safety
 from vega_policy.deployment.remote_policy import VegaRemoteConfig, VegaRemotePolicy
 from vega_policy.deployment.safety import JointLimits, SafetyFilter, safe_action_pipeline
@@ -76,6 +76,7 @@ def test_a_deployment_needs_one_policy():
     assert (remote.policy.type, remote.policy.url) == ("vega_remote", "ws://127.0.0.1:1")
     assert (remote.inference.type, remote.inference.queue_threshold) == ("rtc", 8)
     assert (remote.robot.type, remote.fps, remote.task) == ("vega_sim", 20, "lift it")
+    assert remote.policy.latency_steps == 0
     assert remote.robot.log_file == Path("outputs/deploy/vega_sim.jsonl")
 
 
@@ -83,6 +84,18 @@ def test_lerobot_finds_the_remote_policy_and_its_processors_by_type():
     assert get_policy_class("vega_remote") is VegaRemotePolicy
     before, after = make_pre_post_processors(VegaRemoteConfig())
     assert len(before.steps) == len(after.steps) == 1
+
+
+def test_control_steps_keep_absolute_deadlines_and_late_ones_are_counted():
+    now = [0.0]
+    clock = StepClock(1.0, lambda: now[0], lambda seconds: now.__setitem__(0, now[0] + seconds))
+    begins, missed = [], []
+    for seconds in (0.2, 1.3, 0.1, 0.3, 2.6, 0.2):
+        now[0] += seconds
+        missed.append(clock.wait())
+        begins.append(round(now[0], 6))
+    assert begins == [1.0, 2.3, 3.0, 4.0, 7.0, 8.0]  # at once if little late, else at the next deadline
+    assert missed == [0, 0, 0, 0, 2, 0]
 
 
 def test_a_delayed_policy_returns_the_same_later():

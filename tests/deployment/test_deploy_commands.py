@@ -49,7 +49,6 @@ def rollout(checkpoint, folder, *arguments):
         "--task=lift the red cube",
         "--fps=20",
         "--device=cpu",
-        "--return_to_initial_position=false",
         "--play_sounds=false",
         *arguments,
         folder=folder,
@@ -61,7 +60,7 @@ def log_of(path):
 
 
 @pytest.mark.parametrize(
-    "inference", [("sync",), ("rtc", "--inference.queue_threshold=2", "--inference.rtc.execution_horizon=3")]
+    "inference", [("sync",), ("rtc", "--inference.queue_threshold=0", "--inference.rtc.execution_horizon=3")]
 )
 def test_lerobot_rollout_controls_the_simulated_robot(checkpoint, tmp_path, inference):
     name, *more = inference
@@ -69,6 +68,9 @@ def test_lerobot_rollout_controls_the_simulated_robot(checkpoint, tmp_path, infe
     first = log_of(tmp_path / "sim.jsonl")[0]
     assert first["steps"] > 0
     assert first["held_steps"] < first["steps"]
+    assert first["lost_commands"] == 0
+    assert list(first["under_way"]) == ["0"]
+    assert not first["cut_short"]
 
 
 def test_lerobot_rollout_records_episodes_of_the_simulated_robot(checkpoint, tmp_path):
@@ -76,7 +78,6 @@ def test_lerobot_rollout_records_episodes_of_the_simulated_robot(checkpoint, tmp
         checkpoint,
         tmp_path,
         "--strategy.type=episodic",
-        "--robot.auto_reset=false",
         "--dataset.repo_id=vega/rollout_test",
         f"--dataset.root={tmp_path / 'data'}",
         "--dataset.num_episodes=2",

@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 import numpy as np
+import pytest
 
 from vega_policy.deployment.preflight import (
     FAILED,
@@ -14,8 +15,10 @@ from vega_policy.deployment.preflight import (
     Timing,
     check_robot,
     format_checks,
+    measure_latency,
 )
-from vega_policy.deployment.safety import JointLimits
+from vega_policy.deployment.rtc import LAST_COMMAND
+from vega_policy.deployment.safety import JointLimits, SafetyFilter
 
 NAMES = ("pan.pos", "lift.pos", "elbow.pos", "grip.pos")
 RANGE = np.array([[-1.0, 0.2, -2.0, 0.0], [1.0, 1.2, -0.5, 1.0]])
@@ -101,11 +104,54 @@ def test_latency_is_measured_against_the_rate():
     slow = Timing(30.0, [0.3] * 5, False, 0)
     assert check(timing=slow)[name].status == WARNING
     assert (
-        "9 steps"
-        in failed(timing=dataclasses.replace(slow, real_time_chunking=True, queue_threshold=8))[name]
+        "longer than a chunk of 16 lasts" in failed(timing=dataclasses.replace(slow, latencies=[0.6]))[name]
     )
-    enough = dataclasses.replace(slow, real_time_chunking=True, queue_threshold=12)
-    assert "the robot waits" in check(timing=enough)[name].message  # a chunk of 16 is spent within two of 9
-    assert check(timing=dataclasses.replace(enough, latencies=[0.2]))[name].status == OK
+    rtc = dataclasses.replace(slow, real_time_chunking=True, queue_threshold=8)
+    assert "9 steps" in failed(timing=rtc)[name]
+    enough = dataclasses.replace(rtc, queue_threshold=12)
+    assert "lower robot.fps" in failed(timing=enough)[name]  # a chunk of 16 is spent within two of 9
+    fast = dataclasses.replace(enough, latencies=[0.2])
+    assert check(timing=fast)[name].status == OK
+    assert "lower robot.fps" in failed(timing=dataclasses.replace(fast, latency_steps=5))[name]
+    blind = dataclasses.replace(fast, observing=[0.04] * 5)
+    assert "an observation takes 40 ms, a step 33 ms" in failed(timing=blind)[name]
     beyond = dataclasses.replace(slow, real_time_chunking=True, queue_threshold=30)
     assert "must be below the chunk" in failed(timing=beyond)[name]
+
+
+class Arm:
+    """Follows each command at once; its observations are `late` steps old."""
+
+    def __init__(self, late, moves=True):
+        self.states, self.moves = [dict(STATE)] * (late + 1), moves
+        self.farthest = 0.0
+
+    def get_observation(self):
+        observed, self.states = self.states[0], [*self.states[1:], self.states[-1]]
+        return dict(observed)
+
+    def send_action(self, action):
+        if self.moves:
+            self.states[-1] = dict(action)
+            self.farthest = max(self.farthest, abs(action["pan.pos"] - STATE["pan.pos"]))
+
+
+@pytest.mark.parametrize("late", [0, 1, 3])
+def test_a_small_motion_shows_by_how_many_steps_observations_are_late(late):
+    arm, safety = Arm(late), SafetyFilter(LIMITS, period=0.002)
+    steps, result = measure_latency(arm, safety, motion=0.02)
+    assert (steps, result.status) == (late, OK)
+    assert 0 < arm.farthest < 0.05  # of a range of 2.2
+    assert safety.last_command == {}  # the policy begins as if nothing had moved
+
+
+def test_without_a_visible_motion_the_latency_is_unknown_and_a_reporting_robot_need_not_move():
+    steps, result = measure_latency(Arm(0, moves=False), SafetyFilter(LIMITS, period=0.001), motion=0.02)
+    assert (steps, result.status) == (0, FAILED)
+    assert "set robot.latency_steps" in result.message
+    arm = Arm(2)
+    arm.get_observation = lambda: {**STATE, LAST_COMMAND: 0}
+    assert measure_latency(arm, SafetyFilter(LIMITS, period=0.001), motion=0.02)[0] == 0
+    assert arm.farthest == 0.0
+    with pytest.raises(ValueError, match=r"preflight\.motion: .*got 0\.5"):
+        measure_latency(arm, SafetyFilter(LIMITS, period=0.001), motion=0.5)

@@ -1,76 +1,156 @@
-"""Real-time chunking executes every planned step once, however long a prediction takes."""
+"""Both engines execute every planned action once and in order, whatever the delays."""
 
 import threading
 import time
-from types import SimpleNamespace
+from collections import deque
 
-import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from vega_policy.deployment.latency_benchmark import MODES, DiscreteTimeEpisode
-from vega_policy.deployment.rtc import MAX_FAILURES, RealTimeEngine
+from vega_policy.deployment.rtc import (
+    LAST_COMMAND,
+    MAX_FAILURES,
+    CommandsUnderWay,
+    RealTimeEngine,
+    SyncEngine,
+)
 from vega_policy.deployment.safety import JointLimits, SafetyFilter
 
-CHUNK = 16
+CHUNK, PERIOD = 16, 0.05
 
 
 class World:
-    """A task of numbered steps; its policy predicts the next ones, which takes some ticks."""
+    """A task of numbered steps and a robot; the policy plans the next numbers, which takes some ticks.
 
-    def __init__(self, thinking, threshold=10, chunk=CHUNK):
-        self.done, self.requests, self.thinking, self.chunk = [], [], thinking, chunk
-        self.safety = SafetyFilter([JointLimits("x.pos", -1.0, 1.0)], period=0.05)
+    A command is executed `pipeline` ticks after it was sent, and reported if the robot reports.
+    """
+
+    def __init__(self, thinking, threshold=10, chunk=CHUNK, pipeline=0, reports=True, sync=False):
+        self.done, self.requests, self.chunk = [], [], chunk
+        self.thinking = iter(thinking) if isinstance(thinking, list) else iter([thinking] * 1000)
+        self.reports, self.pipeline, self.sent = reports, deque([None] * pipeline), 0
+        self.ticks = self.executed = 0
+        self.safety = SafetyFilter([JointLimits("x.pos", -1.0, 1.0)], period=PERIOD, max_observation_age=1e9)
         self.shutdown = threading.Event()
-        self.engine = RealTimeEngine(
-            lambda *arguments: self.predict(*arguments),
-            lambda: None,
-            self.safety,
-            threshold=threshold,
-            shutdown=self.shutdown,
-            retry_seconds=0.0,
-        )
+        under_way = CommandsUnderWay(PERIOD, pipeline)
+        predict = lambda *arguments: self.predict(*arguments)  # noqa: E731 tests replace it
+        if sync:
+            self.engine = SyncEngine(predict, lambda: None, self.safety, under_way, action_steps=8)
+        else:
+            self.engine = RealTimeEngine(
+                predict,
+                lambda: None,
+                self.safety,
+                under_way,
+                threshold=threshold,
+                shutdown=self.shutdown,
+                retry_seconds=0.0,
+            )
+        self.under_way = under_way
+
+    @property
+    def now(self):
+        return time.monotonic() if self.reports else self.ticks * PERIOD
+
+    def advance(self, command):
+        """The robot takes a command, or none, and executes the one that is due."""
+        self.pipeline.append(command)
+        due = self.pipeline.popleft()
+        if due is not None:
+            self.executed = due[0]
+            if due[1] is not None:  # when the hand holds still, no step of the task is done
+                self.done.append(due[1])
+        self.ticks += 1
+
+    def hold(self):
+        """A command that is not the policy's, as the watchdog sends; it does no step of the task."""
+        self.sent += 1
+        self.advance((self.sent, None))
 
     def tick(self):
-        self.safety.set_observation_time(time.monotonic())
-        self.engine.notify_observation({"next step": len(self.done)})
+        self.safety.set_observation_time(self.now)
+        report = {LAST_COMMAND: self.executed} if self.reports else {}
+        self.engine.notify_observation({"next step": len(self.done), **report})
         action = self.engine.get_action(None)
-        if action is not None:  # without one, the hand holds still, and no step of the task is done
-            self.done.append(int(action))
+        if action is None:
+            self.advance(None)
+            return
+        self.sent += 1
+        command = self.sent, int(action)
+        if self.reports:
+            self.engine.command_sent(self.sent)
+        else:
+            self.under_way.add(None, self.now)
+        self.advance(command)
 
-    def predict(self, observation, delay, left):
-        self.requests.append((observation["next step"], delay, left))
-        for _ in range(self.thinking):
-            self.tick()
+    def predict(self, observation, delay, since):
+        self.requests.append((observation["next step"], delay, since))
+        for _ in range(next(self.thinking)):
+            if isinstance(self.engine, SyncEngine):
+                self.advance(None)
+            else:
+                self.tick()
         chunk = torch.arange(self.chunk)[:, None] + observation["next step"]
         return chunk, chunk
 
     def run(self, ticks):
         for _ in range(ticks):
             self.tick()
-            self.engine.predict_if_due()
+            if isinstance(self.engine, RealTimeEngine):
+                self.engine.predict_if_due()
         return self
 
 
-@pytest.mark.parametrize("thinking", [0, 1, 2, 5, 8, 11, 20])
-def test_no_step_is_lost_or_executed_twice_however_long_a_prediction_takes(thinking):
-    world = World(thinking).run(60)
+@settings(max_examples=40, deadline=None)
+@given(
+    thinking=st.lists(st.integers(0, 20), min_size=61, max_size=61),
+    pipeline=st.integers(0, 3),
+    reports=st.booleans(),
+    sync=st.booleans(),
+    holds=st.sets(st.integers(0, 60), max_size=5),
+)
+def test_for_any_delays_every_planned_action_is_executed_once_and_in_order(
+    thinking, pipeline, reports, sync, holds
+):
+    world = World(thinking, pipeline=pipeline, reports=reports, sync=sync)
+    for tick in range(60):
+        if reports and tick in holds:
+            world.hold()
+        world.run(1)
     assert world.done == list(range(len(world.done)))
-    assert len(world.done) > 40
-    for step, delay, left in world.requests:
-        assert delay <= thinking + 1  # with the action of the observed tick
-        assert left is None or int(left[0]) == step  # the rest begins at the observation
+    assert len(world.done) > 10
+    for step, _, since in world.requests:
+        assert since is None or int(since[0]) == step  # it begins at the observation
 
 
 def test_the_rest_of_the_chunk_and_the_longest_delay_reach_the_policy():
     world = World(thinking=3).run(40)
     assert world.requests[0][1:] == (0, None)
     assert [delay for _, delay, _ in world.requests[2:]] == [4] * len(world.requests[2:])
-    assert all(len(left) <= 10 for *_, left in world.requests[1:])
+    assert all(len(since) <= 11 for *_, since in world.requests[1:])  # ten left, and that of the observation
+
+
+def test_a_sync_chunk_begins_after_the_commands_under_way_and_the_first_at_its_first_action():
+    world = World(0, pipeline=2, sync=True).run(20)
+    assert [(step, delay) for step, delay, _ in world.requests] == [(0, 0), (6, 2), (14, 2)]
+    assert world.requests[1][2][:, 0].tolist() == [6, 7]
+
+
+def test_what_was_executed_stays_what_it_was_when_a_chunk_differs():
+    world = World(thinking=3)
+    unchanged = world.predict
+    world.predict = lambda *arguments: tuple(
+        100 * len(world.requests) + part for part in unchanged(*arguments)
+    )
+    world.run(40)
+    for step, delay, since in world.requests[2:]:
+        assert since[: delay - 3, 0].tolist() == world.done[step : step + delay - 3]
 
 
 def test_a_chunk_of_the_last_episode_is_not_executed():
     world = World(thinking=0).run(3)
-    world.thinking = 2
+    world.thinking = iter([2] * 9)
     unchanged = world.predict
 
     def predict(*arguments):
@@ -88,6 +168,10 @@ def test_a_chunk_of_the_last_episode_is_not_executed():
 
 def test_a_chunk_from_an_old_observation_is_refused():
     world = World(thinking=0)
+    world.safety = SafetyFilter([JointLimits("x.pos", -1.0, 1.0)], period=PERIOD)
+    world.engine = RealTimeEngine(
+        world.predict, lambda: None, world.safety, world.under_way, threshold=10, shutdown=world.shutdown
+    )
     world.safety.set_observation_time(time.monotonic() - 2.0)
     world.engine.notify_observation({"next step": 0})
     world.engine.predict_if_due()
@@ -124,32 +208,3 @@ def test_the_thread_predicts_while_actions_are_taken():
     world.engine.stop()
     assert world.done[:40] == list(range(40))
     assert not world.engine.failed
-
-
-class Sequence:
-    """An environment that succeeds when 30 numbered actions come in order."""
-
-    action_space = SimpleNamespace(shape=(2,))
-    task = SimpleNamespace(horizon=100)
-
-    def __init__(self):
-        self.done = 0
-
-    def observe(self):
-        return {"next step": self.done}
-
-    def step_blindly(self, action):
-        self.done += action[0] == self.done + 1
-        return self.done == 30, False
-
-
-@pytest.mark.parametrize(("mode", "succeeds"), [("sync", True), ("rtc", True), ("rtc by the clock", False)])
-def test_only_chunks_joined_by_the_clock_lose_steps(mode, succeeds):
-    def predict(observation, delay, left):
-        numbers = torch.arange(16)[:, None] + observation["next step"] + 1
-        chunk = torch.cat([numbers, torch.full_like(numbers, -1)], dim=1).float()
-        return chunk, chunk
-
-    world = DiscreteTimeEpisode(Sequence(), predict, thinking_steps=8)
-    MODES[mode](world, action_steps=8, threshold=10)
-    assert world.success == succeeds

@@ -80,20 +80,20 @@ def test_a_continued_chunk_begins_with_what_is_being_executed(checkpoint):
     np.testing.assert_allclose(guided[3], free[3], atol=0.2)  # beyond the horizon nothing pulls
 
 
-def test_real_time_chunking_ignores_the_zeros_that_lerobot_pads_with():
+def test_a_chunk_is_guided_only_where_something_of_the_last_one_is_left():
     policy = VegaPolicy(tiny_config()).eval()
     assert policy.supports_rtc()
-    policy.config.rtc_config = RTCConfig(execution_horizon=4)
-    policy.init_rtc_processor()
+    policy.use_rtc(RTCConfig(execution_horizon=4))
     observed, noise, left = batch(1), torch.randn(1, 4, 7), torch.rand(2, 7)
-    padded = torch.cat([left, torch.zeros(2, 7)])
     kwargs = {"noise": noise, "inference_delay": 1}
     guided = policy.predict_action_chunk(observed, prev_chunk_left_over=left, **kwargs)
-    assert torch.equal(guided, policy.predict_action_chunk(observed, prev_chunk_left_over=padded, **kwargs))
+    assert torch.equal(
+        guided, policy.predict_action_chunk(observed, prev_chunk_left_over=left[None], **kwargs)
+    )
     free = policy.predict_action_chunk(observed, noise=noise)
     assert not torch.equal(guided, free)
     assert torch.equal(free, policy.predict_action_chunk(observed, prev_chunk_left_over=None, **kwargs))
-    assert torch.equal(free, policy.predict_action_chunk(observed, prev_chunk_left_over=padded * 0, **kwargs))
+    assert torch.equal(free, policy.predict_action_chunk(observed, prev_chunk_left_over=left[:0], **kwargs))
     assert not guided.requires_grad
 
 

@@ -16,6 +16,7 @@ from lerobot.utils.errors import DeviceNotConnectedError
 from envs.config_sim_robot import VegaSimConfig
 from envs.sim_robot import ACTION_NAMES, STATE_NAMES, VegaSim
 from envs.sim_robot_process import WallClockRobot
+from vega_policy.deployment.rtc import LAST_COMMAND
 
 
 class Table:
@@ -53,8 +54,7 @@ class Running:
 
     def __init__(self, table, tmp_path, **options):
         self.file = tmp_path / "log.jsonl"
-        options = {"seed": 5, "auto_reset": True, "reset_seconds": 0.05} | options
-        self.robot = WallClockRobot(lambda: table, log_file=self.file, **options)
+        self.robot = WallClockRobot(lambda: table, log_file=self.file, **{"seed": 5} | options)
         self.thread = threading.Thread(target=self.robot.run)
 
     def __enter__(self):
@@ -67,101 +67,94 @@ class Running:
         self.thread.join(10)
         assert not self.thread.is_alive()
 
+    def act(self, value):
+        self.robot.act(np.array([value, 1.0]))
+
     def episodes(self):
         lines = self.file.read_text().splitlines() if self.file.exists() else []
         return [json.loads(line) for line in lines]
 
-    def wait_for_episodes(self, number):
-        end = time.monotonic() + 20
-        while len(self.episodes()) < number:
-            assert time.monotonic() < end
-            time.sleep(0.01)
-        return self.episodes()
+    def end_episode(self):
+        self.robot.new_scene()
+        return self.episodes()[-1]
 
 
-def test_time_goes_on_without_a_command_and_the_hand_holds_still(tmp_path):
+def test_the_first_step_is_made_at_once_and_time_goes_on_without_commands(tmp_path):
     table = Table()
     with Running(table, tmp_path) as running:
-        time.sleep(0.1)
-        assert not table.actions  # the first episode begins with the first command
         start = time.monotonic()
-        running.robot.act(np.array([0.5, 1.0]))
-        first = running.wait_for_episodes(1)[0]
-        assert 0.18 < time.monotonic() - start < 1.5  # 10 steps at 50 Hz
-        assert (first["success"], first["steps"], first["held_steps"]) == (False, 10, 9)
+        assert running.robot.observe()[2] == 0
+        assert not table.actions  # the episode begins with its first command
+        running.act(0.5)
+        assert running.robot.observe()[2] == 1
+        assert time.monotonic() - start < 0.5
+        while len(table.actions) < 5:
+            time.sleep(0.01)
+        record = running.end_episode()
+        assert record["held_steps"] == record["steps"] - 1
+        assert (record["success"], record["cut_short"]) == (False, False)
         np.testing.assert_array_equal(table.actions[:3], [[0.5, 1.0], [0.0, 1.0], [0.0, 1.0]])
-        assert [record["seed"] for record in running.wait_for_episodes(2)] == [5, 6]
     assert table.closed
 
 
-def test_commands_faster_than_the_steps_are_dropped(tmp_path):
-    table = Table()
+def test_an_observation_waits_for_all_commands_and_names_the_last_one(tmp_path):
+    with Running(table := Table(), tmp_path) as running:
+        for number in range(1, 6):
+            running.act(0.1 * number)
+            state, _, last_command = running.robot.observe()
+            assert last_command == number
+            assert state[0] == table.steps >= number
+        record = running.end_episode()
+    assert record["under_way"] == {"0": 5}
+    assert record["lost_commands"] == 0
+    assert [action[0] for action in table.actions if action[0]] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])
+
+
+def test_a_late_observation_does_not_reflect_the_last_commands(tmp_path):
+    with Running(Table(), tmp_path, latency_steps=1) as running:
+        assert running.robot.observe()[2] == 0
+        for number in range(1, 4):
+            running.act(0.1)
+            assert running.robot.observe()[2] in (
+                number - 1,
+                number,
+            )  # it waits, so the command before is in it
+        assert set(running.end_episode()["under_way"]) <= {"0", "1"}
+
+
+def test_commands_faster_than_the_steps_are_counted_as_lost(tmp_path):
+    table = Table(seconds=0.02)
     with Running(table, tmp_path) as running:
-        for value in (0.1, 0.2, 0.3, 0.4):
-            running.robot.act(np.array([value, 0.0]))
-        running.wait_for_episodes(1)
-    sent = [action[0] for action in table.actions[:10] if action[0]]
-    assert sent[-2:] == [0.3, 0.4]
-    assert len(sent) <= 3
+        for value in (0.1, 0.2, 0.3, 0.4, 0.5):
+            running.act(value)
+        assert running.robot.observe()[2] == 5
+        assert running.end_episode()["lost_commands"] == 5 - sum(action[0] > 0 for action in table.actions)
+    assert [action[0] for action in table.actions if action[0]][-2:] == [0.4, 0.5]
 
 
-def test_a_new_scene_is_shown_before_its_episode_begins_and_commands_for_the_old_one_are_dropped(tmp_path):
+def test_success_is_logged_by_the_simulator_and_the_scene_stays_until_the_robot_is_sent_back(tmp_path):
     table = Table()
-    with Running(table, tmp_path, reset_seconds=0.3) as running:
-        running.robot.act(np.array([1.0, 0.0]))
-        running.wait_for_episodes(1)
-        end = time.monotonic() + 20
-        while running.robot.observe()[0][0] != 0:  # steps taken in the scene that is shown
-            assert time.monotonic() < end
-        running.robot.act(np.array([0.7, 0.0]))
-        running.wait_for_episodes(2)
-    assert table.seeds[:2] == [5, 6]
-    assert not any(action[0] for action in table.actions[1:11])
-
-
-def test_success_is_logged_by_the_simulator(tmp_path):
-    with Running(Table(), tmp_path) as running:
-        running.robot.act(np.array([1.0, 0.0]))
-        record = running.wait_for_episodes(1)[0]
-    assert (record["success"], record["steps"]) == (True, 1)
-
-
-def test_without_automatic_reset_the_scene_stays_until_the_robot_is_sent_back(tmp_path):
-    table = Table()
-    with Running(table, tmp_path, auto_reset=False) as running:
-        running.robot.act(np.array([1.0, 0.0]))
-        time.sleep(0.5)
-        assert table.seeds == [5]
+    with Running(table, tmp_path, first_episode=3) as running:
+        running.act(1.0)
+        while len(table.actions) < 15:  # beyond success and horizon
+            time.sleep(0.01)
         running.robot.new_scene()
-        record = running.wait_for_episodes(1)[0]
-        assert record["success"]
-        assert record["steps"] > 10
-
-
-def test_repeated_returns_draw_one_scene_that_waits_for_its_first_command(tmp_path):
-    table = Table()
-    with Running(table, tmp_path, auto_reset=False, first_episode=3) as running:
-        running.robot.act(np.array([1.0, 0.0]))
-        time.sleep(0.1)
         for _ in range(5):  # as LeRobot's rollout does, 50 times a second
             running.robot.new_scene()
-        assert running.robot.observe()[0][0] == 0  # it is shown when the call returns
-        time.sleep(0.2)
+        assert running.robot.observe()[0][0] == 0  # the new scene is shown when the call returns
         assert table.seeds == [8, 9]
-        assert table.steps == 0
-        running.robot.act(np.array([0.5, 0.0]))
-        time.sleep(0.1)
-        running.robot.new_scene()
-        assert [record["episode"] for record in running.wait_for_episodes(2)] == [3, 4]
+        running.act(0.5)
+        running.robot.observe()
+        records = [running.end_episode(), *running.episodes()][1:]
+    assert [(record["episode"], record["success"]) for record in records] == [(3, True), (4, False)]
+    assert records[0]["won_at"] < 0.1
 
 
-def test_a_failure_that_was_sent_back_is_an_episode_too(tmp_path):
-    with Running(Table(), tmp_path, auto_reset=False) as running:
-        running.robot.act(np.array([0.5, 0.0]))
-        time.sleep(0.1)
-        running.robot.new_scene()
-        record = running.wait_for_episodes(1)[0]
-    assert (record["success"], record["cut_short"]) == (False, False)
+def test_an_episode_that_the_client_leaves_is_cut_short(tmp_path):
+    with Running(Table(), tmp_path) as running:
+        running.act(0.5)
+        running.robot.observe()
+    assert running.episodes()[-1]["cut_short"]
 
 
 def test_a_simulator_that_dies_reports_its_traceback(tmp_path, monkeypatch):
@@ -169,20 +162,25 @@ def test_a_simulator_that_dies_reports_its_traceback(tmp_path, monkeypatch):
     table = Table()
     with Running(table, tmp_path) as running:
         table.step_blindly = None  # calling it is a TypeError, which no simulator raises
-        running.robot.act(np.array([0.5, 0.0]))
+        running.act(0.5)
+        running.robot.observe()  # it does not wait for a simulator that has failed
         running.thread.join(10)
         assert "TypeError" in running.robot.failure
 
 
-def test_a_simulator_that_is_too_slow_counts_late_steps(tmp_path):
-    with Running(Table(horizon=4, seconds=0.1), tmp_path) as running:
-        running.robot.act(np.array([0.0, 0.0]))
-        assert running.wait_for_episodes(1)[0]["late_steps"] >= 1
+def test_a_simulator_that_is_too_slow_counts_late_steps_and_keeps_its_deadlines(tmp_path):
+    with Running(table := Table(seconds=0.05), tmp_path) as running:
+        running.act(0.0)
+        while len(table.actions) < 5:
+            time.sleep(0.01)
+        record = running.end_episode()
+    assert record["late_steps"] >= 4
+    assert record["steps"] + record["late_steps"] == pytest.approx(50 * record["seconds"], abs=2)
 
 
 def test_without_its_client_it_holds_still_and_logs_the_remaining_motion(tmp_path):
     with Running(Table(horizon=1000), tmp_path) as running:
-        running.robot.act(np.array([0.5, 0.0]))
+        running.act(0.5)
         running.robot.hold_alone()
         event = running.episodes()[0]
     assert event["event"] == "client gone"
@@ -222,6 +220,7 @@ def test_the_hand_follows_commands_and_holds_without_them(sim):
     time.sleep(0.5)
     moved = sim.get_observation()
     assert moved["x.pos"] - start["x.pos"] > 0.1
+    assert moved[LAST_COMMAND] == sim.commands_sent == 20
     time.sleep(0.5)
     assert abs(sim.get_observation()["x.pos"] - moved["x.pos"]) < 0.005
 

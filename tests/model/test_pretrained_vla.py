@@ -145,18 +145,16 @@ def test_real_time_chunking_is_the_bases_own(bases):
     assert supports_rtc_inference(policy)
     noise = torch.zeros(2, *policy.noise_shape)
     left = torch.ones(2, 3, policy.model.noise_width)
-    chunks = []
-    for chunked in (base, policy):
-        chunked.config.rtc_config = RTCConfig(enabled=True, execution_horizon=2)
-        chunked.init_rtc_processor()
-        chunks.append(
-            chunked.predict_action_chunk(
-                dict(seen), noise=noise, inference_delay=1, prev_chunk_left_over=left, execution_horizon=2
-            )
-        )
-    assert torch.equal(*chunks)
-    chunked = policy.base.config.rtc_config
-    assert chunked is policy.config.rtc_config
+    base.config.rtc_config = RTCConfig(enabled=True, execution_horizon=2)
+    base.init_rtc_processor()
+    policy.use_rtc(RTCConfig(enabled=True, execution_horizon=2))
+    request = {"inference_delay": 1, "prev_chunk_left_over": left, "execution_horizon": 2}
+    chunk = base.predict_action_chunk(dict(seen), noise=noise, **request)
+    assert torch.equal(policy.predict_action_chunk(dict(seen), noise=noise, **request), chunk)
+    policy.config.rtc_config = RTCConfig(enabled=True)
+    policy.init_rtc_processor()  # for LeRobot's rollout, whose queue appends
+    assert policy.predict_action_chunk(dict(seen), noise=noise, inference_delay=1).shape[1] == 0
+    assert policy.base.config.rtc_config.enabled
 
 
 def test_a_base_alone_is_had_without_a_prior(bases):

@@ -18,6 +18,7 @@ from lerobot.utils.feature_utils import build_dataset_frame
 from lerobot.utils.robot_utils import precise_sleep
 
 from vega_policy.deployment.recording import INTERVENTION, POLICY_ACTION, EpisodeRecorder
+from vega_policy.deployment.rtc import AlignedEngine
 from vega_policy.deployment.safety import SafetyFilter
 from vega_policy.modeling_vega import VegaPolicy
 
@@ -27,6 +28,37 @@ CHANGES = ("range", "speed", "workspace", "keys", "finite", "jump", "stale")
 """Safety events after which the command differs from the policy's action."""
 
 MAX_BRAKING_SECONDS = 3.0
+
+
+class StepClock:
+    """Deadlines of control steps, one `period` apart since the start, so that no delay accumulates.
+
+    Args:
+        period: Seconds of a control step.
+        now: Clock, in seconds.
+        sleep: Sleeps for a number of seconds.
+    """
+
+    def __init__(
+        self,
+        period: float,
+        now: Callable[[], float] = time.perf_counter,
+        sleep: Callable[[float], None] = precise_sleep,
+    ) -> None:
+        self._period, self._now, self._sleep = period, now, sleep
+        self._due = now()
+
+    def wait(self) -> int:
+        """Wait for the next deadline and return the number of deadlines that were missed.
+
+        A step that ends up to half a period late is followed at once, a later one at the next deadline:
+        otherwise the robot would get two commands within one of its own steps.
+        """
+        self._due += self._period
+        missed = max(round((self._now() - self._due) / self._period), 0)
+        self._due += missed * self._period
+        self._sleep(max(self._due - self._now(), 0.0))
+        return missed
 
 
 class SafeRollout(RolloutStrategy):
@@ -52,7 +84,7 @@ class SafeRollout(RolloutStrategy):
     ) -> None:
         super().__init__(BaseStrategyConfig())
         self.human = self._was_human = False
-        self.steps = 0
+        self.steps = self.late_steps = 0
         self._safety = safety
         self._episodes, self._episode_seconds = episodes, episode_seconds
         self._recorder, self._new_scenes = recorder, new_scenes
@@ -71,12 +103,11 @@ class SafeRollout(RolloutStrategy):
         episode, shutdown = 0, ctx.runtime.shutdown_event
         while not shutdown.is_set() and episode != self._episodes:
             self.reset()
-            end = time.perf_counter() + self._episode_seconds
+            end, clock = time.perf_counter() + self._episode_seconds, StepClock(1 / ctx.runtime.cfg.fps)
             while time.perf_counter() < end and not shutdown.is_set():
-                start = time.perf_counter()
                 self.step(ctx)
                 self.steps += 1
-                precise_sleep(max(1 / ctx.runtime.cfg.fps - (time.perf_counter() - start), 0.0))
+                self.late_steps += clock.wait()
             if self._recorder is not None:
                 self._recorder.end_episode()
             if self._new_scenes and not shutdown.is_set():
@@ -129,6 +160,9 @@ class SafeRollout(RolloutStrategy):
         else:
             assert self._interpolator is not None
             action = send_next_action(processed, observation, ctx, self._interpolator)
+            if action is not None and isinstance(self._engine, AlignedEngine):
+                robot: Any = ctx.hardware.robot_wrapper.inner
+                self._engine.command_sent(getattr(robot, "commands_sent", None))
         if action is None:
             return  # nothing predicted yet: the watchdog holds the robot
         changed = [kind for kind in CHANGES if self._safety.counts[kind] > before.get(kind, 0)]
@@ -163,16 +197,14 @@ def predict_from_observation(context: RolloutContext, observation: dict[str, Any
 
     A policy that reads histories stores the observation until it is reset.
     """
-    return predict_chunk(context, context.processors.robot_observation_processor(observation))[1].numpy()
+    processed = context.processors.robot_observation_processor(observation)
+    return predict_chunk(context, prepare_batch(context, processed))[1].numpy()
 
 
-def predict_chunk(
-    context: RolloutContext, processed: dict[str, Any], **rtc: Any
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a chunk [t a] in the policy's units and on its device, and in the robot's units on the CPU.
+def prepare_batch(context: RolloutContext, processed: dict[str, Any]) -> dict[str, Any]:
+    """Return a policy's batch from an observation after LeRobot's observation processor.
 
-    `processed` is an observation after LeRobot's observation processor; `rtc` has `inference_delay` and
-    `prev_chunk_left_over` for real-time chunking.
+    A policy that reads histories stores the observation until it is reset.
     """
     cfg, policy = context.runtime.cfg, context.policy
     frame = build_dataset_frame(context.data.dataset_features, processed, prefix=OBS_STR)
@@ -181,8 +213,19 @@ def predict_chunk(
     batch["task"] = [cfg.task]
     with torch.no_grad():
         batch = policy.preprocessor(batch)
-        if isinstance(policy.policy, VegaPolicy):
-            batch = policy.policy.remember(batch)
+        return policy.policy.remember(batch) if isinstance(policy.policy, VegaPolicy) else batch
+
+
+def predict_chunk(
+    context: RolloutContext, batch: dict[str, Any], **rtc: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a chunk [t a] in the policy's units and on its device, and in the robot's units on the CPU.
+
+    `batch` is one of `prepare_batch`; `rtc` has `inference_delay` and `prev_chunk_left_over` for real-time
+    chunking.
+    """
+    policy = context.policy
+    with torch.no_grad():
         chunk = policy.policy.predict_action_chunk(batch, **rtc)
         actions = policy.postprocessor(chunk)
     return chunk[0], actions[0].float().cpu()

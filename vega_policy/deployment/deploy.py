@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +35,12 @@ from vega_policy.deployment.control_loop import (
     delayed,
     predict_chunk,
     predict_from_observation,
+    prepare_batch,
 )
-from vega_policy.deployment.preflight import FAILED, format_checks, run_preflight
+from vega_policy.deployment.preflight import FAILED, format_checks, measure_latency, run_preflight
 from vega_policy.deployment.recording import EpisodeRecorder, RecordingFormat, merge_episodes
 from vega_policy.deployment.remote_policy import VegaRemoteConfig, VegaRemotePolicy
-from vega_policy.deployment.rtc import RealTimeEngine
+from vega_policy.deployment.rtc import AlignedEngine, CommandsUnderWay, RealTimeEngine, SyncEngine
 from vega_policy.deployment.safety import (
     EmergencyStop,
     JointLimits,
@@ -67,6 +69,7 @@ class Deployment:
     """Result of a deployment."""
 
     steps: int  # control steps
+    late_steps: int  # deadlines of control steps that were missed
     interventions: dict[str, int]  # number of events of the safety layer, by kind
     stopped: str | None  # why the robot was stopped for good
     episodes: list[Path]  # folders of recorded episodes
@@ -95,12 +98,11 @@ def deploy(config: Mapping[str, Any]) -> Deployment:
             policy.predict_action_chunk = delayed(
                 policy.predict_action_chunk, config["extra_latency_seconds"]
             )
-        if isinstance(rollout.inference, RTCInferenceConfig):
-            context.policy.inference = _real_time_engine(context, safety, rollout.inference.queue_threshold)
-        _require_preflight(config, context, safety)
+        latency_steps = _require_preflight(config, context, safety)
+        context.policy.inference = _make_engine(context, safety, latency_steps)
         if config["dry_run"]:
             steps = dry_run(context, safety, config["dry_run_seconds"], Path(config["output_dir"]))
-            return Deployment(steps, dict(safety.counts), safety.stopped, [])
+            return Deployment(steps, 0, dict(safety.counts), safety.stopped, [])
         return _run(config, context, safety)
     finally:
         if context.hardware.robot_wrapper.is_connected:
@@ -210,34 +212,61 @@ def dry_run(context: RolloutContext, safety: SafetyFilter, seconds: float, folde
     return steps
 
 
-def _real_time_engine(context: RolloutContext, safety: SafetyFilter, threshold: int) -> RealTimeEngine:
-    steps: list[Any] = list(context.policy.preprocessor.steps)
-    if any(isinstance(step, RelativeActionsProcessorStep) and step.enabled for step in steps):
-        raise ValueError(
-            "real-time chunking expects actions that do not depend on when they are executed; this policy's "
-            "are relative to the state at the start of each chunk. Use lerobot-rollout for it"
-        )
+def _make_engine(context: RolloutContext, safety: SafetyFilter, latency_steps: int) -> AlignedEngine:
+    """Return the engine that replaces LeRobot's; see `vega_policy.deployment.rtc`."""
     policy: Any = context.policy.policy
-    if isinstance(policy, VegaPolicy | VegaRemotePolicy):
-        policy.use_rtc(policy.config.rtc_config)  # chunks are joined by executed actions, not by the clock
+    inference, shutdown = context.runtime.cfg.inference, context.runtime.shutdown_event
+    under_way = CommandsUnderWay(1 / context.runtime.cfg.fps, latency_steps)
 
-    def predict(observation: dict[str, Any], delay: int, rest: Tensor | None) -> tuple[Tensor, Tensor]:
-        return predict_chunk(context, observation, inference_delay=delay, prev_chunk_left_over=rest)
+    def predict(observation: Any, delay: int, since: Tensor | None) -> tuple[Tensor, Tensor]:
+        batch = observation if reads_history else prepare_batch(context, observation)
+        if not (is_vega or isinstance(inference, RTCInferenceConfig)):
+            return predict_chunk(context, batch)
+        return predict_chunk(context, batch, inference_delay=delay, prev_chunk_left_over=since)
 
     def reset() -> None:
         for part in (policy, context.policy.preprocessor, context.policy.postprocessor):
             part.reset()
 
-    shutdown = context.runtime.shutdown_event
-    return RealTimeEngine(predict, reset, safety, threshold=threshold, shutdown=shutdown)
+    is_vega = isinstance(policy, VegaPolicy | VegaRemotePolicy)
+    reads_history = isinstance(policy, VegaPolicy) and policy.config.prior.clip == "history"
+    if not isinstance(inference, RTCInferenceConfig):
+        remote = isinstance(policy, VegaRemotePolicy)
+        steps = (
+            policy.remote.description.action_steps if remote else vars(policy.config).get("n_action_steps")
+        )
+        prepare = partial(prepare_batch, context) if reads_history else None
+        return SyncEngine(predict, reset, safety, under_way, action_steps=steps, prepare=prepare)
+    processors: list[Any] = list(context.policy.preprocessor.steps)
+    if any(isinstance(step, RelativeActionsProcessorStep) and step.enabled for step in processors):
+        raise ValueError(
+            "real-time chunking expects actions that do not depend on when they are executed; this policy's "
+            "are relative to the state at the start of each chunk. Use lerobot-rollout for it"
+        )
+    if is_vega:
+        policy.use_rtc(
+            replace(policy.config.rtc_config, enabled=True)
+        )  # without the adapter to LeRobot's queue
+    threshold = inference.queue_threshold
+    return RealTimeEngine(predict, reset, safety, under_way, threshold=threshold, shutdown=shutdown)
 
 
-def _require_preflight(config: Mapping[str, Any], context: RolloutContext, safety: SafetyFilter) -> None:
-    checks = run_preflight(context, safety.limits, calls=config["preflight"]["calls"])
+def _require_preflight(config: Mapping[str, Any], context: RolloutContext, safety: SafetyFilter) -> int:
+    """Raise a PreflightError unless all checks pass; return the latency of observations in steps."""
+    latency_steps, settings = config["robot"].get("latency_steps"), config["preflight"]
+    checks = run_preflight(context, safety.limits, calls=settings["calls"], latency_steps=latency_steps or 0)
+    may_move = not config["dry_run"] and all(check.status != FAILED for check in checks)
+    if latency_steps is None and may_move:
+        with EmergencyStop(safety.stop, key=config["emergency_key"]):
+            latency_steps, check = measure_latency(context.hardware.robot_wrapper, safety, settings["motion"])
+        if safety.stopped is not None:
+            raise PreflightError(f"the preflight was stopped: {safety.stopped}")
+        checks.append(check)
     logger.info("preflight\n%s", format_checks(checks))
     failed = [check for check in checks if check.status == FAILED]
-    if failed and not config["preflight"]["ignore_failures"]:
+    if failed and not settings["ignore_failures"]:
         raise PreflightError("the preflight failed, nothing moved:\n" + format_checks(failed))
+    return latency_steps or 0
 
 
 def _run(config: Mapping[str, Any], context: RolloutContext, safety: SafetyFilter) -> Deployment:
@@ -278,11 +307,12 @@ def _run(config: Mapping[str, Any], context: RolloutContext, safety: SafetyFilte
             strategy.run(context)
         except KeyboardInterrupt:
             safety.stop("interrupted from the keyboard")
-    logger.info("%d steps; interventions: %s", strategy.steps, dict(safety.counts) or "none")
+    counts = strategy.steps, strategy.late_steps, dict(safety.counts)
+    logger.info("%d steps, %d deadlines missed; interventions: %s", *counts)
     saved = [] if recorder is None else recorder.saved
     if saved and recording["merge_into"] is not None:
         merge_episodes(folder, Path(recording["merge_into"]), recording["repo_id"])
-    return Deployment(strategy.steps, dict(safety.counts), safety.stopped, saved)
+    return Deployment(*counts, safety.stopped, saved)
 
 
 def _recording_format(config: Mapping[str, Any], context: RolloutContext) -> RecordingFormat:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +14,14 @@ from lerobot.rollout.context import RolloutContext
 from lerobot.rollout.inference import RTCInferenceConfig
 from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_STATE
 
-from vega_policy.deployment.control_loop import predict_from_observation
-from vega_policy.deployment.safety import JointLimits
+from vega_policy.deployment.control_loop import StepClock, predict_from_observation
+from vega_policy.deployment.rtc import LAST_COMMAND
+from vega_policy.deployment.safety import JointLimits, SafetyFilter
 
 OK, WARNING, FAILED = "ok", "warning", "FAILED"
+
+MOTION_STEPS = 20
+"""Steps of the motion that measures the latency of observations, each way."""
 
 NO_STATISTICS = "the checkpoint has no statistics to compare with"
 
@@ -62,31 +66,33 @@ class Timing:
     latencies: Sequence[float]  # measured seconds of some predictions
     real_time_chunking: bool  # whether chunks are predicted while others are executed
     queue_threshold: int  # actions left at which real-time chunking predicts the next chunk
+    observing: Sequence[float] = (0.0,)  # measured seconds of some observations
+    latency_steps: int = 0  # commands under way when the robot is observed
 
 
-def run_preflight(context: RolloutContext, limits: Sequence[JointLimits], *, calls: int) -> list[Check]:
-    """Observe the robot once, time some predictions, and check both; nothing is sent to the robot.
+def run_preflight(
+    context: RolloutContext, limits: Sequence[JointLimits], *, calls: int, latency_steps: int = 0
+) -> list[Check]:
+    """Observe the robot, time observations and predictions, and check all; nothing is sent to the robot.
 
     Args:
         context: LeRobot's rollout, with the robot connected.
         limits: Limits of the safety layer.
-        calls: Number of timed predictions, after one that is not.
+        calls: Number of timed observations and predictions, after one that is not.
+        latency_steps: Commands under way when the robot is observed.
     """
-    observation = context.hardware.robot_wrapper.get_observation()
+    observe = context.hardware.robot_wrapper.get_observation
+    observation, observing = observe(), [_seconds(observe) for _ in range(calls)]
     policy, robot = _policy_spec(context), _robot_spec(context, observation)
     if set(policy.cameras) - set(robot.cameras) or policy.state_size not in (None, len(robot.state)):
         chunk, latencies = np.zeros((1, policy.action_size)), [0.0]  # it cannot predict from this observation
     else:
-        chunk, latencies = predict_from_observation(context, observation), []
-        for _ in range(calls):
-            start = time.perf_counter()
-            predict_from_observation(context, observation)
-            latencies.append(time.perf_counter() - start)
+        chunk = predict_from_observation(context, observation)
+        latencies = [_seconds(lambda: predict_from_observation(context, observation)) for _ in range(calls)]
     inference = context.runtime.cfg.inference
     chunking = isinstance(inference, RTCInferenceConfig)
-    timing = Timing(
-        context.runtime.cfg.fps, latencies, chunking, inference.queue_threshold if chunking else 0
-    )
+    threshold = inference.queue_threshold if chunking else 0
+    timing = Timing(context.runtime.cfg.fps, latencies, chunking, threshold, observing, latency_steps)
     return check_robot(policy, robot, limits, chunk, timing)
 
 
@@ -216,25 +222,104 @@ def _check_chunk(limits: Sequence[JointLimits], chunk: np.ndarray, names: Sequen
 
 def _check_latency(policy: PolicySpec, timing: Timing) -> Check:
     name = "latency against the control rate"
-    slow = float(np.percentile(timing.latencies, 95))
+    step, size = 1 / timing.fps, policy.chunk_size
+    observing, slow = (float(np.percentile(part, 95)) for part in (timing.observing, timing.latencies))
+    if observing > step:
+        message = (
+            f"an observation takes {1000 * observing:.0f} ms, a step {1000 * step:.0f} ms; lower robot.fps"
+        )
+        return Check(name, FAILED, message)
     measured = (
-        f"a chunk takes {1000 * slow:.0f} ms (p95 of {len(timing.latencies)}), a step "
-        f"{1000 / timing.fps:.0f} ms"
+        f"a chunk takes {1000 * slow:.0f} ms (p95 of {len(timing.latencies)}), a step {1000 * step:.0f} ms"
     )
     if not timing.real_time_chunking:
-        if slow > 1 / timing.fps:
+        if size is not None and slow > size * step:
+            message = f"{measured}: the robot would wait longer than a chunk of {size} lasts; lower robot.fps"
+            return Check(name, FAILED, message)
+        if slow > step:
             return Check(name, WARNING, measured + "; the robot waits at each chunk: try inference=rtc")
         return Check(name, OK, measured)
-    delay, threshold, size = math.ceil(slow * timing.fps), timing.queue_threshold, policy.chunk_size
+    delay, threshold = math.ceil(slow * timing.fps), timing.queue_threshold
     if size is not None and threshold >= size:
         return Check(name, FAILED, f"queue_threshold {threshold} must be below the chunk of {size}")
     if delay > threshold:
         message = f"{measured}: {delay} steps, but the next chunk is predicted at {threshold} actions left"
         return Check(name, FAILED, message)
-    if size is not None and 2 * delay > size:
-        message = f"{delay} steps; a chunk of {size} ends before the next one arrives, and the robot waits"
-        return Check(name, WARNING, f"{measured}: {message}")
+    if size is not None and 2 * delay + timing.latency_steps > size:
+        message = f"{delay} steps; a chunk of {size} ends before the next one arrives; lower robot.fps"
+        return Check(name, FAILED, f"{measured}: {message}")
     return Check(name, OK, f"{measured}: {delay} steps of {threshold}")
+
+
+def measure_latency(robot: Any, safety: SafetyFilter, motion: float) -> tuple[int, Check]:
+    """Move the first joint a little, three times, and find the step in which the state shows it.
+
+    Args:
+        robot: Has `get_observation` and `send_action`.
+        safety: Limits the motion; reset afterwards.
+        motion: Part of the joint's range that is moved, in (0, 0.1].
+
+    Returns:
+        Steps by which observations are late: 0 if the one after a command shows it. The check fails if no
+        motion shows within `MOTION_STEPS`.
+    """
+    name = "latency of observations"
+    if not 0 < motion <= 0.1:
+        raise ValueError(f"preflight.motion: expected a part of the joint's range in (0, 0.1], got {motion}")
+    if LAST_COMMAND in robot.get_observation():
+        return 0, Check(name, OK, "the robot reports which command each observation reflects")
+    probe, found = _MotionProbe(robot, safety, motion), []
+    for _ in range(3):
+        shown = probe.run()
+        if shown is None:
+            message = f"no motion of {safety.names[0]} within {MOTION_STEPS} steps; set robot.latency_steps"
+            return 0, Check(name, FAILED, message)
+        found.append(shown - 1)
+    safety.reset()
+    steps = sorted(found)[1]
+    return steps, Check(name, OK, f"{steps} steps (median of {found}); set robot.latency_steps to skip this")
+
+
+class _MotionProbe:
+    """A small motion of one joint and back, at the control rate."""
+
+    def __init__(self, robot: Any, safety: SafetyFilter, motion: float) -> None:
+        self._robot, self._safety, self._clock = robot, safety, StepClock(safety.period)
+        observation, self._home = robot.get_observation(), {}
+        for limit in safety.limits:
+            known = limit.start if limit.start is not None else limit.rest
+            self._home[limit.name] = float(observation[limit.name]) if known is None else known
+        first = safety.limits[0]
+        step = motion * (first.high - first.low)
+        room = first.high - self._home[first.name] > step
+        self._away = self._home | {first.name: self._home[first.name] + (step if room else -step)}
+        self._is_velocity = first.name.endswith(".vel")
+
+    def run(self) -> int | None:
+        """Return the number of steps until the motion shows, None if it does not; return to the start."""
+        still = np.array([self._step(self._home) for _ in range(MOTION_STEPS)])
+        noise = 4 * np.ptp(still[MOTION_STEPS // 2 :], axis=0) + 1e-6
+        shown = None
+        for step in range(MOTION_STEPS):
+            moves = step == 0 or not self._is_velocity
+            state = self._step(self._away if moves else self._home)
+            if shown is None and step > 0 and (np.abs(state - still[-1]) > noise).any():
+                shown = step
+        return shown
+
+    def _step(self, action: Mapping[str, float]) -> np.ndarray:
+        """Observe, send a command within limits, wait for the next step; return the state observed."""
+        self._safety.set_observation_time(time.monotonic())
+        observation = self._robot.get_observation()
+        self._robot.send_action(self._safety.command(action, observation))
+        self._clock.wait()
+        return np.array([value for value in observation.values() if np.isscalar(value)], np.float64)
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
 
 
 def _policy_spec(context: RolloutContext) -> PolicySpec:

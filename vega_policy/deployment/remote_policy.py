@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn, Self
@@ -29,7 +29,7 @@ from vega_policy.checkpoints import UnsafeCheckpointError
 from vega_policy.deployment.client import RemotePolicy, ServerAddress
 from vega_policy.deployment.protocol import RTCContext, ServedDescription
 from vega_policy.evaluation.policies import ObservationBatch
-from vega_policy.model.rtc import RTCQueueAdapter, left_over
+from vega_policy.model.rtc import RTCQueueAdapter
 
 NOT_TRAINABLE = "a policy on a server cannot be trained from here; train its checkpoint"
 
@@ -45,6 +45,7 @@ class VegaRemoteConfig(PreTrainedConfig):
     timeout_seconds: float = 10.0  # for an answer
     patience_seconds: float = 30.0  # time to retry an unavailable server; the robot is held meanwhile
     seed: int = 0  # of the noise that chunks start from
+    latency_steps: int = 0  # commands that are under way when a robot is observed; see docs/deploy.md
     rtc_config: ClassVar[Any] = None  # LeRobot's rollout sets it on the instance
 
     def set_features(self, served: ServedDescription) -> None:
@@ -86,8 +87,8 @@ class VegaRemoteConfig(PreTrainedConfig):
 class VegaRemotePolicy(PreTrainedPolicy):
     """Requests chunks from a policy server; observations are sent raw, actions are in the robot's units.
 
-    With `rtc` inference LeRobot requests the next chunk in its own thread while the robot executes the last
-    one, and counts network time into the delay that it compensates.
+    With `rtc` inference the next chunk is requested in a thread of its own while the robot executes the last
+    one.
 
     Raises:
         PolicyUnavailableError: If the server is unreachable.
@@ -109,6 +110,7 @@ class VegaRemotePolicy(PreTrainedPolicy):
             )
         config.set_features(self.remote.served)
         self._queue: deque[Tensor] = deque()
+        self._is_moving = False  # a chunk of this episode has been executed
         self._rng = np.random.default_rng(config.seed)
         self._rtc: RTCConfig | None = None
         self._adapter: RTCQueueAdapter | None = None
@@ -141,6 +143,9 @@ class VegaRemotePolicy(PreTrainedPolicy):
     def reset(self) -> None:
         """Discard the rest of the last chunk."""
         self._queue.clear()
+        self._is_moving = False
+        if self._adapter is not None:
+            self._adapter.reset()
 
     def supports_rtc(self) -> bool:
         """Whether the served policy supports real-time chunking."""
@@ -148,18 +153,33 @@ class VegaRemotePolicy(PreTrainedPolicy):
 
     def init_rtc_processor(self) -> None:
         """Adapt to LeRobot's queue; its rollout calls this after setting `config.rtc_config`."""
-        self.use_rtc(self.config.rtc_config)
-        self._adapter = RTCQueueAdapter() if self._rtc is not None and self._rtc.enabled else None
+        shared = self.config.rtc_config  # with the rollout's queue
+        self.use_rtc(None if shared is None else replace(shared))
+        if shared is not None and shared.enabled:
+            action_steps = self.remote.description.action_steps
+            self._adapter = RTCQueueAdapter(action_steps, self.config.latency_steps)
+            shared.enabled = False
 
     def use_rtc(self, config: RTCConfig | None) -> None:
         """Let chunks continue the last one, joined by the number of executed actions."""
         self._rtc, self._adapter = config, None
 
     def select_action(self, batch: dict[str, Any], **kwargs: Any) -> Tensor:
-        """Return the next action [1 a]; request a new chunk when none is left."""
+        """Return the next action [1 a]; request a new chunk when none is left.
+
+        Each chunk but the first of an episode begins after `latency_steps` actions, which are under way.
+        """
         if not self._queue:
             chunk = self.predict_action_chunk(batch)
-            self._queue.extend(chunk[:, : self.remote.description.action_steps].unbind(dim=1))
+            first = self.config.latency_steps if self._is_moving else 0
+            last = first + self.remote.description.action_steps
+            if last > chunk.shape[1]:
+                raise ValueError(
+                    f"latency_steps: expected at most {chunk.shape[1] - last + first}, since a chunk has "
+                    f"{chunk.shape[1]} actions of which {last - first} are executed; got {first}"
+                )
+            self._queue.extend(chunk[:, first:last].unbind(dim=1))
+            self._is_moving = True
         return self._queue.popleft()
 
     @torch.no_grad()
@@ -188,15 +208,14 @@ class VegaRemotePolicy(PreTrainedPolicy):
         if self.remote.noise_shape is not None:
             noise = self._rng.standard_normal((1, *self.remote.noise_shape), dtype=np.float32)
         context = None
-        if self._rtc is not None and self._rtc.enabled and prev_chunk_left_over is not None:
-            rest = left_over(prev_chunk_left_over, len(prev_chunk_left_over))
-            if rest is not None:
-                context = RTCContext(
-                    rest[0].cpu().numpy().astype(np.float32),
-                    inference_delay,
-                    self._rtc.execution_horizon,
-                    float(self._rtc.max_guidance_weight),
-                )
+        rest = prev_chunk_left_over  # [t a] or [1 t a]
+        if self._rtc is not None and self._rtc.enabled and rest is not None and rest.numel():
+            context = RTCContext(
+                rest.reshape(-1, rest.shape[-1]).cpu().numpy().astype(np.float32),
+                inference_delay,
+                self._rtc.execution_horizon,
+                float(self._rtc.max_guidance_weight),
+            )
         return torch.from_numpy(self.remote.chunk(self._observation(batch), noise, context))
 
     def _observation(self, batch: dict[str, Any]) -> ObservationBatch:

@@ -1,20 +1,23 @@
-"""Real-time chunking that executes every action once: chunks are joined by the number of executed actions.
+"""Inference engines that execute every planned action at most once: chunks are joined by counting commands.
 
-LeRobot's engine drops as many actions of a new chunk as were due by the clock. When there was nothing to
-execute (the first chunk, or after a hold) these actions are lost, and a policy that commands displacements is
-out of step from then on: measured on LiftWide, it hardly ever succeeds. Here each observation carries the
-number of actions executed before it, and a chunk begins at that number.
+A chunk begins with the action that follows the last command that its observation reflects. Commands sent
+since then are under way, and those sent while the policy predicts follow; the chunk continues after them.
+LeRobot's engines count neither: its sync engine starts each chunk at its first action, and its rtc engine
+drops as many actions as were due by the clock (the jump that its pull request 4223 describes).
 """
 
 from __future__ import annotations
 
 import logging
 import threading
+import time
+from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from lerobot.rollout.inference.base import InferenceEngine
 from torch import Tensor
 
@@ -22,66 +25,216 @@ from vega_policy.deployment.safety import SafetyFilter
 
 logger = logging.getLogger(__name__)
 
-Predict = Callable[[dict[str, Any], int, Tensor | None], tuple[Tensor, Tensor]]
-"""(observation, delay, rest of the last chunk [t a]) -> chunk in the policy's units, and in the robot's."""
+Predict = Callable[[Any, int, Tensor | None], tuple[Tensor, Tensor]]
+"""(observation, delay, actions since it [t a]) -> chunk in the policy's units, and in the robot's."""
 
 REMEMBERED_DELAYS = 10  # the longest of them is the delay that the next chunk assumes
 MAX_FAILURES = 10  # in a row
 
+LAST_COMMAND = "last_command"
+"""Entry of an observation: number of the last command that it reflects, counted as by `commands_sent`."""
+
+
+class CommandsUnderWay:
+    """Commands of the policy that the robot's observations do not reflect yet.
+
+    A robot with `commands_sent` reports in each observation, as `last_command`, the number of the last
+    command that it reflects. For any other one a command is reflected `latency_steps + 1` periods after it
+    was sent.
+
+    Args:
+        period: Seconds of a control step.
+        latency_steps: Steps by which observations of a robot that does not report are late.
+    """
+
+    def __init__(self, period: float, latency_steps: int = 0) -> None:
+        self._seconds = (latency_steps + 0.5) * period
+        self._commands: deque[tuple[int | None, float]] = deque()  # number and time of each, in order
+
+    def add(self, number: int | None, seconds: float | None = None) -> None:
+        """Add a command that was sent now, or at `seconds` of the monotonic clock; None: it has no number."""
+        self._commands.append((number, time.monotonic() if seconds is None else seconds))
+
+    def count(self, observation: dict[str, Any], observed_at: float) -> int:
+        """Return how many are not reflected by an observation of that time; the others are removed."""
+        reflected = observation.get(LAST_COMMAND)
+        while self._commands:
+            number, sent_at = self._commands[0]
+            if reflected is None or number is None:
+                is_under_way = observed_at - sent_at < self._seconds
+            else:
+                is_under_way = number > reflected
+            if is_under_way:
+                break
+            self._commands.popleft()
+        return len(self._commands)
+
+    def clear(self) -> None:
+        """Remove all: the plan of a new episode does not contain them."""
+        self._commands.clear()
+
 
 @dataclass(frozen=True)
 class Snapshot:
-    """An observation, its time (monotonic clock), and the number of actions executed before it."""
+    """An observation, its time (monotonic clock), and the number of the plan's actions that it reflects."""
 
-    observation: dict[str, Any]
+    observation: Any
     seconds: float
     index: int
 
 
 class ChunkQueue:
-    """Actions to execute, each with its index in the episode; safe to use from several threads."""
+    """The plan: actions, each with its index in the episode; safe to use from several threads."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._chunk: tuple[Tensor, Tensor] | None = None
-        self._first = 0  # index of the chunk's first action
-        self.index = 0  # of the next action: the number of executed ones
+        self._plan: tuple[Tensor, Tensor] | None = None  # [t a] in the policy's units and in the robot's
+        self._first = 0  # index of the plan's first action
+        self.index = 0  # of the next action: the number of those taken
 
     def pop(self) -> Tensor | None:
         """Return the next action [a] in the robot's units; None if there is none."""
         with self._lock:
-            if self._chunk is None or self.index - self._first >= len(self._chunk[1]):
+            if self._plan is None or self.index - self._first >= len(self._plan[1]):
                 return None
             self.index += 1
-            return self._chunk[1][self.index - 1 - self._first].clone()
+            return self._plan[1][self.index - 1 - self._first].clone()
 
-    def rest(self, index: int) -> Tensor | None:
-        """Return the actions [t a] in the policy's units from an index on; None if there are none."""
+    def since(self, index: int) -> Tensor | None:
+        """Return the actions [t a] in the policy's units from an index on, taken or not; None without any."""
         with self._lock:
-            if self._chunk is None:
-                return None
-            rest = self._chunk[0][index - self._first :]
-            return rest.clone() if len(rest) else None
+            since = None if self._plan is None else self._plan[0][index - self._first :]
+            return None if since is None or not len(since) else since.clone()
+
+    def left(self) -> int:
+        """Return the number of actions that are not taken."""
+        with self._lock:
+            return 0 if self._plan is None else len(self._plan[1]) - (self.index - self._first)
 
     def join(self, chunk: Tensor, actions: Tensor, index: int) -> int:
-        """Continue with a chunk [t a] that begins at an index; return how many of it were executed since."""
+        """Continue with a chunk [t a] that begins at an index; return how many of it were taken since."""
         with self._lock:
-            self._chunk, self._first = (chunk, actions), index
-            return self.index - index
+            delay = self.index - index
+            new = (chunk, actions)
+            if self._plan is not None:  # what was taken stays what it was
+                taken = slice(index - self._first, self.index - self._first)
+                new = tuple(
+                    torch.cat([old[taken], part[delay:]]) for old, part in zip(self._plan, new, strict=True)
+                )
+            self._plan, self._first = (new[0], new[1]), index
+            return delay
 
     def clear(self) -> None:
         """Remove all actions and begin at index 0."""
         with self._lock:
-            self._chunk, self._first, self.index = None, 0, 0
+            self._plan, self._first, self.index = None, 0, 0
 
 
-class RealTimeEngine(InferenceEngine):
+class AlignedEngine(InferenceEngine):
+    """Base of the engines: joins chunks in a queue by the number of actions that observations reflect.
+
+    Args:
+        predict: The policy.
+        reset_policy: Resets policy and processors.
+        safety: Knows the time of the last observation, and the largest age of one when its chunk arrives.
+        under_way: Counts the commands that an observation does not reflect.
+    """
+
+    def __init__(
+        self,
+        predict: Predict,
+        reset_policy: Callable[[], None],
+        safety: SafetyFilter,
+        under_way: CommandsUnderWay,
+    ) -> None:
+        self._predict, self._reset_policy = predict, reset_policy
+        self._safety, self._under_way = safety, under_way
+        self._queue = ChunkQueue()
+        self._latest: Snapshot | None = None
+        self._episode = 0
+        self._lock = threading.Lock()
+
+    def reset(self) -> None:
+        """Remove actions and observation; a prediction that is running will not be executed."""
+        with self._lock:
+            self._episode += 1
+            self._latest = None
+            self._queue.clear()
+            self._under_way.clear()
+        self._reset_policy()
+
+    def notify_observation(self, obs: dict[str, Any]) -> None:
+        """Set the observation before the next action."""
+        with self._lock:
+            seconds = self._safety.observed_at
+            index = self._queue.index - self._under_way.count(obs, seconds)
+            self._latest = Snapshot(obs, seconds, index)
+
+    def command_sent(self, number: int | None) -> None:
+        """Count the action that was just taken as a command; `number` is the robot's `commands_sent`."""
+        with self._lock:
+            self._under_way.add(number)
+
+    @abstractmethod
+    def get_action(self, obs_frame: dict[str, Any] | None) -> Tensor | None:
+        """Return the next action [a] in the robot's units, or None."""
+
+
+class SyncEngine(AlignedEngine):
+    """Predicts a chunk when none of the last one's first `action_steps` actions is left; the robot waits.
+
+    `prepare` is applied to every observation, for a policy that reads histories of frames.
+    """
+
+    def __init__(
+        self,
+        predict: Predict,
+        reset_policy: Callable[[], None],
+        safety: SafetyFilter,
+        under_way: CommandsUnderWay,
+        *,
+        action_steps: int | None = None,
+        prepare: Callable[[dict[str, Any]], Any] | None = None,
+    ) -> None:
+        super().__init__(predict, reset_policy, safety, under_way)
+        self._action_steps, self._prepare = action_steps, prepare
+
+    def start(self) -> None:
+        """Do nothing: there is no thread."""
+
+    def stop(self) -> None:
+        """Do nothing: there is no thread."""
+
+    def notify_observation(self, obs: dict[str, Any]) -> None:
+        """Set the observation before the next action."""
+        super().notify_observation(obs)
+        if self._prepare is not None and self._latest is not None:
+            self._latest = Snapshot(self._prepare(obs), self._latest.seconds, self._latest.index)
+
+    def get_action(self, obs_frame: dict[str, Any] | None) -> Tensor | None:
+        """Return the next action [a] in the robot's units; predict where there is none."""
+        if self._queue.left() == 0 and self._latest is not None:
+            latest, index = self._latest, self._queue.index
+            under_way = index - latest.index
+            chunk, actions = self._predict(latest.observation, under_way, self._queue.since(latest.index))
+            if under_way >= len(actions):
+                raise ValueError(
+                    f"{under_way} commands are under way, but a chunk has only {len(actions)} actions; lower "
+                    "robot.fps"
+                )
+            end = None if self._action_steps is None else under_way + self._action_steps
+            self._queue.join(chunk[:end], actions[:end], latest.index)
+        return self._queue.pop()
+
+
+class RealTimeEngine(AlignedEngine):
     """Predicts the next chunk in its own thread while the last one is executed.
 
     Args:
         predict: The policy.
         reset_policy: Resets policy and processors.
         safety: Knows the time of the last observation, and the largest age of one when its chunk arrives.
+        under_way: Counts the commands that an observation does not reflect.
         threshold: The next chunk is predicted when at most this many actions are left.
         shutdown: Set after `MAX_FAILURES` failed predictions in a row.
         retry_seconds: Pause after a failed prediction.
@@ -92,19 +245,16 @@ class RealTimeEngine(InferenceEngine):
         predict: Predict,
         reset_policy: Callable[[], None],
         safety: SafetyFilter,
+        under_way: CommandsUnderWay,
         *,
         threshold: int,
         shutdown: threading.Event,
         retry_seconds: float = 0.5,
     ) -> None:
-        self._predict, self._reset_policy = predict, reset_policy
-        self._safety, self._threshold, self._shutdown = safety, threshold, shutdown
+        super().__init__(predict, reset_policy, safety, under_way)
+        self._threshold, self._shutdown = threshold, shutdown
         self._retry_seconds = retry_seconds
-        self._queue = ChunkQueue()
         self._delays: deque[int] = deque(maxlen=REMEMBERED_DELAYS)
-        self._latest: Snapshot | None = None
-        self._episode = 0
-        self._lock = threading.Lock()
         self._has_news = threading.Event()
         self._ended = threading.Event()
         self._failed = False
@@ -128,18 +278,9 @@ class RealTimeEngine(InferenceEngine):
         if self._thread is not None:
             self._thread.join(timeout=3.0)
 
-    def reset(self) -> None:
-        """Remove actions and observation; a prediction that is running will not be executed."""
-        with self._lock:
-            self._episode += 1
-            self._latest = None
-            self._queue.clear()
-        self._reset_policy()
-
     def notify_observation(self, obs: dict[str, Any]) -> None:
         """Set the observation before the next action."""
-        with self._lock:
-            self._latest = Snapshot(obs, self._safety.observed_at, self._queue.index)
+        super().notify_observation(obs)
         self._has_news.set()
 
     def get_action(self, obs_frame: dict[str, Any] | None) -> Tensor | None:
@@ -150,16 +291,16 @@ class RealTimeEngine(InferenceEngine):
         """Predict once, if there is a new observation and at most `threshold` actions are left."""
         with self._lock:
             latest, episode = self._latest, self._episode
-            rest = None if latest is None else self._queue.rest(latest.index)
-            if latest is None or (rest is not None and len(rest) > self._threshold):
+            if latest is None or self._queue.left() > self._threshold:
                 return
+            since = self._queue.since(latest.index)
             self._latest = None
-        chunk, actions = self._predict(latest.observation, max(self._delays, default=0), rest)
+        chunk, actions = self._predict(latest.observation, max(self._delays, default=0), since)
         with self._lock:
             if episode != self._episode or not self._safety.accept_chunk(latest.seconds):
                 return
             delay = self._queue.join(chunk, actions, latest.index)
-        if rest is not None:  # while nothing is executed, no delay can be counted
+        if since is not None:  # while nothing is executed, no delay can be counted
             self._delays.append(delay)
 
     def _run(self) -> None:
