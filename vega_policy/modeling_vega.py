@@ -26,7 +26,7 @@ from vega_policy.model.observation import Observation
 from vega_policy.model.rtc import RTCQueueAdapter
 from vega_policy.model.vega import VegaModel
 from vega_policy.priors import resolve
-from vega_policy.priors.weights import fingerprint_weights
+from vega_policy.priors.base import fingerprint_weights
 from vega_policy.processor_vega import to_observation
 
 TEXT_ENCODER = "model.backbone.text_encoder."

@@ -3,13 +3,13 @@
 import pytest
 
 import envs
-from envs.demos.success_rate import (
+from envs.demos.collect import (
     TaskSuccess,
     code_version,
     load_results,
-    measure,
+    measure_success,
     measure_task,
-    merged,
+    merge_result,
     save_results,
     success_table,
 )
@@ -30,7 +30,7 @@ def test_the_table_counts_by_task_and_failures_have_no_length():
 
 def test_more_official_states_than_there_are_are_refused():
     with pytest.raises(ValueError, match=r"\['lift'\] have fewer than 1 official initial states"):
-        list(measure(["lift"], episodes=1, official=True, processes=1))
+        list(measure_success(["lift"], episodes=1, official=True, processes=1))
 
 
 def test_stored_results_come_back_and_known_episodes_are_not_repeated(tmp_path):
@@ -38,7 +38,7 @@ def test_stored_results_come_back_and_known_episodes_are_not_repeated(tmp_path):
     path = tmp_path / "table.json"
     assert load_results(path) == []
     save_results(path, [TaskSuccess(task, False, (7, 0))])
-    (result,) = measure(
+    (result,) = measure_success(
         ["lift"], episodes=2, official=False, processes=1, known=load_results(path)
     )  # no demonstrator lifts in 7 steps
     assert result.lengths == (7, 0)
@@ -47,9 +47,9 @@ def test_stored_results_come_back_and_known_episodes_are_not_repeated(tmp_path):
 @pytest.mark.slow
 def test_a_resumed_measurement_equals_an_uninterrupted_one():
     arguments = {"official": False, "processes": 1}
-    first = list(measure(["lift"], episodes=1, **arguments))
-    (longer,) = measure(["lift"], episodes=2, known=first, **arguments)
-    (whole,) = measure(["lift"], episodes=2, **arguments)
+    first = list(measure_success(["lift"], episodes=1, **arguments))
+    (longer,) = measure_success(["lift"], episodes=2, known=first, **arguments)
+    (whole,) = measure_success(["lift"], episodes=2, **arguments)
     assert longer == whole
 
 
@@ -57,7 +57,7 @@ def test_a_new_result_replaces_only_that_of_its_task_and_start():
     one, two = envs.tasks("robosuite")[:2]
     known = [TaskSuccess(one, False, (1,)), TaskSuccess(one, True, (2,)), TaskSuccess(two, False, (3,))]
     grown = TaskSuccess(one, False, (1, 4))
-    assert merged(known, grown) == [known[1], known[2], grown]
+    assert merge_result(known, grown) == [known[1], known[2], grown]
 
 
 def test_results_of_other_code_are_not_mixed_into_a_table(tmp_path):

@@ -11,8 +11,8 @@ from tests.policies import frames
 from tests.tiny_wan import TRANSFORMER
 from vega_policy.model.config import PriorConfig
 from vega_policy.priors import FORMER_WEIGHTS, PRIORS, has_trained_weights, make_prior, resolve
+from vega_policy.priors.base import empty_prompt
 from vega_policy.priors.wan import encode_empty_prompt
-from vega_policy.priors.weights import empty_prompt
 
 GRID = (4, 4)
 
@@ -190,7 +190,7 @@ def test_offline_the_default_prior_names_the_missing_files_and_the_way_out(monke
 
 def test_a_home_that_cannot_be_written_to_costs_only_the_cache_of_the_prompt(tmp_path, monkeypatch, caplog):
     (tmp_path / "home").touch()
-    monkeypatch.setattr("vega_policy.priors.weights.PROMPT_CACHE", tmp_path / "home" / "cache")
+    monkeypatch.setattr("vega_policy.priors.base.PROMPT_CACHE", tmp_path / "home" / "cache")
     folder = tmp_path / "wan"
     (folder / "text_encoder").mkdir(parents=True)
     (folder / "text_encoder" / "config.json").touch()
@@ -200,7 +200,7 @@ def test_a_home_that_cannot_be_written_to_costs_only_the_cache_of_the_prompt(tmp
 
 
 def test_the_empty_prompt_comes_from_the_checkpoints_own_text_encoder(wan_checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr("vega_policy.priors.weights.PROMPT_CACHE", tmp_path / "cache")
+    monkeypatch.setattr("vega_policy.priors.base.PROMPT_CACHE", tmp_path / "cache")
     folder = tmp_path / "wan"
     shutil.copytree(wan_checkpoint, folder)
     (folder / "empty_prompt.safetensors").unlink()

@@ -13,6 +13,7 @@ from tests import tiny_wan
 from tests.policies import frames
 from vega_policy.model.config import PriorConfig
 from vega_policy.priors import make_prior
+from vega_policy.priors.base import PROMPT_LENGTH
 from vega_policy.priors.wan import LatentWorldSimulator
 from vega_policy.priors.wan_fast import (
     CapturedWan,
@@ -31,7 +32,6 @@ from vega_policy.priors.wan_fast import (
     rotate,
     split_pairs,
 )
-from vega_policy.priors.weights import PROMPT_LENGTH
 
 TIGHT = {"atol": 1e-5, "rtol": 1e-5}
 VAE = tiny_wan.VAE | {"dim_mult": [1, 2, 1, 1]}

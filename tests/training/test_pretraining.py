@@ -19,7 +19,7 @@ from vega_policy.pretraining.autoencoder import normalise, posterior_means
 from vega_policy.pretraining.clips import Clips, StepRandomness
 from vega_policy.pretraining.trainer import pretrain
 from vega_policy.priors import PRIORS, make_prior
-from vega_policy.priors.weights import fingerprint_files
+from vega_policy.priors.base import fingerprint_files
 
 
 @pytest.fixture(autouse=True)

@@ -23,10 +23,9 @@ from vega_policy.model.config import BackboneConfig, PriorConfig
 from vega_policy.model.layers import grid_positions
 from vega_policy.model.observation import resize
 from vega_policy.priors import PRIORS, WAN, has_trained_weights, make_prior, resolve
-from vega_policy.priors.base import pool
+from vega_policy.priors.base import fingerprint_weights, locate, pool
 from vega_policy.priors.wan import LatentWorldSimulator
 from vega_policy.priors.wan_fast import FrameEncoder
-from vega_policy.priors.weights import fingerprint_weights, locate
 from vega_policy.run_dir import atomic_file
 
 BATCH = 16  # frames encoded at once

@@ -20,7 +20,7 @@ from vega_policy.model.config import BASES, BaseConfig
 from vega_policy.model.fusion import make_fusion
 from vega_policy.model.layers import Mlp
 from vega_policy.priors import make_prior
-from vega_policy.priors.weights import fingerprint_files
+from vega_policy.priors.base import fingerprint_files
 
 if TYPE_CHECKING:
     from lerobot.policies.pretrained import PreTrainedPolicy

@@ -265,7 +265,7 @@ def demonstrators(config: DictConfig) -> str:
     Without `suites`: 20 episodes a task of LIBERO's spatial, object, goal and 10 on fresh resets, 20 official
     states a task of LIBERO-PRO's swap suites, and 3 episodes a task of Meta-World MT50.
     """
-    rate = import_module("envs.demos.success_rate")
+    collect = import_module("envs.demos.collect")
     suites = list(config.suites)
     plan = [(suites, config.official, config.episodes)]
     if not suites:
@@ -273,19 +273,19 @@ def demonstrators(config: DictConfig) -> str:
         plan = [(LIBERO_BASES, False, config.episodes), (swapped, True, config.swap_episodes)]
         plan.append((["metaworld_mt50"], False, min(3, config.episodes)))
     output = None if config.output is None else Path(config.output)
-    start, results, known = time.perf_counter(), [], [] if output is None else rate.load_results(output)
+    start, results, known = time.perf_counter(), [], [] if output is None else collect.load_results(output)
     for names, official, episodes in plan:
         options = {"processes": config.processes, "only": config.tasks, "known": known}
-        for result in rate.measure(names, episodes=episodes, official=official, **options):
+        for result in collect.measure_success(names, episodes=episodes, official=official, **options):
             results.append(result)
-            known = rate.merged(known, result)
+            known = collect.merge_result(known, result)
             if output is not None:
-                rate.save_results(output, known)
+                collect.save_results(output, known)
             task, counts = result.task, f"{result.successes}/{len(result.lengths)}"
             seconds = time.perf_counter() - start
             logger.info("%.0f s: %s %d %s: %s", seconds, task.suite, task.index, task.name, counts)
     seconds = time.perf_counter() - start
-    return f"\n{rate.success_table(results)}\n\n{seconds:.0f} s, code {rate.code_version()}"
+    return f"\n{collect.success_table(results)}\n\n{seconds:.0f} s, code {collect.code_version()}"
 
 
 @partial(

@@ -28,7 +28,7 @@ from vega_policy.model.config import BackboneConfig, PriorConfig
 from vega_policy.model.observation import stack_views
 from vega_policy.model.vega import VegaModel
 from vega_policy.priors import resolve
-from vega_policy.priors.weights import fingerprint_weights
+from vega_policy.priors.base import fingerprint_weights
 from vega_policy.run_dir import (
     atomic_folder,
     check_space,

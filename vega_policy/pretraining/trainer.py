@@ -49,7 +49,7 @@ from vega_policy.pretraining import (
 from vega_policy.pretraining.clips import Clips, Loss, StepRandomness
 from vega_policy.pretraining.transformer import EMPTY, PromptTable, read_prompts, write_prompts
 from vega_policy.priors import PRIORS
-from vega_policy.priors.weights import fingerprint_files
+from vega_policy.priors.base import fingerprint_files
 from vega_policy.run_dir import atomic_folder, drop_lines_after, open_run, remove_partial
 
 METRICS = "metrics.jsonl"

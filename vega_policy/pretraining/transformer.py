@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from vega_policy.pretraining import TransformerSettings
 from vega_policy.pretraining.clips import Loss, StepRandomness
-from vega_policy.priors.weights import PROMPT_LENGTH
+from vega_policy.priors.base import PROMPT_LENGTH
 from vega_policy.run_dir import atomic_file
 
 BATCH = 16  # clips that are measured at once

@@ -27,9 +27,16 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from vega_policy.model.config import PriorConfig
 from vega_policy.priors import PriorEntry
-from vega_policy.priors.base import BasePrior, check_layer, drop_modules, pool, refuse_noise
+from vega_policy.priors.base import (
+    BasePrior,
+    check_layer,
+    drop_modules,
+    fingerprint_files,
+    fingerprint_seed,
+    pool,
+    refuse_noise,
+)
 from vega_policy.priors.unet import latent_mean
-from vega_policy.priors.weights import fingerprint_files, fingerprint_seed
 
 CELL = 16
 """Pixels of a frame for each token of the backbone, as with the diffusion priors."""

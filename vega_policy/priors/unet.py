@@ -24,8 +24,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from vega_policy.model.config import PriorConfig
 from vega_policy.model.observation import resize
-from vega_policy.priors.base import BasePrior, check_layer, drop_modules
-from vega_policy.priors.weights import empty_prompt
+from vega_policy.priors.base import BasePrior, check_layer, drop_modules, empty_prompt
 
 FPS, MOTION_BUCKET, AUGMENTATION = 7, 127, 0.02
 """Conditions of Stable Video Diffusion, diffusers' defaults; the network takes FPS - 1."""

@@ -22,9 +22,8 @@ from transformers import AutoTokenizer, UMT5EncoderModel
 from vega_policy import resource
 from vega_policy.model.config import PriorConfig
 from vega_policy.priors import PriorEntry
-from vega_policy.priors.base import BasePrior, check_layer
+from vega_policy.priors.base import PROMPT_LENGTH, BasePrior, check_layer, empty_prompt, fingerprint_seed
 from vega_policy.priors.wan_fast import Engine, make_engine
-from vega_policy.priors.weights import PROMPT_LENGTH, empty_prompt, fingerprint_seed
 
 
 class LatentWorldSimulator(BasePrior):

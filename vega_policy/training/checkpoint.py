@@ -42,7 +42,7 @@ from vega_policy.checkpoints import (
     write_checksums,
 )
 from vega_policy.modeling_vega import TEXT_ENCODER, VegaPolicy
-from vega_policy.priors.weights import fingerprint_weights
+from vega_policy.priors.base import fingerprint_weights
 from vega_policy.run_dir import (
     LOCK,
     OtherRunError,
