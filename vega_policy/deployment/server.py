@@ -206,7 +206,9 @@ class PolicyServer:
         """
         settings = self.settings
         tls = settings.tls()
-        only_with_tls: dict[str, Any] = {"ssl_handshake_timeout": settings.handshake_seconds} if tls else {}
+        patience = settings.handshake_seconds  # asyncio waits 60 and 30 s, in which others are refused
+        timeouts = {"ssl_handshake_timeout": patience, "ssl_shutdown_timeout": patience}
+        only_with_tls: dict[str, Any] = timeouts if tls else {}
         refuse = partial(self._count_refusal, "connections")
         listener = _Listener(settings.host, settings.port, settings.connections, refuse)
         async with serve(
