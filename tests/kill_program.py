@@ -1,11 +1,8 @@
-"""Interrupts a command again and again, and compares its result with that of an undisturbed one.
+"""Kills a command at random moments, resumes it, and compares its result with that of an undisturbed one.
 
-    python -m tests.kill_program kill training|cache|evaluation|collection|pretraining FOLDER KILLS
-    python -m tests.kill_program full ... FOLDER BYTES
+    python -m tests.kill_program training|cache|evaluation|collection|pretraining FOLDER KILLS
 
-`kill` kills it at random moments and starts it again. `full` gives it a disk of so many bytes, until it
-stops, then a larger one; FOLDER has to be the mount point of a tmpfs of this process. Both print a line of
-JSON. The parent imports everything once and forks, so that a start costs a second.
+Prints a line of JSON. The parent imports everything once and forks, so that a start costs a second.
 """
 
 import contextlib
@@ -14,7 +11,6 @@ import json
 import multiprocessing
 import os
 import random
-import subprocess
 import sys
 import tempfile
 import time
@@ -40,7 +36,6 @@ from vega_policy.evaluation.episodes import read_episodes
 from vega_policy.modeling_vega import VegaPolicy
 from vega_policy.pretraining.trainer import pretrain
 from vega_policy.priors import PRIORS
-from vega_policy.run_dir import DiskFullError
 from vega_policy.training.train import choose_checkpoint, make_accelerator, make_trainer
 
 
@@ -201,14 +196,11 @@ PROGRAMS: dict[str, Callable[[Path], Program]] = {
 }
 
 
-def attempt(program: Program, output: Path, began: Any, errors: Any) -> None:
-    """Run in a child process; the text of a full disk goes to `errors`."""
+def attempt(program: Program, output: Path, began: Any) -> None:
+    """Run in a child process, without progress bars."""
     torch.set_num_threads(1)
     with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stderr(nowhere):
-        try:
-            program.run(output, began.set)
-        except DiskFullError as error:
-            errors.put(str(error))
+        program.run(output, began.set)
 
 
 def kill(program: Program, output: Path, kills: int, context: Any) -> dict[str, Any]:
@@ -225,7 +217,7 @@ def kill(program: Program, output: Path, kills: int, context: Any) -> dict[str, 
     while len(finished) < kills:
         began.clear()
         target = output.with_name(f"killed{rounds}")
-        child = context.Process(target=attempt, args=(program, target, began, None))
+        child = context.Process(target=attempt, args=(program, target, began))
         child.start()
         began.wait(300)
         if len(finished) % 2:
@@ -257,37 +249,12 @@ def wait_for_draft(child: Any, output: Path, seconds: float) -> None:
         pass
 
 
-def fill(program: Program, output: Path, size: int, context: Any) -> dict[str, Any]:
-    """Let the program meet a full disk, enlarge it by halves until it is through, and return the errors."""
-    errors, messages, finished = context.Queue(), [], []
-    with tempfile.TemporaryDirectory() as elsewhere:
-        program.run(Path(elsewhere) / "straight", lambda: None)
-        expected = program.digest(Path(elsewhere) / "straight")
-    while True:
-        resize = ["mount", "-o", f"remount,size={size}", str(output.parent)]
-        subprocess.run(resize, check=True)
-        child = context.Process(target=attempt, args=(program, output, context.Event(), errors))
-        child.start()
-        child.join(600)
-        assert child.exitcode == 0, child.exitcode
-        finished.append(program.finished(output))
-        if errors.empty():
-            break
-        messages.append(errors.get())
-        size += size // 2
-    return {"errors": messages, "finished": finished, "same": program.digest(output) == expected}
-
-
 def main() -> None:
     """Interrupt one command, and print what happened."""
-    how, name, folder, amount = sys.argv[1], sys.argv[2], Path(sys.argv[3]), int(sys.argv[4])
+    name, folder, kills = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as inputs:
-        program = PROGRAMS[name](Path(inputs))
-        if how == "kill":
-            counts = kill(program, folder / "killed", amount, context)
-        else:
-            counts = fill(program, folder / "output", amount, context)
+        counts = kill(PROGRAMS[name](Path(inputs)), folder / "killed", kills, context)
     sys.stdout.write(json.dumps(counts) + "\n")
 
 

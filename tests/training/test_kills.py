@@ -1,8 +1,7 @@
-"""Killed at any moment, or stopped by a full disk, and resumed, a command ends with the same result."""
+"""Killed at any moment and resumed, a command ends with the same result."""
 
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,9 +15,9 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 PROGRAMS = ["training", "cache", "evaluation", "collection", "pretraining"]
 
 
-def run_program(*arguments, before=()):
+def run_program(*arguments):
     output = subprocess.run(
-        [*before, sys.executable, "-m", "tests.kill_program", *map(str, arguments)],
+        [sys.executable, "-m", "tests.kill_program", *map(str, arguments)],
         cwd=REPOSITORY,
         env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
@@ -32,34 +31,10 @@ def run_program(*arguments, before=()):
 @pytest.mark.slow
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_twenty_kills_change_no_bit_and_lose_nothing_that_was_finished(tmp_path, program):
-    counts = run_program("kill", program, tmp_path, 20)
+    counts = run_program(program, tmp_path, 20)
     assert counts["kills"] == 20
     assert counts["same"], counts
     assert counts["finished"] == sorted(counts["finished"]), counts
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("program", "size"),
-    [
-        ("training", 2**21),
-        ("cache", 2**21),
-        ("evaluation", 2**15),
-        ("collection", 2**17),
-        ("pretraining", 2**20),
-    ],
-)
-def test_a_full_disk_keeps_what_is_finished_and_names_the_bytes_that_are_needed(tmp_path, program, size):
-    mount = f'mount -t tmpfs -o size=1g tmpfs {tmp_path} && exec "$@"'
-    inside = ["unshare", "--map-root-user", "--mount", "sh", "-ec", mount, "sh"]
-    if subprocess.run([*inside, "true"], capture_output=True).returncode != 0:
-        pytest.skip("this machine allows no mounts")
-    counts = run_program("full", program, tmp_path, size, before=inside)
-    assert counts["same"], counts
-    assert counts["finished"] == sorted(counts["finished"])
-    assert counts["errors"], "the disk was never full: a smaller size is needed"
-    for error in counts["errors"]:
-        assert re.search(r"(needs|takes) (more than |about )?\d+ bytes", error), error
 
 
 @pytest.mark.slow
