@@ -1,6 +1,6 @@
 """Measure the time of each part: `python scripts/benchmark.py prior`."""
 
-from vega_policy.cli.benchmark import benchmark
+from vega_policy.cli.commands import benchmark
 
 if __name__ == "__main__":
     benchmark.main()

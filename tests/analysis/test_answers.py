@@ -28,7 +28,7 @@ from vega_policy.analysis.spatial_qa_model import (
     qa_model_config,
     train_qa_model,
 )
-from vega_policy.html_report import Section, render_report
+from vega_policy.evaluation.report import Section, render_report
 from vega_policy.model.config import BackboneConfig, FusionConfig, PriorConfig
 
 GRID = (4, 4)

@@ -19,7 +19,7 @@ from vega_policy.benchmarks import (
 from vega_policy.benchmarks import model as prior_part
 from vega_policy.benchmarks.model import RandomWan, benchmark_any_prior, benchmark_policy, benchmark_prior
 from vega_policy.benchmarks.train import benchmark_train
-from vega_policy.cli.benchmark import benchmark
+from vega_policy.cli.commands import benchmark
 from vega_policy.model import compilation as captured
 from vega_policy.model.compilation import CapturedControlStep
 from vega_policy.model.config import ActionHeadConfig, BackboneConfig, ModelConfig, PriorConfig

@@ -1,6 +1,6 @@
 """HTML reports are one escaped page without scripts."""
 
-from vega_policy.html_report import (
+from vega_policy.evaluation.report import (
     Bar,
     BarChart,
     Figure,

@@ -57,8 +57,15 @@ from vega_policy.analysis.spatial_qa_model import (
     qa_model_config,
 )
 from vega_policy.data.scenes import Scene, Views, load_scene
-from vega_policy.evaluation.report import encode_video
-from vega_policy.html_report import Block, Figure, Paragraph, Section, Table, render_report
+from vega_policy.evaluation.report import (
+    Block,
+    Figure,
+    Paragraph,
+    Section,
+    Table,
+    encode_video,
+    render_report,
+)
 from vega_policy.model.observation import resize
 from vega_policy.priors import has_trained_weights, resolve
 from vega_policy.run_dir import write_bytes, write_json, write_text

@@ -1,4 +1,4 @@
-"""Report of an evaluation: videos of episodes, the numbers of summary.json as text, and an HTML page."""
+"""Reports: HTML pages of typed blocks; of an evaluation its videos, its numbers as text, and its page."""
 
 from __future__ import annotations
 
@@ -7,27 +7,17 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import imageio.v3 as imageio
 import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from vega_policy.evaluation.ablations import ABLATIONS
 from vega_policy.evaluation.env_pool import WorkerPool
 from vega_policy.evaluation.episodes import Episode, EpisodeResult, Progress, Trajectories
 from vega_policy.evaluation.policies import PolicyDescription
 from vega_policy.evaluation.stats import mean_of_groups, mean_of_tasks, paired_difference, wilson_interval
-from vega_policy.html_report import (
-    Bar,
-    BarChart,
-    Block,
-    Figure,
-    Gallery,
-    Paragraph,
-    Section,
-    Table,
-    render_report,
-)
 from vega_policy.run_dir import write_bytes, write_text
 
 REPORT_FILE = "report.html"
@@ -325,3 +315,82 @@ def _video(result: EpisodeResult, folder: Path) -> Video:
     outcome = "success" if result.success else "failure"
     stem = f"{outcome}_{result.task}_{result.index:03d}"
     return Video(result, folder / f"{stem}.mp4", folder / f"{stem}.png")
+
+
+@dataclass(frozen=True)
+class Paragraph:
+    """Text in one style: `quiet`, `headline`, `verdict` or plain."""
+
+    text: str
+    style: str = ""
+    kind: ClassVar[str] = "paragraph"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table whose cells are written with `str`."""
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+    kind: ClassVar[str] = "table"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A video, an image or both, one above the other; paths are relative to the report's folder."""
+
+    caption: str
+    image: str | None = None
+    video: str | None = None
+    kind: ClassVar[str] = "figure"
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Small figures side by side."""
+
+    figures: Sequence[Figure]
+    kind: ClassVar[str] = "gallery"
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A rate with its interval, all in [0, 1]; the main bars have the accent colour."""
+
+    label: str
+    value: float
+    low: float
+    high: float
+    is_main: bool = True
+
+
+@dataclass(frozen=True)
+class BarChart:
+    """Horizontal bars with intervals; the caption is the text for screen readers."""
+
+    caption: str
+    bars: Sequence[Bar]
+    kind: ClassVar[str] = "bars"
+
+
+Block = Paragraph | Table | Figure | Gallery | BarChart
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading and its blocks; a section without blocks is left out, an empty heading is not written."""
+
+    heading: str
+    blocks: Sequence[Block]
+
+
+def render_report(title: str, sections: Sequence[Section]) -> str:
+    """Return the page as HTML; every text is escaped."""
+    environment = Environment(
+        loader=PackageLoader("vega_policy", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report.html.j2").render(title=title, sections=sections)
