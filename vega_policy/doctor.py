@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from importlib import import_module, metadata
 from pathlib import Path
 
-from vega_policy.resources import resource
+from vega_policy import resource
 
 GB = 1e9
 MARKER = """

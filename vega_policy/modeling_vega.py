@@ -226,13 +226,14 @@ class VegaPolicy(PreTrainedPolicy):
         observation = self.observe(batch)
         noise = torch.randn(len(observation.state), *self.noise_shape) if noise is None else noise
         noise, processor = noise.to(observation.state), self.rtc_processor
-        left = rtc.pop("prev_chunk_left_over", None)  # [t a] or [1 t a]
-        has_left, delay = left is not None and left.numel() > 0, rtc.get("inference_delay", 0)
-        known = min(delay, self.config.head.prefix_steps)
-        if has_left and known > 0:  # trained for delay
+        left: Tensor | None = rtc.pop("prev_chunk_left_over", None)  # [t a] or [1 t a]
+        if left is not None and not left.numel():
+            left = None
+        known = min(rtc.get("inference_delay", 0), self.config.head.prefix_steps)
+        if left is not None and known > 0:  # trained for delay
             prefix = left.reshape(1, -1, left.shape[-1])[:, :known].to(noise)
             return self.model.sample_actions(observation, noise, _integrate, prefix)
-        if processor is None or not has_left:
+        if processor is None or left is None:
             uncaptured = partial(self.model.sample_actions, integrate=_integrate)
             return self._captured.sample_actions(self.model, observation, noise, uncaptured)
         left = left.reshape(1, -1, left.shape[-1])[:, : self.config.chunk_size]

@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import matplotlib.figure
 import numpy as np
 import torch
@@ -437,7 +436,7 @@ def draw_feature_maps(
     `maps` holds tokens [n t d] by title; at most `columns` views are drawn.
     """
     columns = min(columns, len(views))
-    figure = mpl.figure.Figure(figsize=(2.2 * columns, 2.3 * (len(maps) + 1)), layout="constrained")
+    figure = matplotlib.figure.Figure(figsize=(2.2 * columns, 2.3 * (len(maps) + 1)), layout="constrained")
     axes = figure.subplots(len(maps) + 1, columns, squeeze=False)
     rows = {"frame": views.frames} | {name: principal_colours(part, grid) for name, part in maps.items()}
     for line, (title, images) in zip(axes, rows.items(), strict=True):
@@ -463,7 +462,7 @@ def draw_correspondences(
     [n t d] by title.
     """
     left = max(0, len(views) // 2 - 1)
-    figure = mpl.figure.Figure(figsize=(7, 3.6 * len(maps)), layout="constrained")
+    figure = matplotlib.figure.Figure(figsize=(7, 3.6 * len(maps)), layout="constrained")
     axes = figure.subplots(len(maps), 1, squeeze=False)[:, 0]
     height, width = views.frames.shape[1:3]
     cell = np.array([width / grid[1], height / grid[0]])
@@ -489,7 +488,7 @@ def draw_heat_maps(
 ) -> None:
     """Draw one metric over layers and noise levels as PNG, a map for each prior, baselines in the title."""
     encoders = list(dict.fromkeys(spec.encoder for spec in numbers))
-    figure = mpl.figure.Figure(figsize=(1.5 + 4.2 * len(encoders), 4.2), layout="constrained")
+    figure = matplotlib.figure.Figure(figsize=(1.5 + 4.2 * len(encoders), 4.2), layout="constrained")
     axes = figure.subplots(1, len(encoders), squeeze=False)[0]
     finite = [number.value for number in [*numbers.values(), *others.values()] if np.isfinite(number.value)]
     low, high = (max(-0.2, min(finite)), max(finite)) if finite else (0.0, 1.0)
@@ -514,7 +513,7 @@ def draw_heat_maps(
     _save(figure, path)
 
 
-def _save(figure: mpl.figure.Figure, path: Path) -> None:
+def _save(figure: matplotlib.figure.Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 
@@ -527,7 +526,7 @@ def overlay_gate(frame: np.ndarray, gate: np.ndarray) -> np.ndarray:
     height, width = frame.shape[:2]
     maps = torch.from_numpy(1 - gate)[None, None].float()
     smooth = functional.interpolate(maps, (height, width), mode="bilinear")[0, 0].numpy()
-    colours = mpl.colormaps["cividis"](smooth.clip(0, 1))[..., :3] * 255
+    colours = matplotlib.colormaps["cividis"](smooth.clip(0, 1))[..., :3] * 255
     overlay = (0.45 * frame + 0.55 * colours).round().astype(np.uint8)
     return np.concatenate([frame, overlay], axis=1)
 
