@@ -39,9 +39,9 @@ def module_of(path: Path) -> str:
     return ".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__")
 
 
-def imported_modules(path: Path) -> Iterator[str]:
-    """Yield all modules that a file imports, also inside functions."""
-    for node in ast.walk(ast.parse(path.read_text())):
+def imported_modules(path: Path, *, inside_functions: bool = True) -> Iterator[str]:
+    """Yield all modules that a file imports; else those that importing it imports."""
+    for node in walk(ast.parse(path.read_text()), inside_functions):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -49,6 +49,35 @@ def imported_modules(path: Path) -> Iterator[str]:
             for alias in node.names:
                 member = f"{node.module}.{alias.name}"
                 yield member if is_module(member) else str(node.module)
+
+
+def walk(tree: ast.AST, inside_functions: bool) -> Iterator[ast.AST]:
+    yield tree
+    for node in ast.iter_child_nodes(tree):
+        is_late = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or (
+            isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        )
+        if inside_functions or not is_late:
+            yield from walk(node, inside_functions)
+
+
+def file_of(module: str) -> Path:
+    path = REPOSITORY / module.replace(".", "/")
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+def imports_of(module: str) -> set[str]:
+    """Return all modules that importing one of ours imports: others' as they are named, ours to the end."""
+    found: set[str] = set()
+    left = [module]
+    while left:
+        name = left.pop()
+        parents = [".".join(name.split(".")[: depth + 1]) for depth in range(name.count(".") + 1)]
+        for one in [one for one in parents if one not in found]:
+            found.add(one)
+            if is_module(one):
+                left += imported_modules(file_of(one), inside_functions=False)
+    return found
 
 
 def is_module(name: str) -> bool:
@@ -127,6 +156,15 @@ def test_vega_policy_imports_envs_and_scripts_by_name_only():
         if module.split(".")[0] in ("envs", "scripts") and path != PLUGIN
     ]
     assert wrong == []
+
+
+def test_the_method_and_its_cached_batches_import_no_lerobot():
+    files = source_files(*(f"vega_policy/{package}" for package in ("model", "priors", "backbones")))
+    files += [REPOSITORY / "vega_policy" / "data" / name for name in ("loader.py", "feature_cache.py")]
+    for path in files:
+        assert "lerobot" not in imports_of(module_of(path)), path
+    assert "lerobot" in imports_of("vega_policy.modeling_vega")
+    assert {"torch", "vega_policy.model.flow"} <= imports_of("vega_policy.model.vega")
 
 
 def test_there_are_few_files():

@@ -1,5 +1,6 @@
 """The composed configs: the default is the method, an ablation is one field, nothing leaks, no typo."""
 
+import copy
 import runpy
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from tests.synthetic_dataset import write_dataset
 from vega_policy.backbones import BACKBONES
 from vega_policy.cli import (
     Command,
+    generated_groups,
     group_options,
     refuse_missing_fields,
     refuse_unknown_options,
@@ -64,6 +66,16 @@ def run(*overrides):
     return from_hydra(composed(*overrides))
 
 
+def with_value(node, field, value):
+    """Return what composing the same command line with `field=value` gives, without composing again."""
+    options = generated_groups().get(field, {})
+    if field in GROUPS and value not in options:
+        options = {value: composed(DATASET, f"{field}={value}")[field]}
+    node = copy.deepcopy(node)
+    OmegaConf.update(node, field, options.get(value, yaml.safe_load(value)), merge=False)
+    return node
+
+
 def flat(node, path=""):
     if not isinstance(node, dict):
         return {path: node}
@@ -88,9 +100,10 @@ FILLED_IN = {"fingerprint", "text_encoder_fingerprint"}  # by the policy, never 
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_every_option_lists_every_field_of_its_part(group):
+    generated = generated_groups().get(group, {})
     for option in group_options(group):
-        listed = set(composed(DATASET, f"{group}={option}")[group])
-        assert listed == {field.name for field in fields(PARTS[group])} - FILLED_IN, option
+        listed = generated.get(option) or composed(DATASET, f"{group}={option}")[group]
+        assert listed.keys() == {field.name for field in fields(PARTS[group])} - FILLED_IN, option
 
 
 def test_every_prior_fusion_and_backbone_of_the_tables_is_an_option():
@@ -100,27 +113,31 @@ def test_every_prior_fusion_and_backbone_of_the_tables_is_an_option():
     assert group_options("backbone") == sorted([*BACKBONES, "compact_small", "compact_blind"])
 
 
-@cache
-def alone(group, option):
-    """A group's node where nothing else was chosen."""
-    return composed(DATASET, f"{group}={option}")[group]
-
-
-@pytest.mark.parametrize("experiment", group_options("experiment"))
-def test_every_experiment_composes_with_every_prior_and_every_fusion_and_nothing_leaks(experiment):
-    priors, fusions = group_options("prior"), cycle(group_options("fusion"))
-    for prior, fusion in zip(priors, fusions, strict=False):  # there are more priors: each of both is met
-        both = composed(f"experiment={experiment}", f"prior={prior}", f"fusion={fusion}", DATASET)
-        assert both.prior == alone("prior", prior)
-        assert both.fusion == alone("fusion", fusion)
-        policy = from_hydra(both).vega
-        assert (policy.prior.name, policy.fusion.name) == (prior, fusion)
+@pytest.mark.parametrize(
+    ("prior", "fusion", "experiment"),
+    [
+        # There are more priors than fusions and experiments; each of all three is composed.
+        (prior, fusion, experiment)
+        for prior, fusion, experiment in zip(
+            group_options("prior"),
+            cycle(group_options("fusion")),
+            cycle(group_options("experiment")),
+            strict=False,
+        )
+    ],
+)
+def test_every_prior_fusion_and_experiment_composes_and_nothing_leaks(prior, fusion, experiment):
+    node = composed(f"experiment={experiment}", f"prior={prior}", f"fusion={fusion}", DATASET)
+    assert node.prior == generated_groups()["prior"][prior]
+    assert node.fusion == generated_groups()["fusion"][fusion]
+    policy = from_hydra(node).vega
+    assert (policy.prior.name, policy.fusion.name) == (prior, fusion)
 
 
 @pytest.mark.parametrize("experiment", group_options("experiment"))
 def test_an_experiment_sets_no_field_that_belongs_to_a_group(experiment):
     node = yaml.safe_load((CONFIGS / "experiment" / f"{experiment}.yaml").read_text())
-    groups = {path.name for path in CONFIGS.iterdir() if path.is_dir()}
+    groups = generated_groups().keys() | {path.name for path in CONFIGS.iterdir() if path.is_dir()}
     assert not groups & node.keys()
     assert not groups & node.get("policy", {}).keys()
 
@@ -154,7 +171,7 @@ def test_a_study_sweeps_one_field_over_seeds_and_every_value_is_one_field_away_f
     assert (seed, len(seeds.split(","))) == ("seed", 3)
     group = field.partition(".")[0]
     for value in str(values).split(","):
-        row = run("experiment=libero_wan", f"study={study}", f"{field}={value}")
+        row = from_hydra(with_value(composed("experiment=libero_wan", f"study={study}"), field, value))
         changed = difference(headline, row)
         allowed = f"policy.{field}.name" if field in GROUPS else f"policy.{field}"
         assert changed <= {allowed} or group == "head", (value, changed)
@@ -250,11 +267,11 @@ def test_help_loads_neither_torch_nor_lerobot():
     assert shown.stdout.endswith("set()\n")
 
 
-@pytest.mark.parametrize("ablation", ["prior=none", "fusion=add", "prior.layer=1"])
-def test_the_script_trains_the_demos_ablations(script, tmp_path, ablation):
+def test_the_script_trains_an_ablation_of_the_demo(script, tmp_path):
     write_dataset(tmp_path / "data", lengths=(4, 3))
+    ablation = ["fusion=add", "prior.layer=1"]
     sizes = ["steps=2", "batch_size=2", "policy.frame_size=32", "policy.device=cpu"]
-    shown = script("experiment=demo", ablation, "dataset.root=data", *sizes, "output_dir=run")
+    shown = script("experiment=demo", *ablation, "dataset.root=data", *sizes, "output_dir=run")
     assert shown.strip().endswith("checkpoint: run/checkpoints/000002")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "outputs", "run"]
 
@@ -271,10 +288,10 @@ def test_every_suite_has_an_environment_config_of_its_name():
     import envs
 
     assert group_options("env") == sorted(envs.suite_names())
-    for name in group_options("env"):
-        config = composed(DATASET, f"env={name}").env
-        assert list(config) == ["suite", "frame_size", "rendering"]
-        assert config.suite == name
+    for name, node in generated_groups()["env"].items():
+        assert list(node) == ["suite", "frame_size", "rendering"]
+        assert node["suite"] == name
+    assert composed(DATASET, "env=libero_goal").env == generated_groups()["env"]["libero_goal"]
 
 
 def test_an_option_that_a_group_does_not_have_is_refused_with_the_near_ones():

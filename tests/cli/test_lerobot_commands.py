@@ -4,14 +4,19 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
 from lerobot.configs.policies import PreTrainedConfig
+from lerobot.envs.configs import EnvConfig
+from lerobot.scripts import lerobot_eval, lerobot_train
+from lerobot.utils.import_utils import register_third_party_plugins
 from safetensors.torch import load_file
 
 from tests.base_checkpoints import write_base
+from tests.policies import SMALL_ENCODERS
 from tests.synthetic_dataset import REPO_ID, write_dataset
 from tests.training_runs import tiny_run
 from vega_policy.training.train import train
@@ -48,12 +53,10 @@ def run(programs: Path, folder: Path, command: str, *arguments: str) -> str:
     return printed
 
 
-def train_and_evaluate(programs: Path, folder: Path, policy: Sequence[str] = TINY) -> None:
+def train_and_evaluate(call: Callable[..., object], folder: Path, policy: Sequence[str] = TINY) -> None:
     """Two steps of `lerobot-train`, then one episode of `lerobot-eval` on what it saved."""
     data = write_dataset(folder / "data", lengths=(6, 6), frame_shapes=((64, 64), (64, 64)))
-    run(
-        programs,
-        folder,
+    call(
         "lerobot-train",
         "--policy.type=vega",
         *policy,
@@ -72,9 +75,7 @@ def train_and_evaluate(programs: Path, folder: Path, policy: Sequence[str] = TIN
     stored = json.loads((checkpoint / "config.json").read_text())
     assert stored["type"] == "vega"
     assert stored["prior"]["fingerprint"]
-    run(
-        programs,
-        folder,
+    call(
         "lerobot-eval",
         f"--policy.path={checkpoint}",
         "--policy.device=cpu",
@@ -90,8 +91,28 @@ def train_and_evaluate(programs: Path, folder: Path, policy: Sequence[str] = TIN
     assert results["overall"]["n_episodes"] == 1
 
 
+def test_lerobots_trainer_and_evaluator_run_the_policy(tmp_path, monkeypatch):
+    mains = {"lerobot-train": lerobot_train.main, "lerobot-eval": lerobot_eval.main}
+
+    def call(command, *arguments):
+        monkeypatch.setattr(sys, "argv", [command, *arguments])
+        mains[command]()
+
+    small = (f"--policy.backbone.{name}={value}" for name, value in SMALL_ENCODERS.items())
+    train_and_evaluate(call, tmp_path, (*TINY, *small))
+
+
+def test_lerobots_discovery_imports_the_plugin_that_registers_policy_and_environments(monkeypatch):
+    monkeypatch.delitem(sys.modules, "lerobot_policy_vega", raising=False)
+    register_third_party_plugins()
+    assert "lerobot_policy_vega" in sys.modules
+    assert PreTrainedConfig.get_choice_class("vega").__name__ == "VegaConfig"
+    assert {"vega_robosuite", "vega_libero", "vega_metaworld"} <= EnvConfig.get_known_choices().keys()
+
+
+@pytest.mark.slow
 def test_lerobot_train_and_lerobot_eval_run_from_the_installed_package(tmp_path):
-    train_and_evaluate(Path(sys.executable).parent, tmp_path)
+    train_and_evaluate(partial(run, Path(sys.executable).parent, tmp_path), tmp_path)
 
 
 @pytest.mark.slow
@@ -104,7 +125,7 @@ def test_a_pretrained_base_trains_and_evaluates_by_lerobots_commands_as_type_veg
         "--policy.chunk_size=4",
         "--policy.n_action_steps=4",
     )
-    train_and_evaluate(Path(sys.executable).parent, tmp_path, policy)
+    train_and_evaluate(partial(run, Path(sys.executable).parent, tmp_path), tmp_path, policy)
 
 
 @pytest.mark.slow
@@ -150,4 +171,4 @@ def test_the_wheel_in_an_empty_environment_trains_and_evaluates_outside_the_repo
     )
     assert "empty" in found
     assert Path(found.strip().splitlines()[-1]).is_file()
-    train_and_evaluate(python.parent, tmp_path)
+    train_and_evaluate(partial(run, python.parent, tmp_path), tmp_path)
