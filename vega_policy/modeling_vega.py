@@ -75,7 +75,7 @@ class VegaPolicy(PreTrainedPolicy):
         self._queue: deque[Tensor] = deque()
         self._is_moving = False  # a chunk of this episode has been executed
         self._history: dict[str, deque[Tensor]] = {}
-        self._captured = CapturedSteps(config.capture)
+        self.captured_steps = CapturedSteps(config.capture)
         self.rtc_processor: RTCProcessor | None = None
         self._rtc_queue: RTCQueueAdapter | None = None
 
@@ -235,7 +235,7 @@ class VegaPolicy(PreTrainedPolicy):
             return self.model.sample_actions(observation, noise, _integrate, prefix)
         if processor is None or left is None:
             uncaptured = partial(self.model.sample_actions, integrate=_integrate)
-            return self._captured.sample_actions(self.model, observation, noise, uncaptured)
+            return self.captured_steps.sample_actions(self.model, observation, noise, uncaptured)
         left = left.reshape(1, -1, left.shape[-1])[:, : self.config.chunk_size]
         if self.config.head.name != "flow":
             return _blend(processor, self.model.sample_actions(observation, noise), left, **rtc)
@@ -315,16 +315,17 @@ class VegaPolicy(PreTrainedPolicy):
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode and drop captured steps: the text encoder, whose output they hold, may learn now."""
-        self._captured.clear()
+        self.captured_steps.clear()
         return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        if "_captured" in self.__dict__:
-            self._captured.clear()
+        if "captured_steps" in self.__dict__:
+            self.captured_steps.clear()
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_captured": CapturedSteps(self.config.capture)}  # graphs cannot be copied
+        # Graphs cannot be copied.
+        return self.__dict__ | {"captured_steps": CapturedSteps(self.config.capture)}
 
     # Checkpoints
 

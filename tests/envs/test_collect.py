@@ -6,7 +6,6 @@ import os
 import runpy
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -162,18 +161,46 @@ def test_a_folder_that_holds_something_else_is_refused(tmp_path):
         collect(SETTINGS, tmp_path, processes=1)
 
 
-def test_a_killed_collection_resumes_and_a_damaged_shard_is_collected_again(root, tmp_path, caplog, capsys):
-    target = tmp_path / "lift_wide"
-    shards = [target.with_name("lift_wide.partial") / f"000_lift_wide_0000{index}" for index in range(3)]
+def interrupt(target, shards, monkeypatch):
+    """Start a collection and interrupt it before its last shard."""
+    collect_shard = collection.collect_shard
+
+    def collect_all_but_the_last(job, report):
+        if job.folder == shards[-1]:
+            assert_in_use(target)
+            raise KeyboardInterrupt
+        return collect_shard(job, report)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(collection, "collect_shard", collect_all_but_the_last)
+        with pytest.raises(KeyboardInterrupt):
+            collect(SETTINGS, target, processes=1)
+
+
+def kill(target, shards, monkeypatch):
+    """Start a collection in another process and kill it after two shards."""
     process = context().Process(target=collect, args=(SETTINGS, target), kwargs={"processes": 1})
     process.start()
     try:
         wait_for(shards[1].exists, process)
-        with pytest.raises(RuntimeError, match="is in use by process"):
-            collect(SETTINGS, target, processes=1)
+        assert_in_use(target)
     finally:
         process.kill()
         process.join()
+
+
+def assert_in_use(target):
+    with pytest.raises(RuntimeError, match="is in use by process"):
+        collect(SETTINGS, target, processes=1)
+
+
+@pytest.mark.parametrize("stop", [interrupt, pytest.param(kill, marks=pytest.mark.slow)])
+def test_a_stopped_collection_resumes_and_a_damaged_shard_is_collected_again(
+    root, tmp_path, monkeypatch, caplog, capsys, stop
+):
+    target = tmp_path / "lift_wide"
+    shards = [target.with_name("lift_wide.partial") / f"000_lift_wide_0000{index}" for index in range(3)]
+    stop(target, shards, monkeypatch)
     assert not target.exists()
     video = next(shards[0].rglob("*.mp4"))
     video.write_bytes(video.read_bytes()[:-100])
@@ -276,8 +303,7 @@ def test_the_script_skips_a_finished_dataset_and_reports_errors_in_one_line(root
     printed = capsys.readouterr().out
     assert "nothing to collect" in printed
     assert "lift_wide: 3 demonstrations" in printed
-    run = [sys.executable, str(script), *arguments, "env.frame_size=64"]
-    refused = subprocess.run(run, capture_output=True, text=True, timeout=120)
-    assert refused.returncode == 1
-    assert f"{root} holds a run with other settings: frame_size (stored: 32" in refused.stderr
-    assert refused.stderr.count("\n") == 1
+    monkeypatch.setattr(sys, "argv", [str(script), *arguments, "env.frame_size=64"])
+    message = rf"^[^\n]*{root} holds a run with other settings: frame_size \(stored: 32[^\n]*$"
+    with pytest.raises(SystemExit, match=message):
+        runpy.run_path(str(script), run_name="__main__")

@@ -12,7 +12,6 @@ from lerobot.envs.utils import env_to_policy_features, preprocess_observation
 import envs
 import envs.lerobot_configs as lerobot_configs
 from envs.base import EVALUATION_SEED
-from envs.lerobot_configs import VegaMetaworldEnv
 from envs.robosuite import axis_angle
 
 
@@ -95,7 +94,9 @@ def test_metaworld_is_rolled_out_through_lerobots_vector_environment():
     observation, _ = push.reset(seed=[1000])
     assert set(preprocess_observation(observation)) == {"observation.image", "observation.state"}
     assert push.call("_max_episode_steps") == (500,)
-    assert push.single_observation_space == VegaMetaworldEnv(frame_size=32)._observation_space()
+    assert set(push.single_observation_space) == {"pixels", "agent_pos"}
+    assert push.single_observation_space["pixels"].shape == (32, 32, 3)
+    assert push.single_observation_space["agent_pos"].shape == (4,)
     push.close()
 
 

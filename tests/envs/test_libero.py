@@ -10,8 +10,7 @@ import pytest
 import envs
 from envs.base import DEMONSTRATION_SEEDS, EVALUATION_SEED, global_seed
 from envs.demos.shards import Demonstrator, record
-from envs.libero import IDLE_STEPS, base_suite, official_states
-from envs.libero import _states_file as states_file
+from envs.libero import IDLE_STEPS, base_suite, official_states, states_file
 
 LIBERO = [name for name in envs.suite_names() if name.startswith("libero_")]
 ACTIONS = np.random.default_rng(0).uniform(-1, 1, (8, 7))
@@ -73,7 +72,7 @@ def test_an_episode_depends_on_seed_and_official_state_alone(env):
     assert np.array_equal(first, trajectory(env, 3, initial_state=7))
 
 
-def test_an_official_state_is_made_after_ten_idle_steps_that_do_not_count(env):
+def test_an_official_state_is_made_after_ten_idle_steps_that_do_not_count(env, monkeypatch):
     env.reset_blindly(seed=0, options={"initial_state": 5})
     assert env.simulator_state()[0] == pytest.approx(
         official_states(env.task)[5][0] + IDLE_STEPS / 20, abs=1e-6
@@ -83,8 +82,8 @@ def test_an_official_state_is_made_after_ten_idle_steps_that_do_not_count(env):
         address = env.raw.sim.model.get_joint_qpos_addr(env.raw.objects_dict[name].joints[0])[0]
         official = official_states(env.task)[5][1 + address : 4 + address]
         assert np.abs(joints(env)[address : address + 2] - official[:2]).max() < 0.02
-    env._steps = env.task.horizon - 1
-    assert env.step_blindly(np.zeros(7))[1]
+    monkeypatch.setattr(env, "_max_episode_steps", 2)  # LeRobot's name for the horizon
+    assert [env.step_blindly(np.zeros(7))[1] for _ in range(2)] == [False, True]
 
 
 def test_demonstrations_are_drawn_by_seed_and_never_start_from_an_official_state(env):
@@ -181,10 +180,10 @@ def test_what_does_not_exist_is_refused_with_what_does(env):
 def test_an_episode_is_liberos_own_to_the_last_bit(env):
     from libero.libero.envs.env_wrapper import ControlEnv
 
-    from envs.libero import _problem
+    from envs.libero import problem_file
 
     stock = ControlEnv(  # LIBERO recompiles the scene at every reset
-        str(_problem(env.task.suite, env.task.name)), use_camera_obs=False, has_offscreen_renderer=False
+        str(problem_file(env.task.suite, env.task.name)), use_camera_obs=False, has_offscreen_renderer=False
     )
     with global_seed(9):
         stock.reset()

@@ -153,7 +153,7 @@ def test_a_killed_worker_is_reported_and_its_evaluation_goes_on(finished, tmp_pa
         class Killer(GoalSeeker):
             def chunk(self, batch, noise):
                 if len(self.batches) == 6:
-                    os.kill(pool._children[1][0].pid, signal.SIGKILL)
+                    os.kill(pool.pids[1], signal.SIGKILL)
                 return super().chunk(batch, noise)
 
         with pytest.raises(WorkerError, match=r"worker 1 died .*exit code -9"):

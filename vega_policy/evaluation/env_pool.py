@@ -61,6 +61,11 @@ class WorkerPool:
             child[1].send((sys.path, factory.make))
         self._unread = [0] * processes
 
+    @property
+    def pids(self) -> list[int]:
+        """Process identifiers of the workers."""
+        return [process.pid for process, _ in self._children]
+
     def open(self, *, render: bool, keep_states: bool, history: int = 1) -> None:
         """Set what the environments do from now on; return at once.
 
