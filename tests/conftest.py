@@ -19,6 +19,15 @@ def root(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def finished(root, tmp_path_factory):
+    """A training run of four steps with a checkpoint every two; not to be written to."""
+    from tests.training_runs import tiny_run
+    from vega_policy.training.train import train
+
+    return train(tiny_run(root, tmp_path_factory.mktemp("runs") / "straight")).parents[1]
+
+
+@pytest.fixture(scope="session")
 def wan_checkpoint(tmp_path_factory):
     """A randomly initialised Wan in the hub's folder layout; not to be written to."""
     import torch
@@ -29,3 +38,18 @@ def wan_checkpoint(tmp_path_factory):
     torch.manual_seed(5)  # not the seed of the untrained copies that it is compared with
     write_wan(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def prior_checkpoint(tmp_path_factory):
+    """Return the folder of a prior's small checkpoint, written at first use; not to be written to."""
+    from tests.prior_checkpoints import write_checkpoint
+
+    root, made = tmp_path_factory.mktemp("priors"), {}
+
+    def written(name):
+        if name not in made:
+            made[name] = write_checkpoint(name, root / name)
+        return made[name]
+
+    return written

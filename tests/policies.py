@@ -1,5 +1,6 @@
 """Small policies for tests: no download, no GPU, seconds to build."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,14 @@ from vega_policy.model.config import ActionHeadConfig, BackboneConfig, FusionCon
 
 SIZE = 64
 CAMERAS = ("observation.images.image", "observation.images.image2")
+TEXT_ENCODER = str(Path(__file__).parent / "text_encoder")
+"""One-layer BERT of 16 channels that knows a few words and all letters; its weights are random."""
+SMALL_ENCODERS: dict[str, Any] = {
+    "pretrained": False,
+    "image_encoder": "test_efficientnet",
+    "text_encoder": TEXT_ENCODER,
+}
+"""Fields of a compact backbone: the packaged encoders' 27 million weights take seconds of every test."""
 
 
 def tiny_config(
@@ -27,7 +36,7 @@ def tiny_config(
         frame_size=SIZE,
         prior=prior or PriorConfig(name="random"),
         fusion=fusion or FusionConfig(),
-        backbone=BackboneConfig(**{"width": 32, "depth": 1, "heads": 2, "pretrained": False} | backbone),
+        backbone=BackboneConfig(**{"width": 32, "depth": 1, "heads": 2} | SMALL_ENCODERS | backbone),
         head=ActionHeadConfig(width=32, depth=1, heads=2, steps=2),
         input_features={
             **{key: PolicyFeature(FeatureType.VISUAL, (3, SIZE, SIZE)) for key in CAMERAS[:views]},

@@ -1,16 +1,19 @@
 """Tiny runs for the training tests: a policy of a few thousand learned weights on a synthetic dataset."""
 
-from dataclasses import replace
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
+from tests.policies import SMALL_ENCODERS
 from tests.synthetic_dataset import REPO_ID
+from vega_policy.checkpoints import checkpoint_path
 from vega_policy.configuration_vega import VegaConfig
 from vega_policy.data.dataset import DatasetConfig
 from vega_policy.model.config import ActionHeadConfig, BackboneConfig, PriorConfig
+from vega_policy.run_dir import point_link
 from vega_policy.training.config import TrainConfig
 
 
@@ -33,9 +36,9 @@ def tiny_policy(**fields: Any) -> VegaConfig:
 
 
 def tiny_backbone(**fields: Any) -> BackboneConfig:
-    """A narrow trunk; both encoders frozen."""
-    small = BackboneConfig(width=16, depth=1, heads=2, freeze_image_encoder=True, freeze_text_encoder=True)
-    return replace(small, **fields)
+    """A narrow trunk; both encoders random and frozen."""
+    frozen = {"freeze_image_encoder": True, "freeze_text_encoder": True}
+    return BackboneConfig(**{"width": 16, "depth": 1, "heads": 2} | SMALL_ENCODERS | frozen | fields)
 
 
 def tiny_run(root: Path, output: Path, *, policy: VegaConfig | None = None, **fields: Any) -> TrainConfig:
@@ -49,6 +52,19 @@ def tiny_run(root: Path, output: Path, *, policy: VegaConfig | None = None, **fi
         output_dir=str(output),
         **{**values, **fields},
     )
+
+
+def stopped_run(finished: Path, output: Path) -> Path:
+    """Copy a finished run of four steps as if it had been killed before its second checkpoint."""
+    shutil.copytree(finished, output, symlinks=True)
+    shutil.rmtree(checkpoint_path(output, 4))
+    point_link(output / "checkpoints" / "last", checkpoint_path(output, 2))
+    return output
+
+
+def cache_of(finished: Path) -> dict[str, Any]:
+    """Return the dataset fields with which a copy of a finished run resumes."""
+    return {"cache_root": str(finished.parent / "cache")}
 
 
 def saved_weights(checkpoint: Path) -> dict[str, torch.Tensor]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.policies import SMALL_ENCODERS
 from vega_policy.benchmarks import (
     by_kind,
     cost_of_prior,
@@ -59,7 +60,7 @@ def model_config(prior="random"):
         chunk_size=4,
         frame_size=32,
         prior=PriorConfig(name=prior),
-        backbone=BackboneConfig(width=32, depth=1, heads=2, pretrained=False, freeze_text_encoder=True),
+        backbone=BackboneConfig(width=32, depth=1, heads=2, freeze_text_encoder=True, **SMALL_ENCODERS),
         head=ActionHeadConfig(width=32, depth=1, heads=2, steps=2),
     )
 

@@ -43,14 +43,19 @@ def test_more_views_than_were_trained_are_refused(folders):
         backbone.encode_context(backbone.project(features), [""], torch.zeros(1, 8), features)
 
 
-def test_a_layer_that_does_not_exist_is_refused(folders):
-    with pytest.raises(ValueError, match=r"backbone\.layer: the language model has blocks 0 to 2; got 3"):
-        build(folders("smolvlm"), layer=3)
-
-
-def test_adapters_for_layers_that_do_not_exist_are_refused(folders):
-    with pytest.raises(ValueError, match=r"lora_targets: no linear layer is called qkv; there are .*q_proj"):
-        build(folders("smolvlm"), lora_rank=2, lora_targets=("qkv",))
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"layer": 3}, r"backbone\.layer: the language model has blocks 0 to 2; got 3"),
+        (
+            {"lora_rank": 2, "lora_targets": ("qkv",)},
+            r"lora_targets: no linear layer is called qkv; there are .*q_proj",
+        ),
+    ],
+)
+def test_layers_that_do_not_exist_are_refused(folders, fields, message):
+    with pytest.raises(ValueError, match=message):
+        build(folders("smolvlm"), **fields)
 
 
 def test_another_architecture_is_refused(folders, tmp_path):

@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.policies import batch, tiny_config
+from tests.policies import SMALL_ENCODERS, batch, tiny_config
 from vega_policy import VegaEncoder, VegaPolicy
-from vega_policy.model.config import BackboneConfig, FusionConfig
+from vega_policy.cli import generated_groups
+from vega_policy.model.config import FUSIONS, BackboneConfig, FusionConfig, registered_elsewhere
+from vega_policy.priors import PRIORS, PriorEntry
 
-SMALL = BackboneConfig(width=32, depth=1, heads=2, pretrained=False)
+SMALL = BackboneConfig(width=32, depth=1, heads=2, **SMALL_ENCODERS)
 
 
 @pytest.fixture(scope="module")
@@ -134,11 +136,28 @@ def install(folder: Path, points: str) -> None:
     info.joinpath("entry_points.txt").write_text(points)
 
 
+POINTS = "[vega_policy.priors]\nmean_color = toy:load\n[vega_policy.fusions]\nmaximum = toy:Maximum\n"
+
+
+def test_a_package_adds_a_prior_and_a_fusion_by_entry_points(tmp_path, monkeypatch):
+    install(tmp_path, POINTS)
+    monkeypatch.syspath_prepend(tmp_path)
+    for name, build in registered_elsewhere("priors", PRIORS).items():
+        monkeypatch.setitem(PRIORS, name, PriorEntry(build))
+    for name, build in registered_elsewhere("fusions", FUSIONS).items():
+        monkeypatch.setitem(FUSIONS, name, build)
+    groups = generated_groups()
+    assert "mean_color" in groups["prior"]
+    assert "maximum" in groups["fusion"]
+    assert "toy" not in sys.modules
+    encoder = VegaEncoder.from_pretrained(prior="mean_color", fusion="maximum", backbone=SMALL, frame_size=64)
+    output = encoder(torch.rand(1, 3, 64, 64))
+    assert torch.equal(output.tokens, output.semantic.maximum(output.prior))
+
+
+@pytest.mark.slow
 def test_an_installed_package_adds_a_prior_and_a_fusion_without_lerobot(tmp_path):
-    install(
-        tmp_path,
-        "[vega_policy.priors]\nmean_color = toy:load\n[vega_policy.fusions]\nmaximum = toy:Maximum\n",
-    )
+    install(tmp_path, POINTS)
     program = f"""
 import sys
 sys.path.append({str(tmp_path)!r})
@@ -159,8 +178,6 @@ assert "lerobot" not in sys.modules
 
 
 def test_a_package_that_registers_an_existing_name_is_refused(tmp_path, monkeypatch):
-    from vega_policy.model.config import registered_elsewhere
-
     install(tmp_path, "[vega_policy.priors]\nrandom = toy:load\n")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ValueError, match="'toy' registers priors 'random'"):

@@ -4,23 +4,27 @@ import torch
 from vega_policy.model.observation import Observation, resize, stack_views, to_float
 
 
-def test_frames_of_0_to_255_are_refused_with_the_values_seen():
-    frames = {"observation.images.image": torch.tensor([0.0, 255.0]).expand(1, 3, 1, 2)}
-    with pytest.raises(ValueError, match=r"observation.images.image.*\[0, 1\], got values from 0 to 255"):
-        stack_views(frames, 2)
-
-
-def test_frames_below_zero_and_not_a_number_are_refused():
-    for value in (-0.1, float("nan")):
-        with pytest.raises(ValueError, match="expected frames in"):
-            stack_views({"camera": torch.full((1, 3, 2, 2), value)}, 2)
-
-
-def test_integers_other_than_uint8_are_refused():
-    with pytest.raises(
-        TypeError, match=r"expected uint8 or floating-point frames in \[0, 1\], got torch.int64"
-    ):
-        stack_views({"camera": torch.zeros(1, 3, 2, 2, dtype=torch.int64)}, 2)
+@pytest.mark.parametrize(
+    ("frame", "error", "message"),
+    [
+        (
+            torch.tensor([0.0, 255.0]).expand(1, 3, 1, 2),
+            ValueError,
+            r"camera.*\[0, 1\], got values from 0 to 255",
+        ),
+        (torch.full((1, 3, 2, 2), -0.1), ValueError, "expected frames in"),
+        (torch.full((1, 3, 2, 2), float("nan")), ValueError, "expected frames in"),
+        (
+            torch.zeros(1, 3, 2, 2, dtype=torch.int64),
+            TypeError,
+            r"expected uint8 or floating-point frames in \[0, 1\], got torch.int64",
+        ),
+    ],
+    ids=["0 to 255", "below zero", "not a number", "integers other than uint8"],
+)
+def test_frames_out_of_range_are_refused_with_the_values_found(frame, error, message):
+    with pytest.raises(error, match=message):
+        stack_views({"camera": frame}, 2)
 
 
 def test_uint8_frames_of_the_policys_size_stay_uint8_and_mean_their_255th():
@@ -48,8 +52,10 @@ def test_resize_keeps_values_in_range_and_leading_axes():
     assert resized.max() <= 1
 
 
-def test_fields_of_different_batch_sizes_are_refused():
-    with pytest.raises(ValueError, match="one batch size"):
-        Observation(frames=torch.rand(2, 1, 1, 3, 4, 4), state=torch.zeros(3, 8), instruction=[""] * 3)
-    with pytest.raises(ValueError, match="frames must have 6 axes"):
-        Observation(frames=torch.rand(2, 3, 4, 4), state=torch.zeros(2, 8), instruction=[""] * 2)
+@pytest.mark.parametrize(
+    ("frames", "rows", "message"),
+    [((2, 1, 1, 3, 4, 4), 3, "one batch size"), ((2, 3, 4, 4), 2, "frames must have 6 axes")],
+)
+def test_observations_of_other_shapes_are_refused(frames, rows, message):
+    with pytest.raises(ValueError, match=message):
+        Observation(frames=torch.rand(frames), state=torch.zeros(rows, 8), instruction=[""] * rows)

@@ -7,7 +7,7 @@ import torch
 
 from tests.model.test_priors_protocol import LAST
 from tests.policies import CAMERAS, SIZE, batch, tiny_config
-from tests.prior_checkpoints import WRITERS, write_checkpoint, write_wan
+from tests.prior_checkpoints import WRITERS
 from vega_policy.backbones import make_backbone
 from vega_policy.model.config import FUSIONS, FusionConfig, PriorConfig
 from vega_policy.model.fusion import make_fusion
@@ -27,16 +27,15 @@ def write_features(folder):
     return folder
 
 
-def prior_config(name, folder):
+def prior_config(name, folder, prior_checkpoint, wan_checkpoint):
     if name in ("random", "wan_tiny", "wan_tiny_untrained"):
         return PriorConfig(name=name)
     if name == "precomputed":
         return PriorConfig(name=name, path=str(write_features(folder)))
     if name in WRITERS:
-        path, layer = write_checkpoint(name, folder), LAST[name]
+        path, layer = prior_checkpoint(name), LAST[name]
     else:
-        write_wan(folder)
-        path, layer = folder, 2
+        path, layer = wan_checkpoint, 2
     return PriorConfig(name=name, path=str(path), layer=layer, dtype="float32")
 
 
@@ -49,9 +48,11 @@ def backbone():
 
 
 @pytest.mark.parametrize("name", sorted(PRIORS))
-def test_every_prior_trains_a_step_with_every_fusion(name, backbone, tmp_path):
+def test_every_prior_trains_a_step_with_every_fusion(
+    name, backbone, tmp_path, prior_checkpoint, wan_checkpoint
+):
     torch.manual_seed(0)
-    config = tiny_config(prior_config(name, tmp_path / "checkpoint"))
+    config = tiny_config(prior_config(name, tmp_path / "features", prior_checkpoint, wan_checkpoint))
     model = VegaModel(config.model, (backbone, make_prior(config.prior, backbone.grid)))
     given = batch()
     frames = torch.stack([given[key] for key in CAMERAS], dim=1)[:, :, None]

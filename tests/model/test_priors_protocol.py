@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from tests.policies import frames
-from tests.prior_checkpoints import WRITERS, write_checkpoint
+from tests.prior_checkpoints import WRITERS
 from vega_policy.model.config import PriorConfig
 from vega_policy.priors import PRIORS, make_prior, resolve
 
-GRID = (4, 4)
+GRID = (2, 2)
 NAMES = sorted(WRITERS)
 WIDTHS = {
     "wan2.1_t2v_14b": 48,
@@ -28,16 +28,10 @@ LAST = dict.fromkeys(NAMES, 2) | {"sd21": 3, "svd": 3, "sd_vae": 0, "wan_vae": 0
 NOISY = [name for name in NAMES if name.startswith(("wan2", "sd21", "svd"))]
 
 
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory):
-    root = tmp_path_factory.mktemp("priors")
-    return {name: write_checkpoint(name, root / name) for name in NAMES}
-
-
 @pytest.fixture
-def load(checkpoints):
+def load(prior_checkpoint):
     def loaded(name, grid=GRID, **config):
-        values = {"layer": LAST[name], "dtype": "float32", "path": str(checkpoints[name])} | config
+        values = {"layer": LAST[name], "dtype": "float32", "path": str(prior_checkpoint(name))} | config
         return make_prior(PriorConfig(name=name, **values), grid)
 
     return loaded
@@ -88,7 +82,7 @@ def without_cancelling(prior):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_bright_square_changes_the_token_of_a_prior_that_holds_it_most(load, name):
     cell = 32
-    prior = without_cancelling(load(name))
+    prior = without_cancelling(load(name, (4, 4)))
     dark = torch.full((1, 1, 1, 3, 128, 128), 0.3)
     base = prior(dark)
     for row in (0, 1, 3):
@@ -107,9 +101,9 @@ def test_a_layer_that_a_prior_has_not_is_refused(load, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_folder_with_another_architecture_is_refused_by_each_prior(load, checkpoints, tmp_path, name):
+def test_a_folder_with_another_architecture_is_refused_by_each_prior(load, prior_checkpoint, tmp_path, name):
     other = tmp_path / "other"
-    shutil.copytree(checkpoints[name], other)
+    shutil.copytree(prior_checkpoint(name), other)
     file = next(path for part in ("vae", ".") if (path := other / part / "config.json").is_file())
     config = json.loads(file.read_text())
     key = "_class_name" if "_class_name" in config else "architectures"
@@ -120,10 +114,10 @@ def test_a_folder_with_another_architecture_is_refused_by_each_prior(load, check
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_checkpoint_without_weights_names_the_missing_files_and_the_way_out(
-    load, checkpoints, tmp_path, name
+    load, prior_checkpoint, tmp_path, name
 ):
     other = tmp_path / "other"
-    shutil.copytree(checkpoints[name], other)
+    shutil.copytree(prior_checkpoint(name), other)
     for file in other.rglob("*model*.safetensors"):
         file.unlink()
     with pytest.raises(FileNotFoundError, match=r"no (vae/)?\*\.safetensors.*prior=wan_tiny"):
@@ -139,7 +133,7 @@ def test_offline_a_gated_prior_says_that_its_licence_must_be_accepted(monkeypatc
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_other_weights_of_a_prior_have_another_fingerprint(load, checkpoints, tmp_path, name):
+def test_other_weights_of_a_prior_have_another_fingerprint(load, tmp_path, name):
     other = tmp_path / "other"
     torch.manual_seed(1)
     WRITERS[name](other)
@@ -162,10 +156,10 @@ def test_frames_too_small_for_the_backbones_grid_are_refused_by_a_prior(load, na
     with pytest.raises(
         ValueError, match=rf"2x2 tokens, which cannot be pooled to the backbone's 4x4.* {4 * stride}"
     ):
-        load(name, input_size=2 * stride)
+        load(name, (4, 4), input_size=2 * stride)
     with pytest.raises(ValueError, match=f"multiple of {stride}; got {stride + 1}"):
         load(name, input_size=stride + 1)
-    assert load(name, input_size=8 * stride)(frames()).shape[-2:] == GRID
+    assert load(name, input_size=4 * stride)(frames()).shape[-2:] == GRID  # pooled from 4x4
 
 
 def test_the_default_layers_and_noise_levels_of_the_priors_are_the_papers():

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.policies import tiny_config
-from tests.training_runs import assert_bitwise_equal, tiny_policy, tiny_run
+from tests.training_runs import assert_bitwise_equal, cache_of, tiny_policy, tiny_run
 from vega_policy.checkpoints import (
     CHECKSUMS,
     DamagedCheckpointError,
@@ -30,15 +30,9 @@ from vega_policy.training.optim import trainable
 from vega_policy.training.train import train
 
 
-@pytest.fixture(scope="module")
-def finished(root, tmp_path_factory):
-    """A run of four steps with a checkpoint every two."""
-    return train(tiny_run(root, tmp_path_factory.mktemp("runs") / "straight")).parents[1]
-
-
 @pytest.fixture
 def run(finished, tmp_path):
-    """A copy of it to spoil."""
+    """A copy of the finished run to spoil."""
     shutil.copytree(finished, tmp_path / "run", symlinks=True)
     return tmp_path / "run"
 
@@ -85,7 +79,7 @@ def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(
     root, run, finished, caplog, name
 ):
     flip(checkpoint_path(run, 4) / name, 100)
-    resumed = train(tiny_run(root, run, resume=True, dataset={"cache_root": str(finished.parent / "cache")}))
+    resumed = train(tiny_run(root, run, resume=True, dataset=cache_of(finished)))
     assert f"{checkpoint_path(run, 4)}: {name} is altered" in caplog.text
     assert_bitwise_equal(checkpoint_path(finished, 4), resumed)
     assert sorted(path.name for path in resumed.parent.iterdir()) == [
@@ -205,7 +199,8 @@ def test_a_run_keeps_as_many_as_it_is_told_and_measures_each_one(root, tmp_path)
 def trained(tmp_path_factory):
     """A policy with the packaged text encoder, frozen, and other weights than it was built with."""
     torch.manual_seed(0)
-    policy = VegaPolicy(tiny_config(pretrained=True, freeze_text_encoder=True))
+    packaged = {"pretrained": True, "image_encoder": "tf_efficientnet_lite0", "text_encoder": None}
+    policy = VegaPolicy(tiny_config(**packaged, freeze_text_encoder=True))
     with torch.no_grad():
         for weight in trainable(policy).values():
             weight.add_(0.01 * torch.randn_like(weight))

@@ -75,7 +75,11 @@ def live_run(root, output, noise, **fields):
     return tiny_run(root, output, policy=policy, dataset={"held_out": 0.3} | LIVE, **fields)
 
 
-@pytest.mark.parametrize("noise", [None, "fixed", "fresh"], ids=["cached", "live", "live and fresh"])
+@pytest.mark.parametrize(
+    "noise",
+    [None, pytest.param("fixed", marks=pytest.mark.slow), "fresh"],
+    ids=["cached", "live", "live and fresh"],
+)
 @pytest.mark.usefixtures("captured_on_cpu")
 def test_captured_steps_learn_and_draw_what_uncaptured_ones_do(root, tmp_path, noise):
     runs = []

@@ -6,7 +6,14 @@ import resource
 import pytest
 import torch
 
-from tests.training_runs import assert_bitwise_equal, saved_weights, tiny_policy, tiny_run
+from tests.training_runs import (
+    assert_bitwise_equal,
+    cache_of,
+    saved_weights,
+    stopped_run,
+    tiny_policy,
+    tiny_run,
+)
 from vega_policy.checkpoints import checkpoint_path, newest_intact
 from vega_policy.run_dir import DiskFullError
 from vega_policy.training.distributed import make_accelerator
@@ -74,18 +81,18 @@ def test_too_many_in_a_row_end_the_training_with_a_report_and_sound_checkpoints(
     assert all(value.isfinite().all() for value in saved_weights(newest).values())
 
 
-def test_a_full_disk_is_one_clear_error_and_the_earlier_checkpoint_stays(root, tmp_path):
-    train(tiny_run(root, tmp_path / "run", stop_after=2))
+def test_a_full_disk_is_one_clear_error_and_the_earlier_checkpoint_stays(root, tmp_path, finished):
+    stopped_run(finished, tmp_path / "run")
     largest, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))  # a file above 50 kB meets the disk's end
     try:
         full = r"000004: the disk is full \(it needs more than \d+ bytes, \d+ are free\).*Lower keep_last"
         with pytest.raises(DiskFullError, match=full):
-            train(tiny_run(root, tmp_path / "run", resume=True))
+            train(tiny_run(root, tmp_path / "run", resume=True, dataset=cache_of(finished)))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest, hard))
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["000002", "last"]
-    resumed = train(tiny_run(root, tmp_path / "run", resume=True))
+    resumed = train(tiny_run(root, tmp_path / "run", resume=True, dataset=cache_of(finished)))
     assert resumed.name == "000004"
 
 

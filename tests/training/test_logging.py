@@ -110,9 +110,8 @@ def test_a_card_says_what_was_learned_from_how_and_what_was_measured(watched):
     assert re.search(r"`observation` holds `observation\..+`observation\.state`.* and `task`", card.text)
 
 
-def test_a_card_without_a_measurement_says_so(points, tmp_path):
-    checkpoint = train(tiny_run(points, tmp_path / "run", steps=2))
-    card = ModelCard.load(checkpoint / "pretrained_model" / "README.md")
+def test_a_card_without_a_measurement_says_so(finished):
+    card = ModelCard.load(checkpoint_path(finished, 4) / "pretrained_model" / "README.md")
     assert "Nothing was measured during training" in card.text
 
 
@@ -138,7 +137,7 @@ def test_a_policy_is_exported_evaluated_by_name_and_exported_again_with_what_it_
         assert part in text
     assert f"| near | 32 | fast | 0 | 2 | {100 * summary['success_rate']:.1f} | " in text
     with pytest.raises(ValueError, match="evaluates another policy: expected"):
-        complete_card(second, [tmp_path / "evaluation"])
+        complete_card(checkpoint_path(watched, 2) / "pretrained_model", [tmp_path / "evaluation"])
     with pytest.raises(FileNotFoundError, match=r"name of a packaged policy \(again, points\)"):
         evaluate("pionts", tmp_path / "other")
 

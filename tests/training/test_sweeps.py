@@ -87,6 +87,8 @@ def test_a_multirun_trains_every_job_in_its_folder_and_ends_in_one_table(tmp_pat
     write_dataset(tmp_path / "data", lengths=(4, 3), frame_shapes=((32, 32), (32, 32)))
     monkeypatch.chdir(tmp_path)
     sizes = ["steps=2", "batch_size=2", "policy.frame_size=32", "policy.device=cpu", "dataset.root=data"]
+    for part in ("backbone", "head"):
+        sizes += [f"{part}.width=16", f"{part}.depth=1", f"{part}.heads=2"]
     fields = ["experiment=demo", "prior=random", "fusion.name=token_gate,add,wrong_name", "seed=0"]
     monkeypatch.setattr(sys, "argv", ["train_policy.py", "-m", *fields, *sizes, "output_dir=sweep"])
     runpy.run_path(str(REPOSITORY / "scripts" / "train_policy.py"), run_name="__main__")

@@ -15,7 +15,15 @@ from lerobot.policies.factory import make_pre_post_processors
 from safetensors.torch import load_file
 
 from tests.synthetic_dataset import CAMERAS
-from tests.training_runs import assert_bitwise_equal, saved_weights, tiny_backbone, tiny_policy, tiny_run
+from tests.training_runs import (
+    assert_bitwise_equal,
+    cache_of,
+    saved_weights,
+    stopped_run,
+    tiny_backbone,
+    tiny_policy,
+    tiny_run,
+)
 from vega_policy.checkpoints import newest_intact
 from vega_policy.model.config import FusionConfig
 from vega_policy.modeling_vega import VegaPolicy
@@ -23,22 +31,14 @@ from vega_policy.run_dir import FolderInUseError, OtherRunError, lock_folder, po
 from vega_policy.training.train import train
 
 
-@pytest.fixture(scope="module")
-def finished(root, tmp_path_factory):
-    """A run of four steps with a checkpoint every two."""
-    output = tmp_path_factory.mktemp("runs") / "straight"
-    return train(tiny_run(root, output)).parents[1]
-
-
 @pytest.mark.parametrize(
     "fields",
     [
         {},
-        {"dataset": {"cache": "none"}},
-        {"accumulate": 2, "average_decay": 0.0},
+        {"dataset": {"cache": "none"}, "accumulate": 2, "average_decay": 0.0},
         {"policy": {"prior_noise": "fresh"}, "dataset": {"cached": ["frames", "semantic"]}},
     ],
-    ids=["cache", "video", "accumulation", "fresh noise"],
+    ids=["cache", "video and accumulation", "fresh noise"],
 )
 def test_two_steps_and_two_resumed_steps_equal_four_steps_bit_by_bit(root, tmp_path, fields):
     fields = dict(fields)
@@ -63,11 +63,11 @@ def test_a_gate_with_a_rate_of_its_own_has_it_in_the_log(root, tmp_path):
     assert lines[0]["learning_rate"] > lines[-1]["learning_rate"] > 0
 
 
-def test_a_resumed_run_has_one_log_line_a_step(root, tmp_path):
-    train(tiny_run(root, tmp_path / "run", stop_after=2))
+def test_a_resumed_run_has_one_log_line_a_step(root, tmp_path, finished):
+    stopped_run(finished, tmp_path / "run")
     with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 3, "loss": 1.0}\n{"step": 4, "lo')  # a later start that was killed
-    train(tiny_run(root, tmp_path / "run", resume=True))
+        file.write('{"step": 3, "loss": 1.0}\n{"step": 4, "lo')  # after steps 3 and 4 of the stopped start
+    train(tiny_run(root, tmp_path / "run", resume=True, dataset=cache_of(finished)))
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert {"loss", "gate", "gradient_norm", "learning_rate", "steps_per_s", "data_wait_percent"} <= lines[
@@ -146,30 +146,30 @@ def test_a_complete_run_is_left_alone(root, finished):
     def times():
         return {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.name != ".lock"}
 
-    before, cache = times(), {"cache_root": str(finished.parent / "cache")}
-    assert train(tiny_run(root, finished, resume=True, dataset=cache)).name == "000004"
+    before = times()
+    assert train(tiny_run(root, finished, resume=True, dataset=cache_of(finished))).name == "000004"
     assert times() == before
 
 
 def test_a_checkpoint_that_was_cut_off_is_not_taken_for_one(root, tmp_path, finished):
-    train(tiny_run(root, tmp_path / "run", stop_after=2))
+    stopped_run(finished, tmp_path / "run")
     partial = tmp_path / "run" / "checkpoints" / ".000004.partial" / "pretrained_model"
     partial.mkdir(parents=True)
     (partial / "model.safetensors").write_bytes(b"half")
     last = newest_intact(tmp_path / "run")
     assert last is not None
     assert last.name == "000002"
-    resumed = train(tiny_run(root, tmp_path / "run", resume=True))
+    resumed = train(tiny_run(root, tmp_path / "run", resume=True, dataset=cache_of(finished)))
     assert_bitwise_equal(finished / "checkpoints" / "last", resumed)
     assert not list(resumed.parent.glob(".*partial"))
 
 
 def test_a_kill_between_a_checkpoint_and_its_link_loses_nothing(root, tmp_path, finished):
-    checkpoints = train(tiny_run(root, tmp_path / "run")).parent
+    checkpoints = shutil.copytree(finished, tmp_path / "run", symlinks=True) / "checkpoints"
     point_link(checkpoints / "last", checkpoints / "000002")
-    assert train(tiny_run(root, tmp_path / "run", resume=True)).name == "000004"
+    assert train(tiny_run(root, tmp_path / "run", resume=True, dataset=cache_of(finished))).name == "000004"
     shutil.rmtree(checkpoints / "000004")
-    resumed = train(tiny_run(root, tmp_path / "run", resume=True))
+    resumed = train(tiny_run(root, tmp_path / "run", resume=True, dataset=cache_of(finished)))
     assert (checkpoints / "last").resolve() == resumed.resolve()
     assert_bitwise_equal(finished / "checkpoints" / "last", resumed)
 
@@ -191,8 +191,8 @@ def test_resuming_with_another_config_is_refused_and_names_the_field(root, finis
         train(tiny_run(root, finished, resume=True, batch_size=6, log_every=7))
 
 
-def test_a_second_start_is_refused_and_names_the_process_that_trains(root, tmp_path):
-    train(tiny_run(root, tmp_path / "run", stop_after=2))
+def test_a_second_start_is_refused_and_names_the_process_that_trains(root, tmp_path, finished):
+    stopped_run(finished, tmp_path / "run")
     before = sorted(tmp_path.rglob("*"))
     holder = rf"run is in use by process {os.getpid()} on {socket.gethostname()} since 2"
     with lock_folder(tmp_path / "run"), pytest.raises(FolderInUseError, match=holder):
@@ -235,37 +235,41 @@ def change_frames(root):
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize(
-    ("change", "part"),
-    [
-        (change_actions, "actions"),
-        (change_statistics, "statistics"),
-        (change_instructions, "instructions"),
-        (change_frames, "frames"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_a_run_does_not_resume_over_changed_data(root, tmp_path, change, part):
+def test_a_run_does_not_resume_over_changed_data(root, tmp_path):
     data = Path(shutil.copytree(root, tmp_path / "data"))
     train(tiny_run(data, tmp_path / "run", stop_after=2))
-    moved = data.rename(tmp_path / "moved")
-    shutil.copytree(moved, data)  # with other modification times: the same data all the same
-    resumed = train(tiny_run(data, tmp_path / "run", stop_after=3, resume=True))
-    assert resumed.name == "000003"
-    change(data)
-    with pytest.raises(ValueError, match=rf"000003: dataset {part} was [0-9a-f]{{16}}, is [0-9a-f]{{16}};"):
-        train(tiny_run(data, tmp_path / "run", resume=True))
+    shutil.copytree(root, tmp_path / "copy")  # with other modification times: the same data all the same
+    for part, change in (
+        (None, lambda root: None),
+        ("actions", change_actions),
+        ("statistics", change_statistics),
+        ("instructions", change_instructions),
+        ("frames", change_frames),
+    ):
+        shutil.rmtree(data)
+        shutil.copytree(tmp_path / "copy", data, copy_function=shutil.copy)
+        change(data)
+        if part is None:
+            resumed = train(tiny_run(data, tmp_path / "run", stop_after=3, resume=True))
+            assert resumed.name == "000003"
+            continue
+        changed = rf"000003: dataset {part} was [0-9a-f]{{16}}, is [0-9a-f]{{16}};"
+        with pytest.raises(ValueError, match=changed):
+            train(tiny_run(data, tmp_path / "run", resume=True))
 
 
-def test_a_run_from_before_a_field_existed_goes_on_with_its_default(root, tmp_path):
-    train(tiny_run(root, tmp_path / "run", stop_after=2))
+def test_a_run_from_before_a_field_existed_goes_on_with_its_default(root, tmp_path, finished):
+    stopped_run(finished, tmp_path / "run")
     saved = tmp_path / "run" / "config.yaml"
     values = yaml.safe_load(saved.read_text())
     del values["compile"], values["policy"]["capture"], values["dataset"]["workers"]
     saved.write_text(yaml.safe_dump(values))
-    assert train(tiny_run(root, tmp_path / "run", stop_after=2, resume=True)).name == "000002"
+    assert (
+        train(tiny_run(root, tmp_path / "run", stop_after=2, resume=True, dataset=cache_of(finished))).name
+        == "000002"
+    )
     with pytest.raises(OtherRunError, match=r"compile \(stored: False, received: True\)"):
-        train(tiny_run(root, tmp_path / "run", resume=True, compile=True))
+        train(tiny_run(root, tmp_path / "run", resume=True, dataset=cache_of(finished), compile=True))
 
 
 def test_resuming_where_nothing_is_yet_starts_at_step_zero(root, tmp_path, finished):
