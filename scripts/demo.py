@@ -1,7 +1,6 @@
-"""The whole loop: demonstrations, training, closed-loop evaluation with the blind ablation, in one command.
+"""Collect demonstrations, train a policy and evaluate it with its blind ablation: the stages of `make demo`.
 
-`make demo` calls this. Each stage is a command that can be run by itself, and is skipped or gone on with
-where its output is there already.
+Each stage is a command that can be run by itself. A finished stage is skipped, an interrupted one resumes.
 """
 
 import argparse
@@ -34,40 +33,41 @@ STAGES = {
 
 
 class Clock:
-    """Seconds that each stage took, over all starts of the demo: it keeps them in a file."""
+    """Seconds that each stage took, summed over all starts of the demo and kept in a file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.seconds: dict[str, float] = json.loads(path.read_text()) if path.is_file() else {}
 
     def add(self, stage: str, seconds: float) -> None:
-        """Count some more seconds for a stage."""
+        """Add seconds to a stage."""
         self.seconds[stage] = round(self.seconds.get(stage, 0.0) + seconds, 1)
         write_json(self.path, self.seconds)
 
 
 def run(clock: Clock) -> None:
-    """Run the three stages; stop at the first that fails. Then say what it took and where to look."""
-    for stage, (script, *arguments) in STAGES.items():
-        print(f"\n== {stage}: python scripts/{script} {' '.join(arguments)}", flush=True)
+    """Run the stages; stop at the first that fails. Print seconds, and the paths of videos and report."""
+    for number, (stage, (script, *arguments)) in enumerate(STAGES.items(), start=1):
+        print(
+            f"\n[{number}/{len(STAGES)}] {stage}: python scripts/{script} {' '.join(arguments)}", flush=True
+        )
         start = time.monotonic()
         code = subprocess.call([sys.executable, str(SCRIPTS / script), *arguments])
         clock.add(stage, time.monotonic() - start)
         if code:
-            sys.exit(
-                f"{stage} ended with exit code {code}; `make demo` goes on from here when started again."
-            )
+            sys.exit(f"{stage} ended with exit code {code}; `make demo` resumes here when started again.")
+        print(f"{stage}: {clock.seconds[stage]:.0f} s", flush=True)
     path = OUTPUT / "eval" / "summary.json"
     summary = json.loads(path.read_text())
     summary["seconds_by_stage"] = clock.seconds
     summary["seconds_total"] = round(sum(clock.seconds.values()), 1)
     write_json(path, summary)
     print(f"\n{summary['seconds_total']:.0f} s in all: {clock.seconds}")
-    print(f"films:  {path.with_name('videos')}\nreport: {path.with_name('report.html')}")
+    print(f"videos: {path.with_name('videos')}\nreport: {path.with_name('report.html')}")
 
 
 def main() -> None:
-    """Read when the command was started, and run."""
+    """Parse the time of the start, and run."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

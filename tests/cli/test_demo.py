@@ -1,4 +1,4 @@
-"""The demo's one command: its stages, its clock, and what a failing stage leaves."""
+"""The stages of `make demo`, their seconds, and a stage that fails."""
 
 import json
 import sys
@@ -37,7 +37,7 @@ def summary_of(demo):
     return json.loads((demo.OUTPUT / "eval" / "summary.json").read_text())
 
 
-def test_it_collects_trains_evaluates_and_says_where_films_and_report_lie(demo, capsys):
+def test_it_collects_trains_evaluates_and_prints_the_paths_of_videos_and_report(demo, capsys):
     demo.main()
     assert demo.called == ["collect_demos.py", "train_policy.py", "eval_policy.py"]
     assert summary_of(demo)["success_rate"] == 0.5
