@@ -48,7 +48,7 @@ def tiny_run(root: Path, output: Path, *, policy: VegaConfig | None = None, **fi
     values = {"steps": 4, "batch_size": 5, "log_every": 1, "save_every": 2, "seed": 3, "precision": "no"}
     return TrainConfig(
         policy=policy or tiny_policy(),
-        dataset=DatasetConfig(repo_id=REPO_ID, root=str(root), **dataset),
+        dataset=DatasetConfig(**{"repo_id": REPO_ID, "root": str(root)} | dataset),
         output_dir=str(output),
         **{**values, **fields},
     )

@@ -53,7 +53,19 @@ def check_fields(cls: type, node: Mapping[str, Any], path: str = "") -> None:
         _check_nested(types[key], value, f"{path}{key}")
 
 
+def _check_number(cls: type, value: Any, path: str) -> None:
+    """Refuse what is no number, under the field's own name: others may refer to it."""
+    try:
+        cls(value)
+    except (TypeError, ValueError):
+        kind = "a whole number" if cls is int else "a number"
+        given = "null" if value is None else repr(value)
+        raise ValueError(f"{path}: expected {kind}; got {given}.") from None
+
+
 def _check_nested(cls: Any, value: Any, path: str) -> None:
+    if cls in (int, float):
+        _check_number(cls, value, path)
     if isinstance(cls, type) and issubclass(cls, draccus.ChoiceRegistry):
         choices = cls.get_known_choices()
         if value.get("type") not in choices:

@@ -30,6 +30,7 @@ class VegaConfig(PreTrainedConfig):
     n_action_steps: int = 8  # actions of a chunk that are executed before the next one is predicted
     latency_steps: int = 0  # commands that are under way when a robot is observed; see docs/deploy.md
     frame_size: int = ModelConfig.frame_size  # side in pixels to which every camera's frames are resized
+    resize: str = ModelConfig.resize  # `stretch` to the square, or `pad`: keep the aspect ratio, add black
     # On a GPU, with the compact backbone: replay a control step as one CUDA graph. The first step of a kind
     # runs uncaptured and later ones agree up to rounding, so keep it off where results must be repeatable.
     capture: bool = False
@@ -51,8 +52,13 @@ class VegaConfig(PreTrainedConfig):
     scheduler_warmup_steps: int = 500  # linear
     scheduler_decay_steps: int = 30_000  # until the cosine ends, at `scheduler_decay_lr`
     scheduler_decay_lr: float = 1e-6
-    action_feature_names: list[str] | None = None  # of the dataset, filled in by LeRobot
+    action_feature_names: list[str] | None = None  # of the dataset, filled in by training
     state_feature_names: list[str] | None = None
+    # Actions relative to the state at the start of their chunk, as pi0's, except joints with one of these
+    # names (`gripper`). The state must begin with the action's entries, in their order.
+    use_relative_actions: bool = False
+    relative_exclude_joints: list[str] = field(default_factory=list)
+    dataset_fps: float | None = None  # control steps a second of the dataset, filled in by training
 
     def __post_init__(self) -> None:
         if self.device is None:  # LeRobot would choose the same one, with two warnings
@@ -68,10 +74,22 @@ class VegaConfig(PreTrainedConfig):
                 f"latency_steps must lie between 0 and chunk_size - n_action_steps "
                 f"({self.chunk_size - self.n_action_steps}); got {self.latency_steps}."
             )
+        self._check_choices()
         if self.base.name != "none" and not self.backbone.sight:
             raise ValueError(
                 f"backbone.sight=false removes the vision of this package's own backbones; base="
                 f"{self.base.name} replaces them. Take base=none."
+            )
+
+    def _check_choices(self) -> None:
+        if self.resize not in ("stretch", "pad"):
+            raise ValueError(f"policy.resize: expected stretch or pad; got {self.resize!r}.")
+        if self.frame_size < 1:
+            raise ValueError(f"policy.frame_size must be at least 1 pixel; got {self.frame_size}.")
+        if self.base.name != "none" and self.use_relative_actions:
+            raise ValueError(
+                "policy.use_relative_actions is for this package's own backbones; a base has its own "
+                "processors. Take base=none."
             )
 
     @property
@@ -87,6 +105,7 @@ class VegaConfig(PreTrainedConfig):
             action_dim=action.shape[0],
             chunk_size=self.chunk_size,
             frame_size=self.frame_size,
+            resize=self.resize,
             prior=self.prior,
             fusion=self.fusion,
             backbone=self.backbone,

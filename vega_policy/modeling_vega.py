@@ -42,7 +42,7 @@ class VegaPolicy(PreTrainedPolicy):
     Args:
         config: The configuration; open prior fields are resolved and fingerprints are filled in.
         dataset_stats: Unused, LeRobot passes it; the processors hold the statistics.
-        dataset_meta: Unused, LeRobot passes it.
+        dataset_meta: LeRobot's metadata of the training data, whose rate the configuration keeps; or None.
         **kwargs: Unused, LeRobot passes them.
 
     Raises:
@@ -58,6 +58,8 @@ class VegaPolicy(PreTrainedPolicy):
         self, config: VegaConfig, dataset_stats: Any = None, dataset_meta: Any = None, **kwargs: Any
     ) -> None:
         super().__init__(config)
+        if dataset_meta is not None:
+            config.dataset_fps = dataset_meta.fps
         self.model: Any
         if config.base.name == "none":
             self.model = VegaModel(config.model)
@@ -196,6 +198,12 @@ class VegaPolicy(PreTrainedPolicy):
         Each chunk but the first of an episode begins after `latency_steps` actions, which are under way. With
         `prior.clip=history` it keeps the frames of the last calls: call it once per control step.
         """
+        if self.config.use_relative_actions and self.config.n_action_steps > 1:
+            raise ValueError(
+                "select_action: actions relative to the start of a chunk need whole chunks, and LeRobot's "
+                "post-processor would add the present state to each. Set n_action_steps=1, or evaluate with "
+                "vega-eval, which post-processes chunks."
+            )
         batch = self.remember(batch)
         if not self._queue:
             chunk = self.predict_action_chunk(batch, noise=noise, **kwargs)

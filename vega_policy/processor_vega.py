@@ -5,11 +5,13 @@ from typing import Any
 import torch
 from lerobot.configs.types import PolicyFeature
 from lerobot.processor import (
+    AbsoluteActionsProcessorStep,
     AddBatchDimensionProcessorStep,
     DeviceProcessorStep,
     NormalizerProcessorStep,
     PolicyAction,
     PolicyProcessorPipeline,
+    RelativeActionsProcessorStep,
     RenameObservationsProcessorStep,
     UnnormalizerProcessorStep,
 )
@@ -50,10 +52,17 @@ def to_observation(batch: dict[str, Any], config: VegaConfig) -> Observation:
         raise TypeError(f"vega.frames: expected uint8 frames of a cache, got {cached.dtype}.")
     frames = None if cached is None else cached[:, :, None]
     if cameras:
-        frames = stack_views({key: batch[key] for key in cameras}, config.frame_size)
+        frames = stack_views({key: batch[key] for key in cameras}, config.frame_size, config.resize)
     state = batch[OBS_STATE]
     state = state[:, -1] if state.ndim == 3 else state
-    task = "" if batch.get("task") is None else batch["task"]  # None: a dataset without tasks
+    task = batch.get("task")
+    if task is None:
+        if "vega.words" not in batch:
+            raise ValueError(
+                "The batch has no 'task': expected an instruction, or one for each row. Give task='' to a "
+                "policy that was trained without."
+            )
+        task = ""
     instruction = [task] * len(state) if isinstance(task, str) else list(task)
     return Observation(frames, state, instruction, semantic, prior, batch.get("vega.words"))
 
@@ -79,13 +88,24 @@ def make_vega_pre_post_processors(
     inputs: dict[str, PolicyFeature] = config.input_features or {}
     outputs: dict[str, PolicyFeature] = config.output_features or {}
     norm: dict[str, Any] = {"norm_map": config.normalization_mapping, "stats": dataset_stats}
+    relative = RelativeActionsProcessorStep(
+        enabled=True,
+        exclude_joints=config.relative_exclude_joints,
+        action_names=config.action_feature_names,
+    )
+    absolute = AbsoluteActionsProcessorStep(enabled=True, relative_step=relative)
     before = [
         RenameObservationsProcessorStep(rename_map={}),
         AddBatchDimensionProcessorStep(),
+        *([relative] if config.use_relative_actions else []),
         DeviceProcessorStep(device=config.device or "cpu"),
         NormalizerProcessorStep(features={**inputs, **outputs}, **norm),
     ]
-    after = [UnnormalizerProcessorStep(features=outputs, **norm), DeviceProcessorStep(device="cpu")]
+    after = [
+        UnnormalizerProcessorStep(features=outputs, **norm),
+        *([absolute] if config.use_relative_actions else []),
+        DeviceProcessorStep(device="cpu"),
+    ]
     return (
         PolicyProcessorPipeline[dict[str, Any], dict[str, Any]](
             steps=before, name=POLICY_PREPROCESSOR_DEFAULT_NAME

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from tests.training_runs import tiny_run
-from vega_policy.data.dataset import DatasetError, find_damaged_files
+from vega_policy.data.dataset_files import DatasetError, find_damaged_files
 from vega_policy.training.train import load_data
 
 

@@ -9,7 +9,7 @@ from vega_policy.data import feature_cache as features
 from vega_policy.data.dataset import DatasetError, match_features, read_table
 from vega_policy.data.feature_cache import CacheError, check_cacheable
 from vega_policy.data.loader import ShuffledRows, VideoSource
-from vega_policy.data.video import frames_in_order
+from vega_policy.data.video import FrameRows, frames_in_order
 from vega_policy.model.config import BackboneConfig, PriorConfig
 from vega_policy.modeling_vega import VegaPolicy
 from vega_policy.run_dir import DiskFullError
@@ -30,6 +30,11 @@ def streams(policy, names, **changed):
     return features.streams_of(policy.model, dataset, list(CAMERAS), names)
 
 
+def decoded(data, workers=0):
+    frames = FrameRows(data.dataset, data.table, list(CAMERAS), "pyav")
+    return VideoSource(data.table, frames, chunk_size=4, workers=workers, seed=0)
+
+
 def build(policy, data, folder, names=("frames", "semantic", "prior")):
     wanted = streams(policy, names)
     clips = frames_in_order(data.dataset, list(CAMERAS), "pyav")
@@ -39,7 +44,7 @@ def build(policy, data, folder, names=("frames", "semantic", "prior")):
 
 def test_cached_features_are_those_of_the_live_model(loaded, tmp_path):
     config, policy, data = loaded
-    videos = VideoSource(data.dataset, list(CAMERAS), workers=0, seed=0)
+    videos = decoded(data)
     cached, _ = make_source(config, policy, data, None)
     rows = torch.tensor([3, 26, 11])
     live, batch = policy.observe(videos.batch(rows)), cached.batch(rows)
@@ -59,7 +64,7 @@ def test_cached_frames_give_the_batches_of_decoded_videos(root, tmp_path):
     data = load_data(config)
     policy = VegaPolicy(config.vega)
     cached, _ = make_source(config, policy, data, None)
-    videos = VideoSource(data.dataset, list(CAMERAS), workers=0, seed=0)
+    videos = decoded(data)
     rows = torch.tensor([0, 8, 9, 20])
     expected, found = videos.batch(rows), cached.batch(rows)
     for key in ("observation.state", "action", "action_is_pad"):
@@ -115,7 +120,7 @@ def test_a_cache_that_does_not_fit_is_refused_with_its_bytes_and_leaves_nothing(
 
 def test_decoding_processes_need_shared_memory_for_their_batches(loaded, monkeypatch):
     _, _, data = loaded
-    videos = VideoSource(data.dataset, list(CAMERAS), workers=2, seed=0)
+    videos = decoded(data, workers=2)
     monkeypatch.setattr("vega_policy.data.loader.free_space", lambda path: 65536)
     with pytest.raises(ValueError, match=r"workers=2 needs about \d+ bytes of shared memory.*has 65536 free"):
         next(videos.stream(ShuffledRows(data.rows, 5, seed=0), 0))

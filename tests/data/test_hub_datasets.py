@@ -14,7 +14,7 @@ from envs.demos.shards import image_key
 from envs.metaworld import MetaworldEnv
 from envs.robosuite import CAMERAS
 from tests.training_runs import tiny_policy
-from vega_policy.data.dataset import match_features
+from vega_policy.data.dataset import match_features, open_folder
 from vega_policy.evaluation.policies import check_compatible, describe, stack_observations
 from vega_policy.modeling_vega import VegaPolicy
 
@@ -58,7 +58,7 @@ def write(root, features, fps):
         dataset.add_frame({**frame, "task": "push the puck to a goal"})
     dataset.save_episode()
     dataset.finalize()
-    return LeRobotDataset("tests/hub", root=root)
+    return open_folder(root, "tests/hub")
 
 
 @pytest.mark.parametrize(

@@ -10,14 +10,15 @@ from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
 from tests.synthetic_dataset import CAMERAS, REPO_ID, write_dataset
 from vega_policy.data import video as frames
-from vega_policy.data.dataset import DatasetError
-from vega_policy.data.video import frames_in_order, read_video
+from vega_policy.data.dataset import open_folder, read_table
+from vega_policy.data.dataset_files import DatasetError
+from vega_policy.data.video import FrameRows, frames_in_order, read_video
 
 SIZES = ((32, 32), (32, 48))
 
 
 def opened(root):
-    return LeRobotDataset(REPO_ID, root=root, video_backend="pyav", return_uint8=True)
+    return open_folder(root, REPO_ID)
 
 
 @pytest.fixture(scope="module", params=["lossless", "h264"])
@@ -38,7 +39,7 @@ def test_datasets_that_keep_their_videos_when_they_are_merged_read_the_same(merg
         [REPO_ID] * 2, REPO_ID, roots=parts, aggr_root=tmp_path / "apart", concatenate_videos=False
     )
     apart = opened(tmp_path / "apart")
-    assert len({apart.meta.get_video_file_path(episode, CAMERAS[0]) for episode in range(4)}) == 2
+    assert len({apart.video_start(CAMERAS[0], episode)[0] for episode in range(4)}) == 2
     readers = [frames_in_order(dataset, list(CAMERAS), "pyav") for dataset in (merged, apart)]
     for together, alone in zip(*readers, strict=True):
         assert all(torch.equal(together[camera], alone[camera]) for camera in CAMERAS)
@@ -47,26 +48,38 @@ def test_datasets_that_keep_their_videos_when_they_are_merged_read_the_same(merg
 def test_every_frame_has_the_bytes_of_lerobots_own_decoding(merged, monkeypatch):
     monkeypatch.setattr(frames, "STRETCH", 4)  # episodes end within stretches, at their ends, and beyond
     monkeypatch.setattr(frames, "available_cores", lambda: 3)
-    starts = merged.meta.episodes[f"videos/{CAMERAS[0]}/from_timestamp"]
+    starts = merged.episodes[f"videos/{CAMERAS[0]}/from_timestamp"]
     assert len(list(merged.root.glob("videos/**/*.mp4"))) == 2  # one a camera: all but one start later
     assert sorted(start > 0 for start in starts) == [False, True, True, True]
     found = list(frames_in_order(merged, list(CAMERAS), "pyav"))
     assert [len(clips[CAMERAS[0]]) for clips in found] == [4, 1, 4, 3, 4, 4, 4]
+    lerobot = LeRobotDataset(REPO_ID, root=merged.root, video_backend="pyav", return_uint8=True)
     for camera in CAMERAS:
-        expected = torch.stack([merged[row][camera] for row in range(len(merged))])
+        expected = torch.stack([lerobot[row][camera] for row in range(len(lerobot))])
         assert expected.dtype == torch.uint8
         assert torch.equal(torch.cat([clips[camera] for clips in found]), expected)
 
 
 def test_chosen_episodes_come_in_the_order_asked_for(merged):
     last, first = frames_in_order(merged, [CAMERAS[1]], "pyav", [3, 0])
-    assert torch.equal(last[CAMERAS[1]][-1], merged[23][CAMERAS[1]])
-    assert torch.equal(first[CAMERAS[1]][0], merged[0][CAMERAS[1]])
+    rows = FrameRows(merged, read_table(merged.root), [CAMERAS[1]], "pyav")
+    assert torch.equal(last[CAMERAS[1]][-1], rows[23][CAMERAS[1]])
+    assert torch.equal(first[CAMERAS[1]][0], rows[0][CAMERAS[1]])
+
+
+def test_a_row_with_a_history_ends_at_its_own_frame_and_repeats_the_episodes_first(merged):
+    table = read_table(merged.root)
+    single = FrameRows(merged, table, [CAMERAS[0]], "pyav")
+    history = FrameRows(merged, table, [CAMERAS[0]], "pyav", history=3)
+    first = int(table.rows_of([1])[0])
+    clip = history[first + 1][CAMERAS[0]]
+    expected = [single[row][CAMERAS[0]] for row in (first, first, first + 1)]
+    assert torch.equal(clip, torch.stack(expected))
 
 
 def test_a_damaged_video_is_refused_by_name(merged, tmp_path):
     copy = opened(shutil.copytree(merged.root, tmp_path / "copy"))
-    path = copy.root / copy.meta.get_video_file_path(0, CAMERAS[1])
+    path = copy.video_start(CAMERAS[1], 0)[0]
     content = bytearray(path.read_bytes())
     middle = content.index(b"mdat") + (len(content) - content.index(b"mdat")) // 3
     content[middle : middle + 3000] = bytes(3000)
@@ -76,7 +89,7 @@ def test_a_damaged_video_is_refused_by_name(merged, tmp_path):
 
 
 def test_times_that_a_video_does_not_have_are_refused(merged):
-    path = merged.root / merged.meta.get_video_file_path(0, CAMERAS[0])
+    path = merged.video_start(CAMERAS[0], 0)[0]
     with pytest.raises(DatasetError, match=r"27 frames from 0\.000 s on: 3 are damaged or missing"):
         read_video(path, 0.0, 10, 27)
     with pytest.raises(DatasetError, match="2 are damaged or missing"):

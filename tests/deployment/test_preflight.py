@@ -23,7 +23,7 @@ from vega_policy.deployment.safety import JointLimits, SafetyFilter
 NAMES = ("pan.pos", "lift.pos", "elbow.pos", "grip.pos")
 RANGE = np.array([[-1.0, 0.2, -2.0, 0.0], [1.0, 1.2, -0.5, 1.0]])
 FRONT = "observation.images.front"
-POLICY = PolicySpec({FRONT: (480, 640)}, NAMES, NAMES, 4, 4, RANGE, RANGE, 16)
+POLICY = PolicySpec({FRONT: (480, 640)}, NAMES, NAMES, 4, 4, RANGE, RANGE, 16, fps=30.0)
 STATE = dict(zip(NAMES, [0.1, 0.9, -1.8, 0.5], strict=True))
 ROBOT = RobotSpec({FRONT: (480, 640)}, STATE, NAMES)
 LIMITS = [JointLimits(name, low - 0.1, high + 0.1) for name, low, high in zip(NAMES, *RANGE, strict=True)]
@@ -97,6 +97,16 @@ def test_a_first_chunk_that_is_not_finite_or_outside_fails():
     edges = np.array([limit.high + 0.05 * (limit.high - limit.low) for limit in LIMITS])
     assert check(chunk=np.broadcast_to(edges, CHUNK.shape))[name].status == OK, "a little beyond is cut"
     assert name in failed(chunk=np.broadcast_to(2 * edges, CHUNK.shape))
+
+
+def test_another_control_rate_than_that_of_the_data_is_reported():
+    name = "control rate against the training data"
+    found = check(policy=dataclasses.replace(POLICY, fps=15.0))[name]
+    assert (found.status, found.message) == (
+        WARNING,
+        "trained at 15 steps a second, the robot runs at 30; set fps=15",
+    )
+    assert check(policy=dataclasses.replace(POLICY, fps=None))[name].status == WARNING
 
 
 def test_latency_is_measured_against_the_rate():

@@ -10,7 +10,8 @@ from envs.demos.render import plan_rendering, render_frames
 from envs.demos.states import StateEpisode, read_states, write_states
 from tests.training_runs import tiny_policy
 from vega_policy.cli.render import render_states
-from vega_policy.data.dataset import DatasetConfig, DatasetError, fingerprint_frames
+from vega_policy.data.dataset import DatasetConfig, DatasetError
+from vega_policy.data.dataset_files import fingerprint_frames
 from vega_policy.data.feature_cache import frames_stream, open_mean_frames, open_stream
 from vega_policy.training.config import TrainConfig
 from vega_policy.training.train import train

@@ -59,3 +59,13 @@ def test_resize_keeps_values_in_range_and_leading_axes():
 def test_observations_of_other_shapes_are_refused(frames, rows, message):
     with pytest.raises(ValueError, match=message):
         Observation(frames=torch.rand(frames), state=torch.zeros(rows, 8), instruction=[""] * rows)
+
+
+def test_a_wide_frame_can_be_padded_with_black_and_keeps_its_aspect_ratio():
+    wide = torch.zeros(1, 3, 8, 32)
+    wide[..., 16:] = 1
+    square = stack_views({"camera": wide}, 16, "pad")[0, 0, 0, 0]
+    assert square[:6].max() == square[10:].max() == 0  # 4 rows of 16 are the frame
+    assert square[6:10, 9:].min() > 0.9
+    square = {"camera": wide[..., 12:20]}
+    assert torch.equal(stack_views(square, 4, "pad"), stack_views(square, 4))

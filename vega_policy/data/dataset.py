@@ -3,11 +3,11 @@
 LeRobot is imported where it is used: training from a cache reads the table only.
 """
 
-import hashlib
 import json
-import struct
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,21 +18,35 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from lerobot.configs import PolicyFeature, PreTrainedConfig
-    from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
-    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+from vega_policy.data.dataset_files import (
+    ACTION,
+    FORMAT,
+    STATE,
+    DatasetError,
+    check_version,
+    describe_values,
+    find_damaged_files,
+    fingerprint_frames,
+    hash_bytes,
+    lfs_advice,
+    list_files,
+    read_episodes,
+    read_json,
+    read_tasks,
+)
 
-STATE, ACTION = "observation.state", "action"
+if TYPE_CHECKING:
+    from lerobot.configs import NormalizationMode, PolicyFeature
+
+    from vega_policy.configuration_vega import VegaConfig
+
+logger = logging.getLogger(__name__)
+
+VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
+"""LeRobot's, where meta/info.json gives none."""
 STREAMS = ("frames", "semantic", "prior")
 _CACHES = ("none", "disk", "ram", "gpu")
-_SAMPLE = 1 << 16
-_BOX_HEADER = struct.Struct(">I4s")
-"""Size and type of an MP4 box (ISO/IEC 14496-12); a size of 1 means that 64 bits of it follow."""
-
-
-class DatasetError(ValueError):
-    """The dataset is missing or does not fit the policy."""
+_BACKENDS, _STATISTICS = ("pyav", "torchcodec"), ("stored", "computed")
 
 
 @dataclass(frozen=True)
@@ -43,6 +57,11 @@ class DatasetConfig:
         repo_id: The dataset's name; on the hub if `root` is None.
         root: Local folder of the dataset.
         revision: Hub revision; None takes the newest.
+        rename: Names that the policy reads, by the features' names in the files, such as
+            `{image: observation.images.image, state: observation.state, actions: action}`; None keeps them.
+        task: One instruction for all frames; None takes the dataset's.
+        stats: `stored` normalises with the statistics of the dataset's files, and computes those that are
+            missing; `computed` computes all from its states and actions.
         episodes: Episode numbers to use; None takes all.
         held_out: Fraction of each task's episodes kept for the held-out loss, in [0, 1).
         shift: Largest random shift of training frames; 0 for none. In pixels of `policy.frame_size` with a
@@ -67,6 +86,9 @@ class DatasetConfig:
     repo_id: str
     root: str | None = None
     revision: str | None = None
+    rename: dict[str, str] | None = None
+    task: str | None = None
+    stats: str = "stored"
     episodes: list[int] | None = None
     held_out: float = 0.0
     shift: int = 0
@@ -83,8 +105,10 @@ class DatasetConfig:
     collect_command: str | None = None
 
     def __post_init__(self) -> None:
-        if self.cache not in _CACHES:
-            raise ValueError(f"dataset.cache: expected one of {', '.join(_CACHES)}; got {self.cache!r}.")
+        choices = {"cache": _CACHES, "video_backend": _BACKENDS, "stats": _STATISTICS}
+        for name, known in choices.items():
+            if (value := getattr(self, name)) not in known:
+                raise ValueError(f"dataset.{name}: expected one of {', '.join(known)}; got {value!r}.")
         if unknown := [stream for stream in self.cached if stream not in STREAMS]:
             raise ValueError(f"dataset.cached: expected one of {', '.join(STREAMS)}; got {unknown[0]!r}.")
         for name in ("held_out", "brightness", "contrast", "saturation", "state_dropout"):
@@ -110,64 +134,191 @@ class DatasetConfig:
 
 
 @dataclass(frozen=True)
-class StateDataset:
-    """A dataset without videos: states, actions and instructions, whose frames are in the cache alone."""
+class LocalDataset:
+    """A finalized LeRobotDataset v3 in a local folder, with its features under the policy's names.
+
+    Depth streams are left out, and states and actions of several axes are flattened.
+    """
 
     repo_id: str
     root: Path
-    meta: "LeRobotDatasetMetadata"
+    fps: int
+    features: dict[str, dict[str, Any]]  # as in meta/info.json
+    stored_names: dict[str, str]  # name in the files by feature
+    episodes: pd.DataFrame  # rows of meta/episodes
+    stats: dict[str, dict[str, np.ndarray]]  # of meta/stats.json by feature; empty without the file
+    video_path: str
 
     @property
     def num_episodes(self) -> int:
         """Return the number of episodes."""
-        return self.meta.total_episodes
+        return len(self.episodes)
+
+    @property
+    def num_frames(self) -> int:
+        """Return the number of frames of a camera."""
+        return int(self.episodes["length"].sum())
+
+    @property
+    def cameras(self) -> list[str]:
+        """Return the names of all cameras."""
+        return [name for name, feature in self.features.items() if feature["dtype"] in ("video", "image")]
+
+    def is_video(self, camera: str) -> bool:
+        """Return whether a camera's frames are stored as videos, not as images."""
+        return self.features[camera]["dtype"] == "video"
+
+    def has_frames(self) -> bool:
+        """Return whether the dataset holds frames; False where they are in the cache alone."""
+        videos = any(self.is_video(camera) for camera in self.cameras)
+        return not videos or (self.root / "videos").is_dir()
+
+    def video_start(self, camera: str, position: int) -> tuple[Path, float]:
+        """Return the video of the episode at `position` and the time in seconds at which it begins."""
+        key, row = self.stored_names[camera], self.episodes.iloc[position]
+        chunk, file = (int(row[f"videos/{key}/{part}_index"]) for part in ("chunk", "file"))
+        path = self.video_path.format(video_key=key, chunk_index=chunk, file_index=file)
+        return self.root / path, float(row[f"videos/{key}/from_timestamp"])
 
 
-def open_dataset(config: DatasetConfig, policy: "PreTrainedConfig") -> "LeRobotDataset | StateDataset":
-    """Open all episodes, with a chunk of actions at every row and uint8 frames of videos.
+def open_dataset(config: DatasetConfig) -> LocalDataset:
+    """Open a dataset, after downloading it where no folder is given.
 
     Raises:
-        DatasetError: If a local root holds no finalized dataset, or a damaged one; names the files and the
-            command that collects it. If a dataset without videos is to be read without a cache.
+        DatasetError: If a local root holds no finalized dataset of format v3, or a damaged one; names the
+            files and the command that collects it. If a dataset without videos is to be read without a cache.
     """
-    from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
-    from lerobot.datasets.factory import resolve_delta_timestamps
-    from lerobot.datasets.lerobot_dataset import LeRobotDataset
-
-    if config.root is not None and not (Path(config.root) / "meta" / "info.json").is_file():
+    if config.video_backend == "torchcodec":
+        _require_torchcodec()
+    if config.root is None:
+        return open_folder(_download(config), config.repo_id, config.rename)
+    root = Path(config.root)
+    if not (root / "meta" / "info.json").is_file():
         command = config.collect_command or "the command that collects or downloads it"
         raise DatasetError(
             f"No demonstrations in {config.root}: expected a finalized LeRobotDataset (meta/info.json), "
-            f"found {_list_folder(Path(config.root))}. Collect them first: {command}"
+            f"found {_list_folder(root)}. Collect them first: {command}"
         )
-    if config.root is not None and (damaged := find_damaged_files(Path(config.root))):
+    check_version(root, config.repo_id)
+    if damaged := find_damaged_files(root):
+        command = f": {config.collect_command}" if config.collect_command else "."
+        advice = f"Delete it, then collect or download it again{command}"
+        if any("LFS" in finding for finding in damaged):
+            advice = lfs_advice(root)
         raise DatasetError(
-            f"{config.root} is damaged or only partly written: {'; '.join(damaged[:5])}. Delete it, then "
-            f"collect or download it again{f': {config.collect_command}' if config.collect_command else '.'}"
+            f"{config.root} is damaged or only partly written: {'; '.join(damaged[:5])}. {advice}"
         )
-    meta = LeRobotDatasetMetadata(config.repo_id, root=config.root, revision=config.revision)
-    if config.root is not None and not has_videos(Path(config.root)):
-        if config.cache == "none":
-            raise DatasetError(
-                f"dataset.cache=none reads videos, but {config.root} has none: its frames are in the cache "
-                "alone. Set dataset.cache=gpu (or ram, disk) and dataset.cached=[frames]."
-            )
-        return StateDataset(config.repo_id, Path(config.root), meta)
-    return LeRobotDataset(
-        config.repo_id,
-        root=config.root,
-        revision=config.revision,
-        video_backend=config.video_backend,
-        delta_timestamps=resolve_delta_timestamps(policy, meta),
-        return_uint8=True,
+    dataset = open_folder(root, config.repo_id, config.rename)
+    if not dataset.has_frames() and config.cache == "none":
+        raise DatasetError(
+            f"dataset.cache=none reads videos, but {config.root} has none: its frames are in the cache "
+            "alone. Set dataset.cache=gpu (or ram, disk) and dataset.cached=[frames]."
+        )
+    return dataset
+
+
+def _require_torchcodec() -> None:
+    """Refuse a decoder that cannot be loaded, before its error comes from a decoding process.
+
+    Raises:
+        DatasetError: With the first line of the reason.
+    """
+    try:
+        import torchcodec.decoders  # noqa: F401
+    except (ImportError, RuntimeError, OSError) as error:
+        raise DatasetError(
+            f"dataset.video_backend=torchcodec cannot be loaded ({str(error).strip().splitlines()[0]}). Set "
+            "dataset.video_backend=pyav, or install torchcodec and FFmpeg for this version of torch."
+        ) from error
+
+
+def _download(config: DatasetConfig) -> Path:
+    """Download a dataset of the hub, or find it in the local cache, and return its folder."""
+    import httpx
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+    from lerobot.datasets.utils import BackwardCompatibilityError
+
+    try:
+        return Path(LeRobotDataset(config.repo_id, revision=config.revision, video_backend="pyav").root)
+    except BackwardCompatibilityError as error:
+        raise DatasetError(
+            f"dataset.repo_id={config.repo_id}: expected a LeRobotDataset {FORMAT}, got an older format. "
+            f"Convert a copy of it: python -m lerobot.scripts.convert_dataset_v21_to_v30 "
+            f"--repo-id={config.repo_id}"
+        ) from error
+    except (OSError, httpx.HTTPError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DatasetError(
+            f"dataset.repo_id={config.repo_id}: the dataset is neither on this machine nor could it be "
+            f"downloaded ({reason}). For a local one give its folder, dataset.root=FOLDER; else check the "
+            "name, the network and the login (hf auth login)."
+        ) from error
+
+
+def open_folder(root: Path, repo_id: str, rename: Mapping[str, str] | None = None) -> LocalDataset:
+    """Open a LeRobotDataset v3 whose files are whole.
+
+    `rename` gives features of the files, by their names there, the names that the policy reads.
+
+    Raises:
+        DatasetError: If metadata or videos are missing, or a renamed feature is.
+    """
+    info = read_json(root / "meta" / "info.json")
+    rename = dict(rename or {})
+    if unknown := sorted(rename.keys() - info["features"].keys()):
+        raise DatasetError(
+            f"dataset.rename: {root} has no {', '.join(unknown)}; its features are "
+            f"{', '.join(info['features'])}."
+        )
+    features = {}
+    for stored, feature in info["features"].items():
+        if _is_depth(feature):
+            logger.info("%s: %s is a depth stream, which no policy here reads; ignored.", root, stored)
+        else:
+            features[rename.get(stored, stored)] = _flattened(feature)
+    names = {rename.get(stored, stored): stored for stored in info["features"]}
+    statistics = root / "meta" / "stats.json"
+    stats = read_json(statistics) if statistics.is_file() else {}
+    dataset = LocalDataset(
+        repo_id=repo_id,
+        root=root,
+        fps=info["fps"],
+        features=features,
+        stored_names=names,
+        episodes=read_episodes(root),
+        stats={name: _as_arrays(stats.get(names[name])) for name in features if stats.get(names[name])},
+        video_path=info.get("video_path") or VIDEO_PATH,
+    )
+    _check_videos(dataset)
+    return dataset
+
+
+def _as_arrays(values: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    return {name: np.atleast_1d(np.asarray(value, np.float64)) for name, value in values.items()}
+
+
+def _is_depth(feature: Mapping[str, Any]) -> bool:
+    """Return whether a feature is a depth stream; LeRobot marks it in one of three places."""
+    info, video = feature.get("info") or {}, feature.get("video_info") or {}
+    marks = (info.get("is_depth_map"), info.get("video.is_depth_map"), video.get("video.is_depth_map"))
+    return any(marks) or (
+        feature["dtype"] in ("video", "image") and 1 in (feature["shape"][0], feature["shape"][-1])
     )
 
 
-def has_videos(root: Path) -> bool:
-    """Return whether a local dataset holds the videos that its features name; True where they name none."""
-    features = json.loads((root / "meta" / "info.json").read_text())["features"]
-    named = any(feature["dtype"] == "video" for feature in features.values())
-    return not named or (root / "videos").is_dir()
+def _flattened(feature: dict[str, Any]) -> dict[str, Any]:
+    """Return a numeric feature as a vector, with a name for each entry where the dataset names them."""
+    if feature["dtype"] in ("video", "image", "string", "language"):
+        return feature
+    shape = feature.get("shape") or [1]
+    width, names = int(np.prod(shape)), feature.get("names")
+    if isinstance(names, Mapping):  # as LeRobot's converted datasets: {"motors": [...]}
+        names = [name for part in names.values() for name in (part if isinstance(part, list) else [part])]
+    if isinstance(names, list) and names and all(isinstance(axis, list) for axis in names):
+        names = [".".join(map(str, parts)) for parts in product(*names)]
+    if not isinstance(names, list) or len(names) != width:
+        names = None
+    return feature | {"shape": [width], "names": names}
 
 
 def fingerprint_dataset(root: Path, table: "FrameTable") -> dict[str, str]:
@@ -186,115 +337,100 @@ def fingerprint_dataset(root: Path, table: "FrameTable") -> dict[str, str]:
     }
 
 
-def fingerprint_frames(root: Path) -> dict[str, str]:
-    """Return the parts of `fingerprint_dataset` on which cached frames and features depend."""
-    info = root / "meta" / "info.json"
-    features = json.loads(info.read_text())["features"].values()
-    stored_as = "data" if any(feature["dtype"] == "image" for feature in features) else "videos"
-    files = sorted(path for path in (root / stored_as).rglob("*") if path.is_file())
-    episodes = sorted((root / "meta" / "episodes").rglob("*.parquet"))
-    return {
-        "features": hash_bytes(info.read_bytes()),
-        "episodes": hash_bytes(*(path.read_bytes() for path in episodes)),
-        "frames": hash_bytes(
-            *(path.relative_to(root).as_posix().encode() + _sample_file(path) for path in files)
-        ),
-    }
+def _check_videos(dataset: LocalDataset) -> None:
+    """Refuse a dataset that lacks some of its videos; one without any may have its frames in the cache."""
+    videos = [camera for camera in dataset.cameras if dataset.is_video(camera)]
+    if not videos or not dataset.has_frames():
+        return
+    missing = []
+    for camera in videos:
+        key = dataset.stored_names[camera]
+        columns = [f"videos/{key}/{part}_index" for part in ("chunk", "file")]
+        if not set(columns) <= set(dataset.episodes.columns):
+            raise DatasetError(
+                f"{dataset.root}: meta/episodes says nothing about the videos of {key}. Collect or download "
+                "the dataset again."
+            )
+        for chunk, file in dataset.episodes[columns].drop_duplicates().itertuples(index=False):
+            path = dataset.video_path.format(video_key=key, chunk_index=int(chunk), file_index=int(file))
+            if not (dataset.root / path).is_file():
+                missing.append(path)
+    if missing:
+        raise DatasetError(
+            f"{dataset.root} is incomplete: expected {missing[0]}"
+            f"{f' and {len(missing) - 1} other videos' if len(missing) > 1 else ''}, found no such file. "
+            "Copy or download the dataset again."
+        )
 
 
-def hash_bytes(*parts: bytes) -> str:
-    """Return the first 16 hexadecimal digits of the SHA-256 over the parts."""
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()[:16]
-
-
-def _sample_file(path: Path) -> bytes:
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        if size <= 3 * _SAMPLE:
-            return file.read()
-        samples = [size.to_bytes(8)]
-        for start in (0, size // 2, size - _SAMPLE):
-            file.seek(start)
-            samples.append(file.read(_SAMPLE))
-    return b"".join(samples)
-
-
-def find_damaged_files(root: Path) -> list[str]:
-    """Return one phrase for each unreadable or truncated file of a LeRobotDataset v3, and for missing rows.
-
-    Only headers and footers are read, which takes milliseconds a file.
-    """
-    findings, rows = [], 0
-    for path in sorted(root.glob("**/*.parquet")):
-        name = path.relative_to(root)
-        try:
-            held = pq.read_metadata(path).num_rows
-        except (pa.ArrowInvalid, OSError):
-            findings.append(f"{name} is no whole Parquet file ({path.stat().st_size} bytes)")
-            continue
-        rows += held if name.parts[0] == "data" else 0
-    announced = json.loads((root / "meta" / "info.json").read_text())["total_frames"]
-    if not findings and rows != announced:
-        findings.append(f"data/ holds {rows} rows, meta/info.json announces {announced}")
-    videos = sorted(root.glob("videos/**/*.mp4"))
-    return findings + [f"{path.relative_to(root)} is truncated" for path in videos if not _is_whole(path)]
-
-
-def _is_whole(video: Path) -> bool:
-    """Return whether an MP4 file is as long as its boxes say."""
-    end, size = 0, video.stat().st_size
-    with video.open("rb") as file:
-        while end + _BOX_HEADER.size <= size:
-            file.seek(end)
-            length, _ = _BOX_HEADER.unpack(file.read(_BOX_HEADER.size))
-            if length == 1:
-                length = int.from_bytes(file.read(8), "big")
-            if length < _BOX_HEADER.size:
-                return False
-            end += length
-    return end == size > 0
-
-
-def match_features(policy: "PreTrainedConfig", dataset: "LeRobotDataset | StateDataset") -> None:
+def match_features(policy: "VegaConfig", dataset: LocalDataset) -> None:
     """Give the policy's config the dataset's features, or check those that it already names.
 
-    Only cameras, `observation.state` and `action` are taken: a simulator's state never reaches a policy.
+    Only cameras (`observation.image...`), `observation.state` and `action` are taken: a simulator's state
+    never reaches a policy.
 
     Raises:
         DatasetError: If a camera, the state or the action is missing or has another width; lists expected
             and available features.
     """
-    from lerobot.configs import FeatureType
-    from lerobot.utils.feature_utils import dataset_to_policy_features
-
-    observed = (FeatureType.VISUAL, FeatureType.STATE)
-    available = dataset_to_policy_features(dataset.meta.features)
+    available = _policy_features(dataset)
     if not policy.input_features:
-        policy.input_features = {key: kept for key, kept in available.items() if kept.type in observed}
+        policy.input_features = {key: kept for key, kept in available.items() if key != ACTION}
     if not policy.output_features:
-        policy.output_features = {
-            key: kept for key, kept in available.items() if kept.type is FeatureType.ACTION
-        }
+        policy.output_features = {key: kept for key, kept in available.items() if key == ACTION}
     expected = {**policy.input_features, **policy.output_features}
     wrong = [key for key, feature in expected.items() if not _fits(feature, available.get(key))]
     missing = [
         name
         for name, found in (
             ("observation.images.<camera>", policy.image_features),
-            ("observation.state", policy.robot_state_feature),
-            ("action", policy.action_feature),
+            (STATE, policy.robot_state_feature),
+            (ACTION, policy.action_feature),
         )
         if not found
     ]
     if wrong or missing:
         raise DatasetError(
             f"{dataset.repo_id} does not fit the policy ({', '.join(wrong + missing)}). The policy expects: "
-            f"{_list_features(expected, missing)}. The dataset has: {_list_features(available)}. Rename or "
-            "collect what is missing, or give policy.input_features that the dataset has."
+            f"{_list_features(expected, missing)}. The dataset has: {_list_stored(dataset)}. "
+            f"{_suggest_rename(dataset, missing)}"
         )
+    policy.set_dataset_feature_metadata(dataset.features)
+    policy.dataset_fps = dataset.fps
+
+
+def _policy_features(dataset: LocalDataset) -> "dict[str, PolicyFeature]":
+    """Return what a policy can read of a dataset: cameras as [3 h w], state and action as vectors."""
+    from lerobot.configs import FeatureType, PolicyFeature
+
+    found = {}
+    for name, feature in dataset.features.items():
+        if name in dataset.cameras and name.startswith("observation.image"):
+            shape = list(feature["shape"])
+            channels_last = shape[-1] == 3
+            height, width = shape[:2] if channels_last else shape[1:]
+            found[name] = PolicyFeature(FeatureType.VISUAL, (3, height, width))
+        elif name in (STATE, ACTION) and name not in dataset.cameras:
+            kind = FeatureType.STATE if name == STATE else FeatureType.ACTION
+            found[name] = PolicyFeature(kind, tuple(feature["shape"]))
+    return found
+
+
+def _suggest_rename(dataset: LocalDataset, missing: Sequence[str]) -> str:
+    """Return the override that gives features of other names, such as openpi's, those that policies read."""
+    rename = {}
+    for name in dataset.features:
+        last = name.replace("/", ".").rpartition(".")[2]
+        if name in dataset.cameras and not name.startswith("observation.image"):
+            rename[name] = f"observation.images.{last}"
+        elif STATE in missing and last in ("state", "states", "proprio", "qpos"):
+            rename[name] = STATE
+        elif ACTION in missing and last in ("action", "actions"):
+            rename[name] = ACTION
+    if not rename:
+        return "Rename or collect what is missing, or give policy.input_features that the dataset has."
+    pairs = ",".join(f"{old}: {new}" for old, new in rename.items())
+    return f"Name its features for the policy: 'dataset.rename={{{pairs}}}'"
 
 
 def _fits(expected: "PolicyFeature", found: "PolicyFeature | None") -> bool:
@@ -304,9 +440,19 @@ def _fits(expected: "PolicyFeature", found: "PolicyFeature | None") -> bool:
     return expected.type.name == "VISUAL" or tuple(found.shape) == tuple(expected.shape)
 
 
-def _list_features(features: "dict[str, PolicyFeature]", missing: list[str] | None = None) -> str:
-    named = [f"{key} {list(feature.shape)}" for key, feature in features.items()]
-    return ", ".join([*named, *(missing or [])]) or "nothing"
+def _list_features(features: "dict[str, PolicyFeature]", missing: Sequence[str]) -> str:
+    return (
+        ", ".join([*(f"{key} {list(feature.shape)}" for key, feature in features.items()), *missing])
+        or "nothing"
+    )
+
+
+def _list_stored(dataset: LocalDataset) -> str:
+    counters = ("timestamp", "frame_index", "episode_index", "index", "task_index")
+    named = [
+        f"{key} {list(feature['shape'])}" for key, feature in dataset.features.items() if key not in counters
+    ]
+    return ", ".join(named) or "nothing"
 
 
 def _list_folder(folder: Path) -> str:
@@ -381,34 +527,72 @@ class FrameTable:
         return sorted(training), sorted(kept_out)
 
 
-def read_table(root: Path) -> FrameTable:
-    """Read the table of all episodes of a finalized LeRobotDataset v3 (`meta/` and `data/` below `root`)."""
-    info = json.loads((root / "meta" / "info.json").read_text())
-    tasks = pq.read_table(root / "meta" / "tasks.parquet").to_pydict()
-    (sentences,) = (column for name, column in tasks.items() if name != "task_index")
-    names = dict(zip(tasks["task_index"], sentences, strict=True))
-    columns = ["index", STATE, ACTION, "episode_index", "task_index"]
-    files = sorted((root / "data").rglob("*.parquet"))
-    data = pa.concat_tables([pq.read_table(file, columns=columns) for file in files]).sort_by("index")
+def read_table(
+    root: Path, stored_names: Mapping[str, str] | None = None, task: str | None = None
+) -> FrameTable:
+    """Read the table of all episodes of a finalized LeRobotDataset v3 (`meta/` and `data/` below `root`).
+
+    `stored_names` are those of state and action in the files; `task` replaces all instructions.
+
+    Raises:
+        DatasetError: If a column is missing or ragged, or frames have a task without a sentence.
+    """
+    names = {name: (stored_names or {}).get(name, name) for name in (STATE, ACTION)}
+    columns = ["index", *names.values(), "episode_index", "task_index"]
+    tables = []
+    for file in list_files(root / "data", ".parquet"):
+        if absent := [name for name in columns if name not in pq.read_schema(file).names]:
+            raise DatasetError(
+                f"{file}: expected the columns {', '.join(columns)}, found no {', '.join(absent)}. Collect "
+                "or download the dataset again."
+            )
+        tables.append(pq.read_table(file, columns=columns))
+    data = pa.concat_tables(tables, promote_options="permissive").sort_by("index")
     episode = torch.from_numpy(data["episode_index"].to_numpy().copy())
     boundaries = (episode[1:] != episode[:-1]).nonzero()[:, 0] + 1
     ends = torch.cat([boundaries, torch.tensor([len(episode)])])
     lengths = torch.diff(ends, prepend=torch.zeros(1, dtype=torch.int64))
+    task_index, tasks = _tasks_of(root, data["task_index"].to_numpy(), task)
     return FrameTable(
-        state=_matrix(data[STATE]),
-        action=_matrix(data[ACTION]),
+        state=_matrix(data[names[STATE]], names[STATE], root),
+        action=_matrix(data[names[ACTION]], names[ACTION], root),
         episode=episode,
         episode_end=torch.repeat_interleave(ends, lengths),
-        task=torch.from_numpy(data["task_index"].to_numpy().copy()),
-        tasks=tuple(names[index] for index in range(len(names))),
-        fps=info["fps"],
+        task=torch.from_numpy(task_index),
+        tasks=tasks,
+        fps=read_json(root / "meta" / "info.json")["fps"],
     )
 
 
-def _matrix(column: pa.ChunkedArray) -> Tensor:
-    """Convert a column of equally long lists to float32 [n width]."""
-    flat = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
-    return torch.from_numpy(flat.astype(np.float32).reshape(len(column), -1))
+def _tasks_of(root: Path, indices: np.ndarray, task: str | None) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Return the number of each frame's instruction [n], and all instructions."""
+    if task is not None:
+        return np.zeros(len(indices), np.int64), (task,)
+    sentences = read_tasks(root)
+    numbers = np.array(sorted(sentences))
+    if unknown := sorted(set(np.unique(indices)) - set(numbers)):
+        raise DatasetError(
+            f"{root}: frames have task_index {', '.join(map(str, unknown[:5]))}, meta/tasks.parquet names "
+            f"{', '.join(map(str, numbers[:5]))}. Mend that file, or give one instruction: dataset.task='...'"
+        )
+    if any(not sentences[index].strip() for index in np.unique(indices)):
+        logger.warning("%s: some frames have an empty instruction. Give one: dataset.task='...'", root)
+    return np.searchsorted(numbers, indices).astype(np.int64), tuple(sentences[index] for index in numbers)
+
+
+def _matrix(column: pa.ChunkedArray, name: str, root: Path) -> Tensor:
+    """Convert a column of numbers or of equally long, possibly nested lists to float32 [n width]."""
+    values, rows = column.combine_chunks(), len(column)
+    while not pa.types.is_primitive(values.type):
+        values = values.storage if isinstance(values, pa.ExtensionArray) else values.flatten()
+    flat = values.to_numpy(zero_copy_only=False).astype(np.float32)
+    lengths = len(flat) / rows
+    if column.null_count or lengths != int(lengths):
+        raise DatasetError(
+            f"{root}: expected {name} of one width in every frame, got {len(flat)} numbers in {rows} frames "
+            f"({column.null_count} empty). Record these episodes again."
+        )
+    return torch.from_numpy(flat.reshape(rows, -1))
 
 
 def check_finite(table: FrameTable, rows: Tensor, source: str | Path) -> None:
@@ -431,94 +615,71 @@ def check_finite(table: FrameTable, rows: Tensor, source: str | Path) -> None:
         )
 
 
-QUANTILES = {"q01": 0.01, "q10": 0.1, "q50": 0.5, "q90": 0.9, "q99": 0.99}
+_NEEDED = {
+    "IDENTITY": (),
+    "MEAN_STD": ("mean", "std"),
+    "MIN_MAX": ("min", "max"),
+    "QUANTILES": ("q01", "q99"),
+    "QUANTILE10": ("q10", "q90"),
+}
+"""Statistics that LeRobot's normalisation modes read."""
 
 
-@dataclass(frozen=True)
-class LowDimensionalEpisode:
-    """What a dataset holds of an episode beside its frames."""
-
-    state: np.ndarray  # proprioception, float32 [t s]
-    action: np.ndarray  # float32 [t a]
-    instruction: str
-
-
-def write_state_dataset(
-    root: Path,
-    episodes: Sequence[LowDimensionalEpisode],
-    features: dict[str, dict[str, Any]],
+def normalization_stats(
+    dataset: LocalDataset,
+    values: Mapping[str, Tensor],
+    modes: "Mapping[str, NormalizationMode]",
     *,
-    fps: int,
-    robot_type: str,
-) -> None:
-    """Write a LeRobotDataset v3 without videos into the folder `root`; `features` name its cameras too."""
-    lengths = [len(episode.action) for episode in episodes]
-    instructions = [episode.instruction for episode in episodes]
-    values = {
-        STATE: np.concatenate([episode.state for episode in episodes]),
-        ACTION: np.concatenate([episode.action for episode in episodes]),
-    }
-    tasks = list(dict.fromkeys(instructions))
-    for folder in ("data/chunk-000", "meta/episodes/chunk-000"):
-        (root / folder).mkdir(parents=True)
-    task_index = np.repeat([tasks.index(instruction) for instruction in instructions], lengths)
-    pq.write_table(_frame_rows(values, lengths, task_index, fps), root / "data/chunk-000/file-000.parquet")
-    pq.write_table(_episode_rows(lengths, instructions), root / "meta/episodes/chunk-000/file-000.parquet")
-    named = pd.DataFrame({"task_index": range(len(tasks))}, index=pd.Index(tasks, name="task"))
-    named.to_parquet(root / "meta" / "tasks.parquet")
-    stats = {name: _statistics(array) for name, array in values.items()}
-    (root / "meta" / "stats.json").write_text(json.dumps(stats, indent=4))
-    counters = {"timestamp": "float32"} | dict.fromkeys(
-        ("frame_index", "episode_index", "index", "task_index"), "int64"
+    computed: bool = False,
+) -> tuple[dict[str, dict[str, np.ndarray]], list[str]]:
+    """Return statistics by feature, and one line for each that the dataset's files lack or have wrong.
+
+    Statistics of state and action that are missing, not finite or of another width are computed from
+    `values` [n width]; so are all with `computed`. Stored ones that are far from the data are kept.
+    """
+    stats, lines = dict(dataset.stats), []
+    for name, data in values.items():
+        mode = modes["ACTION" if name == ACTION else "STATE"].name
+        stored = {key: array.reshape(-1) for key, array in dataset.stats.get(name, {}).items()}
+        exact = {key: np.asarray(value) for key, value in describe_values(data.numpy()).items()}
+        problem = _find_problem(stored, data.shape[1], _NEEDED[mode])
+        if problem and not computed:
+            lines.append(f"meta/stats.json: {problem} for {name} ({mode}); computed from the data.")
+        stats[name] = exact if problem or computed else stored
+        if not computed and not problem and (far := _find_distance(stored, exact, _NEEDED[mode])):
+            lines.append(f"meta/stats.json is far from the data: {name} {far}. Take dataset.stats=computed.")
+    return stats, lines
+
+
+def _find_problem(stored: Mapping[str, np.ndarray], width: int, needed: Sequence[str]) -> str | None:
+    """Return why stored statistics cannot be used, None if they can."""
+    if missing := [key for key in needed if key not in stored]:
+        return f"no {', '.join(missing)}"
+    for key in needed:
+        if len(stored[key]) != width:
+            return f"{key} of width {len(stored[key])} instead of {width}"
+        if not np.isfinite(stored[key]).all():
+            return f"{key} is not finite"
+    return None
+
+
+def _find_distance(
+    stored: Mapping[str, np.ndarray], exact: Mapping[str, np.ndarray], needed: Sequence[str]
+) -> str | None:
+    """Return the first entry whose stored centre or spread is far from the data's, with figures."""
+    if not needed:
+        return None
+    spans = []
+    for stats in (stored, exact):
+        low, high = (stats[key].astype(np.float64) for key in needed)
+        spans.append((low, high) if needed[0] == "mean" else ((low + high) / 2, (high - low) / 2))
+    (center, spread), (true_center, true_spread) = spans
+    unit = np.maximum(true_spread, 1e-6)
+    far = (np.abs(center - true_center) > unit) | (spread < unit / 3) | (spread > 3 * unit)
+    far &= true_spread > 1e-6  # of a constant every spread is as good
+    if not far.any():
+        return None
+    entry = int(far.nonzero()[0][0])
+    return f"[{entry}] " + ", ".join(
+        f"{key} {stored[key][entry]:.4g} (data: {exact[key][entry]:.4g})" for key in needed
     )
-    info = {
-        "codebase_version": "v3.0",
-        "fps": fps,
-        "features": {name: feature | {"shape": list(feature["shape"])} for name, feature in features.items()}
-        | {name: {"dtype": dtype, "shape": [1], "names": None} for name, dtype in counters.items()},
-        "total_episodes": len(lengths),
-        "total_frames": sum(lengths),
-        "total_tasks": len(tasks),
-        "chunks_size": 1000,
-        "data_files_size_in_mb": 100,
-        "video_files_size_in_mb": 200,
-        "data_path": "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet",
-        "video_path": "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4",
-        "robot_type": robot_type,
-        "splits": {"train": f"0:{len(lengths)}"},
-    }
-    (root / "meta" / "info.json").write_text(json.dumps(info, indent=4))
-
-
-def _frame_rows(
-    values: dict[str, np.ndarray], lengths: list[int], task_index: np.ndarray, fps: int
-) -> pa.Table:
-    frame = np.concatenate([np.arange(length) for length in lengths])
-    columns = {name: pa.array(list(array), pa.list_(pa.float32())) for name, array in values.items()}
-    columns["timestamp"] = pa.array((frame / fps).astype(np.float32))
-    columns["frame_index"] = pa.array(frame)
-    columns["episode_index"] = pa.array(np.repeat(np.arange(len(lengths)), lengths))
-    columns["index"] = pa.array(np.arange(len(frame)))
-    columns["task_index"] = pa.array(task_index)
-    return pa.table(columns)
-
-
-def _episode_rows(lengths: list[int], instructions: list[str]) -> pa.Table:
-    ends, zeros = np.cumsum(lengths), np.zeros(len(lengths), np.int64)
-    columns = {
-        "episode_index": np.arange(len(lengths)),
-        "tasks": [[instruction] for instruction in instructions],
-        "length": np.array(lengths),
-        "dataset_from_index": ends - lengths,
-        "dataset_to_index": ends,
-    }
-    places = ("data/chunk_index", "data/file_index", "meta/episodes/chunk_index", "meta/episodes/file_index")
-    return pa.table(columns | dict.fromkeys(places, zeros))
-
-
-def _statistics(values: np.ndarray) -> dict[str, list[Any]]:
-    """Return what LeRobot stores of a feature [n width]."""
-    exact = values.astype(np.float64)
-    found = {"min": exact.min(0), "max": exact.max(0), "mean": exact.mean(0), "std": exact.std(0)}
-    found |= {name: np.quantile(exact, fraction, axis=0) for name, fraction in QUANTILES.items()}
-    return {name: value.tolist() for name, value in found.items()} | {"count": [len(values)]}

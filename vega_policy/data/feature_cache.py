@@ -10,6 +10,7 @@ This module imports no LeRobot.
 """
 
 import json
+import logging
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -23,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from vega_policy.data.dataset import hash_bytes
+from vega_policy.data.dataset_files import hash_bytes
 from vega_policy.model.config import BackboneConfig, PriorConfig
 from vega_policy.model.observation import stack_views
 from vega_policy.model.vega import VegaModel
@@ -37,6 +38,8 @@ from vega_policy.run_dir import (
     open_run,
     remove_partial,
 )
+
+logger = logging.getLogger(__name__)
 
 FORMAT = 1
 MANIFEST, VALUES, MEAN_FRAMES = "manifest.json", "values.bin", "mean_frames.safetensors"
@@ -108,14 +111,16 @@ def streams_of(
     The key holds a hash of the model's frozen weights, `dataset` (its name and the fingerprint of its frames)
     and the cameras in the order of views.
     """
-    common = frames_stream(dataset, cameras, model.config.frame_size).key
+    common = frames_stream(dataset, cameras, model.config.frame_size, model.config.resize).key
     return [Stream(name, common | _own_key(model, name)) for name in names]
 
 
-def frames_stream(dataset: dict[str, str], cameras: Sequence[str], frame_size: int) -> Stream:
+def frames_stream(
+    dataset: dict[str, str], cameras: Sequence[str], frame_size: int, resize: str = "stretch"
+) -> Stream:
     """Return the stream of frames, which depends on no model; see `streams_of`."""
     key = {"format": FORMAT, "dataset": dataset, "cameras": list(cameras), "frame_size": frame_size}
-    return Stream("frames", key)
+    return Stream("frames", key if resize == "stretch" else key | {"resize": resize})
 
 
 def _own_key(model: VegaModel, name: str) -> dict[str, Any]:
@@ -193,6 +198,7 @@ def build_streams(root: Path, streams: Sequence[Stream], model: VegaModel, clips
                 if bar.n == 0:
                     row = sum(value[0].numel() * value.element_size() for value in values.values())
                     check_space(root, row * frames, f"the cache of {frames} frames")
+                    logger.info("Caching %d frames: %.2f GB in %s.", frames, row * frames / 1e9, root)
                 for writer in writers:
                     writer.append(values[writer.stream.name])
                 bar.update(len(next(iter(instants.values()))))
@@ -306,7 +312,7 @@ def _encode(model: VegaModel, instants: dict[str, Tensor], names: Sequence[str])
         return {"frames": torch.stack(list(instants.values()), dim=1)}  # the same bytes as below
     device = next(model.parameters()).device
     views = {camera: clip.to(device).float() / 255 for camera, clip in instants.items()}
-    frames = stack_views(views, side)  # [b v 1 3 h w]
+    frames = stack_views(views, side, model.config.resize)  # [b v 1 3 h w]
     values = {}
     if "frames" in names:
         values["frames"] = (frames[:, :, -1] * 255).round()

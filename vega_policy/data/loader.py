@@ -74,9 +74,7 @@ class CachedSource:
 
     def batch(self, rows: Tensor) -> Batch:
         """Return the batch of some rows [b]."""
-        action, is_pad = self._table.chunks(rows, self._chunk_size)
-        batch: Batch = {STATE: self._table.state[rows], ACTION: action, "action_is_pad": is_pad}
-        batch["task"] = self._table.instructions(rows)
+        batch = _low_dimensional(self._table, rows, self._chunk_size)
         for name, values in self._streams.items():
             batch[f"vega.{name}"] = values.index_select(0, rows.to(values.device))
         return batch
@@ -86,14 +84,21 @@ class CachedSource:
         return (self.batch(sampler.batch(number)) for number in count(first))
 
 
-class VideoSource:
-    """Batches through a LeRobotDataset over all episodes, which decodes the videos around each row.
+def _low_dimensional(table: FrameTable, rows: Tensor, chunk_size: int) -> Batch:
+    action, is_pad = table.chunks(rows, chunk_size)
+    task = table.instructions(rows)
+    return {STATE: table.state[rows], ACTION: action, "action_is_pad": is_pad, "task": task}
 
-    `workers` processes decode, 0 for this one; `seed` is that of their random states.
+
+class VideoSource:
+    """Batches whose frames are decoded around each row; the rest is the table's, as with a cache.
+
+    `frames` gives `row` and frames by camera, uint8. `workers` processes decode, 0 for this one; `seed` is
+    that of their random states.
     """
 
-    def __init__(self, dataset: Dataset, cameras: list[str], workers: int, seed: int) -> None:
-        self._dataset, self._cameras, self._workers = dataset, cameras, workers
+    def __init__(self, table: FrameTable, frames: Dataset, chunk_size: int, workers: int, seed: int) -> None:
+        self._table, self._dataset, self._chunk_size, self._workers = table, frames, chunk_size, workers
         self._generator = torch.Generator().manual_seed(seed)
 
     def batch(self, rows: Tensor) -> Batch:
@@ -124,11 +129,10 @@ class VideoSource:
             generator=self._generator,  # leaves the process's own random state alone
             pin_memory=torch.cuda.is_available(),
         )
-        for batch in loader:
-            for camera in self._cameras:
-                if batch[camera].dtype == torch.uint8:
-                    batch[camera] = batch[camera].float() / 255
-            yield batch
+        for decoded in loader:
+            rows = decoded.pop("row")
+            frames = {camera: clip.float() / 255 for camera, clip in decoded.items()}
+            yield _low_dimensional(self._table, rows, self._chunk_size) | frames
 
 
 def check_shared_memory(needed: int, workers: int) -> None:

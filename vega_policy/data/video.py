@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from av.container import InputContainer
 from av.video.reformatter import VideoReformatter
-from lerobot.datasets.lerobot_dataset import LeRobotDataset
-from lerobot.datasets.video_utils import decode_video_frames
 from torch import Tensor
+from torch.utils.data import Dataset
 
-from vega_policy.data.dataset import DatasetError
+from vega_policy.data.dataset import FrameTable, LocalDataset
+from vega_policy.data.dataset_files import DatasetError, list_files
 from vega_policy.data.feature_cache import MeanFrames
 from vega_policy.provenance import available_cores
 
@@ -34,7 +34,7 @@ Clips = dict[str, Tensor]
 
 
 def frames_in_order(
-    dataset: LeRobotDataset, cameras: list[str], backend: str, episodes: Sequence[int] | None = None
+    dataset: LocalDataset, cameras: list[str], backend: str, episodes: Sequence[int] | None = None
 ) -> Iterator[Clips]:
     """Yield all frames of episodes (None: all), each decoded once, up to `STRETCH` of one episode at a time.
 
@@ -45,13 +45,13 @@ def frames_in_order(
     """
     chosen = range(dataset.num_episodes) if episodes is None else episodes
     jobs = (job for episode in chosen for job in _stretches(dataset, cameras, backend, episode))
-    videos = set(cameras) <= set(dataset.meta.video_keys)
+    videos = all(dataset.is_video(camera) for camera in cameras)
     workers = available_cores() if videos and backend == "pyav" else 1
-    size = STRETCH * sum(prod(dataset.meta.features[camera]["shape"]) for camera in cameras)
+    size = STRETCH * sum(prod(dataset.features[camera]["shape"]) for camera in cameras)
     return _in_parallel(jobs, workers, ahead=max(1, min(2 * workers, HELD_BYTES // size)))
 
 
-def sampled_mean_frames(dataset: LeRobotDataset, cameras: list[str], backend: str) -> dict[str, Tensor]:
+def sampled_mean_frames(dataset: LocalDataset, cameras: list[str], backend: str) -> dict[str, Tensor]:
     """Return each camera's mean frame over at most 32 evenly spaced episodes, float32 [3 h w] in [0, 1]."""
     count = min(SAMPLED_EPISODES, dataset.num_episodes)
     episodes = np.linspace(0, dataset.num_episodes - 1, count).round().astype(int).tolist()
@@ -77,33 +77,92 @@ def _in_parallel(jobs: Iterator[Callable[[], Clips]], workers: int, ahead: int) 
 
 
 def _stretches(
-    dataset: LeRobotDataset, cameras: list[str], backend: str, episode: int
+    dataset: LocalDataset, cameras: list[str], backend: str, episode: int
 ) -> Iterator[Callable[[], Clips]]:
     """Yield a function that reads each stretch of an episode."""
-    meta = dataset.meta
-    assert meta.episodes is not None  # a dataset that opened has them
-    row = meta.episodes[episode]
-    for first in range(0, row["length"], STRETCH):
-        length = min(STRETCH, row["length"] - first)
-        read: dict[str, Callable[[], Tensor]] = {}
-        for camera in cameras:
-            if camera not in meta.video_keys:
-                start = row["dataset_from_index"] + first
-                read[camera] = partial(_read_images, dataset, camera, range(start, start + length))
-                continue
-            path = dataset.root / meta.get_video_file_path(episode, camera)
-            seconds = row[f"videos/{camera}/from_timestamp"] + first / meta.fps
-            decode = read_video if backend == "pyav" else partial(_decode_with_lerobot, backend)
-            read[camera] = partial(decode, path, seconds, meta.fps, length)
-        yield lambda read=read: {camera: clip() for camera, clip in read.items()}
+    length = int(dataset.episodes["length"].iloc[episode])
+    reader = FrameReader(dataset, cameras, backend)
+    for first in range(0, length, STRETCH):
+        yield partial(reader.read, episode, first, min(STRETCH, length - first))
 
 
-def _read_images(dataset: LeRobotDataset, camera: str, rows: range) -> Tensor:
-    frames = dataset.hf_dataset.select_columns([camera])[rows.start : rows.stop][camera]
-    return (torch.stack(list(frames)) * 255).round().to(torch.uint8)
+class FrameReader:
+    """Reads consecutive frames of one episode, from videos or stored images.
+
+    Frame k of an episode is the one nearest to k / fps after its beginning, at most a quarter of a frame
+    away.
+    """
+
+    def __init__(self, dataset: LocalDataset, cameras: list[str], backend: str) -> None:
+        self._dataset, self._cameras = dataset, cameras
+        self._decode = read_video if backend == "pyav" else partial(_decode_with_lerobot, backend)
+        self._images = _open_images(dataset, [camera for camera in cameras if not dataset.is_video(camera)])
+
+    def read(self, episode: int, first: int, length: int) -> Clips:
+        """Return frames `first` to `first + length` of the episode at this position in the dataset.
+
+        Raises:
+            DatasetError: If frames of a video are damaged or missing; names the file.
+        """
+        clips, fps = {}, self._dataset.fps
+        for camera in self._cameras:
+            if self._dataset.is_video(camera):
+                path, start = self._dataset.video_start(camera, episode)
+                clips[camera] = self._decode(path, start + first / fps, fps, length)
+            else:
+                row = int(self._dataset.episodes["dataset_from_index"].iloc[episode]) + first
+                stored = self._images[row : row + length][self._dataset.stored_names[camera]]
+                frames = np.stack([np.asarray(image.convert("RGB")) for image in stored])
+                clips[camera] = torch.from_numpy(frames).permute(0, 3, 1, 2).contiguous()
+        return clips
 
 
-def _decode_with_lerobot(backend: str, path: Path, start: float, fps: int, length: int) -> Tensor:
+def _open_images(dataset: LocalDataset, cameras: list[str]) -> Any:
+    """Return the rows of images that the Parquet files of a dataset hold, None for no cameras."""
+    if not cameras:
+        return None
+    import datasets
+
+    names = [dataset.stored_names[camera] for camera in cameras]
+    return datasets.Dataset.from_parquet(
+        [str(path) for path in list_files(dataset.root / "data", ".parquet")],
+        columns=names,
+        features=datasets.Features({name: datasets.Image() for name in names}),
+    )
+
+
+class FrameRows(Dataset):
+    """Frames by row of a table: `row`, and by camera uint8 [3 h w].
+
+    With a history of t frames they are [t 3 h w], the row's own last; the first of the episode is repeated.
+    """
+
+    def __init__(
+        self, dataset: LocalDataset, table: FrameTable, cameras: list[str], backend: str, history: int = 0
+    ) -> None:
+        self._reader, self._history = FrameReader(dataset, cameras, backend), history
+        first = torch.cat([torch.zeros(1, dtype=torch.int64), table.episode_end.unique()[:-1]])
+        self._position = torch.searchsorted(first, torch.arange(len(table)), right=True) - 1
+        self._first = first
+
+    def __len__(self) -> int:
+        return len(self._position)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        position = int(self._position[row])
+        frame = row - int(self._first[position])
+        begin = max(0, frame - self._history + 1) if self._history else frame
+        clips = self._reader.read(position, begin, frame - begin + 1)
+        if not self._history:
+            return {"row": row, **{camera: clip[0] for camera, clip in clips.items()}}
+        lacking = self._history - (frame - begin + 1)
+        padded = {camera: torch.cat([clip[:1]] * lacking + [clip]) for camera, clip in clips.items()}
+        return {"row": row, **padded}
+
+
+def _decode_with_lerobot(backend: str, path: Path, start: float, fps: float, length: int) -> Tensor:
+    from lerobot.datasets.video_utils import decode_video_frames
+
     times = [start + frame / fps for frame in range(length)]
     # LeRobot compares times in float32: in a video of hours its usual tolerance of 1e-4 s is below rounding.
     return decode_video_frames(path, times, 0.25 / fps, backend, True)
@@ -127,7 +186,7 @@ def read_video(path: Path, start: float, fps: float, length: int) -> Tensor:
         raise DatasetError(f"{where}: {error.strerror} in decoding. {advice}") from error
     missing = np.count_nonzero(distances > 0.25)
     if missing:
-        raise DatasetError(f"{where}: {missing} are damaged or missing. {advice}")
+        raise DatasetError(f"{where}: {missing} are damaged or missing at {fps:g} frames a second. {advice}")
     return torch.from_numpy(frames)
 
 

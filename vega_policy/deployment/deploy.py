@@ -91,7 +91,7 @@ def deploy(config: Mapping[str, Any]) -> Deployment:
     safety = read_safety(config)
     creates_scenes(config["robot"])
     shutdown = threading.Event()
-    context = build_rollout_context(rollout, shutdown, robot_action_processor=safe_action_pipeline(safety))
+    context = _connect(rollout, shutdown, safety)
     try:
         if config["extra_latency_seconds"]:
             policy: Any = context.policy.policy
@@ -107,6 +107,22 @@ def deploy(config: Mapping[str, Any]) -> Deployment:
     finally:
         if context.hardware.robot_wrapper.is_connected:
             context.hardware.robot_wrapper.inner.disconnect()
+
+
+def _connect(rollout: RolloutConfig, shutdown: threading.Event, safety: SafetyFilter) -> RolloutContext:
+    """Return LeRobot's rollout with the robot connected.
+
+    Raises:
+        ImportError: If the software of the robot's motors is not installed; names the extra.
+    """
+    try:
+        return build_rollout_context(rollout, shutdown, robot_action_processor=safe_action_pipeline(safety))
+    except ImportError as error:
+        kind = rollout.robot.type if rollout.robot is not None else "none"
+        raise ImportError(
+            f"robot {kind}: {str(error).splitlines()[0]} Install it: pip install "
+            f"'lerobot_policy_vega[{'so101' if kind.startswith('so10') else 'robot'}]'"
+        ) from error
 
 
 def read_rollout(config: Mapping[str, Any]) -> RolloutConfig:

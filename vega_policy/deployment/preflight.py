@@ -47,6 +47,7 @@ class PolicySpec:
     state_range: np.ndarray | None  # smallest and largest value [2 s] of the training data
     action_range: np.ndarray | None  # the same of the actions [2 a]
     chunk_size: int | None  # None where unknown
+    fps: float | None = None  # control steps a second of the training data; None where unknown
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,7 @@ def check_robot(
         _check_state_range(policy, robot),
         _check_limits(policy, limits, robot.action_names),
         _check_chunk(limits, chunk, robot.action_names),
+        _check_rate(policy, timing),
         _check_latency(policy, timing),
     ]
 
@@ -218,6 +220,16 @@ def _check_chunk(limits: Sequence[JointLimits], chunk: np.ndarray, names: Sequen
     if outside:
         return Check(name, FAILED, f"most of the first chunk is outside: {outside}; check units and order")
     return Check(name, OK, f"{len(chunk)} actions")
+
+
+def _check_rate(policy: PolicySpec, timing: Timing) -> Check:
+    name = "control rate against the training data"
+    if policy.fps is None:
+        return Check(name, WARNING, "the checkpoint does not name the rate of its training data")
+    if abs(policy.fps - timing.fps) > 0.02 * policy.fps:
+        message = f"trained at {policy.fps:g} steps a second, the robot runs at {timing.fps:g}"
+        return Check(name, WARNING, f"{message}; set fps={policy.fps:g}")
+    return Check(name, OK, f"{timing.fps:g} a second")
 
 
 def _check_latency(policy: PolicySpec, timing: Timing) -> Check:
@@ -337,8 +349,9 @@ def _policy_spec(context: RolloutContext) -> PolicySpec:
         state_size=None if state is None else state.shape[0],
         action_size=action.shape[0],
         state_range=_range(statistics, OBS_STATE),
-        action_range=_range(statistics, ACTION),
+        action_range=None if fields.get("use_relative_actions") else _range(statistics, ACTION),
         chunk_size=fields.get("chunk_size"),
+        fps=fields.get("dataset_fps"),
     )
 
 

@@ -228,6 +228,7 @@ class ModelConfig:
     action_dim: int  # width a of an action
     chunk_size: int = 16  # actions t in a chunk
     frame_size: int = 224  # side of the square frames in pixels
+    resize: str = "stretch"  # how frames of another shape become square: `stretch` or `pad`
     prior: PriorConfig = field(default_factory=PriorConfig)
     fusion: FusionConfig = field(default_factory=FusionConfig)
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
@@ -239,6 +240,8 @@ class ModelConfig:
                 f"head.prefix_steps must be below chunk_size ({self.chunk_size}); got "
                 f"{self.head.prefix_steps}."
             )
+        if self.resize not in ("stretch", "pad"):
+            raise ValueError(f"policy.resize: expected stretch or pad; got {self.resize!r}.")
         if not self.backbone.sight and self.prior.name != "none":
             raise ValueError(
                 f"backbone.sight=false removes all vision, but prior={self.prior.name} reads the frames. "

@@ -63,15 +63,16 @@ def to_float(frames: Tensor) -> Tensor:
     return frames.float().div_(255) if frames.dtype == torch.uint8 else frames
 
 
-def stack_views(cameras: dict[str, Tensor], size: int) -> Tensor:
-    """Stretch the frames of all cameras to one square size and stack them in the order of the dictionary.
+def stack_views(cameras: dict[str, Tensor], size: int, how: str = "stretch") -> Tensor:
+    """Bring the frames of all cameras to one square size and stack them in the order of the dictionary.
 
-    Frames are stretched, never cropped or padded, so that a place is the same normalised image coordinate in
-    every stream.
+    Frames are never cropped, and both streams read the result: a place is the same normalised image
+    coordinate in each.
 
     Args:
         cameras: Camera key -> frames [b 3 h w] or [b t 3 h w], uint8 or float in [0, 1].
         size: Side of the square in pixels.
+        how: `stretch`, or `pad`: the aspect ratio is kept and black is added at both sides.
 
     Returns:
         Frames [b v t 3 size size]; uint8 if all cameras are and have that size, else float in [0, 1].
@@ -86,7 +87,9 @@ def stack_views(cameras: dict[str, Tensor], size: int) -> Tensor:
         clip = view[:, None] if view.ndim == 4 else view
         if clip.ndim != 5 or clip.shape[2] != 3:
             raise ValueError(f"{name}: expected [b 3 h w] or [b t 3 h w], got shape {tuple(view.shape)}.")
-        views.append(clip if clip.shape[-2:] == (size, size) else resize(to_float(clip), size, size))
+        if clip.shape[-2:] != (size, size):
+            clip = pad_square(to_float(clip), size) if how == "pad" else resize(to_float(clip), size, size)
+        views.append(clip)
     if any(view.is_floating_point() for view in views):
         views = [to_float(view) for view in views]
     return torch.stack(views, dim=1)
@@ -109,6 +112,15 @@ def check_frames(frames: Tensor, name: str) -> None:
             f"{name}: expected frames in [0, 1], got values from {low:.4g} to {high:.4g}. Divide frames in "
             "[0, 255] by 255 and do not normalise them: each encoder does that itself."
         )
+
+
+def pad_square(frames: Tensor, size: int) -> Tensor:
+    """Resize [... 3 h w] to fit a square, keeping the aspect ratio, and add black at both sides."""
+    scale = size / max(frames.shape[-2:])
+    height, width = (max(1, round(side * scale)) for side in frames.shape[-2:])
+    top, left = (size - height) // 2, (size - width) // 2
+    margins = (left, size - width - left, top, size - height - top)
+    return functional.pad(resize(frames, height, width), margins)
 
 
 def resize(frames: Tensor, height: int, width: int) -> Tensor:

@@ -124,7 +124,9 @@ class VegaEncoder(nn.Module):
                 f"frames: expected [b 3 h w], [b v 3 h w] or [b v t 3 h w]; got shape {tuple(frames.shape)}."
             )
         views = {"frames": frames} if frames.ndim == 4 else dict(enumerate(frames.unbind(dim=1)))
-        stacked = stack_views({f"view {name}": view for name, view in views.items()}, self.config.frame_size)
+        stacked = stack_views(
+            {f"view {name}": view for name, view in views.items()}, self.config.frame_size, self.config.resize
+        )
         sentences = instruction or [""] * len(frames)
         state = torch.zeros(len(frames), 1, device=frames.device)
         observation = Observation(stacked, state, sentences)

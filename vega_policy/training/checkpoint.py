@@ -66,6 +66,7 @@ Origin = dict[str, int | str]
 FREE_TO_CHANGE = (
     "output_dir",
     "resume",
+    "steps",
     "stop_after",
     "log_every",
     "save_every",
@@ -78,12 +79,21 @@ FREE_TO_CHANGE = (
     "wandb.project",
     "wandb.entity",
     "wandb.mode",
+    "dataset.root",
+    "dataset.cache",
+    "dataset.cached",
+    "dataset.video_backend",
     "dataset.workers",
     "dataset.cache_root",
     "dataset.collect_command",
     "policy.device",
+    "policy.scheduler_decay_steps",
 )
-"""Fields that may differ between the starts of one run: they do not change its numbers."""
+"""Fields that may differ between the starts of one run.
+
+They do not change its numbers, except `steps` with `scheduler_decay_steps`, which extend the schedule of the
+learning rate from the present step on, and streams of the cache, whose features are rounded to bfloat16.
+"""
 
 
 @dataclass

@@ -6,7 +6,8 @@ from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Any
 
 import draccus
-from lerobot.configs import PreTrainedConfig
+import torch
+from lerobot.configs import NormalizationMode, PreTrainedConfig
 from omegaconf import DictConfig, OmegaConf
 
 from vega_policy.config import from_config
@@ -192,7 +193,28 @@ def from_hydra(config: DictConfig) -> TrainConfig:
         )
     values = OmegaConf.to_container(config, resolve=True)
     assert isinstance(values, dict)
+    check_device(values["policy"].get("device"))
+    for kind, mode in (values["policy"].get("normalization_mapping") or {}).items():
+        _require_one_of(f"policy.normalization_mapping.{kind}", mode, tuple(NormalizationMode.__members__))
     return decode({str(key): value for key, value in values.items()})
+
+
+def check_device(name: str | None) -> None:
+    """Refuse a device that this machine does not have; LeRobot would take another one.
+
+    Raises:
+        ValueError: Lists the devices that there are.
+    """
+    if name is None:
+        return
+    gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    known = ["cpu", *(["cuda", *gpus] if gpus else []), *(["mps"] if torch.mps.is_available() else [])]
+    other = torch.accelerator.current_accelerator(check_available=True)
+    if name not in known and (other is None or other.type != name):
+        raise ValueError(
+            f"policy.device: this machine has {', '.join(known)}; got {name!r}. Give one of these, or "
+            "null for the best."
+        )
 
 
 def decode(node: Mapping[str, Any]) -> TrainConfig:

@@ -1,5 +1,6 @@
 """Training entry point: `train` builds the parts of a run from its config and trains."""
 
+import json
 import logging
 from contextlib import nullcontext
 from copy import copy
@@ -7,28 +8,35 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
 from lerobot.configs import PreTrainedConfig
-from lerobot.datasets.lerobot_dataset import LeRobotDataset
+from lerobot.lerobot_types import TransitionKey
+from lerobot.processor import RelativeActionsProcessorStep
+from lerobot.processor.converters import create_transition
 from safetensors.torch import load_file
 from torch import Tensor
 
 from vega_policy.checkpoints import PRETRAINED, fetch_checkpoint, newest_intact
+from vega_policy.configuration_vega import VegaConfig
 from vega_policy.data import feature_cache
 from vega_policy.data.dataset import (
+    ACTION,
+    STATE,
     DatasetError,
-    StateDataset,
+    FrameTable,
     check_finite,
     fingerprint_dataset,
-    fingerprint_frames,
     match_features,
+    normalization_stats,
     open_dataset,
     read_table,
 )
+from vega_policy.data.dataset_files import describe_values, fingerprint_frames
 from vega_policy.data.loader import CachedSource, Source, VideoSource
-from vega_policy.data.video import frames_in_order, sampled_mean_frames
+from vega_policy.data.video import FrameRows, frames_in_order, sampled_mean_frames
 from vega_policy.model.compilation import compile_blocks
 from vega_policy.modeling_vega import VegaPolicy
 from vega_policy.processor_vega import make_vega_pre_post_processors
@@ -43,6 +51,7 @@ from vega_policy.training.failure_guards import NonFiniteGuard
 from vega_policy.training.logging import push_to_hub, record_start
 from vega_policy.training.optim import EMA, make_optimizer
 from vega_policy.training.trainer import TrainData, Trainer
+from vega_policy.training.validation import spread_evenly
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +68,8 @@ def train(config: TrainConfig) -> Path:
         TrainingStoppedError: If too many steps were not finite, or memory is full.
         DiskFullError: If the disk is full.
     """
+    if config.precision == "bf16" and config.vega.device == "cpu":
+        raise ValueError("precision=bf16 needs a GPU; policy.device is cpu. Set precision=no.")
     use_available_cores()
     accelerator = make_accelerator(cpu=config.vega.device == "cpu", precision=config.precision)
     main = accelerator.is_main_process
@@ -104,7 +115,7 @@ def make_trainer(config: TrainConfig, accelerator: Accelerator, checkpoint: Path
     source, mean_frames = make_source(config, policy, data, checkpoint)
     if config.sharding == "full":
         shard(accelerator, policy)
-    state = _make_state(config, policy, mean_frames, data.dataset, checkpoint)
+    state = _make_state(config, policy, mean_frames, data, checkpoint)
     if accelerator.is_main_process:
         run = Path(config.output_dir)
         claim_folder(config, saved, state.step)
@@ -127,15 +138,44 @@ def load_data(config: TrainConfig) -> TrainData:
         if config.vega.base.name != "none":
             raise ValueError("dataset.cache: a base embeds images by itself; set dataset.cache=none.")
         feature_cache.check_cacheable(config.vega.backbone, config.vega.prior, config.dataset.cached)
-    dataset = open_dataset(config.dataset, config.vega)
+    dataset = open_dataset(config.dataset)
     match_features(config.vega, dataset)
     root = Path(dataset.root)
-    table = read_table(root)
+    table = read_table(root, dataset.stored_names, config.dataset.task)
     training, held_out = (
         table.rows_of(episodes) for episodes in table.split(config.dataset.held_out, config.dataset.episodes)
     )
     check_finite(table, torch.cat([training, held_out]), root)
-    return TrainData(dataset, table, training, held_out, fingerprint_dataset(root, table))
+    values, computed = {STATE: table.state, ACTION: table.action}, config.dataset.stats == "computed"
+    modes = config.vega.normalization_mapping
+    stats, lines = normalization_stats(dataset, values, modes, computed=computed)
+    if config.vega.use_relative_actions:
+        stats |= relative_action_stats(config.vega, table, torch.cat([training, held_out]))
+    for line in lines:
+        logger.warning("%s: %s", root, line)
+    return TrainData(dataset, table, training, held_out, fingerprint_dataset(root, table), stats)
+
+
+def relative_action_stats(policy: VegaConfig, table: FrameTable, rows: Tensor) -> dict[str, Any]:
+    """Return the statistics of actions relative to the state at the start of their chunk.
+
+    They are those of at most 100,000 chunks, evenly spaced over the rows [m].
+
+    Raises:
+        DatasetError: If the state is narrower than the action.
+    """
+    if table.state.shape[1] < table.action.shape[1]:
+        raise DatasetError(
+            f"policy.use_relative_actions subtracts the state from the action: expected a state of at least "
+            f"{table.action.shape[1]} entries, got {table.state.shape[1]}. Take absolute actions."
+        )
+    rows = spread_evenly(rows, 100_000)
+    actions, is_pad = table.chunks(rows, policy.chunk_size)
+    steps: list[Any] = list(make_vega_pre_post_processors(policy)[0].steps)
+    (step,) = (step for step in steps if isinstance(step, RelativeActionsProcessorStep))
+    moved: Any = step(create_transition({STATE: table.state[rows]}, actions))[TransitionKey.ACTION]
+    found = describe_values(moved[~is_pad].numpy())
+    return {ACTION: {name: np.asarray(value) for name, value in found.items()}}
 
 
 def make_policy(config: TrainConfig, checkpoint: Path | None, device: torch.device) -> VegaPolicy:
@@ -161,14 +201,19 @@ def make_source(
     """Return the source of batches, building its cache where missing, and each camera's mean frame."""
     cameras, backend = list(policy.config.image_features), config.dataset.video_backend
     if config.dataset.cache == "none":
-        assert isinstance(data.dataset, LeRobotDataset)  # `open_dataset` refuses others
-        source = VideoSource(data.dataset, cameras, workers=config.dataset.workers, seed=config.seed)
+        history = len(policy.config.observation_delta_indices or ())
+        frames = FrameRows(data.dataset, data.table, cameras, backend, history)
+        chunk, workers = policy.config.chunk_size, config.dataset.workers
+        source = VideoSource(data.table, frames, chunk, workers=workers, seed=config.seed)
         if checkpoint is not None:
             return source, load_file(checkpoint / PRETRAINED / MEAN_FRAMES)
         return source, sampled_mean_frames(data.dataset, cameras, backend)
     root, model = Path(config.dataset.cache_root), policy.model
     names = feature_cache.check_cacheable(model.config.backbone, model.config.prior, config.dataset.cached)
     key = {"repo_id": config.dataset.repo_id, **fingerprint_frames(Path(data.dataset.root))}
+    renamed = {name: data.dataset.stored_names[name] for name in cameras}
+    if any(name != stored for name, stored in renamed.items()):
+        key["stored_names"] = json.dumps(renamed)
     streams = feature_cache.streams_of(model, key, cameras, names)
     clips = _make_clips(config, data, key, cameras)
     feature_cache.build_streams(root, streams, model, clips, frames=len(data.table))
@@ -189,7 +234,7 @@ def _make_clips(
     Raises:
         DatasetError: If it has neither.
     """
-    if not isinstance(data.dataset, StateDataset):
+    if data.dataset.has_frames():
         return frames_in_order(data.dataset, cameras, config.dataset.video_backend)
     root, size = Path(config.dataset.cache_root), config.vega.frame_size
     stream = feature_cache.frames_stream(key, cameras, size)
@@ -206,15 +251,14 @@ def _make_state(
     config: TrainConfig,
     policy: VegaPolicy,
     mean_frames: dict[str, Tensor],
-    dataset: LeRobotDataset | StateDataset,
+    data: TrainData,
     checkpoint: Path | None,
 ) -> TrainState:
     average = EMA(policy, config.average_decay)  # a checkpoint's policy holds the averaged weights
     if checkpoint is not None:
         checkpoints.load_raw_weights(checkpoint, policy)
     optimizer, scheduler = make_optimizer(policy, config.steps)
-    stats: Any = dataset.meta.stats
-    processors = make_vega_pre_post_processors(policy.config, stats)
+    processors = make_vega_pre_post_processors(policy.config, data.stats)
     generator = torch.Generator().manual_seed(config.seed + 1)  # alike in all processes; each takes its share
     guard = NonFiniteGuard(config.max_skipped_steps)
     state = TrainState(policy, average, optimizer, scheduler, processors, mean_frames, generator, guard)

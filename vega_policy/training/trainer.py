@@ -5,16 +5,17 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from torch import Tensor, nn
 
 from vega_policy.checkpoints import add_scores, checkpoint_path, prune_checkpoints, read_scores
 from vega_policy.data.augmentation import make_augmentations
-from vega_policy.data.dataset import FrameTable, StateDataset, hash_bytes
+from vega_policy.data.dataset import FrameTable, LocalDataset
+from vega_policy.data.dataset_files import hash_bytes
 from vega_policy.data.loader import Batch, ShuffledRows, Source
 from vega_policy.run_dir import disk_guard
 from vega_policy.training.checkpoint import Origin, TrainState, rng_state, save_checkpoint, snapshot
@@ -31,11 +32,12 @@ from vega_policy.training.validation import evaluate_closed_loop, held_out_score
 class TrainData:
     """An opened dataset and its split."""
 
-    dataset: LeRobotDataset | StateDataset
+    dataset: LocalDataset
     table: FrameTable
     rows: Tensor  # training rows [n]
     held_out: Tensor  # rows of the held-out episodes [m]; may be empty
     fingerprint: dict[str, str]  # hashes of the dataset's parts, by `fingerprint_dataset`
+    stats: dict[str, Any]  # for the normalisation, by feature
 
     @property
     def instructions(self) -> list[str]:
