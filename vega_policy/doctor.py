@@ -1,4 +1,4 @@
-"""Checks of an installation, each with a remedy: torch, LeRobot, rendering, simulators, disk, hub."""
+"""Checks of an installation or a dataset, each with a remedy, as `vega-doctor` prints them."""
 
 import os
 import platform
@@ -8,10 +8,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module, metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vega_policy import resource
+from vega_policy.run_dir import free_space
+
+if TYPE_CHECKING:
+    from vega_policy.configuration_vega import VegaConfig
+    from vega_policy.data.dataset import DatasetConfig, FrameTable, LocalDataset
 
 GB = 1e9
+PRIOR_BYTES = 1536 * 14 * 14 * 2
+"""Cached features of one frame: width of Wan2.1 1.3B, tokens of the compact backbone, bfloat16."""
 MARKER = """
 <mujoco>
   <visual><headlight ambient="1 1 1"/></visual>
@@ -236,6 +244,95 @@ def check_hub() -> Check:
     except Exception as error:  # noqa: BLE001, no kind of network error may end the report
         return Check("model hub", "warning", f"{constants.ENDPOINT}: {type(error).__name__}", remedy)
     return Check("model hub", "ok", constants.ENDPOINT)
+
+
+def check_dataset(config: "DatasetConfig", frame_size: int) -> Iterator[Check]:
+    """Yield one check after the other of what training on a dataset would stumble on, and a summary.
+
+    `frame_size` is the policy's, for the storage of a cache.
+    """
+    checks: list[Check] = []
+    try:
+        for check in _examine_dataset(config, frame_size):
+            checks.append(check)
+            yield check
+    except (ValueError, OSError) as error:
+        check = Check("dataset", "failed", str(error))
+        checks.append(check)
+        yield check
+    failed = [check.name for check in checks if check.status == "failed"]
+    if failed:
+        yield Check("summary", "failed", f"vega-train would not start: {', '.join(failed)}")
+    else:
+        warnings = sum(check.status == "warning" for check in checks)
+        yield Check("summary", "ok", f"vega-train would start; {warnings} warnings")
+
+
+def _examine_dataset(config: "DatasetConfig", frame_size: int) -> Iterator[Check]:
+    from vega_policy.configuration_vega import VegaConfig
+    from vega_policy.data.dataset import check_finite, match_features, open_dataset, read_table
+    from vega_policy.data.dataset_files import ACTION, STATE
+
+    dataset = open_dataset(config)
+    counts = f"{dataset.num_episodes} episodes, {dataset.num_frames} frames at {dataset.fps:g} a second"
+    yield Check("files", "ok", f"{dataset.root}: {counts}")
+    policy = VegaConfig(device="cpu")
+    match_features(policy, dataset)
+    sizes = (f"{name} {'x'.join(map(str, kept.shape[1:]))}" for name, kept in policy.image_features.items())
+    yield Check("cameras", "ok", ", ".join(sizes))
+    widths = {name: dataset.features[name]["shape"][0] for name in (STATE, ACTION)}
+    yield Check("widths", "ok", ", ".join(f"{name} {width}" for name, width in widths.items()))
+    table = read_table(dataset.root, dataset.stored_names, config.task)
+    yield Check("instructions", "ok", f"{len(table.tasks)}, such as {table.tasks[0]!r}")
+    check_finite(table, table.rows_of(list(range(dataset.num_episodes))), dataset.root)
+    yield Check("numbers", "ok", "all finite")
+    yield from _check_statistics(dataset, table, policy)
+    yield _check_frames(dataset, config.video_backend)
+    yield _check_storage(dataset, Path(config.cache_root), frame_size)
+
+
+def _check_statistics(dataset: "LocalDataset", table: "FrameTable", policy: "VegaConfig") -> Iterator[Check]:
+    from vega_policy.data.dataset import normalization_stats
+    from vega_policy.data.dataset_files import ACTION, STATE
+
+    values = {STATE: table.state, ACTION: table.action}
+    _, lines = normalization_stats(dataset, values, policy.normalization_mapping)
+    for line in lines:
+        yield Check("statistics", "warning", line)
+    if not lines:
+        yield Check("statistics", "ok", "stored ones fit the data")
+
+
+def _check_frames(dataset: "LocalDataset", backend: str) -> Check:
+    """First and last frames of the first and the last episode are where the rate says."""
+    from vega_policy.data.video import FrameReader
+
+    if not dataset.has_frames():
+        remedy = "Train from the cache that holds them: dataset.cache=ram dataset.cached=[frames]."
+        return Check("frames", "warning", "no videos: the frames are in a cache alone", remedy)
+    reader = FrameReader(dataset, dataset.cameras, backend)
+    for episode in {0, dataset.num_episodes - 1}:
+        length = int(dataset.episodes["length"].iloc[episode])
+        for first in {0, length - 1}:
+            reader.read(episode, first, 1)
+    return Check("frames", "ok", "first and last frames of the first and last episode decode")
+
+
+def _check_storage(dataset: "LocalDataset", cache_root: Path, frame_size: int) -> Check:
+    """A cache of frames fits on the disk."""
+    views = len(dataset.cameras)
+    frames = dataset.num_frames * views * 3 * frame_size**2
+    features = dataset.num_frames * views * PRIOR_BYTES
+    free = free_space(cache_root.absolute())
+    found = (
+        f"dataset.cached=[frames] takes {frames / GB:.2f} GB at policy.frame_size={frame_size}, the prior of "
+        f"the default method {features / GB:.2f} GB; {free / GB:.0f} GB free in {cache_root}"
+    )
+    if free >= max(frames, features):
+        return Check("cache", "ok", found)
+    return Check(
+        "cache", "warning", found, "Set dataset.cache_root=DIR on another disk, or dataset.cache=none."
+    )
 
 
 def format_check(check: Check, *, color: bool) -> str:

@@ -25,6 +25,7 @@ from vega_policy.cli import (
     refuse_unknown_options,
     with_positional,
 )
+from vega_policy.cli.commands import train
 from vega_policy.configuration_vega import VegaConfig
 from vega_policy.model.config import (
     BASES,
@@ -311,3 +312,46 @@ def test_a_field_without_a_default_is_named_in_the_message():
     ):
         refuse_missing_fields(OmegaConf.create({"checkpoint": "???", "seed": 0}))
     refuse_missing_fields(OmegaConf.create({"checkpoint": "outputs/run", "seed": 0}))
+
+
+def test_an_unknown_field_is_refused_with_the_near_one_and_the_known_ones():
+    with pytest.raises(SystemExit, match=r"no field priro\. Did you mean prior=none\? Known: .*steps"):
+        train.main(["priro=none"])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("steps=abc", r"^steps: expected a whole number; got 'abc'"),
+        ("seed=null", r"^seed: expected a whole number; got null"),
+        ("policy.frame_size=0", r"policy\.frame_size must be at least 1 pixel; got 0"),
+        ("policy.device=quantum", r"policy\.device: this machine has cpu.*got 'quantum'"),
+        ("dataset.video_backend=opencv", r"dataset\.video_backend: expected one of pyav, torchcodec"),
+        (
+            "policy.normalization_mapping.ACTION=Z",
+            r"normalization_mapping\.ACTION: expected one of .*MIN_MAX",
+        ),
+    ],
+)
+def test_a_value_that_does_not_fit_names_its_own_field(override, message):
+    with initialize_config_dir(str(REPOSITORY / "configs"), version_base=None):
+        composed = compose("train", ["dataset.repo_id=a/b", override])
+    with pytest.raises(ValueError, match=message):
+        from_hydra(composed)
+
+
+def test_a_dataset_is_renamed_and_normalised_otherwise_on_the_command_line():
+    rename = "dataset.rename={image: observation.images.image,actions: action}"
+    modes = "policy.normalization_mapping.ACTION=QUANTILES"
+    with initialize_config_dir(str(REPOSITORY / "configs"), version_base=None):
+        config = from_hydra(compose("train", ["dataset.repo_id=a/b", rename, modes]))
+    assert config.dataset.rename == {"image": "observation.images.image", "actions": "action"}
+    assert config.vega.normalization_mapping["ACTION"].name == "QUANTILES"
+    assert config.vega.normalization_mapping["STATE"].name == "MEAN_STD"
+
+
+def test_the_help_shows_the_comments_of_the_yaml_files():
+    text = train.help()
+    assert "steps: 30000  # optimizer steps" in text
+    assert "chunk_size: 16  # actions predicted at once" in text
+    assert "held_out: 0.0  # share of each task's episodes" in text

@@ -1,5 +1,7 @@
 """`vega-doctor`: what works is reported as working, and each fault with a remedy."""
 
+import shutil
+
 import pytest
 
 from vega_policy import doctor
@@ -49,3 +51,23 @@ def test_offline_mode_names_the_models_that_need_no_hub(monkeypatch):
     check = doctor.check_hub()
     assert check.status == "warning"
     assert "prior=wan_tiny" in check.remedy
+
+
+def test_a_sound_dataset_would_start_and_its_cache_has_a_size(root, tmp_path, capsys):
+    command.main(["dataset", str(root), f"folder={tmp_path}"])
+    lines = capsys.readouterr().out
+    assert "3 episodes, 27 frames at 10 a second" in lines
+    assert "observation.images.image 48x64, observation.images.image2 32x32" in lines
+    assert "observation.state 8, action 7" in lines
+    assert "dataset.cached=[frames] takes 0.01 GB" in lines
+    assert "vega-train would start; 0 warnings" in lines
+
+
+def test_a_dataset_on_which_training_would_not_start_ends_with_status_one(root, tmp_path, capsys):
+    copy = shutil.copytree(root, tmp_path / "copy")
+    (copy / "meta" / "tasks.parquet").unlink()
+    with pytest.raises(SystemExit, match="1"):
+        command.main(["dataset", str(copy), f"folder={tmp_path}"])
+    lines = capsys.readouterr().out
+    assert "tasks.parquet is missing" in lines
+    assert "vega-train would not start" in lines

@@ -11,7 +11,7 @@ import inspect
 import logging
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from typing import Any
@@ -65,6 +65,7 @@ class Command:
         sys.argv[1:] = with_positional(given, self.positional)
         refuse_unknown_options(sys.argv[1:])
         self.register()
+        self._refuse_unknown_fields(sys.argv[1:])
         if {"--help", "-h"} & {*given}:
             print(self.help([word for word in sys.argv[1:] if not word.startswith("-")]))  # noqa: T201
             return
@@ -91,9 +92,36 @@ class Command:
         lines += [
             "",
             "== Fields: NAME=VALUE (with the values of this command line) ==",
-            OmegaConf.to_yaml(config),
+            annotate(OmegaConf.to_yaml(config), _comments(self.config, choices)),
         ]
         return "\n".join(lines)
+
+    def _fields(self) -> dict[str, Any]:
+        """Return the fields of the root config, without what groups add."""
+        if self.node is not None:
+            return dict(self.node)
+        node = OmegaConf.to_container(OmegaConf.load(resource("configs") / f"{self.config}.yaml"))
+        assert isinstance(node, dict)
+        return {str(key): value for key, value in node.items()}
+
+    def _refuse_unknown_fields(self, arguments: Sequence[str]) -> None:
+        """End the program if a field has no such name, as in `priro=none`; Hydra would suggest to add it.
+
+        Raises:
+            SystemExit: With the message.
+        """
+        if any(argument.startswith((*SEARCH_PATH_OPTIONS, "--config-name", "-cn")) for argument in arguments):
+            return
+        fields = self._fields()
+        groups = [key for entry in fields.pop("defaults", ()) if isinstance(entry, dict) for key in entry]
+        known = sorted({*fields, *groups, *generated_groups(), "hydra"})
+        for override in _overrides(arguments):
+            name = override.key_or_group.partition(".")[0]
+            if override.is_add() or override.is_delete() or "/" in name or name in known:
+                continue
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f" Did you mean {near[0]}={override.get_value_element_as_str()}?" if near else ""
+            sys.exit(f"There is no field {name}.{hint} Known: {', '.join(known)}.")
 
     def register(self) -> None:
         """Store the generated options and, where no YAML file holds it, the root config."""
@@ -121,6 +149,46 @@ class Command:
             return
         if message:
             print(message)  # noqa: T201
+
+
+def annotate(text: str, comments: Mapping[str, str]) -> str:
+    """Append to the lines of a YAML text the comments of their fields, given by dotted path."""
+    lines = []
+    for path, line in _paths(text):
+        comment = comments.get(path) if path else None
+        lines.append(f"{line}  # {comment}" if comment else line)
+    return "\n".join(lines)
+
+
+def _comments(root: str, choices: Mapping[Any, Any]) -> dict[str, str]:
+    """Return the comments of the YAML files of a root config and its chosen options by dotted path."""
+    found: dict[str, str] = {}
+    files = {f"{name}.": [f"{name}/{choice}", *BASE_FILES.get(name, ())] for name, choice in choices.items()}
+    for prefix, names in ({"": [root]} | files).items():
+        for file in (resource("configs") / f"{name}.yaml" for name in names):
+            if file.is_file():
+                for path, line in _paths(file.read_text()):
+                    _, mark, comment = line.partition(" # ")
+                    if path and mark:
+                        found.setdefault(f"{prefix}{path}", comment.strip())
+    return found
+
+
+BASE_FILES = {"dataset": ("dataset/lerobot",)}
+"""Files that options of a group build upon, whose comments hold for them too."""
+
+
+def _paths(text: str) -> Iterator[tuple[str | None, str]]:
+    """Yield each line of a YAML text of nested mappings with the dotted path of its field, None without."""
+    stack: list[tuple[int, str]] = []
+    for line in text.splitlines():
+        key, colon, _ = line.strip().partition(":")
+        if not colon or key.startswith(("#", "-")) or " " in key:
+            yield None, line
+            continue
+        indent = len(line) - len(line.lstrip())
+        stack = [(depth, name) for depth, name in stack if depth < indent] + [(indent, key)]
+        yield ".".join(name for _, name in stack), line
 
 
 def is_own_error(error: BaseException) -> bool:

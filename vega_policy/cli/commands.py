@@ -113,6 +113,37 @@ def evaluate(config: DictConfig) -> str:
     return f"{format_summary(summary)}\nreport: {Path(config.output_dir) / 'report.html'}"
 
 
+@partial(
+    Command,
+    config="evaluate_offline",
+    examples=[
+        "vega-eval-offline outputs/train/RUN/checkpoints/last           on the run's held-out episodes",
+        "vega-eval-offline outputs/train/RUN/checkpoints/last 'episodes=[40,41]'",
+        "vega-eval-offline FOLDER root=data/my_arm 'episodes=[0]'       an exported policy",
+    ],
+    node={
+        "checkpoint": "???",
+        "root": None,  # folder of the dataset; null takes the run's
+        "repo_id": None,
+        "episodes": None,  # null takes those that the run held out
+        "frames": 512,  # evenly spaced frames that are evaluated
+        "device": None,
+        "output_dir": "outputs/open_loop",  # open_loop.json and open_loop.png
+    },
+    positional=("checkpoint",),
+)
+def evaluate_offline(config: DictConfig) -> str:
+    """Compare a checkpoint's actions with recorded ones, joint by joint; no robot or simulator is needed."""
+    from vega_policy.evaluation.open_loop import evaluate_open_loop
+    from vega_policy.evaluation.policies import choose_device, find_checkpoint, load_lerobot_policy
+
+    values, folder = plain(config), find_checkpoint(Path(config.checkpoint))
+    policy = load_lerobot_policy(folder, device=choose_device(config.device))
+    data = {name: values[name] for name in ("root", "repo_id", "episodes")}
+    errors = evaluate_open_loop(policy, folder, Path(config.output_dir), frames=config.frames, **data)
+    return f"{errors.table()}\nplot: {Path(config.output_dir) / 'open_loop.png'}"
+
+
 def _connect_policy(server: Mapping[str, Any], folder: Path, *, device: str, action_steps: int | None) -> Any:
     """Return the policy on a server; it must serve the checkpoint that is evaluated."""
     from vega_policy.deployment.client import RemotePolicy, ServerAddress
@@ -319,8 +350,8 @@ def export_features(config: DictConfig) -> str:
     as the backbone has (14x14 for the compact one at 224 pixels). Views come in the dataset's camera order.
     """
     import torch
-    from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
+    from vega_policy.data.dataset import DatasetConfig, open_dataset
     from vega_policy.data.video import frames_in_order
     from vega_policy.model.observation import stack_views
     from vega_policy.priors.baselines import FeatureWriter
@@ -330,8 +361,8 @@ def export_features(config: DictConfig) -> str:
     module, name = config.encoder.split(":")
     encode = getattr(import_module(module), name)(device)
     writer = FeatureWriter(Path(config.output), config.encoder)
-    dataset = LeRobotDataset(config.repo_id, root=config.root, video_backend="pyav")
-    for stretch in frames_in_order(dataset, list(dataset.meta.camera_keys), "pyav"):
+    dataset = open_dataset(DatasetConfig(config.repo_id, root=config.root))
+    for stretch in frames_in_order(dataset, dataset.cameras, "pyav"):
         length = len(next(iter(stretch.values())))
         for start in range(0, length, config.batch_size):
             clips = {camera: clip[start : start + config.batch_size] for camera, clip in stretch.items()}
@@ -446,15 +477,39 @@ def serve(config: DictConfig) -> None:
 @partial(
     Command,
     config="doctor",
-    examples=["vega-doctor", "vega-doctor folder=/data/runs"],
-    node={"folder": "outputs"},  # where runs and caches shall lie
+    examples=[
+        "vega-doctor                               this installation",
+        "vega-doctor dataset data/my_arm           would vega-train start on this dataset?",
+        "vega-doctor dataset data/my_arm 'rename={actions: action}'",
+    ],
+    node={
+        "part": None,  # `dataset`, or null: the installation
+        "root": None,  # folder of the dataset
+        "repo_id": "local/dataset",
+        "rename": None,  # as dataset.rename
+        "task": None,  # as dataset.task
+        "frame_size": 224,  # the policy's, for the storage of a cache
+        "folder": "outputs",  # where runs and caches shall lie
+    },
+    positional=("part", "root"),
 )
 def doctor(config: DictConfig) -> None:
-    """Check this installation in a minute: torch, LeRobot's plugin, rendering, simulators, disk, hub."""
-    from vega_policy.doctor import check_installation, format_check
+    """Check this installation in a minute, or with `dataset ROOT` a dataset before training on it."""
+    from vega_policy.data.dataset import DatasetConfig
+    from vega_policy.doctor import check_dataset, check_installation, format_check
 
+    if config.part not in (None, "dataset") or (config.part is None) != (config.root is None):
+        raise ValueError(
+            f"expected vega-doctor, or vega-doctor dataset ROOT; got {config.part} {config.root}"
+        )
+    if config.part is None:
+        checks = check_installation(Path(config.folder))
+    else:
+        fields = {name: plain(config)[name] for name in ("repo_id", "root", "rename", "task")}
+        dataset = DatasetConfig(**fields, cache="disk", cache_root=config.folder)
+        checks = check_dataset(dataset, config.frame_size)
     failed = False
-    for check in check_installation(Path(config.folder)):
+    for check in checks:
         print(format_check(check, color=sys.stdout.isatty()), flush=True)  # noqa: T201
         failed |= check.status == "failed"
     if failed:

@@ -111,7 +111,7 @@ def render_states(
 
 def _write_dataset(states: Any, plan: Any, values: list[dict[str, Any]], root: Path, repo_id: str) -> None:
     """Write the dataset unless it is there; another one is refused."""
-    from vega_policy.data.dataset import LowDimensionalEpisode, write_state_dataset
+    from vega_policy.data.dataset_files import LowDimensionalEpisode, write_state_dataset
     from vega_policy.run_dir import atomic_folder
 
     if not root.exists():
@@ -125,7 +125,7 @@ def _write_dataset(states: Any, plan: Any, values: list[dict[str, Any]], root: P
 
 
 def _frames_stream(root: Path, repo_id: str, plan: Any) -> Any:
-    from vega_policy.data.dataset import fingerprint_frames
+    from vega_policy.data.dataset_files import fingerprint_frames
     from vega_policy.data.feature_cache import frames_stream
 
     key = {"repo_id": repo_id, **fingerprint_frames(root)}
