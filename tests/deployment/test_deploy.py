@@ -18,7 +18,7 @@ from omegaconf import MissingMandatoryValue, OmegaConf
 
 from vega_policy import resource
 from vega_policy.deployment.control_loop import SafeRollout, StepClock, creates_scenes, delayed
-from vega_policy.deployment.deploy import read_rollout, read_safety
+from vega_policy.deployment.deploy import deploy, read_rollout, read_safety
 from vega_policy.deployment.remote_policy import VegaRemoteConfig, VegaRemotePolicy
 from vega_policy.deployment.safety import JointLimits, SafetyFilter, safe_action_pipeline
 
@@ -63,6 +63,21 @@ def test_only_a_simulated_robot_is_sent_to_its_initial_pose_between_episodes():
         creates_scenes({"new_scenes": True, "device": {"type": "so101_follower"}})
     with pytest.raises(ValueError, match="got None"):
         creates_scenes({"device": {"type": "vega_sim"}})
+
+
+def test_an_arm_whose_motor_software_is_missing_names_the_extra(monkeypatch):
+    def fail(*given, **options):
+        raise ImportError("'feetech-servo-sdk' is required but not installed.\nMore lines.")
+
+    monkeypatch.setattr("vega_policy.deployment.deploy.build_rollout_context", fail)
+    arm = ["robot=so101", "robot.device.port=/dev/none", "robot.device.cameras={}"]
+    joints = "robot.safety.joints={shoulder_pan.pos: {low: -90, high: 90}}"
+    config = composed("server.url=ws://127.0.0.1:1", *arm, joints, "dry_run=true")
+    with pytest.raises(
+        ImportError, match=r"so10[01]_follower: .*not installed\. Install it: pip .*\[so101\]"
+    ) as error:
+        deploy(config)
+    assert "\n" not in str(error.value)
 
 
 def test_a_deployment_needs_one_policy():

@@ -263,7 +263,7 @@ def open_folder(root: Path, repo_id: str, rename: Mapping[str, str] | None = Non
     Raises:
         DatasetError: If metadata or videos are missing, or a renamed feature is.
     """
-    info = read_json(root / "meta" / "info.json")
+    info: dict[str, Any] = read_json(root / "meta" / "info.json")
     rename = dict(rename or {})
     if unknown := sorted(rename.keys() - info["features"].keys()):
         raise DatasetError(
@@ -276,9 +276,9 @@ def open_folder(root: Path, repo_id: str, rename: Mapping[str, str] | None = Non
             logger.info("%s: %s is a depth stream, which no policy here reads; ignored.", root, stored)
         else:
             features[rename.get(stored, stored)] = _flattened(feature)
-    names = {rename.get(stored, stored): stored for stored in info["features"]}
+    names: dict[str, str] = {rename.get(stored, stored): stored for stored in info["features"]}
     statistics = root / "meta" / "stats.json"
-    stats = read_json(statistics) if statistics.is_file() else {}
+    stats: dict[str, Any] = read_json(statistics) if statistics.is_file() else {}
     dataset = LocalDataset(
         repo_id=repo_id,
         root=root,
@@ -286,7 +286,7 @@ def open_folder(root: Path, repo_id: str, rename: Mapping[str, str] | None = Non
         features=features,
         stored_names=names,
         episodes=read_episodes(root),
-        stats={name: _as_arrays(stats.get(names[name])) for name in features if stats.get(names[name])},
+        stats={name: _as_arrays(stats[names[name]]) for name in features if stats.get(names[name])},
         video_path=info.get("video_path") or VIDEO_PATH,
     )
     _check_videos(dataset)
