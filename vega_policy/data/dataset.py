@@ -265,6 +265,7 @@ def open_folder(root: Path, repo_id: str, rename: Mapping[str, str] | None = Non
     """
     info: dict[str, Any] = read_json(root / "meta" / "info.json")
     rename = dict(rename or {})
+    stored_keys: list[str] = list(info["features"])
     if unknown := sorted(rename.keys() - info["features"].keys()):
         raise DatasetError(
             f"dataset.rename: {root} has no {', '.join(unknown)}; its features are "
@@ -276,7 +277,7 @@ def open_folder(root: Path, repo_id: str, rename: Mapping[str, str] | None = Non
             logger.info("%s: %s is a depth stream, which no policy here reads; ignored.", root, stored)
         else:
             features[rename.get(stored, stored)] = _flattened(feature)
-    names: dict[str, str] = {rename.get(stored, stored): stored for stored in info["features"]}
+    names: dict[str, str] = {rename.get(stored, stored): stored for stored in stored_keys}
     statistics = root / "meta" / "stats.json"
     stats: dict[str, Any] = read_json(statistics) if statistics.is_file() else {}
     dataset = LocalDataset(
