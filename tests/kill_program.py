@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import load_file
 
 from envs.demos.collect import CollectionSettings, collect
-from tests.evaluation.test_evaluate import evaluate
+from tests.evaluations import evaluate
 from tests.policies import tiny_config
 from tests.pretraining_runs import TINY
 from tests.pretraining_runs import settings as pretraining_settings

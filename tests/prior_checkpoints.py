@@ -152,6 +152,10 @@ WRITERS: dict[str, Callable[[Path], None]] = {
 """Prior -> function that writes its checkpoint into a folder."""
 
 
+LAST = dict.fromkeys(WRITERS, 2) | {"sd21": 3, "svd": 3, "sd_vae": 0, "wan_vae": 0}
+"""Last layer of each small checkpoint."""
+
+
 def write_checkpoint(name: str, folder: Path) -> Path:
     """Write the checkpoint of a prior with seeded weights; returns the folder."""
     torch.manual_seed(0)

@@ -12,7 +12,7 @@ from lerobot.configs.policies import PreTrainedConfig
 from lerobot.policies.factory import get_policy_class
 from lerobot.processor import ProcessorStepRegistry
 
-from tests.evaluation.test_policies import evaluation_config, save_checkpoint
+from tests.evaluations import evaluation_config, save_checkpoint
 from tests.policies import tiny_config
 from tests.training_runs import tiny_policy, tiny_run
 from vega_policy.backbones.pretrained_vla import base_config

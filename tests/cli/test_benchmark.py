@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.policies import SMALL_ENCODERS
+from tests.policies import model_config
 from vega_policy.benchmarks import (
     by_kind,
     cost_of_prior,
@@ -23,7 +23,7 @@ from vega_policy.benchmarks.train import benchmark_train
 from vega_policy.cli.commands import benchmark
 from vega_policy.model import compilation as captured
 from vega_policy.model.compilation import CapturedControlStep
-from vega_policy.model.config import ActionHeadConfig, BackboneConfig, ModelConfig, PriorConfig
+from vega_policy.model.config import BackboneConfig
 from vega_policy.model.observation import Observation
 from vega_policy.model.sizes import BACKBONE_ARCHITECTURES, Architecture
 from vega_policy.model.vega import VegaModel
@@ -50,19 +50,6 @@ ROWS = [
 @pytest.fixture
 def tiny(monkeypatch):
     monkeypatch.setitem(PRIORS, "wan_tiny", replace(PRIORS["wan_tiny"], architecture=TINY))
-
-
-def model_config(prior="random"):
-    return ModelConfig(
-        views=2,
-        state_dim=8,
-        action_dim=7,
-        chunk_size=4,
-        frame_size=32,
-        prior=PriorConfig(name=prior),
-        backbone=BackboneConfig(width=32, depth=1, heads=2, freeze_text_encoder=True, **SMALL_ENCODERS),
-        head=ActionHeadConfig(width=32, depth=1, heads=2, steps=2),
-    )
 
 
 def test_the_measured_latency_of_a_sleep_is_its_length():

@@ -15,7 +15,9 @@ import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+import vega_policy
 from tests.synthetic_dataset import write_dataset
+from vega_policy import resource
 from vega_policy.backbones import BACKBONES
 from vega_policy.cli import (
     Command,
@@ -355,3 +357,21 @@ def test_the_help_shows_the_comments_of_the_yaml_files():
     assert "steps: 30000  # optimizer steps" in text
     assert "chunk_size: 16  # actions predicted at once" in text
     assert "held_out: 0.0  # share of each task's episodes" in text
+
+
+def test_configs_of_the_repository_are_found_in_an_editable_install():
+    assert (resource("configs") / "train.yaml").is_file()
+
+
+def test_configs_inside_the_package_come_first_as_in_a_wheel(tmp_path, monkeypatch):
+    packaged = tmp_path / "vega_policy" / "configs"
+    packaged.mkdir(parents=True)
+    (tmp_path / "configs").mkdir()
+    monkeypatch.setattr(vega_policy, "PACKAGE", tmp_path / "vega_policy")
+    assert resource("configs") == packaged
+
+
+def test_a_missing_folder_names_both_places(tmp_path, monkeypatch):
+    monkeypatch.setattr(vega_policy, "PACKAGE", tmp_path / "vega_policy")
+    with pytest.raises(FileNotFoundError, match=r"no folder assets in .*vega_policy or "):
+        resource("assets")

@@ -10,8 +10,7 @@ import pytest
 import torch
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
-from tests.deployment.test_served_policy import write_checkpoint
-from tests.policy_servers import running
+from tests.policy_servers import running, write_checkpoint
 from vega_policy.deployment.server import load_served_policy
 
 REPOSITORY = Path(__file__).resolve().parents[2]

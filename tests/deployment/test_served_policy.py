@@ -5,7 +5,7 @@ import pytest
 import torch
 from lerobot.policies.rtc.configuration_rtc import RTCConfig
 
-from tests.policies import batch, tiny_config
+from tests.policies import batch, tiny_config, write_checkpoint
 from tests.policy_servers import address, observations, running
 from vega_policy.deployment.client import RemotePolicy
 from vega_policy.deployment.latency_benchmark import benchmark_server
@@ -13,31 +13,6 @@ from vega_policy.deployment.protocol import RTCContext
 from vega_policy.deployment.server import load_served_policy, warm_up
 from vega_policy.model.config import ActionHeadConfig, PriorConfig
 from vega_policy.modeling_vega import VegaPolicy
-from vega_policy.processor_vega import make_vega_pre_post_processors
-
-
-def statistics():
-    rng = np.random.default_rng(0)
-    ranges = {"action": 7, "observation.state": 8}
-    return {
-        key: {
-            "mean": torch.from_numpy(rng.normal(size=size)).float(),
-            "std": torch.from_numpy(rng.uniform(1, 2, size)).float(),
-            "min": torch.from_numpy(rng.uniform(-3, -1, size)).float(),
-            "max": torch.from_numpy(rng.uniform(1, 3, size)).float(),
-        }
-        for key, size in ranges.items()
-    }
-
-
-def write_checkpoint(folder):
-    """A small policy with its processors; returns the folder."""
-    torch.manual_seed(0)
-    policy = VegaPolicy(tiny_config())
-    policy.save_pretrained(folder)
-    for processor in make_vega_pre_post_processors(policy.config, statistics()):
-        processor.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

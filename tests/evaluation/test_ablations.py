@@ -7,8 +7,7 @@ import pytest
 import torch
 import yaml
 
-from tests.evaluation.test_evaluate import GoalSeeker
-from tests.evaluation.test_policies import STATISTICS, noise_for, observe, save_checkpoint
+from tests.evaluations import STATISTICS, GoalSeeker, noise_for, observe, save_checkpoint
 from tests.policies import tiny_config
 from vega_policy.evaluation.ablations import (
     ABLATIONS,

@@ -14,11 +14,11 @@ import pyarrow.parquet
 import pytest
 from safetensors.numpy import save_file
 
-from tests.evaluation import test_world as world
-from vega_policy.evaluation.ablations import BlindPolicy, apply_ablation
+from tests import point_world as world
+from tests.evaluations import FACTORY, MEAN_FRAME, GoalSeeker, evaluate, settings
+from vega_policy.evaluation.ablations import apply_ablation
 from vega_policy.evaluation.compare import UnpairedRunsError, compare_runs, comparison_table
-from vega_policy.evaluation.config import EvaluationSettings
-from vega_policy.evaluation.env_pool import EnvironmentFactory, WorkerError, WorkerPool
+from vega_policy.evaluation.env_pool import WorkerError, WorkerPool
 from vega_policy.evaluation.env_worker import state_hash
 from vega_policy.evaluation.episodes import (
     FIRST_SEED,
@@ -33,50 +33,6 @@ from vega_policy.evaluation.report import format_summary
 from vega_policy.evaluation.rollout import Rollout, episode_noise
 from vega_policy.evaluation.stats import wilson_interval
 from vega_policy.run_dir import OtherRunError
-
-FACTORY = EnvironmentFactory(
-    "tests.evaluation.test_world.make_without_torch", frame_size=32, rendering="fast"
-)
-MEAN_FRAME = np.full((32, 32, 3), 7, np.uint8)
-
-
-class GoalSeeker:
-    """Reads the goal from the camera and walks there, with its noise added."""
-
-    reads_frames = True
-    noise_shape = (6, 2)
-
-    def __init__(self, action_steps=4):
-        self.description = PolicyDescription("seeker", "none", (world.CAMERA,), 2, 2, action_steps)
-        self.batches, self.noises = [], []
-
-    def reset(self):
-        self.batches, self.noises = [], []
-
-    def chunk(self, batch, noise):
-        self.batches.append(batch)
-        self.noises.append(noise)
-        size = batch.frames[world.CAMERA].shape[1]
-        brightest = batch.frames[world.CAMERA].max(axis=-1).reshape(len(batch.state), -1).argmax(axis=1)
-        goal = np.stack([brightest % size, brightest // size], axis=1) / (size - 1) * 2 - 1
-        toward = np.clip((goal - batch.state) / world.STEP / 4, -1, 1)[:, None]
-        return (toward + 0.35 * noise).astype(np.float32)
-
-
-def settings(**changes):
-    chosen = {"suite": "two_points", "episodes_per_task": 7, "num_envs": 4, "videos": 0, "latency_calls": 1}
-    chosen["video_frame_size"] = 64
-    return EvaluationSettings(**{**chosen, **changes})
-
-
-def evaluate(folder, *, policy=None, processes=1, provenance=None, **changes):
-    chosen = settings(**changes)
-    evaluation = Evaluation(chosen, world.tasks(chosen.suite), folder, provenance or {"checkpoint": "seeker"})
-    policy = policy or GoalSeeker()
-    means = dict.fromkeys(policy.description.cameras, MEAN_FRAME)
-    variants = {"none": policy, "blind": BlindPolicy(policy, means)}
-    with WorkerPool(FACTORY, processes) as pool:
-        return evaluation.run({name: variants[name] for name in chosen.ablations}, pool)
 
 
 def run_alone(episode: Episode, policy):

@@ -1,21 +1,19 @@
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from lerobot.configs.types import FeatureType, PolicyFeature
 from lerobot.policies.act.configuration_act import ACTConfig
 from lerobot.policies.act.modeling_act import ACTPolicy
 from lerobot.policies.diffusion.configuration_diffusion import DiffusionConfig
 from lerobot.policies.diffusion.modeling_diffusion import DiffusionPolicy
 from lerobot.policies.factory import make_pre_post_processors
-from omegaconf import OmegaConf
 from safetensors.numpy import save_file
 
-from tests.evaluation.test_world import CAMERA
+from tests.evaluations import STATISTICS, evaluation_config, noise_for, observe, save_checkpoint
+from tests.point_world import CAMERA
 from tests.policies import CAMERAS, tiny_config
 from vega_policy.evaluation.episodes import read_episodes
 from vega_policy.evaluation.evaluate import evaluate_checkpoint
@@ -29,19 +27,6 @@ from vega_policy.evaluation.policies import (
 from vega_policy.model.config import PriorConfig
 from vega_policy.modeling_vega import VegaPolicy
 from vega_policy.run_dir import OtherRunError
-
-CONFIGS = str(Path(__file__).parents[2] / "configs")
-STATISTICS = {
-    "action": {"min": torch.full((7,), -3.0), "max": torch.full((7,), 5.0)},
-    "observation.state": {"mean": torch.full((8,), 0.5), "std": torch.full((8,), 2.0)},
-}
-
-
-def save_checkpoint(policy, folder, statistics):
-    preprocessor, postprocessor = make_pre_post_processors(policy.config, dataset_stats=statistics)
-    for part in (policy, preprocessor, postprocessor):
-        part.save_pretrained(folder / "pretrained_model")
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -79,39 +64,6 @@ def act(tmp_path_factory):
         {CAMERA: np.zeros((3, 32, 32), np.float32)}, folder / "pretrained_model/mean_frames.safetensors"
     )
     return folder
-
-
-def observe(rows, seed=0):
-    rng = np.random.default_rng(seed)
-    frames = {camera: rng.integers(0, 256, (rows, 48, 48, 3), np.uint8) for camera in CAMERAS}
-    state = rng.standard_normal((rows, 8), np.float32)
-    return ObservationBatch(frames, state, ["lift the red cube"] * rows)
-
-
-def noise_for(policy, rows):
-    return np.random.default_rng(1).standard_normal((rows, *policy.noise_shape), np.float32)
-
-
-def evaluation_config(checkpoint, output_dir, *overrides):
-    with initialize_config_dir(CONFIGS, version_base=None):
-        config = compose(
-            "eval",
-            [
-                f"checkpoint={checkpoint}",
-                f"output_dir={output_dir}",
-                "env.suite=two_points",
-                "env.frame_size=32",
-                "environments.make=tests.evaluation.test_world.make_without_torch",
-                "environments.tasks=tests.evaluation.test_world.tasks",
-                "device=cpu",
-                "episodes_per_task=3",
-                "num_envs=3",
-                "videos=0",
-                "latency_calls=1",
-                *overrides,
-            ],
-        )
-    return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
 
 
 def test_a_chunk_holds_the_actions_that_lerobots_own_queue_would_give(vega):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.policies import frames
-from tests.prior_checkpoints import WRITERS
+from tests.prior_checkpoints import LAST, WRITERS
 from vega_policy.model.config import PriorConfig
 from vega_policy.priors import PRIORS, make_prior, resolve
 
@@ -24,7 +24,6 @@ WIDTHS = {
     "dinov3": 16,
     "vjepa2": 24,
 }
-LAST = dict.fromkeys(NAMES, 2) | {"sd21": 3, "svd": 3, "sd_vae": 0, "wan_vae": 0}
 NOISY = [name for name in NAMES if name.startswith(("wan2", "sd21", "svd"))]
 
 

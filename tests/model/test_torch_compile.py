@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from tests.cli.test_benchmark import model_config
+from tests.policies import model_config
 from tests.training_runs import saved_weights, tiny_run
 from vega_policy.backbones.compact import ImageEncoder
 from vega_policy.model.compilation import compile_blocks, uncompiled

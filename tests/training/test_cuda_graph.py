@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.cli.test_benchmark import model_config
+from tests.policies import model_config
 from tests.training_runs import assert_bitwise_equal, saved_weights, tiny_backbone, tiny_policy, tiny_run
 from vega_policy.model.config import PriorConfig
 from vega_policy.model.observation import Observation

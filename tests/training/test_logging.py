@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import vega_policy
-from tests.evaluation.test_policies import evaluation_config
+from tests.evaluations import evaluation_config
 from tests.synthetic_dataset import CAMERAS, write_dataset
 from tests.training_runs import assert_bitwise_equal, tiny_run
 from vega_policy.checkpoints import add_scores, checkpoint_path, find_damage, read_scores
@@ -20,7 +20,7 @@ from vega_policy.training.config import EnvironmentConfig, SimulationConfig, Wan
 from vega_policy.training.logging import complete_card
 from vega_policy.training.train import train
 
-WORLD = "tests.evaluation.test_world"
+WORLD = "tests.point_world"
 
 
 def simulation(every):

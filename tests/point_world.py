@@ -87,22 +87,3 @@ def make_without_torch(suite, task_index, **arguments):
     if heavy:
         raise RuntimeError(f"a simulator process imported {heavy}")
     return make(suite, task_index, **arguments)
-
-
-class TestPointWorld:
-    def test_a_restored_state_looks_and_counts_as_it_did(self):
-        world = make("near", 0, frame_size=16, rendering="fast", render=True)
-        world.reset(seed=3)
-        frame, state = world.render(), world.simulator_state()
-        world.step_blindly(np.ones(2))
-        world.restore(state)
-        np.testing.assert_array_equal(world.simulator_state(), state)
-        np.testing.assert_array_equal(world.render(), frame)
-
-    def test_the_same_seed_gives_the_same_episode_whatever_ran_before(self):
-        fresh, used = (make("near", 0, frame_size=16, rendering="fast", render=False) for _ in range(2))
-        used.reset(seed=1)
-        used.step_blindly(np.ones(2))
-        fresh.reset(seed=2)
-        used.reset(seed=2)
-        np.testing.assert_array_equal(fresh.simulator_state(), used.simulator_state())
