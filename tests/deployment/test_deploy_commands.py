@@ -10,7 +10,8 @@ import pytest
 import torch
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
-from tests.policy_servers import running, write_checkpoint
+from tests.policies import write_checkpoint
+from tests.policy_servers import running
 from vega_policy.deployment.server import load_served_policy
 
 REPOSITORY = Path(__file__).resolve().parents[2]
