@@ -2,6 +2,7 @@
 
 import http.client
 import logging
+import select
 import socket
 import threading
 import time
@@ -201,7 +202,9 @@ def test_there_are_no_more_sessions_and_connections_than_allowed():
             raw(port)
         assert error.value.response.status_code == 503
         opened = [socket.create_connection(("127.0.0.1", port), timeout=5) for _ in range(3)]
-        assert opened[-1].recv(1) == b""
+        # The refused session may still be counted when the first of them arrives: any one of them is refused.
+        answered, _, _ = select.select(opened, [], [], 4)  # less than the time of a handshake
+        assert any(connection.recv(1) == b"" for connection in answered)
         assert 'reason="connections"' in server.metrics.text()
         for connection in [*taken, *opened]:
             connection.close()
@@ -286,7 +289,9 @@ def test_half_open_tls_handshakes_count_as_connections_and_are_freed_when_they_e
     certificate, key = write_certificate(tmp_path)
     with running(connections=4, certificate=certificate, key=key) as (server, port):
         opened = [socket.create_connection(("127.0.0.1", port), timeout=5) for _ in range(5)]
-        assert opened[-1].recv(1) == b""
+        # The refused session may still be counted when the first of them arrives: any one of them is refused.
+        answered, _, _ = select.select(opened, [], [], 4)  # less than the time of a handshake
+        assert any(connection.recv(1) == b"" for connection in answered)
         assert 'vega_connections_refused_total{reason="connections"} 1.0' in server.metrics.text()
         for connection in opened:
             connection.close()
