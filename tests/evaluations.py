@@ -1,5 +1,6 @@
 """Evaluations for tests: a policy that walks in the point world, and configs of the command."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from vega_policy.evaluation.evaluate import Evaluation
 from vega_policy.evaluation.policies import ObservationBatch, PolicyDescription
 
 FACTORY = EnvironmentFactory("tests.point_world.make_without_torch", frame_size=32, rendering="fast")
+DELAYED = replace(FACTORY, make="tests.point_world.make_with_delays")
 MEAN_FRAME = np.full((32, 32, 3), 7, np.uint8)
 CONFIGS = str(Path(__file__).parents[1] / "configs")
 STATISTICS = {
@@ -35,7 +37,7 @@ class GoalSeeker:
         self.description = PolicyDescription("seeker", "none", (world.CAMERA,), 2, 2, action_steps)
         self.batches, self.noises = [], []
 
-    def reset(self):
+    def reset(self, instructions=()):
         self.batches, self.noises = [], []
 
     def chunk(self, batch, noise):
@@ -49,18 +51,18 @@ class GoalSeeker:
 
 
 def settings(**changes):
-    chosen = {"suite": "two_points", "episodes_per_task": 7, "num_envs": 4, "videos": 0, "latency_calls": 1}
+    chosen = {"suite": "two_points", "episodes_per_task": 7, "batch_size": 4, "videos": 0, "latency_calls": 1}
     chosen["video_frame_size"] = 64
     return EvaluationSettings(**{**chosen, **changes})
 
 
-def evaluate(folder, *, policy=None, processes=1, provenance=None, **changes):
+def evaluate(folder, *, policy=None, processes=1, provenance=None, factory=FACTORY, **changes):
     chosen = settings(**changes)
     evaluation = Evaluation(chosen, world.tasks(chosen.suite), folder, provenance or {"checkpoint": "seeker"})
     policy = policy or GoalSeeker()
     means = dict.fromkeys(policy.description.cameras, MEAN_FRAME)
     variants = {"none": policy, "blind": BlindPolicy(policy, means)}
-    with WorkerPool(FACTORY, processes) as pool:
+    with WorkerPool(factory, processes) as pool:
         return evaluation.run({name: variants[name] for name in chosen.ablations}, pool)
 
 
@@ -95,7 +97,7 @@ def evaluation_config(checkpoint, output_dir, *overrides):
                 "environments.tasks=tests.point_world.tasks",
                 "device=cpu",
                 "episodes_per_task=3",
-                "num_envs=3",
+                "batch_size=3",
                 "videos=0",
                 "latency_calls=1",
                 *overrides,

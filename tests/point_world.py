@@ -3,7 +3,9 @@
 A point has to be moved to a goal that only the camera shows. Worker processes import this file by name.
 """
 
+import random
 import sys
+import time
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -87,3 +89,16 @@ def make_without_torch(suite, task_index, **arguments):
     if heavy:
         raise RuntimeError(f"a simulator process imported {heavy}")
     return make(suite, task_index, **arguments)
+
+
+def make_with_delays(suite, task_index, **arguments):
+    """Make a simulator whose steps take random times that differ from one run to the next."""
+    env = make(suite, task_index, **arguments)
+    step = env.step_blindly
+
+    def delayed(action):
+        time.sleep(random.SystemRandom().uniform(0, 0.004))
+        return step(action)
+
+    env.step_blindly = delayed
+    return env

@@ -37,7 +37,7 @@ class ArithmeticPolicy:
         self.seconds = seconds
         self.rows = []
 
-    def reset(self):
+    def reset(self, instructions=()):
         pass
 
     def chunk(self, batch, noise, rtc=None):

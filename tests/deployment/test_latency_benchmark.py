@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from vega_policy.deployment.latency_benchmark import Cell, benchmark_latency, summarize_log
-from vega_policy.evaluation.env_worker import Worker
+from vega_policy.evaluation.env_worker import EnvRunner, TaskEnv
 from vega_policy.evaluation.episodes import plan_episodes
 from vega_policy.evaluation.policies import PolicyDescription
 from vega_policy.run_dir import OtherRunError
@@ -76,14 +76,26 @@ class Numbers:
 
 
 class LocalPool:
-    """The environments in this process."""
+    """One simulator in this process."""
+
+    busy_seconds = 0.0
+
+    def __len__(self):
+        return 1
 
     def open(self, *, render, keep_states, history):
-        self.worker = Worker(lambda suite, index, **options: Numbers())
-        self.worker.open({}, keep_states, history)
+        self.runner = EnvRunner(TaskEnv(lambda *_: Numbers(), {}), keep_states=keep_states, history=history)
+        self.reports = []
 
-    def advance(self, commands):
-        return self.worker.advance(commands)
+    def begin(self, worker, spec):
+        self.reports.append((worker, self.runner.begin(spec)))
+
+    def execute(self, worker, actions):
+        self.reports.append((worker, self.runner.execute(actions)))
+
+    def receive(self, *, all_of_them, block):
+        reports, self.reports = self.reports, []
+        return reports
 
 
 class Counter:
@@ -95,7 +107,7 @@ class Counter:
     def __init__(self):
         self.contexts = []
 
-    def reset(self):
+    def reset(self, instructions=()):
         pass
 
     def chunk(self, batch, noise, rtc=None):
@@ -110,7 +122,7 @@ def run_cells(folder, cells, policy=None, episodes=2):
     planned = plan_episodes(tasks, episodes, 0, official_states=False)
     settings = {"episodes": episodes}
     run = benchmark_latency(
-        policy or Counter(), LocalPool(), planned, cells, output=folder, settings=settings, num_envs=2
+        policy or Counter(), LocalPool(), planned, cells, output=folder, settings=settings, batch_size=2
     )
     return list(run)
 

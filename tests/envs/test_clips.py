@@ -224,14 +224,14 @@ def test_the_evaluation_builds_the_clips_that_lerobots_dataset_gives_in_training
     )
     start = {"suite": "recorded", "task_index": 0, "seed": 0, "initial_state": None}
     for _ in range(2):  # the second episode must not remember the first
-        report = runner.advance({"actions": None, "episode": start})
+        report = runner.begin(start)
         runner.env.environment.reset()
         for row in range(0, 7, executed):
             batch = stack_observations([report["observation"]], [CAMERAS[0]])
             seen = to_lerobot(batch, chunked.description)[CAMERAS[0]]
             torch.testing.assert_close(seen[0], clips[row][CAMERAS[0]], rtol=0, atol=1e-6)
             if row + executed < 7:
-                report = runner.advance({"actions": np.zeros((executed, 7)), "episode": None})
+                report = runner.execute(np.zeros((executed, 7)))
 
 
 def test_a_policy_of_histories_is_evaluated_on_clips_and_blinded_on_as_many(policy):

@@ -6,7 +6,7 @@ from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
 from envs.demos.collect import CollectionSettings, collect, render_again
 from envs.demos.shards import read_episodes
-from vega_policy.evaluation.env_pool import EnvironmentFactory, RecordedEpisode, WorkerPool, replay
+from vega_policy.evaluation.env_pool import EnvironmentFactory, RecordedEpisode, WorkerPool
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def test_recorded_actions_succeed_again_from_their_recorded_state_and_others_do_
     episodes = recorded(dataset)
     silent = RecordedEpisode(**{**vars(episodes[0]), "actions": np.zeros_like(episodes[0].actions)})
     with WorkerPool(EnvironmentFactory("envs.make", 32, "fast"), 1) as pool:
-        outcomes = [success for _, success in replay([*episodes, silent], pool, num_envs=2)]
+        outcomes = pool.replay([*episodes, silent])
     assert outcomes == [True, True, False]
 
 

@@ -4,7 +4,6 @@ import runpy
 import shutil
 import signal
 import sys
-from collections import deque
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from tests import point_world as world
-from tests.evaluations import FACTORY, MEAN_FRAME, GoalSeeker, evaluate, settings
+from tests.evaluations import DELAYED, FACTORY, MEAN_FRAME, GoalSeeker, evaluate, settings
 from vega_policy.evaluation.ablations import apply_ablation
 from vega_policy.evaluation.compare import UnpairedRunsError, compare_runs, comparison_table
 from vega_policy.evaluation.env_pool import WorkerError, WorkerPool
@@ -24,13 +23,12 @@ from vega_policy.evaluation.episodes import (
     FIRST_SEED,
     Episode,
     plan_episodes,
-    queue_episodes,
     read_episodes,
 )
 from vega_policy.evaluation.evaluate import Evaluation
 from vega_policy.evaluation.policies import IncompatiblePolicyError, ObservationBatch, PolicyDescription
 from vega_policy.evaluation.report import format_summary
-from vega_policy.evaluation.rollout import Rollout, episode_noise
+from vega_policy.evaluation.rollout import Schedule, episode_noise
 from vega_policy.evaluation.stats import wilson_interval
 from vega_policy.run_dir import OtherRunError
 
@@ -74,12 +72,47 @@ def test_every_episode_ends_as_it_does_in_a_plain_loop(finished):
     assert 0 < sum(result.success for result in results) < len(results)  # or the test would compare little
 
 
-def test_one_process_equals_two_in_every_field(finished, tmp_path):
-    evaluate(tmp_path / "run", processes=2, ablations=("none", "blind"))
-    assert read_episodes(tmp_path / "run") == read_episodes(finished[0])
+class RowSeeker(GoalSeeker):
+    """Acts a little differently in each row of a batch, as a kernel may, and fills padding rows with NaN."""
+
+    def chunk(self, batch, noise):
+        chunk = super().chunk(batch, noise) + np.float32(0.01) * np.arange(len(noise))[:, None, None]
+        chunk[sorted(batch.idle)] = np.nan
+        return chunk.astype(np.float32)
 
 
-@pytest.mark.parametrize("calls", [1, 4, 12])
+@pytest.mark.parametrize("processes", [2, 5])
+def test_results_depend_on_neither_processes_nor_timing_nor_padding(tmp_path, processes):
+    evaluate(tmp_path / "one", policy=RowSeeker())
+    evaluate(tmp_path / "many", policy=RowSeeker(), processes=processes, factory=DELAYED)
+    assert read_episodes(tmp_path / "many") == read_episodes(tmp_path / "one")
+    evaluate(tmp_path / "other", policy=RowSeeker(), batch_size=3)
+    assert read_episodes(tmp_path / "other") != read_episodes(tmp_path / "one")  # so that rows matter here
+
+
+def test_every_ready_simulator_is_in_the_next_batch_and_none_waits_for_the_others(tmp_path):
+    policy = GoalSeeker()
+    evaluate(tmp_path / "run", policy=policy, processes=4, factory=DELAYED)
+    filled = {len(batch.active_rows()) for batch in policy.batches if len(batch.state) == 4}
+    assert min(filled) < 4
+    rows = sum(len(batch.active_rows()) for batch in policy.batches if len(batch.state) == 4)
+    assert rows == sum(result.policy_calls for result in read_episodes(tmp_path / "run"))
+
+
+def test_a_policy_that_mixes_rows_waits_for_all_and_is_repeatable(tmp_path):
+    class Mixer(GoalSeeker):
+        def chunk(self, batch, noise):
+            return super().chunk(batch, noise) + batch.state.mean()
+
+    for name in ("one", "two"):
+        chosen = settings(ablations=("prior_batch",), processes=3)
+        evaluation = Evaluation(chosen, world.tasks("two_points"), tmp_path / name, {})
+        with WorkerPool(DELAYED, 3) as pool:
+            evaluation.run({"prior_batch": Mixer()}, pool)
+    assert read_episodes(tmp_path / "one") == read_episodes(tmp_path / "two")
+
+
+@pytest.mark.parametrize("calls", [0, 12])
 def test_an_interrupted_and_resumed_evaluation_equals_an_uninterrupted_one(finished, tmp_path, calls):
     class Interrupted(GoalSeeker):
         def chunk(self, batch, noise):
@@ -112,7 +145,9 @@ def test_a_killed_worker_is_reported_and_its_evaluation_goes_on(finished, tmp_pa
                     os.kill(pool.pids[1], signal.SIGKILL)
                 return super().chunk(batch, noise)
 
-        with pytest.raises(WorkerError, match=r"worker 1 died .*exit code -9"):
+        with pytest.raises(
+            WorkerError, match=r"process 1 died .* task \d of two_points, seed 100000\d \(exit code -9"
+        ):
             evaluation.run({"none": Killer(), "blind": Killer()}, pool)
     evaluate(tmp_path / "run", processes=2, ablations=("none", "blind"))
     assert read_episodes(tmp_path / "run") == read_episodes(finished[0])
@@ -164,35 +199,53 @@ def test_a_chunk_is_executed_as_predicted(tmp_path):
             return np.broadcast_to(np.arange(start, start + 6, dtype=np.float32)[:, None] / 100, (2, 6, 2))
 
     policy = Counting(action_steps=3)
-    evaluate(tmp_path / "run", policy=policy, suite="stubborn", episodes_per_task=2, num_envs=2)
-    first, *later = (batch.state for batch in policy.batches[:3])
+    evaluate(tmp_path / "run", policy=policy, suite="stubborn", episodes_per_task=1, batch_size=2)
+    first, *later = (batch.state[0] for batch in policy.batches[:3])
     for call, state in enumerate(later, start=1):
         executed = np.arange(3 * call) / 100
         np.testing.assert_allclose(state, first + world.STEP * executed.sum(), atol=1e-5)
 
 
-def test_rows_keep_their_place_and_idle_rows_are_zero(tmp_path):
+@pytest.mark.parametrize("processes", [1, 3])
+def test_an_episode_keeps_its_row_and_padding_rows_are_zero(tmp_path, processes):
     policy = GoalSeeker()
-    with WorkerPool(FACTORY, 1) as pool:
-        pool.open(render=True, keep_states=False)
-        plan = plan_episodes(world.tasks("near"), 3, 0, official_states=False)
-        queues = [deque([plan[0]]), deque(), deque(plan[1:])]
-        ended = [end.episode.index for end in Rollout(policy, pool).run(queues)]
-    assert sorted(ended) == [0, 1, 2]
-    for batch, noise in zip(policy.batches, policy.noises, strict=True):
-        assert batch.state.shape == (3, 2)
-        assert not batch.state[1].any()
-        assert not batch.frames[world.CAMERA][1].any()
-        assert not noise[1].any()
-        assert batch.instructions[1] == ""
-    np.testing.assert_array_equal(policy.noises[0][2], episode_noise(FIRST_SEED + 1, 0, (6, 2)))
-    np.testing.assert_array_equal(policy.noises[1][2], episode_noise(FIRST_SEED + 1, 1, (6, 2)))
+    evaluate(tmp_path / "run", policy=policy, processes=processes, suite="near", episodes_per_task=6)
+    batches = [(batch, noise) for batch, noise in zip(policy.batches, policy.noises, strict=True)][:-4]
+    rows = {episode_noise(FIRST_SEED + number, 0, (6, 2)).tobytes(): number % 4 for number in range(6)}
+    begun = []
+    for batch, noise in batches:
+        assert batch.state.shape == (4, 2)
+        for row in batch.idle:
+            assert not batch.state[row].any()
+            assert not batch.frames[world.CAMERA][row].any()
+            assert not noise[row].any()
+            assert batch.instructions[row] == ""
+        begun += [(rows[noise[row].tobytes()], row) for row in range(4) if noise[row].tobytes() in rows]
+    assert len(begun) == 6
+    assert all(row == expected for expected, row in begun)
 
 
-def test_an_environment_runs_the_same_episodes_whatever_is_finished():
-    plan = plan_episodes(world.tasks("near"), 7, 0, official_states=False)
-    queues = queue_episodes(plan, 3, finished={plan[0].key, plan[4].key})
-    assert [[episode.index for episode in queue] for queue in queues] == [[1, 2], [3], [5, 6]]
+def test_simulators_share_the_tasks_and_stay_with_one_for_as_long_as_they_can():
+    plan = plan_episodes(world.tasks("two_points"), 3, 0, official_states=False)
+    schedule = Schedule(plan, batch_size=4)
+    first = [schedule.take(), schedule.take()]
+    assert [episode.task for episode in first] == ["near", "far"]
+    taken = [first[0]]
+    while (episode := schedule.take(taken[-1], [first[1]])) is not None:
+        taken.append(episode)
+    assert [episode.task for episode in taken] == ["near", "near", "near", "far", "far"]
+    assert {*taken, first[1]} == set(plan)
+
+
+def test_episodes_whose_row_is_free_begin_first():
+    plan = plan_episodes(world.tasks("near"), 4, 0, official_states=False)
+    schedule = Schedule(plan, batch_size=2)
+    first = schedule.take()
+    assert [first.index, schedule.take(None, [first]).index, schedule.take(None, [plan[1]]).index] == [
+        0,
+        1,
+        2,
+    ]
 
 
 def test_different_seeds_share_no_episode_and_official_states_are_passed_on():
@@ -263,7 +316,7 @@ def test_other_settings_in_the_same_folder_are_refused_by_name(finished, tmp_pat
     with pytest.raises(OtherRunError, match=r"seed \(stored: 0, received: 5\)") as refusal:
         evaluate(folder, ablations=("none", "blind"), videos=2, seed=5, provenance={"checkpoint": "other"})
     assert "checkpoint (stored: 'seeker', received: 'other')" in str(refusal.value)
-    assert "num_envs" not in str(refusal.value)
+    assert "batch_size" not in str(refusal.value)
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(OtherRunError, match="expected an empty or new folder, found notes"):
         evaluate(tmp_path)
@@ -293,7 +346,7 @@ def test_a_policy_that_does_not_fit_the_environment_is_refused(tmp_path, change,
     ("spoil", "message"),
     [
         (lambda chunk: chunk[:, :3], r"at least 4, 2\], got \[4, 3, 2\]"),
-        (lambda chunk: chunk * np.nan, r"finite actions, .* rows \[0, 1, 2, 3\]"),
+        (lambda chunk: chunk * np.nan, r"finite actions, .* rows \[0\]"),
     ],
 )
 def test_a_bad_chunk_is_refused(tmp_path, spoil, message):
@@ -310,7 +363,7 @@ def test_a_bad_chunk_is_refused(tmp_path, spoil, message):
     [
         ({"ablations": ("blnd",)}, "did you mean blind"),
         ({"ablations": ()}, "one or more"),
-        ({"num_envs": 0}, "num_envs of at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size of at least 1, got 0"),
         ({"tasks": (0, 4)}, r"index \[4\].*0 near, 1 far"),
         ({"seed": -1}, "seed of at least 0"),
         ({"episodes_per_task": 0}, "episodes_per_task in"),

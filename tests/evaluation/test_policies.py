@@ -121,6 +121,25 @@ def test_a_row_does_not_depend_on_what_the_other_rows_hold(vega):
     np.testing.assert_array_equal(policy.chunk(busy, noise)[0], policy.chunk(idle, calm)[0])
 
 
+def test_text_is_padded_to_the_longest_instruction_of_the_suite_whatever_a_batch_holds(vega):
+    policy = load_lerobot_policy(find_checkpoint(vega), device="cpu")
+    backbone, lengths = policy.policy.model.backbone, []
+    encode = backbone.encode_context
+
+    def recorded(*arguments):
+        context, mask = encode(*arguments)
+        lengths.append(context.shape[1])
+        return context, mask
+
+    backbone.encode_context = recorded
+    long = "put both of the moka pots on the stove and close the drawer"
+    for instructions, batched in [([], "lift"), ([], long), (["lift", long], "lift"), (["lift", long], long)]:
+        policy.reset(instructions)
+        batch = replace(observe(2), instructions=[batched] * 2)
+        policy.chunk(batch, noise_for(policy, 2))
+    assert lengths[0] < lengths[1] == lengths[2] == lengths[3]
+
+
 def test_frames_that_never_change_are_encoded_once_and_give_the_same_actions(vega):
     policy = load_lerobot_policy(find_checkpoint(vega), device="cpu")
     policy.reset()
@@ -157,9 +176,18 @@ def test_a_policy_that_draws_its_own_noise_is_repeatable_and_leaves_the_global_g
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_several_suites_share_the_simulators_and_have_a_folder_each(act, tmp_path):
+    both = evaluate_checkpoint(evaluation_config(act, tmp_path / "both", "env.suite=[near,far]"))
+    assert list(both) == ["near", "far"]
+    for suite in both:
+        evaluate_checkpoint(evaluation_config(act, tmp_path / suite, f"env.suite={suite}"))
+        assert read_episodes(tmp_path / "both" / suite) == read_episodes(tmp_path / suite)
+        assert both[suite]["settings"]["suite"] == suite
+
+
 def test_the_command_evaluates_a_checkpoint_and_its_blind_ablation(act, tmp_path):
     config = evaluation_config(act, tmp_path / "run", "ablations=[none,blind]", "processes=2")
-    summary = evaluate_checkpoint(config)
+    summary = evaluate_checkpoint(config)["two_points"]
     assert summary["policy"] == "act"
     assert {result.ablation for result in read_episodes(tmp_path / "run")} == {"none", "blind"}
     assert len(read_episodes(tmp_path / "run")) == 12

@@ -113,7 +113,7 @@ class Fidgeter:
     noise_shape = (8, 7)
     description = PolicyDescription("fidgeter", "none", CAMERAS, 8, 7, 8)
 
-    def reset(self):
+    def reset(self, instructions=()):
         pass
 
     def chunk(self, batch, noise):
@@ -123,7 +123,7 @@ class Fidgeter:
 
 def evaluate_robosuite(folder, processes, interrupt_after=None):
     settings = EvaluationSettings(
-        "lift_wide", episodes_per_task=4, num_envs=2, processes=processes, videos=0, latency_calls=1
+        "lift_wide", episodes_per_task=4, batch_size=2, processes=processes, videos=0, latency_calls=1
     )
     evaluation = Evaluation(settings, envs.tasks("lift_wide"), folder, {})
     policy = Fidgeter()

@@ -28,7 +28,6 @@ def simulation(every):
         every=every,
         env=EnvironmentConfig(suite="near", frame_size=32),
         episodes_per_task=3,
-        num_envs=2,
         make=f"{WORLD}.make",
         tasks=f"{WORLD}.tasks",
     )
@@ -118,7 +117,7 @@ def test_a_card_without_a_measurement_says_so(finished):
 def evaluate(checkpoint, output):
     """Evaluate two episodes in the point world."""
     places = (f"environments.make={WORLD}.make", "env.suite=near", "episodes_per_task=2", "processes=1")
-    return evaluate_checkpoint(evaluation_config(checkpoint, output, *places))
+    return evaluate_checkpoint(evaluation_config(checkpoint, output, *places))["near"]
 
 
 def test_a_policy_is_exported_evaluated_by_name_and_exported_again_with_what_it_reached(

@@ -47,6 +47,10 @@ class Backbone(Protocol):
         """
         ...
 
+    def pad_instructions(self, instructions: list[str]) -> None:
+        """Pad the instructions of every batch to the longest of these; none ends it."""
+        ...
+
 
 @dataclass(frozen=True)
 class BackboneEntry:

@@ -108,6 +108,10 @@ class CompactBackbone(nn.Module):
             context = block(context, mask)
         return context, mask
 
+    def pad_instructions(self, instructions: list[str]) -> None:
+        """Pad the instructions of every batch to the longest of these; none ends it."""
+        self.text_encoder.pad_to_longest(instructions)
+
     def _encode_text(self, text: list[str] | EncodedText) -> EncodedText:
         return text if isinstance(text, tuple) else self.text_encoder(text)
 
@@ -226,18 +230,23 @@ class TextEncoder(nn.Module):
         self.width: int = self.network.config.hidden_size
         self.requires_grad_(not frozen)
         self._encoded: dict[str, Tensor] = {}
+        self._length = 0
         self.train(not frozen)
 
     def train(self, mode: bool = True) -> "TextEncoder":
         """Stay in evaluation mode if frozen: dropout must not enter the kept sentences."""
         return super().train(mode and not self.frozen)
 
+    def pad_to_longest(self, sentences: list[str]) -> None:
+        """Pad every batch to the longest of these sentences, so that its shape depends on no batch."""
+        self._length = int(self.tokenize(sentences)["attention_mask"].sum(dim=1).max()) if sentences else 0
+
     def forward(self, sentences: list[str]) -> EncodedText:
         """Return token features [b l c] and their mask [b l] (True: a word) of b sentences."""
         unique = list(dict.fromkeys(sentences))
         index = torch.tensor([unique.index(sentence) for sentence in sentences])
         tokens = self._encode_once(unique) if self.frozen else self._encode(unique)
-        length = max(len(words) for words in tokens)
+        length = max(self._length, *(len(words) for words in tokens))
         padded = torch.stack([nn.functional.pad(words, (0, 0, 0, length - len(words))) for words in tokens])
         mask = torch.stack([torch.arange(length) < len(words) for words in tokens])
         index, mask = index.to(padded.device), mask.to(padded.device)

@@ -167,6 +167,10 @@ class VisionLanguageBackbone(nn.Module):
         mask = inputs["attention_mask"].bool()
         return context, torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
 
+    def pad_instructions(self, instructions: list[str]) -> None:
+        """Pad the instructions of every batch to the longest of these; none ends it."""
+        self.prompts.pad_to_longest(instructions)
+
     def _as_native(self, tokens: Tensor, features: Tensor) -> BaseModelOutputWithPooling:
         """Return fused tokens in the form of the model's own `get_image_features`."""
         dtype = self.model.get_input_embeddings().weight.dtype
@@ -318,6 +322,7 @@ class Prompts:
                 setattr(self.processor.image_processor, switch, False)
         self.views, self.frame_size = views, frame_size
         self._rows: dict[str, dict[str, Tensor]] = {}
+        self._length = 0  # least length of a batch
 
     @property
     def image_hash(self) -> str:
@@ -341,7 +346,7 @@ class Prompts:
             `image_grid_thw` [b*v 3] where the model takes it.
         """
         rows = [self._row(sentence) for sentence in sentences]
-        length = max(row["input_ids"].shape[1] for row in rows)
+        length = max(self._length, *(row["input_ids"].shape[1] for row in rows))
         batch = {}
         for key in rows[0]:
             parts = [row[key] for row in rows]
@@ -352,6 +357,10 @@ class Prompts:
                 ]
             batch[key] = torch.cat(parts).to(device)
         return batch
+
+    def pad_to_longest(self, sentences: list[str]) -> None:
+        """Pad every batch to the longest of these sentences, so that its shape depends on no batch."""
+        self._length = max((self._row(sentence)["input_ids"].shape[1] for sentence in sentences), default=0)
 
     def words(self, sentences: list[str]) -> list[Tensor]:
         """Return the token ids of each instruction, [l]; an empty one is a padding token."""

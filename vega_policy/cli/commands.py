@@ -109,8 +109,9 @@ def evaluate(config: DictConfig) -> str:
     values = plain(config)
     is_local = values["server"]["url"] is None
     load_policy = load_lerobot_policy if is_local else partial(_connect_policy, values["server"])
-    summary = evaluate_checkpoint(values, load_policy)
-    return f"{format_summary(summary)}\nreport: {Path(config.output_dir) / 'report.html'}"
+    summaries = evaluate_checkpoint(values, load_policy)
+    lines = [f"{suite}\n{format_summary(summary)}" for suite, summary in summaries.items()]
+    return "\n\n".join([*lines, f"reports: {config.output_dir}"])
 
 
 @partial(
@@ -248,7 +249,7 @@ def replay(config: DictConfig) -> str:
 
     This is an end-to-end check of actions, states and gripper sign.
     """
-    from vega_policy.evaluation.env_pool import EnvironmentFactory, RecordedEpisode, WorkerPool, replay
+    from vega_policy.evaluation.env_pool import EnvironmentFactory, RecordedEpisode, WorkerPool
 
     shards, dataset = import_module("envs.demos.shards"), Path(config.source)
     if shards.collected_metadata(dataset)["settings"]["demonstrator"]["noise"]:
@@ -266,13 +267,14 @@ def replay(config: DictConfig) -> str:
         )
         for stored in shards.read_episodes(dataset, config.episodes)
     ]
-    lines, successes = [], 0
     with WorkerPool(EnvironmentFactory("envs.make", 128, "fast"), config.processes) as pool:
-        for episode, success in replay(episodes, pool, num_envs=config.processes):
-            successes += success
-            if not success:
-                lines.append(f"failed: {episode.task}, seed {episode.seed}, {len(episode.actions)} actions")
-    return "\n".join([*lines, f"{successes} of {len(episodes)} replayed demonstrations succeed"])
+        successes = pool.replay(episodes)
+    lines = [
+        f"failed: {episode.task}, seed {episode.seed}, {len(episode.actions)} actions"
+        for episode, success in zip(episodes, successes, strict=True)
+        if not success
+    ]
+    return "\n".join([*lines, f"{sum(successes)} of {len(episodes)} replayed demonstrations succeed"])
 
 
 LIBERO_BASES = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
@@ -558,7 +560,7 @@ BENCHMARK_FIELDS: dict[str, Any] = {
     "tasks": None,  # indices; null: the whole suite
     "episodes": 40,  # of each cell, spread over the tasks; logs: null counts all
     "action_steps": None,  # actions executed of each chunk; null takes the policy's own n_action_steps
-    "num_envs": 10,  # batch size of the policy
+    "batch_size": 1,  # rows of a prediction; chunks that continue the last one are predicted one by one
     "processes": 2,  # simulator processes
     "folder": "outputs/latency/${env.suite}",  # raw episodes and plot; the same command resumes
     # logs
@@ -656,8 +658,8 @@ def _latency(options: SimpleNamespace) -> Iterator[dict[str, Any]]:
         Path(options.checkpoint), device=options.device, action_steps=options.action_steps
     )
     settings = {"checkpoint": policy.fingerprint, "action_steps": policy.description.action_steps, "env": env}
-    settings |= {"tasks": options.tasks, "episodes": options.episodes, "num_envs": options.num_envs}
+    settings |= {"tasks": options.tasks, "episodes": options.episodes, "batch_size": options.batch_size}
     output = Path(options.folder)
-    with WorkerPool(factory, min(options.processes, options.num_envs)) as pool:
-        sizes = {"num_envs": options.num_envs, "settings": settings}
+    with WorkerPool(factory, options.processes) as pool:
+        sizes = {"batch_size": options.batch_size, "settings": settings}
         yield from benchmark_latency(policy, pool, episodes, cells, output=output, **sizes)

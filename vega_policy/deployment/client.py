@@ -6,6 +6,7 @@ import contextlib
 import logging
 import ssl
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -153,7 +154,7 @@ class RemotePolicy:
             self.description = replace(self.description, action_steps=action_steps)
         self.reads_frames = bool(self.description.cameras)
 
-    def reset(self) -> None:
+    def reset(self, instructions: Sequence[str] = ()) -> None:
         """Do nothing: the server keeps no state between requests."""
 
     def chunk(

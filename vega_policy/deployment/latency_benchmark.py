@@ -24,7 +24,7 @@ from vega_policy.deployment.client import PolicyClient, ServerAddress
 from vega_policy.deployment.protocol import ProtocolError, RTCContext
 from vega_policy.deployment.server import ServedCheckpoint
 from vega_policy.evaluation.env_pool import WorkerPool
-from vega_policy.evaluation.episodes import Episode, queue_episodes
+from vega_policy.evaluation.episodes import Episode
 from vega_policy.evaluation.policies import ObservationBatch
 from vega_policy.evaluation.rollout import Rollout
 from vega_policy.evaluation.stats import wilson_interval
@@ -122,7 +122,7 @@ def benchmark_latency(
     *,
     output: Path,
     settings: dict[str, Any],
-    num_envs: int = 10,
+    batch_size: int = 1,
 ) -> Iterator[Row]:
     """Run the same episodes in each cell and yield its success; raw episodes and a plot are in `output`.
 
@@ -136,7 +136,7 @@ def benchmark_latency(
         cells: The conditions; the first one is the reference.
         output: Folder of `episodes.parquet` and `latency.png`.
         settings: All that decides the results, as JSON values.
-        num_envs: Batch size of the policy.
+        batch_size: Rows of a prediction.
 
     Raises:
         OtherRunError: If `output` holds a benchmark with other settings.
@@ -152,7 +152,7 @@ def benchmark_latency(
         for cell in cells:
             results = [row for row in raw if row.items() >= asdict(cell).items()]
             if not results:
-                results = _run_cell(policy, pool, episodes, cell, num_envs)
+                results = _run_cell(policy, pool, episodes, cell, batch_size)
                 raw += results
                 buffer = pa.BufferOutputStream()
                 pq.write_table(pa.Table.from_pylist(raw), buffer)
@@ -164,16 +164,16 @@ def benchmark_latency(
 
 
 def _run_cell(
-    policy: ServedCheckpoint, pool: WorkerPool, episodes: Sequence[Episode], cell: Cell, num_envs: int
+    policy: ServedCheckpoint, pool: WorkerPool, episodes: Sequence[Episode], cell: Cell, batch_size: int
 ) -> list[Row]:
     """Return one row an episode, in order."""
     action_steps, size = policy.description.action_steps, policy.description.action_size
     chunk_size = action_steps if policy.noise_shape is None else policy.noise_shape[0]
     threshold = max(chunk_size - action_steps, cell.delay)
     sizes = {"action_steps": action_steps, "threshold": threshold, "action_size": size}
-    rollout = Rollout(policy, pool, partial(DelayedPlan, cell, **sizes))
+    rollout = Rollout(policy, pool, batch_size, make_plan=partial(DelayedPlan, cell, **sizes))
     rows = []
-    for end in rollout.run(queue_episodes(episodes, num_envs, set())):
+    for end in rollout.run(episodes):
         episode, outcome = end.episode, end.outcome
         identity = {name: getattr(episode, name) for name in ("task_index", "index", "seed")}
         result = {name: outcome[name] for name in ("success", "length", "initial_hash")}

@@ -14,7 +14,7 @@ import signal
 import socket
 import ssl
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -498,9 +498,9 @@ class ServedCheckpoint:
         policy = chunks.policy
         self.supports_rtc = isinstance(policy, VegaPolicy) and policy.supports_rtc()
 
-    def reset(self) -> None:
+    def reset(self, instructions: Sequence[str] = ()) -> None:
         """Forget everything."""
-        self._chunks.reset()
+        self._chunks.reset(instructions)
 
     @torch.no_grad()
     def chunk(

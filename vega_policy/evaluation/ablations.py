@@ -88,9 +88,9 @@ class BlindPolicy:
         self._policy = policy
         self._mean_frames = {camera: mean_frames[camera] for camera in cameras}
 
-    def reset(self) -> None:
+    def reset(self, instructions: Sequence[str] = ()) -> None:
         """Reset the policy."""
-        self._policy.reset()
+        self._policy.reset(instructions)
 
     def chunk(self, batch: ObservationBatch, noise: np.ndarray | None) -> np.ndarray:
         """Predict from state, instruction and mean frames; see `ChunkPolicy.chunk`."""
@@ -165,9 +165,9 @@ class FeatureAblation:
         self.noise_shape = policy.noise_shape
         self._policy, self._vega, self._change = policy, policy.policy, change
 
-    def reset(self) -> None:
+    def reset(self, instructions: Sequence[str] = ()) -> None:
         """Reset the policy and the state of the change."""
-        self._policy.reset()
+        self._policy.reset(instructions)
         self._change.reset()
 
     @torch.no_grad()
@@ -272,7 +272,7 @@ class NeighboursPrior(Change):
         if len(known) < 2:
             raise ValueError(
                 f"expected at least 2 rows with episodes to exchange features, got {len(known)}; "
-                "set num_envs=2 or more"
+                "set batch_size=2 and processes=2 or more"
             )
         following = dict(zip(known, [*known[1:], known[0]], strict=True))
         features.prior = prior.clone()

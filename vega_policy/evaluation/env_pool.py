@@ -1,29 +1,31 @@
-"""Pool of worker processes that run the environments: the side of the main process."""
+"""Pool of worker processes, one simulator each: the side of the main process."""
 
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
 
-from vega_policy.evaluation.env_worker import EnvCommand, EnvReport, EpisodeSpec
+from vega_policy.evaluation.env_worker import MEMORY_BYTES, EnvReport, EpisodeSpec, map_frames
 
 _WORKER_FILE = Path(__file__).with_name("env_worker.py")
 _SECONDS_TO_CLOSE = 20.0
 
 
 class WorkerError(RuntimeError):
-    """A worker process failed; the message holds its traceback."""
+    """A worker process failed; the message names its episode and holds its traceback."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class EnvironmentFactory:
 
 
 class WorkerPool:
-    """Worker processes; environment i runs in process i modulo their number.
+    """Worker processes with one simulator each; each has at most one request at a time.
 
     Use it as a context manager: leaving it ends the processes.
     """
@@ -54,20 +56,19 @@ class WorkerPool:
         if processes < 1:
             raise ValueError(f"expected at least 1 process, got processes={processes}")
         self._factory = factory
-        self._children: list[tuple[subprocess.Popen[bytes], Connection]] = []
-        for _ in range(processes):
-            child = _start_worker()
-            self._children.append(child)
-            child[1].send((sys.path, factory.make))
-        self._unread = [0] * processes
+        self._workers = [_Worker(number, factory.make) for number in range(processes)]
+        self.busy_seconds = 0.0  # of all simulators together
+
+    def __len__(self) -> int:
+        return len(self._workers)
 
     @property
     def pids(self) -> list[int]:
         """Process identifiers of the workers."""
-        return [process.pid for process, _ in self._children]
+        return [worker.process.pid for worker in self._workers]
 
     def open(self, *, render: bool, keep_states: bool, history: int = 1) -> None:
-        """Set what the environments do from now on; return at once.
+        """Set what the simulators do from now on; what an interrupted user requested is finished and dropped.
 
         Args:
             render: Whether they render frames; those made otherwise are closed, and rebuilt when needed.
@@ -75,51 +76,63 @@ class WorkerPool:
             history: Frames of each camera in an observation, the last ones of the episode.
         """
         arguments = self._factory.arguments(render=render)
-        for worker in range(len(self._children)):
-            request = {"arguments": arguments, "keep_states": keep_states, "history": history}
-            self._send(worker, "open", request)
+        for worker in self._workers:
+            if worker.is_busy:
+                worker.answer()
+            worker.send("open", arguments=arguments, keep_states=keep_states, history=history)
 
-    def build(self, tasks: dict[int, tuple[str, int]]) -> None:
-        """Start to build environments for (suite, task index) by environment; return at once."""
-        for worker, share in self._by_worker(tasks).items():
-            self._send(worker, "build", {"tasks": share})
+    def build(self, tasks: Iterable[tuple[str, int]]) -> None:
+        """Start to build the simulator of worker 0, 1, ... for (suite, task index); return at once."""
+        for worker, (suite, task_index) in zip(self._workers, tasks, strict=False):
+            worker.send("build", suite=suite, task_index=task_index)
 
-    def advance(self, commands: dict[int, EnvCommand]) -> dict[int, EnvReport]:
-        """Run one tick of every environment that has a command and return the reports.
+    def begin(self, worker: int, spec: EpisodeSpec) -> None:
+        """Let a worker start an episode; `receive` returns its first observation."""
+        self._workers[worker].request("begin", spec=spec)
+
+    def execute(self, worker: int, actions: np.ndarray) -> None:
+        """Let a worker execute actions [t a]; `receive` returns what they led to."""
+        self._workers[worker].request("execute", actions=actions)
+
+    def receive(self, *, all_of_them: bool = False, block: bool = True) -> Iterator[tuple[int, EnvReport]]:
+        """Yield worker and report of those that have arrived; frames are valid until its next request.
+
+        Args:
+            all_of_them: Whether to wait for every request.
+            block: Whether to wait for a report if there is none yet.
 
         Raises:
             WorkerError: If a worker failed or died.
         """
-        shares = self._by_worker(commands)
-        for worker, share in shares.items():
-            self._send(worker, "advance", {"commands": share})
-        reports: dict[int, EnvReport] = {}
-        for worker in shares:
-            reports |= self._receive(worker)
-        return reports
+        busy = {worker.connection: worker for worker in self._workers if worker.is_busy}
+        ready = busy if all_of_them else wait(list(busy), None if block else 0)
+        for connection, worker in busy.items():
+            if connection in ready:
+                yield worker.number, self._report(worker)
 
     def render(self, jobs: list[tuple[EpisodeSpec, np.ndarray]], *, frame_size: int) -> list[np.ndarray]:
         """Render the simulator states [t n] of episodes in parallel, one uint8 [t h w 3] for each job."""
         arguments = self._factory.arguments(render=True, frame_size=frame_size)
-        videos: list[np.ndarray] = []
-        for start in range(0, len(jobs), len(self._children)):
-            batch = jobs[start : start + len(self._children)]
-            for worker, (spec, states) in enumerate(batch):
-                self._send(worker, "render", {"spec": spec, "states": states, "arguments": arguments})
-            videos += [self._receive(worker) for worker in range(len(batch))]
-        return videos
+        return self._map(
+            "render", [{"spec": spec, "states": states, "arguments": arguments} for spec, states in jobs]
+        )
+
+    def replay(self, episodes: Sequence[RecordedEpisode]) -> list[bool]:
+        """Restore each episode's initial state, execute its actions, and return whether that is a success.
+
+        Raises:
+            WorkerError: If a simulator failed.
+        """
+        self.open(render=False, keep_states=False)
+        return self._map("replay", [{"spec": one.spec(), "actions": one.actions} for one in episodes])
 
     def close(self) -> None:
         """Close the connections, let the workers close their environments, and end those that do not."""
-        for _, connection in self._children:
-            connection.close()
-        for process, _ in self._children:
-            try:
-                process.wait(_SECONDS_TO_CLOSE)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-        self._children = []
+        for worker in self._workers:
+            worker.connection.close()
+        for worker in self._workers:
+            worker.end()
+        self._workers = []
 
     def __enter__(self) -> Self:
         return self
@@ -129,55 +142,103 @@ class WorkerPool:
     ) -> None:
         self.close()
 
-    def _by_worker(self, values: dict[int, Any]) -> dict[int, dict[int, Any]]:
-        shares: dict[int, dict[int, Any]] = {}
-        for index, value in values.items():
-            shares.setdefault(index % len(self._children), {})[index] = value
-        return shares
+    def _map(self, method: str, requests: Sequence[dict[str, Any]]) -> list[Any]:
+        """Return the results of a method, whichever workers compute them."""
+        results: list[Any] = [None] * len(requests)
+        waiting, running = list(enumerate(requests)), {}
+        while waiting or running:
+            for worker in self._workers:
+                if not worker.is_busy and waiting:
+                    number, request = waiting.pop(0)
+                    worker.request(method, **request)
+                    running[worker.connection] = number, worker
+            for connection in wait(list(running)):
+                number, worker = running.pop(connection)
+                results[number] = worker.answer()[0]
+        return results
 
-    def _send(self, worker: int, method: str, arguments: dict[str, Any]) -> None:
-        self._unread[worker] += 1
+    def _report(self, worker: _Worker) -> EnvReport:
+        report, seconds = worker.answer()
+        self.busy_seconds += seconds
+        if report["observation"] is not None:
+            report["observation"]["frames"] = map_frames(worker.memory, report["shapes"])
+        return report
+
+
+class _Worker:
+    """A worker process as the main process has it."""
+
+    def __init__(self, number: int, make: str) -> None:
+        self.number = number
+        ours, theirs = socket.socketpair()
+        with theirs, _memory_file() as file:
+            os.ftruncate(file.fileno(), MEMORY_BYTES)
+            self.memory = mmap.mmap(file.fileno(), MEMORY_BYTES)
+            descriptors = [theirs.fileno(), file.fileno()]
+            # Simulators run in parallel over processes: a thread pool in each would compete for the same
+            # cores. -P keeps this folder off the search path, where a module could hide one of Python's own.
+            self.process = subprocess.Popen(
+                [sys.executable, "-P", str(_WORKER_FILE), *map(str, descriptors)],
+                pass_fds=descriptors,
+                stdin=subprocess.DEVNULL,
+                env={
+                    **os.environ,
+                    "OMP_NUM_THREADS": "1",
+                    "OPENBLAS_NUM_THREADS": "1",
+                    "MKL_NUM_THREADS": "1",
+                },
+            )
+        self.connection = Connection(ours.detach())
+        self.connection.send((sys.path, make))
+        self.is_busy = False  # a request is not answered yet
+        self._episode = "no episode"
+
+    def send(self, method: str, **arguments: Any) -> None:
+        """Send a request that is not answered."""
         # Nothing can be sent to a dead worker, but its last message can still be read.
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            self._children[worker][1].send((method, arguments))
+            self.connection.send((method, arguments))
 
-    def _receive(self, worker: int) -> Any:
-        """Wait until a worker has answered all requests, and return its last answer."""
-        answer = None
-        while self._unread[worker]:
-            answer = self._read(worker)
-            self._unread[worker] -= 1
-        return answer
+    def request(self, method: str, **arguments: Any) -> None:
+        """Send a request that is answered."""
+        if (spec := arguments.get("spec")) is not None:
+            self._episode = f"task {spec['task_index']} of {spec['suite']}, seed {spec['seed']}"
+        self.is_busy = True
+        self.send(method, **arguments)
 
-    def _read(self, worker: int) -> Any:
-        process, connection = self._children[worker]
+    def answer(self) -> tuple[Any, float]:
+        """Wait for the answer, and return it with the seconds that it took."""
         try:
-            outcome, value = connection.recv()
+            outcome, value, seconds = self.connection.recv()
         except (EOFError, ConnectionResetError) as error:
-            code = process.wait(_SECONDS_TO_CLOSE)
+            code = self.process.wait(_SECONDS_TO_CLOSE)
             raise WorkerError(
-                f"evaluation worker {worker} died without a message (exit code {code}; -9 often means that "
-                "memory ran out). Finished episodes are kept: start again with the same settings, or with a "
-                "smaller num_envs in another folder."
+                f"simulator process {self.number} died without a message in {self._episode} (exit code "
+                f"{code}; -9 often means that memory ran out). Finished episodes are kept: start again with "
+                "the same settings, or with fewer processes."
             ) from error
         if outcome == "failed":
-            raise WorkerError(f"evaluation worker {worker} failed. Finished episodes are kept.\n{value}")
-        return value
+            raise WorkerError(
+                f"simulator process {self.number} failed in {self._episode}. Finished episodes are kept.\n"
+                f"{value}"
+            )
+        self.is_busy = False
+        return value, seconds
+
+    def end(self) -> None:
+        """Wait until the process has ended; kill it if it does not."""
+        try:
+            self.process.wait(_SECONDS_TO_CLOSE)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
 
 
-def _start_worker() -> tuple[subprocess.Popen[bytes], Connection]:
-    ours, theirs = socket.socketpair()
-    # Simulators run in parallel over processes: a thread pool in each would compete for the same cores.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    with theirs:
-        # -P keeps this folder off the search path, where a module could hide one of Python's own.
-        process = subprocess.Popen(
-            [sys.executable, "-P", str(_WORKER_FILE), str(theirs.fileno())],
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-            env=environment,
-        )
-    return process, Connection(ours.detach())
+def _memory_file() -> Any:
+    """Return a new file without a name, in memory where the system can."""
+    if sys.platform == "linux":
+        return os.fdopen(os.memfd_create("frames"), "w+b")
+    return tempfile.TemporaryFile()
 
 
 @dataclass(frozen=True)
@@ -200,21 +261,3 @@ class RecordedEpisode:
             "initial_state": None,
             "start": self.start,
         }
-
-
-def replay(
-    episodes: Sequence[RecordedEpisode], pool: WorkerPool, *, num_envs: int
-) -> Iterator[tuple[RecordedEpisode, bool]]:
-    """Restore each episode's initial state, execute its actions, and yield whether that is a success.
-
-    Raises:
-        WorkerError: If a simulator failed.
-    """
-    pool.open(render=False, keep_states=False)
-    for first in range(0, len(episodes), num_envs):
-        batch = dict(enumerate(episodes[first : first + num_envs]))
-        pool.advance({env: {"actions": None, "episode": one.spec()} for env, one in batch.items()})
-        reports = pool.advance({env: {"actions": one.actions, "episode": None} for env, one in batch.items()})
-        for env, episode in batch.items():
-            outcome = reports[env]["outcome"]
-            yield episode, outcome is not None and outcome["success"]

@@ -1,9 +1,9 @@
-"""The worker process that steps simulators.
+"""The worker process: one simulator, which begins episodes and executes chunks of actions on request.
 
-It runs as a file (`python env_worker.py FILE_DESCRIPTOR`), not as a module of the package: `import
-vega_policy` brings torch and LeRobot, which a simulator does not need and which would cost every worker
-seconds. So this file imports the standard library and numpy alone, and all that crosses the connection
-consists of their types.
+It runs as a file (`python env_worker.py SOCKET MEMORY`), not as a module of the package: `import vega_policy`
+brings torch and LeRobot, which a simulator does not need and which would cost every worker seconds. So this
+file imports the standard library and numpy alone, and all that is sent consists of their types.
+Frames of observations are written into memory that both processes map.
 
 Frames that the policy does not read are never rendered: an environment executes its actions without observing
 and observes once, after the last.
@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import mmap
 import signal
 import sys
+import time
 import traceback
 from collections import deque
 from collections.abc import Callable
@@ -32,13 +34,6 @@ class EpisodeSpec(TypedDict):
     seed: int
     initial_state: int | None  # index of an official initial state; None: the seed alone decides
     start: NotRequired[np.ndarray]  # simulator state float64 [n] that replaces the one after the reset
-
-
-class EnvCommand(TypedDict):
-    """What an environment does in a tick: execute `actions`, then start `episode` if none is running."""
-
-    actions: np.ndarray | None  # [t a]
-    episode: EpisodeSpec | None
 
 
 class EnvObservation(TypedDict):
@@ -61,10 +56,24 @@ class Outcome(TypedDict):
 
 
 class EnvReport(TypedDict):
-    """Outcome of the episode that ended in a tick, if any, and observation of the one now running, if any."""
+    """Outcome of the episode if it ended, else its observation."""
 
     outcome: Outcome | None
     observation: EnvObservation | None
+    shapes: NotRequired[dict[str, tuple[int, ...]]]  # of the frames, which then are in the shared memory
+
+
+MEMORY_BYTES = 1 << 30
+"""Size of the file that both processes map; only what frames fill takes memory."""
+
+
+def map_frames(memory: mmap.mmap, shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    """Return uint8 arrays in the memory, one after the other."""
+    ends = np.cumsum([np.prod(shape) for shape in shapes.values()], dtype=int)
+    return {
+        camera: np.ndarray(shape, np.uint8, memory, int(end - np.prod(shape)))
+        for (camera, shape), end in zip(shapes.items(), ends, strict=True)
+    }
 
 
 def resolve(path: str) -> Callable[..., Any]:
@@ -113,7 +122,7 @@ class TaskEnv:
 
 
 class EnvRunner:
-    """Runs one episode after another in one environment: one row of the policy's batch."""
+    """Runs one episode after another in one environment."""
 
     def __init__(self, env: TaskEnv, *, keep_states: bool, history: int = 1) -> None:
         self.env = env
@@ -124,18 +133,8 @@ class EnvRunner:
         self._initial_hash = ""
         self._states: list[np.ndarray] = []
 
-    def advance(self, command: EnvCommand) -> EnvReport:
-        """Execute the actions of a tick, start the next episode where one ended, and observe."""
-        outcome, observation = None, None
-        if command["actions"] is not None:
-            outcome = self._execute(command["actions"])
-            if outcome is None:
-                return {"outcome": None, "observation": self._observation(self.env.environment.observe())}
-        if command["episode"] is not None:
-            observation = self._observation(self._begin(command["episode"]))
-        return {"outcome": outcome, "observation": observation}
-
-    def _begin(self, spec: EpisodeSpec) -> Any:
+    def begin(self, spec: EpisodeSpec) -> EnvReport:
+        """Start an episode and observe."""
         observation = self.env.begin(spec)
         # The frames before the start are the first frame, as LeRobot's dataset pads a clip.
         self._past = deque(maxlen=self.history)
@@ -144,10 +143,15 @@ class EnvRunner:
         state = self.env.environment.simulator_state()
         self._length, self._initial_hash = 0, state_hash(state)
         self._states = [state] if self.keep_states else []
-        return observation
+        return {"outcome": None, "observation": self._observation(observation)}
+
+    def execute(self, actions: np.ndarray) -> EnvReport:
+        """Execute actions [t a] until success or truncation; observe if the episode goes on."""
+        outcome = self._execute(actions)
+        observation = self._observation(self.env.environment.observe()) if outcome is None else None
+        return {"outcome": outcome, "observation": observation}
 
     def _execute(self, actions: np.ndarray) -> Outcome | None:
-        """Execute actions [t a] until success or truncation; None if the episode goes on."""
         environment = self.env.environment
         for step, action in enumerate(actions, start=1):
             success, truncated = environment.step_blindly(action)
@@ -186,32 +190,40 @@ class EnvRunner:
 
 
 class Worker:
-    """The environments of this process by index; its public methods are the requests of the pool."""
+    """The simulator of this process; its public methods are the requests of the pool."""
 
-    def __init__(self, make: Callable[..., Any]) -> None:
+    def __init__(self, make: Callable[..., Any], memory: mmap.mmap) -> None:
         self._make = make
-        self._runners: dict[int, EnvRunner] = {}
+        self._memory = memory
         self._arguments: dict[str, Any] = {}
-        self._keep_states = False
-        self._history = 1
+        self._runner = EnvRunner(TaskEnv(make, {}), keep_states=False)
         self._renderer: tuple[dict[str, Any], TaskEnv] | None = None
 
     def open(self, arguments: dict[str, Any], keep_states: bool, history: int) -> None:
-        """Set how environments are made and observed; those made with other arguments are closed."""
+        """Set how environments are made and observed; one that was made with other arguments is closed."""
         if arguments != self._arguments:
             self.close()
-        self._arguments, self._keep_states, self._history = arguments, keep_states, history
-        for runner in self._runners.values():
-            runner.keep_states, runner.history = keep_states, history
+            self._arguments = arguments
+            self._runner = EnvRunner(TaskEnv(self._make, arguments), keep_states=keep_states)
+        self._runner.keep_states, self._runner.history = keep_states, history
 
-    def build(self, tasks: dict[int, tuple[str, int]]) -> None:
-        """Build environments for the tasks that they run first."""
-        for index, task in tasks.items():
-            self._runner(index).env.build(*task)
+    def build(self, suite: str, task_index: int) -> None:
+        """Build the environment of the task that runs first."""
+        self._runner.env.build(suite, task_index)
 
-    def advance(self, commands: dict[int, EnvCommand]) -> dict[int, EnvReport]:
-        """Run one tick of each environment that has a command."""
-        return {index: self._runner(index).advance(command) for index, command in commands.items()}
+    def begin(self, spec: EpisodeSpec) -> EnvReport:
+        """Start an episode and observe."""
+        return self._share(self._runner.begin(spec))
+
+    def execute(self, actions: np.ndarray) -> EnvReport:
+        """Execute actions [t a] of the running episode."""
+        return self._share(self._runner.execute(actions))
+
+    def replay(self, spec: EpisodeSpec, actions: np.ndarray) -> bool:
+        """Return whether an episode of known actions [t a] is a success."""
+        self._runner.begin(spec)
+        outcome = self._runner.execute(actions)["outcome"]
+        return outcome is not None and outcome["success"]
 
     def render(self, spec: EpisodeSpec, states: np.ndarray, arguments: dict[str, Any]) -> np.ndarray:
         """Render states [t n] of an episode, uint8 [t h w 3]."""
@@ -228,36 +240,42 @@ class Worker:
 
     def close(self) -> None:
         """Close every environment."""
-        for runner in self._runners.values():
-            runner.env.close()
+        self._runner.env.close()
         if self._renderer is not None:
             self._renderer[1].close()
-        self._runners, self._renderer = {}, None
+        self._renderer = None
 
-    def _runner(self, index: int) -> EnvRunner:
-        if index not in self._runners:
-            env = TaskEnv(self._make, self._arguments)
-            self._runners[index] = EnvRunner(env, keep_states=self._keep_states, history=self._history)
-        return self._runners[index]
+    def _share(self, report: EnvReport) -> EnvReport:
+        """Move the frames of an observation into the shared memory."""
+        if (observation := report["observation"]) is not None:
+            shapes = {camera: frame.shape for camera, frame in observation["frames"].items()}
+            for camera, shared in map_frames(self._memory, shapes).items():
+                shared[:] = observation["frames"][camera]
+            observation["frames"], report["shapes"] = {}, shapes
+        return report
 
 
-def serve(connection: Connection) -> None:
-    """Answer requests `(method, arguments)` with `("done", result)` until the other side closes.
+def serve(connection: Connection, memory: mmap.mmap) -> None:
+    """Answer requests `(method, arguments)` with `("done", result, seconds)` until the other side closes.
 
-    An error is sent as `("failed", traceback)` and ends the process.
+    Methods without a result are not answered. An error is sent as `("failed", traceback, 0)` and ends the
+    process.
     """
 
     def report(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-        connection.send(("failed", "".join(traceback.format_exception(kind, error, trace))))
+        connection.send(("failed", "".join(traceback.format_exception(kind, error, trace)), 0.0))
 
     sys.excepthook = report
     search_path, make = connection.recv()
     sys.path[:] = search_path
-    worker = Worker(resolve(make))
+    worker = Worker(resolve(make), memory)
     try:
         while True:
             method, arguments = connection.recv()
-            connection.send(("done", getattr(worker, method)(**arguments)))
+            start = time.perf_counter()
+            result = getattr(worker, method)(**arguments)
+            if result is not None:
+                connection.send(("done", result, time.perf_counter() - start))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return  # the main process closed the connection or is gone
     finally:
@@ -267,4 +285,4 @@ def serve(connection: Connection) -> None:
 if __name__ == "__main__":
     # Ctrl-C reaches the whole process group; the main process decides, and its end is this process's end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    serve(Connection(int(sys.argv[1])))
+    serve(Connection(int(sys.argv[1])), mmap.mmap(int(sys.argv[2]), MEMORY_BYTES))

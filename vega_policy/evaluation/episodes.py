@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-from collections import deque
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol
@@ -50,6 +49,11 @@ class TaskDescription(Protocol):
         ...
 
     @property
+    def instruction(self) -> str:
+        """The sentence that the policy receives."""
+        ...
+
+    @property
     def official_states(self) -> int:
         """Number of official initial states; 0 where there are none."""
         ...
@@ -79,6 +83,16 @@ class Episode:
     def key(self) -> EpisodeKey:
         """Identifies the episode within its evaluation."""
         return self.task_index, self.index
+
+    @property
+    def scene(self) -> tuple[str, int]:
+        """Suite and task, for which a simulator is built."""
+        return self.suite, self.task_index
+
+    def row(self, batch_size: int) -> int:
+        """Return the episode's row in every batch of the policy."""
+        # The stride spreads the episodes that begin together, the first ones of every task, over the rows.
+        return (self.index + 7 * self.task_index) % batch_size
 
     def spec(self) -> EpisodeSpec:
         """Return what a worker needs to run the episode."""
@@ -179,30 +193,6 @@ def _require_official_states(tasks: Sequence[TaskDescription], episodes_per_task
             )
 
 
-def queue_episodes(
-    episodes: Sequence[Episode], num_envs: int, finished: Collection[EpisodeKey]
-) -> list[deque[Episode]]:
-    """Return the unfinished episodes of each environment, in order.
-
-    Which environment runs an episode does not depend on what is finished: so a resumed evaluation equals an
-    uninterrupted one.
-    """
-    queues: list[deque[Episode]] = [deque() for _ in range(num_envs)]
-    for number, episode in enumerate(episodes):
-        if episode.key not in finished:
-            queues[env_of(number, len(episodes), num_envs)].append(episode)
-    return queues
-
-
-def env_of(number: int, episodes: int, num_envs: int) -> int:
-    """Return the index of the environment that runs one of all episodes: each runs a contiguous stretch.
-
-    So an environment stays with one task for as long as it can; building another task's scene costs a LIBERO
-    environment as long as an episode.
-    """
-    return number * num_envs // episodes
-
-
 @dataclass(frozen=True)
 class Shard:
     """Part `index`, from 0, of an evaluation in `count` parts.
@@ -225,9 +215,10 @@ class Shard:
         """Return the shard's folder; a single shard is `output_dir` itself."""
         return output_dir if self.count == 1 else output_dir / SHARD_FOLDER / f"{self.index}_of_{self.count}"
 
-    def contains(self, env: int) -> bool:
-        """Return whether the shard runs the environment with this index."""
-        return env % self.count == self.index
+    def part(self, episodes: Sequence[Episode]) -> list[Episode]:
+        """Return the episodes of the shard: a contiguous stretch, so that it has few tasks to build."""
+        first, end = (len(episodes) * index // self.count for index in (self.index, self.index + 1))
+        return list(episodes[first:end])
 
 
 class EvaluationFolder:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -27,9 +26,7 @@ from vega_policy.evaluation.episodes import (
     EvaluationFolder,
     Shard,
     TaskDescription,
-    env_of,
     plan_episodes,
-    queue_episodes,
     select_tasks,
 )
 from vega_policy.evaluation.policies import (
@@ -40,10 +37,12 @@ from vega_policy.evaluation.policies import (
     load_lerobot_policy,
 )
 from vega_policy.evaluation.report import choose_episodes, render_videos, summarize, write_report
-from vega_policy.evaluation.rollout import FinishedEpisode, Rollout, single_call_seconds
+from vega_policy.evaluation.rollout import FinishedEpisode, Rollout, Schedule
 from vega_policy.run_dir import write_json
 
 logger = logging.getLogger(__name__)
+
+_SECONDS_BETWEEN_WRITES = 2.0  # of the table: writing it after every episode would delay all simulators
 
 
 class LoadPolicy(Protocol):
@@ -57,7 +56,9 @@ class LoadPolicy(Protocol):
 def evaluate_checkpoint(
     config: Mapping[str, Any], load_policy: LoadPolicy = load_lerobot_policy
 ) -> dict[str, Any]:
-    """Evaluate a checkpoint and return the content of summary.json.
+    """Evaluate a checkpoint and return the content of summary.json by suite.
+
+    Several suites run one after the other in the same simulator processes, each in a folder of its own.
 
     Args:
         config: The composed configs/eval.yaml as plain values.
@@ -70,12 +71,11 @@ def evaluate_checkpoint(
         WorkerError: If a simulator failed.
     """
     environment, functions = config["env"], config["environments"]
-    tasks = resolve(functions["tasks"])(environment["suite"])
-    settings = read_settings(config, tasks)
+    suites = [environment["suite"]] if isinstance(environment["suite"], str) else environment["suite"]
+    device = choose_device(config["device"])
     factory = EnvironmentFactory(functions["make"], environment["frame_size"], environment["rendering"])
     checkpoint = find_checkpoint(Path(config["checkpoint"]))
     check_checkpoint(checkpoint)
-    device = choose_device(config["device"])
     provenance = {
         "checkpoint": str(config["checkpoint"]),
         "checkpoint_sha256": checkpoint_fingerprint(checkpoint),
@@ -86,15 +86,22 @@ def evaluate_checkpoint(
     }
     warn_of_other_frames(checkpoint, factory)
     shard = Shard(config["shard"], config["shards"])
-    evaluation = Evaluation(settings, tasks, Path(config["output_dir"]), provenance, shard)
-    left, total = evaluation.count_episodes()
-    logger.info("%s: %d of %d episodes left", config["output_dir"], left, total)
-    logger.info("loading %s on %s, and the environments of %s", checkpoint, device, settings.suite)
-    with WorkerPool(factory, min(settings.processes, settings.num_envs)) as pool:
-        evaluation.prepare(pool)
+    evaluations: dict[str, Evaluation] = {}
+    for suite in suites:
+        tasks, folder = resolve(functions["tasks"])(suite), Path(config["output_dir"])
+        folder = folder if len(suites) == 1 else folder / suite
+        settings = read_settings(config, suite, tasks, device)
+        evaluations[suite] = Evaluation(settings, tasks, folder, provenance, shard)
+        logger.info("%s: %d of %d episodes left", folder, *evaluations[suite].count_episodes())
+    left = sum(evaluation.count_episodes()[0] for evaluation in evaluations.values())
+    logger.info("loading %s on %s, and the environments of %s", checkpoint, device, ", ".join(suites))
+    with WorkerPool(factory, min(config["processes"], max(left, 1))) as pool:
+        first = evaluations[suites[0]]
+        first.prepare(pool)
         policy = load_policy(checkpoint, device=device, action_steps=config["action_steps"])
-        policies = {ablation: apply_ablation(ablation, policy, checkpoint) for ablation in settings.ablations}
-        return evaluation.run(policies, pool)
+        ablations = first.settings.ablations
+        policies = {ablation: apply_ablation(ablation, policy, checkpoint) for ablation in ablations}
+        return {suite: evaluation.run(policies, pool) for suite, evaluation in evaluations.items()}
 
 
 def warn_of_other_frames(checkpoint: Path, factory: EnvironmentFactory) -> None:
@@ -155,8 +162,12 @@ class Evaluation:
             official_states=settings.official_states,
         )
         self._shard = shard or Shard()
-        if self._shard.count > 1:
-            _require_independent_rows(settings)
+        if self._shard.count > 1 and settings.mixes_rows:
+            raise ValueError(
+                f"the ablations {list(settings.ablations)} exchange features between the rows of a batch and "
+                "cannot be run in shards; evaluate them with shards=1"
+            )
+        self._instructions = [task.instruction for task in tasks]
         self._groups = {task.name: task.group for task in tasks}
         path, decisive = self._shard.folder(folder), {**provenance, **settings.decisive()}
         self._folder = EvaluationFolder(path, decisive, kept_videos=settings.videos)
@@ -166,24 +177,22 @@ class Evaluation:
             finished = len(self._folder.results(ablation))
             if not ABLATIONS[ablation].rows_independent and finished < len(self.episodes):
                 self._folder.discard(ablation)
-        self._started = time.perf_counter()
+        self._started = 0.0
 
     def count_episodes(self) -> tuple[int, int]:
         """Return how many episodes are left to run here, over all ablations, and of how many."""
-        num_envs, ablations = self.settings.num_envs, self.settings.ablations
-        total = len(self.episodes)
-        here = sum(self._shard.contains(env_of(number, total, num_envs)) for number in range(total))
-        left = sum(len(queue) for ablation in ablations for queue in self._queues(ablation))
-        return left, here * len(ablations)
+        left = sum(len(self._missing(ablation)) for ablation in self.settings.ablations)
+        return left, len(self._here) * len(self.settings.ablations)
 
     def prepare(self, pool: WorkerPool) -> None:
-        """Start to build the environments that are needed first, while the caller loads the policy."""
+        """Start to build the simulators that are needed first, while the caller loads the policy."""
+        self._started = time.perf_counter()
         for ablation in self.settings.ablations:
-            queues = self._queues(ablation)
-            if any(queues):
+            if missing := self._missing(ablation):
+                schedule = Schedule(missing, self.settings.batch_size)
+                first = [schedule.take() for _ in range(min(len(pool), len(missing)))]
                 pool.open(render=ablation != "blind", keep_states=False)
-                first = {env: queue[0] for env, queue in enumerate(queues) if queue}
-                pool.build({env: (episode.suite, episode.task_index) for env, episode in first.items()})
+                pool.build(episode.scene for episode in first if episode is not None)
                 return
 
     def run(self, policies: Mapping[str, ChunkPolicy], pool: WorkerPool) -> dict[str, Any]:
@@ -196,6 +205,7 @@ class Evaluation:
         Raises:
             ValueError: If the policies are not those of the settings' ablations.
         """
+        self._started = self._started or time.perf_counter()
         try:
             if tuple(policies) != self.settings.ablations:
                 raise ValueError(
@@ -208,38 +218,53 @@ class Evaluation:
             self._folder.close()
 
     def _run_episodes(self, ablation: str, policy: ChunkPolicy, pool: WorkerPool) -> None:
-        finished, queues = self._folder.results(ablation), self._queues(ablation)
-        if not any(queues):
+        missing, progress = self._missing(ablation), self._folder.progress
+        if not missing:
             return
-        progress = self._folder.progress
         is_main = ablation == self.settings.ablations[0]
         pool.open(
             render=policy.reads_frames,
             keep_states=is_main and self.settings.videos > 0,
             history=policy.description.history,
         )
-        rollout = Rollout(policy, pool, call_seconds=progress.call_seconds.setdefault(ablation, []))
-        successes = sum(result.success for result in finished)
-        with tqdm(
-            total=len(self.episodes),
-            initial=len(finished),
-            desc=f"ablation {ablation}",
-            unit="ep",
-            dynamic_ncols=True,
-        ) as bar:
-            for end in rollout.run(queues):
-                result = _result(ablation, end)
-                if is_main:
-                    self._folder.trajectories.offer(result, end.outcome["states"])
-                    if not progress.single_call_seconds and rollout.last_batch is not None:
-                        calls = self.settings.latency_calls
-                        progress.single_call_seconds = single_call_seconds(policy, rollout.last_batch, calls)
-                # States and durations first: an episode on record is never run again.
-                self._record_seconds()
-                self._folder.add([result])
-                successes += result.success
-                bar.set_postfix_str(f"success {successes}/{bar.n + 1}", refresh=False)
-                bar.update()
+        rollout = Rollout(
+            policy,
+            pool,
+            self.settings.batch_size,
+            lockstep=not ABLATIONS[ablation].rows_independent,
+            call_seconds=progress.call_seconds.setdefault(ablation, []),
+        )
+        unwritten: list[EpisodeResult] = []
+        total, done = len(self._here), len(self._here) - len(missing)
+        successes = sum(result.success for result in self._folder.results(ablation))
+        try:
+            with tqdm(
+                total=total, initial=done, desc=f"ablation {ablation}", unit="ep", dynamic_ncols=True
+            ) as bar:
+                for end in rollout.run(missing, self._instructions):
+                    result = _result(ablation, end)
+                    if is_main:
+                        self._folder.trajectories.offer(result, end.outcome["states"])
+                    successes += result.success
+                    bar.set_postfix_str(f"success {successes}/{bar.n + 1}", refresh=False)
+                    bar.update()
+                    if bar.n == bar.total and is_main and not progress.single_call_seconds:
+                        calls = self.settings.latency_calls  # now that no simulator takes its time
+                        progress.single_call_seconds = rollout.single_call_seconds(calls)
+                    unwritten.append(result)
+                    if time.perf_counter() - self._started > _SECONDS_BETWEEN_WRITES:
+                        self._write(unwritten)
+        finally:
+            self._write(unwritten)
+        logger.info("simulators busy %.0f%% of the time", 100 * rollout.busy_fraction)
+
+    def _write(self, results: list[EpisodeResult]) -> None:
+        """Write finished episodes and empty their list."""
+        # States and durations first: an episode on record is never run again.
+        self._record_seconds()
+        if results:
+            self._folder.add(results)
+            results.clear()
 
     def _report(self, policies: Mapping[str, ChunkPolicy], pool: WorkerPool) -> dict[str, Any]:
         folder, main = self._folder, self.settings.ablations[0]
@@ -259,25 +284,19 @@ class Evaluation:
         write_report(folder.path, summary, videos)
         return summary
 
-    def _queues(self, ablation: str) -> list[deque[Episode]]:
+    @property
+    def _here(self) -> list[Episode]:
+        return self._shard.part(self.episodes)
+
+    def _missing(self, ablation: str) -> list[Episode]:
         finished = {result.key for result in self._folder.results(ablation)}
-        queues = queue_episodes(self.episodes, self.settings.num_envs, finished)
-        return [queue if self._shard.contains(env) else deque() for env, queue in enumerate(queues)]
+        return [episode for episode in self._here if episode.key not in finished]
 
     def _record_seconds(self) -> None:
         """Add the time since the last call to the recorded cost."""
         now = time.perf_counter()
         self._folder.add_seconds(now - self._started)
         self._started = now
-
-
-def _require_independent_rows(settings: EvaluationSettings) -> None:
-    mixed = [name for name in settings.ablations if not ABLATIONS[name].rows_independent]
-    if mixed:
-        raise ValueError(
-            f"the ablations {mixed} exchange features between the rows of a batch and cannot be run in "
-            "shards; evaluate them with shards=1"
-        )
 
 
 def _result(ablation: str, end: FinishedEpisode) -> EpisodeResult:

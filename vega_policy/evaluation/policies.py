@@ -91,8 +91,12 @@ class ChunkPolicy(Protocol):
         """Whether the policy reads frames; if not, the environments render nothing."""
         ...
 
-    def reset(self) -> None:
-        """Forget everything; called once before an evaluation."""
+    def reset(self, instructions: Sequence[str] = ()) -> None:
+        """Forget everything; called once before an evaluation, with the instructions of its suite.
+
+        Where a network pads text to the longest of a batch, it has to pad to the longest of these instead:
+        else a chunk would depend on the other rows.
+        """
         ...
 
     def chunk(self, batch: ObservationBatch, noise: np.ndarray | None) -> np.ndarray:
@@ -292,10 +296,15 @@ class LeRobotChunkPolicy:
         self._vega = policy if isinstance(policy, VegaPolicy) and policy.base is None else None
         self._constant_features: dict[int, dict[str, Tensor]] = {}  # by number of rows
 
-    def reset(self) -> None:
-        """Forget everything."""
+    def reset(self, instructions: Sequence[str] = ()) -> None:
+        """Forget everything; see `ChunkPolicy.reset`."""
         self.policy.reset()
         self._constant_features = {}
+        if self._vega is not None:
+            self._vega.model.backbone.pad_instructions(list(instructions))
+        for step in self.preprocessor.steps if instructions else ():
+            if getattr(step, "padding", None) == "longest":  # LeRobot's tokenizer
+                step.padding = "max_length"  # pyright: ignore[reportAttributeAccessIssue]
 
     @torch.no_grad()
     def chunk(self, batch: ObservationBatch, noise: np.ndarray | None) -> np.ndarray:

@@ -54,7 +54,7 @@ def summarize(
         "prior": description.prior,
         "action_steps": description.action_steps,
         "seconds_total": round(progress.seconds, 3),
-        "latency": _summarize_latency(progress, first, settings["num_envs"]),
+        "latency": _summarize_latency(progress, first, settings["batch_size"]),
         "ablations": ablations,
         "paired": [
             {"first": first, "second": other, **paired_difference(successes[first], successes[other])}
@@ -93,11 +93,11 @@ def _count_successes(results: Sequence[EpisodeResult]) -> dict[str, Any]:
     }
 
 
-def _summarize_latency(progress: Progress, ablation: str, num_envs: int) -> dict[str, Any]:
+def _summarize_latency(progress: Progress, ablation: str, batch_size: int) -> dict[str, Any]:
     """Return median and 95th percentile of a policy call, batched and for one observation."""
     # The first call of a process also pays for warming up.
     batched = progress.call_seconds[ablation][1:] or progress.call_seconds[ablation]
-    summary: dict[str, Any] = {"batch_size": num_envs}
+    summary: dict[str, Any] = {"batch_size": batch_size}
     for kind, seconds in (("batched", batched), ("single", progress.single_call_seconds)):
         summary[f"{kind}_calls"] = len(seconds)
         for rank in (50, 95):

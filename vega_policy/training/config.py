@@ -37,7 +37,6 @@ class SimulationConfig:
         episodes_per_task: Episodes of each task, divided among the processes.
         seed: Seed of the evaluation; 99 leaves all usual ones to the final evaluation, so that `best` is not
             chosen on its episodes.
-        num_envs: Environments of one training process.
         processes: Simulator processes of one training process.
         videos: Successes and failures of each training process that are rendered as videos.
         make: Function that makes environments, a dotted path.
@@ -48,14 +47,13 @@ class SimulationConfig:
     env: EnvironmentConfig = field(default_factory=EnvironmentConfig)
     episodes_per_task: int = 10
     seed: int = 99
-    num_envs: int = 5
     processes: int = 1
     videos: int = 1
     make: str = "envs.make"
     tasks: str = "envs.tasks"
 
     def __post_init__(self) -> None:
-        for name, least in (("every", 0), ("episodes_per_task", 1), ("num_envs", 1), ("processes", 1)):
+        for name, least in (("every", 0), ("episodes_per_task", 1), ("processes", 1)):
             _require_at_least(f"simulation.{name}", getattr(self, name), least)
 
 

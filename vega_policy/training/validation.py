@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vega_policy.checkpoints import PRETRAINED
 from vega_policy.data.loader import Batch, Source
-from vega_policy.evaluation.config import EvaluationSettings
+from vega_policy.evaluation.config import EvaluationSettings, default_batch_size
 from vega_policy.evaluation.env_pool import EnvironmentFactory, WorkerPool
 from vega_policy.evaluation.env_worker import resolve
 from vega_policy.evaluation.evaluate import Evaluation
@@ -131,7 +131,7 @@ def _evaluate_share(
         suite=config.env.suite,
         episodes_per_task=config.episodes_per_task,
         seed=config.seed,
-        num_envs=config.num_envs,
+        batch_size=default_batch_size(device),
         processes=config.processes,
         videos=config.videos,
     )
@@ -146,7 +146,7 @@ def _evaluate_share(
     if not evaluation.episodes:
         return None
     factory = EnvironmentFactory(config.make, config.env.frame_size, config.env.rendering)
-    with WorkerPool(factory, min(config.processes, config.num_envs)) as pool:
+    with WorkerPool(factory, min(config.processes, len(evaluation.episodes))) as pool:
         evaluation.prepare(pool)
         summary = evaluation.run({"none": load_lerobot_policy(pretrained, device=device)}, pool)
     return summary["ablations"]["none"]
