@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from vega_policy import packaged_policies
 from vega_policy.run_dir import delete_folder, point_link, write_json
 
 logger = logging.getLogger(__name__)
@@ -149,6 +150,26 @@ def _check_steps(path: Path, steps: list[Any]) -> None:
             raise UnsafeCheckpointError(
                 f"{path}: expected the step {name!r} to name a state file in {path.parent}, got {file!r}."
             )
+
+
+def find_checkpoint(path: Path) -> Path:
+    """Return the folder with `config.json`: of a run's checkpoint, or of a packaged policy given by its name.
+
+    Raises:
+        FileNotFoundError: If there is none; lists what is there and the names of packaged policies.
+    """
+    for folder in (path / PRETRAINED, path):
+        if (folder / "config.json").is_file():
+            return folder
+    packaged = packaged_policies()
+    if str(path) in packaged:
+        return packaged[str(path)]
+    found = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else "nothing"
+    raise FileNotFoundError(
+        f"no checkpoint at {path}: expected {PRETRAINED}/config.json or config.json there, found "
+        f"{found}; give a folder such as outputs/<run>/checkpoints/last, or the name of a packaged policy "
+        f"({', '.join(packaged) or 'this version has none'})"
+    )
 
 
 def write_checksums(folder: Path, names: Iterable[str] | None = None) -> None:

@@ -2,7 +2,6 @@
 
 import os
 import platform
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -208,7 +207,9 @@ def _settle_distance() -> float:
 
 def check_memory() -> Check:
     """There is memory for the demo."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GB
+    from vega_policy.provenance import hardware
+
+    total = hardware()["memory_gb"]
     found = f"{total:.0f} GB"
     if total >= 8:
         return Check("memory", "ok", found)
@@ -222,7 +223,7 @@ def check_disk(folder: Path) -> Check:
         return Check(
             "disk", "failed", f"{place} cannot be written to", "Give another folder: vega-doctor folder=DIR."
         )
-    free = shutil.disk_usage(place).free / GB
+    free = free_space(place) / GB
     found = f"{free:.0f} GB free in {place}"
     if free >= 10:
         return Check("disk", "ok", found)
@@ -233,6 +234,7 @@ def check_disk(folder: Path) -> Check:
 
 def check_hub() -> Check:
     """The model hub answers, or offline mode is set."""
+    import httpx  # of huggingface_hub
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session
 
@@ -241,7 +243,7 @@ def check_hub() -> Check:
         return Check("model hub", "warning", "offline mode (HF_HUB_OFFLINE=1)", remedy)
     try:
         get_session().head(constants.ENDPOINT, timeout=5)
-    except Exception as error:  # noqa: BLE001, no kind of network error may end the report
+    except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
         return Check("model hub", "warning", f"{constants.ENDPOINT}: {type(error).__name__}", remedy)
     return Check("model hub", "ok", constants.ENDPOINT)
 

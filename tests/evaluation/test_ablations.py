@@ -9,6 +9,7 @@ import yaml
 
 from tests.evaluations import STATISTICS, GoalSeeker, noise_for, observe, save_checkpoint
 from tests.policies import tiny_config
+from vega_policy.checkpoints import find_checkpoint
 from vega_policy.evaluation.ablations import (
     ABLATIONS,
     Features,
@@ -19,7 +20,7 @@ from vega_policy.evaluation.ablations import (
 )
 from vega_policy.evaluation.env_pool import EnvironmentFactory
 from vega_policy.evaluation.evaluate import warn_of_other_frames
-from vega_policy.evaluation.policies import find_checkpoint, load_lerobot_policy
+from vega_policy.evaluation.policies import load_lerobot_policy
 from vega_policy.model.config import PriorConfig
 from vega_policy.modeling_vega import VegaPolicy
 

@@ -15,13 +15,13 @@ from safetensors.numpy import save_file
 from tests.evaluations import STATISTICS, evaluation_config, noise_for, observe, save_checkpoint
 from tests.point_world import CAMERA
 from tests.policies import CAMERAS, tiny_config
+from vega_policy.checkpoints import find_checkpoint
 from vega_policy.evaluation.episodes import read_episodes
 from vega_policy.evaluation.evaluate import evaluate_checkpoint
 from vega_policy.evaluation.policies import (
     ObservationBatch,
     checkpoint_fingerprint,
     describe,
-    find_checkpoint,
     load_lerobot_policy,
 )
 from vega_policy.model.config import PriorConfig

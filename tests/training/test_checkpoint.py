@@ -8,8 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.policies import tiny_config
+from tests.policies import batch, tiny_config
 from tests.training_runs import assert_bitwise_equal, cache_of, tiny_policy, tiny_run
+from vega_policy import VegaEncoder
 from vega_policy.checkpoints import (
     CHECKSUMS,
     DamagedCheckpointError,
@@ -226,6 +227,14 @@ def test_an_exported_policy_is_the_rounded_one_without_its_frozen_text_encoder(t
     for name, value in expected.items():
         rounded = value.bfloat16().float() if name in part and value.is_floating_point() else value
         torch.testing.assert_close(found[name], rounded, atol=0, rtol=0)
+
+
+def test_the_encoder_of_an_exported_policy_returns_its_tokens(exported):
+    policy, encoder = VegaPolicy.from_pretrained(exported).eval(), VegaEncoder.from_pretrained(exported)
+    seen = batch()
+    frames = torch.stack([seen[key] for key in policy.config.image_features], dim=1)
+    with torch.no_grad():
+        assert torch.equal(encoder(frames).tokens, policy.model.encode_observation(policy.observe(seen)))
 
 
 def test_a_text_encoder_that_learned_is_exported(trained, tmp_path):

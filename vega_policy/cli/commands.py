@@ -135,8 +135,9 @@ def evaluate(config: DictConfig) -> str:
 )
 def evaluate_offline(config: DictConfig) -> str:
     """Compare a checkpoint's actions with recorded ones, joint by joint; no robot or simulator is needed."""
+    from vega_policy.checkpoints import find_checkpoint
     from vega_policy.evaluation.open_loop import evaluate_open_loop
-    from vega_policy.evaluation.policies import choose_device, find_checkpoint, load_lerobot_policy
+    from vega_policy.evaluation.policies import choose_device, load_lerobot_policy
 
     values, folder = plain(config), find_checkpoint(Path(config.checkpoint))
     policy = load_lerobot_policy(folder, device=choose_device(config.device))
@@ -392,7 +393,7 @@ def export_features(config: DictConfig) -> str:
 )
 def export_policy(config: DictConfig) -> str:
     """Write a policy to a new folder to be published: in bfloat16, without training state, with a card."""
-    from vega_policy.evaluation.policies import find_checkpoint
+    from vega_policy.checkpoints import find_checkpoint
     from vega_policy.training.checkpoint import export_policy
     from vega_policy.training.logging import complete_card
 

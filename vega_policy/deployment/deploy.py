@@ -28,7 +28,7 @@ from lerobot.utils.import_utils import register_third_party_plugins
 from lerobot.utils.robot_utils import precise_sleep
 from torch import Tensor
 
-from vega_policy.checkpoints import check_checkpoint
+from vega_policy.checkpoints import check_checkpoint, find_checkpoint
 from vega_policy.deployment.control_loop import (
     SafeRollout,
     creates_scenes,
@@ -52,7 +52,7 @@ from vega_policy.deployment.safety import (
     safe_action_pipeline,
 )
 from vega_policy.evaluation.env_worker import resolve
-from vega_policy.evaluation.policies import choose_device, find_checkpoint
+from vega_policy.evaluation.policies import choose_device
 from vega_policy.modeling_vega import VegaPolicy
 
 logger = logging.getLogger(__name__)

@@ -228,13 +228,9 @@ class SyncEngine(AlignedEngine):
 
 
 class RealTimeEngine(AlignedEngine):
-    """Predicts the next chunk in its own thread while the last one is executed.
+    """Predicts the next chunk in its own thread while the last one is executed; see `AlignedEngine`.
 
     Args:
-        predict: The policy.
-        reset_policy: Resets policy and processors.
-        safety: Knows the time of the last observation, and the largest age of one when its chunk arrives.
-        under_way: Counts the commands that an observation does not reflect.
         threshold: The next chunk is predicted when at most this many actions are left.
         shutdown: Set after `MAX_FAILURES` failed predictions in a row.
         retry_seconds: Pause after a failed prediction.

@@ -35,6 +35,7 @@ from websockets.http11 import Request as HttpRequest
 from websockets.http11 import Response
 from websockets.typing import Subprotocol
 
+from vega_policy.checkpoints import find_checkpoint
 from vega_policy.deployment import protocol
 from vega_policy.deployment.protocol import ErrorMessage, MessageLimits, ProtocolError, RTCContext
 from vega_policy.evaluation.policies import (
@@ -43,7 +44,6 @@ from vega_policy.evaluation.policies import (
     ObservationBatch,
     checkpoint_fingerprint,
     choose_device,
-    find_checkpoint,
     load_lerobot_policy,
     to_lerobot,
 )

@@ -14,7 +14,7 @@ import yaml
 from lerobot.utils.constants import PRETRAINED_MODEL_DIR
 from tqdm import tqdm
 
-from vega_policy.checkpoints import check_checkpoint
+from vega_policy.checkpoints import check_checkpoint, find_checkpoint
 from vega_policy.evaluation.ablations import ABLATIONS, apply_ablation
 from vega_policy.evaluation.config import EvaluationSettings, read_settings
 from vega_policy.evaluation.env_pool import EnvironmentFactory, WorkerPool
@@ -33,7 +33,6 @@ from vega_policy.evaluation.policies import (
     ChunkPolicy,
     checkpoint_fingerprint,
     choose_device,
-    find_checkpoint,
     load_lerobot_policy,
 )
 from vega_policy.evaluation.report import choose_episodes, render_videos, summarize, write_report

@@ -15,11 +15,10 @@ from lerobot.configs.policies import PreTrainedConfig
 from lerobot.policies.factory import get_policy_class, make_pre_post_processors
 from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.processor import PolicyProcessorPipeline
-from lerobot.utils.constants import ACTION, OBS_STATE, PRETRAINED_MODEL_DIR
+from lerobot.utils.constants import ACTION, OBS_STATE
 from lerobot.utils.import_utils import register_third_party_plugins
 from torch import Tensor
 
-from vega_policy import packaged_policies
 from vega_policy.checkpoints import check_checkpoint
 from vega_policy.evaluation.env_worker import EnvObservation
 from vega_policy.modeling_vega import VegaPolicy
@@ -199,26 +198,6 @@ def to_lerobot(
         inputs[OBS_STATE] = torch.from_numpy(batch.state)
     inputs["task"] = list(batch.instructions)
     return inputs
-
-
-def find_checkpoint(path: Path) -> Path:
-    """Return the folder with `config.json`: of a run's checkpoint, or of a packaged policy given by its name.
-
-    Raises:
-        FileNotFoundError: If there is none; lists what is there and the names of packaged policies.
-    """
-    for folder in (path / PRETRAINED_MODEL_DIR, path):
-        if (folder / "config.json").is_file():
-            return folder
-    packaged = packaged_policies()
-    if str(path) in packaged:
-        return packaged[str(path)]
-    found = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else "nothing"
-    raise FileNotFoundError(
-        f"no checkpoint at {path}: expected {PRETRAINED_MODEL_DIR}/config.json or config.json there, found "
-        f"{found}; give a folder such as outputs/<run>/checkpoints/last, or the name of a packaged policy "
-        f"({', '.join(packaged) or 'this version has none'})"
-    )
 
 
 def checkpoint_fingerprint(folder: Path) -> str:

