@@ -6,7 +6,7 @@ import torch
 from tests.synthetic_dataset import CAMERAS, write_dataset
 from tests.training_runs import tiny_backbone, tiny_policy, tiny_run
 from vega_policy.data import feature_cache as features
-from vega_policy.data.dataset import DatasetError, match_features, read_table
+from vega_policy.data.dataset import DatasetConfig, DatasetError, match_features, read_table
 from vega_policy.data.feature_cache import CacheError, check_cacheable
 from vega_policy.data.loader import ShuffledRows, VideoSource
 from vega_policy.data.video import FrameRows, frames_in_order
@@ -73,6 +73,42 @@ def test_cached_frames_give_the_batches_of_decoded_videos(root, tmp_path):
     live, stored = policy.observe(expected).frames, policy.observe(found).frames
     assert stored.dtype == torch.uint8
     torch.testing.assert_close(stored.float() / 255, live, atol=0.51 / 255, rtol=0)
+
+
+@pytest.mark.parametrize("cached", [["frames"], ["semantic", "prior"]])
+def test_a_stride_keeps_every_second_instant_of_each_episode_and_all_actions(root, tmp_path, cached):
+    """Episodes of 9, 6 and 12 frames."""
+    fields = {"cached": cached, "held_out": 0.5}
+    full, half = (
+        tiny_run(root, tmp_path / "run", dataset=fields | {"frame_stride": stride}) for stride in (1, 2)
+    )
+    data, thinned = load_data(full), load_data(half)
+    assert thinned.rows.tolist() == [0, 2, 4, 6, 8]
+    assert thinned.held_out.tolist() == [9, 11, 13, *range(15, 27, 2)]
+    torch.manual_seed(0)
+    policy = VegaPolicy(full.vega)
+    expected, found = make_source(full, policy, data, None)[0], make_source(half, policy, thinned, None)[0]
+    rows = torch.tensor([15, 8, 25])
+    expected, found = expected.batch(rows), found.batch(rows)
+    assert expected.keys() == found.keys()
+    for key in ("observation.state", "action", "action_is_pad"):
+        assert torch.equal(expected[key], found[key])
+    for name in cached:
+        torch.testing.assert_close(found[f"vega.{name}"], expected[f"vega.{name}"], rtol=2**-7, atol=1e-3)
+    sizes = sorted(path.stat().st_size for path in (tmp_path / "cache").glob(f"{cached[0]}-*/values.bin"))
+    assert sizes[0] / sizes[1] == (5 + 3 + 6) / 27
+
+
+def test_with_a_stride_of_1_nothing_changes_for_a_cache(loaded, tmp_path):
+    _, policy, data = loaded
+    assert data.table.every(1).all()
+    names = ["frames", "semantic", "prior"]
+    assert streams(policy, names) == features.streams_of(
+        policy.model, {"repo_id": "tests/synthetic", "metadata": "0"}, list(CAMERAS), names, stride=1
+    )
+    assert "frame_stride" not in streams(policy, names)[0].key
+    with pytest.raises(ValueError, match=r"dataset\.frame_stride must be at least 1; got 0"):
+        DatasetConfig(repo_id="tests/synthetic", frame_stride=0)
 
 
 def test_datasets_of_pictures_are_read_like_those_of_videos(tmp_path):

@@ -189,6 +189,8 @@ def test_a_folder_that_holds_anything_else_is_refused(root, tmp_path):
 def test_resuming_with_another_config_is_refused_and_names_the_field(root, finished):
     with pytest.raises(OtherRunError, match=r"batch_size \(stored: 5, received: 6\)"):
         train(tiny_run(root, finished, resume=True, batch_size=6, log_every=7))
+    with pytest.raises(OtherRunError, match=r"dataset\.frame_stride \(stored: 1, received: 2\)"):
+        train(tiny_run(root, finished, resume=True, dataset=cache_of(finished) | {"frame_stride": 2}))
 
 
 def test_a_second_start_is_refused_and_names_the_process_that_trains(root, tmp_path, finished):

@@ -64,6 +64,9 @@ class DatasetConfig:
             missing; `computed` computes all from its states and actions.
         episodes: Episode numbers to use; None takes all.
         held_out: Fraction of each task's episodes kept for the held-out loss, in [0, 1).
+        frame_stride: Only every k-th instant of an episode, its first one included, is an observation, in
+            training and in the cache, which then takes 1/k of the time and space; action chunks keep all
+            actions.
         shift: Largest random shift of training frames; 0 for none. In pixels of `policy.frame_size` with a
             cache, of the dataset's own frames without. It requires frames: cached features, and a cached
             prior beside cached frames, are those of unshifted frames.
@@ -91,6 +94,7 @@ class DatasetConfig:
     stats: str = "stored"
     episodes: list[int] | None = None
     held_out: float = 0.0
+    frame_stride: int = 1
     shift: int = 0
     brightness: float = 0.0
     contrast: float = 0.0
@@ -116,6 +120,8 @@ class DatasetConfig:
                 raise ValueError(f"dataset.{name}: expected a fraction in [0, 1); got {value}.")
         if not 0.0 <= self.hue <= 0.5:
             raise ValueError(f"dataset.hue: expected a fraction in [0, 0.5]; got {self.hue}.")
+        if self.frame_stride < 1:
+            raise ValueError(f"dataset.frame_stride must be at least 1; got {self.frame_stride}.")
         if self.shift < 0:
             raise ValueError(f"dataset.shift must be at least 0; got {self.shift}.")
         self._check_frames_are_cached()
@@ -486,6 +492,12 @@ class FrameTable:
         steps = rows[:, None] + torch.arange(length)  # [b t]
         last = (self.episode_end[rows] - 1)[:, None]
         return self.action[torch.minimum(steps, last)], steps > last
+
+    def every(self, stride: int) -> Tensor:
+        """Return whether each row is one of every `stride`-th of its episode from the first on, bool [n]."""
+        first = torch.cat([torch.zeros(1, dtype=torch.int64), self.episode_end.unique()])
+        rows = torch.arange(len(self))
+        return (rows - first[torch.searchsorted(first, rows, right=True) - 1]) % stride == 0
 
     def instructions(self, rows: Tensor) -> list[str]:
         """Return the instruction of each row, b strings."""

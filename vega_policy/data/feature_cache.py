@@ -104,14 +104,16 @@ def check_cacheable(backbone: BackboneConfig, prior: PriorConfig, cached: Sequen
 
 
 def streams_of(
-    model: VegaModel, dataset: dict[str, str], cameras: Sequence[str], names: Sequence[str]
+    model: VegaModel, dataset: dict[str, str], cameras: Sequence[str], names: Sequence[str], stride: int = 1
 ) -> list[Stream]:
     """Return the streams, accepted by `check_cacheable`, of one policy on one dataset.
 
     The key holds a hash of the model's frozen weights, `dataset` (its name and the fingerprint of its frames)
-    and the cameras in the order of views.
+    and the cameras in the order of views. They hold every `stride`-th frame of each episode.
     """
     common = frames_stream(dataset, cameras, model.config.frame_size, model.config.resize).key
+    if stride > 1:
+        common = common | {"frame_stride": stride}
     return [Stream(name, common | _own_key(model, name)) for name in names]
 
 
@@ -257,6 +259,17 @@ def cached_clips(frames: Tensor, cameras: Sequence[str], length: int = 128) -> C
     """Yield cached frames [n v 3 h w] as `build_streams` takes them, `length` time steps at once."""
     for rows in frames.split(length):
         yield {camera: rows[:, view] for view, camera in enumerate(cameras)}
+
+
+def pick_instants(clips: Clips, kept: Tensor) -> Clips:
+    """Yield of all frames of a dataset, in order, those of the rows where `kept` [n] is true."""
+    start = 0
+    for clip in clips:
+        length = len(next(iter(clip.values())))
+        chosen = kept[start : start + length]
+        start += length
+        if chosen.any():
+            yield {camera: frames[chosen] for camera, frames in clip.items()}
 
 
 class MeanFrames:

@@ -66,15 +66,25 @@ class CachedSource:
 
     A batch has `observation.state` [b s], `action` [b t a], `action_is_pad` [b t], `task`, and of the cached
     streams `vega.<stream>` with the type and place of the array: frames stay uint8 until they are on the
-    device, which copies a quarter of the bytes.
+    device, which copies a quarter of the bytes. Where the streams hold only some rows of the table, `stored`
+    [n] are these, in order.
     """
 
-    def __init__(self, table: FrameTable, streams: Mapping[str, Tensor], chunk_size: int) -> None:
+    def __init__(
+        self,
+        table: FrameTable,
+        streams: Mapping[str, Tensor],
+        chunk_size: int,
+        stored: Tensor | None = None,
+    ) -> None:
         self._table, self._streams, self._chunk_size = table, streams, chunk_size
+        self._stored = stored
 
     def batch(self, rows: Tensor) -> Batch:
         """Return the batch of some rows [b]."""
         batch = _low_dimensional(self._table, rows, self._chunk_size)
+        if self._stored is not None:
+            rows = torch.searchsorted(self._stored, rows)
         for name, values in self._streams.items():
             batch[f"vega.{name}"] = values.index_select(0, rows.to(values.device))
         return batch

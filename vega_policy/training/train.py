@@ -146,6 +146,8 @@ def load_data(config: TrainConfig) -> TrainData:
         table.rows_of(episodes) for episodes in table.split(config.dataset.held_out, config.dataset.episodes)
     )
     check_finite(table, torch.cat([training, held_out]), root)
+    observed = table.every(config.dataset.frame_stride)
+    training, held_out = training[observed[training]], held_out[observed[held_out]]
     values, computed = {STATE: table.state, ACTION: table.action}, config.dataset.stats == "computed"
     modes = config.vega.normalization_mapping
     stats, lines = normalization_stats(dataset, values, modes, computed=computed)
@@ -214,15 +216,18 @@ def make_source(
     renamed = {name: data.dataset.stored_names[name] for name in cameras}
     if any(name != stored for name, stored in renamed.items()):
         key["stored_names"] = json.dumps(renamed)
-    streams = feature_cache.streams_of(model, key, cameras, names)
-    clips = _make_clips(config, data, key, cameras)
-    feature_cache.build_streams(root, streams, model, clips, frames=len(data.table))
+    stride = config.dataset.frame_stride
+    streams = feature_cache.streams_of(model, key, cameras, names, stride)
+    observed = data.table.every(stride)
+    stored = observed.nonzero()[:, 0]
+    clips = feature_cache.pick_instants(_make_clips(config, data, key, cameras), observed)
+    feature_cache.build_streams(root, streams, model, clips, frames=len(stored))
     place = {"disk": None, "ram": torch.device("cpu"), "gpu": next(policy.parameters()).device}
     values = {
-        stream.name: feature_cache.open_stream(root, stream, len(data.table), place[config.dataset.cache])
+        stream.name: feature_cache.open_stream(root, stream, len(stored), place[config.dataset.cache])
         for stream in streams
     }
-    source = CachedSource(data.table, values, policy.config.chunk_size)
+    source = CachedSource(data.table, values, policy.config.chunk_size, stored)
     return source, feature_cache.open_mean_frames(root, streams[0])
 
 
