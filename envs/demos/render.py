@@ -37,7 +37,7 @@ class PlannedEpisode:
     task: int  # index in its suite
     index: int  # among the task's episodes in the file
     row: int  # of its first frame in the dataset
-    length: int
+    length: int  # number of states to be rendered
     seed: int
     digest: str  # of its states
     source: tuple[Path, int] | None = None  # file of frames rendered before, and its first row there
@@ -59,10 +59,11 @@ class Plan:
     cameras: list[str]  # keys of the features, in the order of views
     fps: int
     robot_type: str
+    frame_stride: int = 1  # only every k-th state of an episode is rendered
 
     @property
     def rows(self) -> int:
-        """Return the number of rows n of the dataset."""
+        """Return the number of rows n of frames."""
         return sum(episode.length for episode in self.episodes)
 
     @property
@@ -78,8 +79,11 @@ def plan_rendering(
     rendering: str,
     tasks: Sequence[int] | None = None,
     episodes_per_task: int | None = None,
+    frame_stride: int = 1,
 ) -> tuple[Plan, list[dict[str, Any]]]:
     """Plan a dataset of all episodes of the files, or of the first few of some tasks of each file.
+
+    With `frame_stride` k only every k-th state of an episode is rendered, its first one included.
 
     Returns:
         The plan, and `state` [t s], `action` [t a] and `instruction` of each episode.
@@ -87,6 +91,8 @@ def plan_rendering(
     Raises:
         ValueError: If a file is no file of states, no episode is chosen, or cameras or robots differ.
     """
+    if frame_stride < 1:
+        raise ValueError(f"frame_stride must be at least 1; got {frame_stride}")
     episodes: list[PlannedEpisode] = []
     values: list[dict[str, Any]] = []
     row = 0
@@ -99,19 +105,21 @@ def plan_rendering(
                 continue
             counts[episode.task] += 1
             digest = hashlib.sha256(episode.initial.tobytes() + episode.positions.tobytes()).hexdigest()[:16]
-            at = (file, suite, episode.task, index, row, len(episode), episode.seed, digest)
+            length = len(range(0, len(episode), frame_stride))
+            at = (file, suite, episode.task, index, row, length, episode.seed, digest)
             episodes.append(PlannedEpisode(*at))
             instruction = known[episode.task].instruction
             values.append(
                 {"state": episode.proprioception, "action": episode.actions, "instruction": instruction}
             )
-            row += len(episode)
+            row += length
     if not episodes:
         raise ValueError(
             f"no episode is chosen: {', '.join(map(str, files))} hold none of the tasks {tasks} with "
             f"episodes_per_task={episodes_per_task}"
         )
-    return Plan(episodes, frame_size, rendering, **_describe(episodes, frame_size, rendering)), values
+    described = _describe(episodes, frame_size, rendering)
+    return Plan(episodes, frame_size, rendering, **described, frame_stride=frame_stride), values
 
 
 def _describe(episodes: Sequence[PlannedEpisode], frame_size: int, rendering: str) -> dict[str, Any]:
@@ -150,6 +158,8 @@ def origin(plan: Plan, repo_id: str) -> dict[str, Any]:
     """Return the origin of a rendered dataset, JSON values."""
     suites = list(dict.fromkeys(episode.suite for episode in plan.episodes))
     settings = {"suite": "+".join(suites), "frame_size": plan.frame_size, "rendering": plan.rendering}
+    if plan.frame_stride > 1:
+        settings["frame_stride"] = plan.frame_stride
     episodes = [episode.identity for episode in plan.episodes]
     return {"settings": {**settings, "repo_id": repo_id}, "episodes": episodes}
 
@@ -336,16 +346,17 @@ class _Renderer:
             self._env = envs.make(episode.suite, episode.task, frame_size=size, rendering=rendering)
             self._env.reset_blindly(seed=episode.seed)
             self._states, self._opened = read_states(episode.file, [episode.task]), self._group
-        return render_episode(self._env, self._states[episode.index])
+        return render_episode(self._env, self._states[episode.index], plan.frame_stride)
 
 
-def render_episode(env: ManipulationEnv, episode: StateEpisode) -> np.ndarray:
-    """Render each state of a demonstration from every camera, uint8 [t v 3 h w]."""
+def render_episode(env: ManipulationEnv, episode: StateEpisode, stride: int = 1) -> np.ndarray:
+    """Render every `stride`-th state of a demonstration from every camera, uint8 [t v 3 h w]."""
     assert env.camera_rig is not None
     if not env.states_hold_fixtures:
         env.reset_blindly(seed=episode.seed)
-    frames = np.empty((len(episode), len(env.cameras), 3, env.frame_size, env.frame_size), np.uint8)
-    states, done = (episode.state(step) for step in range(len(episode))), 0
+    steps = range(0, len(episode), stride)
+    frames = np.empty((len(steps), len(env.cameras), 3, env.frame_size, env.frame_size), np.uint8)
+    states, done = (episode.state(step) for step in steps), 0
     for batch in env.camera_rig.render_states(states, env.restore):
         frames[done : done + len(batch)] = batch.transpose(0, 1, 4, 2, 3)
         done += len(batch)

@@ -162,6 +162,24 @@ def test_a_dataset_without_videos_trains(rendered, tmp_path, cached):
     assert (train(config) / "pretrained_model" / "model.safetensors").is_file()
 
 
+def test_a_stride_renders_what_training_with_it_observes(lift, tmp_path):
+    """Episodes of 5 and 7 states."""
+    file, root, cache = lift[0], tmp_path / "data", tmp_path / "cache"
+    values = {"root": root, "repo_id": "vega/lift", "cache_root": cache, "frame_size": SIZE, "processes": 1}
+    render_states([file], rendering="fast", frame_stride=2, **values)
+    key = {"repo_id": "vega/lift", **fingerprint_frames(root)}
+    frames = open_stream(cache, frames_stream(key, CAMERAS, SIZE, stride=2), 7, None).numpy()
+    assert np.mean(frames != lift[1][[0, 2, 4, 5, 7, 9, 11]]) < 1e-3
+    fields = {"repo_id": "vega/lift", "root": str(root), "cache_root": str(cache), "cache": "ram"}
+    for cached in (["frames"], ["semantic", "prior"]):
+        data = DatasetConfig(**fields, cached=cached, frame_stride=2)
+        run = {"output_dir": str(tmp_path / cached[0]), "steps": 1, "batch_size": 4}
+        assert train(TrainConfig(policy=tiny_policy(), dataset=data, **run)).is_dir()
+    data = DatasetConfig(**fields, frame_stride=3)
+    with pytest.raises(DatasetError, match=r"holds no frames of it.*frame_size=32 frame_stride=3"):
+        train(TrainConfig(policy=tiny_policy(), dataset=data, output_dir=str(tmp_path / "run"), steps=1))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -189,7 +207,9 @@ def test_training_without_frames_is_refused(rendered, tmp_path, change, message)
         ({"rendering": "full"}, "holds something else than these states"),
         ({"episodes_per_task": 1}, "holds something else than these states"),
         ({"processes": 0, "repo_id": "vega/lift", "cache_root": "new"}, "at least 1 process"),
-        ({"reuse": ["nothing"]}, "reuse: expected a dataset"),
+        ({"reuse": ["nothing"]}, "reuse: expected a dataset of frame_size=32 rendering=fast frame_stride=1"),
+        ({"frame_stride": 0}, "frame_stride must be at least 1; got 0"),
+        ({"frame_stride": 2}, "holds something else than these states"),
     ],
 )
 def test_what_cannot_be_rendered_is_refused(lift, rendered, tmp_path, monkeypatch, change, message):

@@ -24,6 +24,7 @@ FIELDS = {
     "cache_root": "outputs/cache",  # the training's dataset.cache_root
     "tasks": None,  # indices of tasks of each file, such as [0,1]; null takes all
     "episodes_per_task": None,  # first ones of each task; null takes all
+    "frame_stride": 1,  # k: only every k-th state of an episode is rendered (dataset.frame_stride)
     "reuse": [],  # datasets rendered before from states, whose frames are copied
     "egl_devices": [],  # GPUs over which the processes are spread, such as [0,1]
 }
@@ -74,6 +75,7 @@ def render_states(
     processes: int = 2,
     tasks: list[int] | None = None,
     episodes_per_task: int | None = None,
+    frame_stride: int = 1,
     reuse: list[str] | None = None,
     egl_devices: list[int] | None = None,
 ) -> str:
@@ -89,9 +91,8 @@ def render_states(
         raise ValueError("files of states are rendered into a dataset: add root=FOLDER repo_id=ORG/NAME")
     states, root, cache_root = import_module("envs.demos.render"), Path(root), Path(cache_root)
     start = time.perf_counter()
-    plan, values = states.plan_rendering(
-        files, frame_size=frame_size, rendering=rendering, tasks=tasks, episodes_per_task=episodes_per_task
-    )
+    chosen = {"tasks": tasks, "episodes_per_task": episodes_per_task, "frame_stride": frame_stride}
+    plan, values = states.plan_rendering(files, frame_size=frame_size, rendering=rendering, **chosen)
     _write_dataset(states, plan, values, root, repo_id)
     plan = states.with_sources(
         plan, _rendered_before(states, [Path(one) for one in reuse or []], plan, cache_root)
@@ -129,7 +130,7 @@ def _frames_stream(root: Path, repo_id: str, plan: Any) -> Any:
     from vega_policy.data.feature_cache import frames_stream
 
     key = {"repo_id": repo_id, **fingerprint_frames(root)}
-    return frames_stream(key, plan.cameras, plan.frame_size)
+    return frames_stream(key, plan.cameras, plan.frame_size, stride=plan.frame_stride)
 
 
 def _rendered_before(
@@ -141,12 +142,11 @@ def _rendered_before(
     places = {}
     for root in roots:
         found = states.read_origin(root)
-        if found is None or any(
-            found["settings"][name] != getattr(plan, name) for name in ("frame_size", "rendering")
-        ):
+        wanted = {name: getattr(plan, name) for name in ("frame_size", "rendering", "frame_stride")}
+        if found is None or {name: found["settings"].get(name, 1) for name in wanted} != wanted:
+            described = " ".join(f"{name}={value}" for name, value in wanted.items())
             raise ValueError(
-                f"reuse: expected a dataset of frame_size={plan.frame_size} rendering={plan.rendering} that "
-                f"vega-render made of states; {root} is none"
+                f"reuse: expected a dataset of {described} that vega-render made of states; {root} is none"
             )
         file = cache_root / _frames_stream(root, found["settings"]["repo_id"], plan).folder / VALUES
         if not file.is_file():

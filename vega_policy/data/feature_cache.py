@@ -111,18 +111,21 @@ def streams_of(
     The key holds a hash of the model's frozen weights, `dataset` (its name and the fingerprint of its frames)
     and the cameras in the order of views. They hold every `stride`-th frame of each episode.
     """
-    common = frames_stream(dataset, cameras, model.config.frame_size, model.config.resize).key
-    if stride > 1:
-        common = common | {"frame_stride": stride}
+    common = frames_stream(dataset, cameras, model.config.frame_size, model.config.resize, stride).key
     return [Stream(name, common | _own_key(model, name)) for name in names]
 
 
 def frames_stream(
-    dataset: dict[str, str], cameras: Sequence[str], frame_size: int, resize: str = "stretch"
+    dataset: dict[str, str],
+    cameras: Sequence[str],
+    frame_size: int,
+    resize: str = "stretch",
+    stride: int = 1,
 ) -> Stream:
     """Return the stream of frames, which depends on no model; see `streams_of`."""
     key = {"format": FORMAT, "dataset": dataset, "cameras": list(cameras), "frame_size": frame_size}
-    return Stream("frames", key if resize == "stretch" else key | {"resize": resize})
+    key |= {"resize": resize} if resize != "stretch" else {}
+    return Stream("frames", key | ({"frame_stride": stride} if stride > 1 else {}))
 
 
 def _own_key(model: VegaModel, name: str) -> dict[str, Any]:

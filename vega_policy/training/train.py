@@ -220,7 +220,7 @@ def make_source(
     streams = feature_cache.streams_of(model, key, cameras, names, stride)
     observed = data.table.every(stride)
     stored = observed.nonzero()[:, 0]
-    clips = feature_cache.pick_instants(_make_clips(config, data, key, cameras), observed)
+    clips = _make_clips(config, data, key, cameras, observed)
     feature_cache.build_streams(root, streams, model, clips, frames=len(stored))
     place = {"disk": None, "ram": torch.device("cpu"), "gpu": next(policy.parameters()).device}
     values = {
@@ -232,24 +232,31 @@ def make_source(
 
 
 def _make_clips(
-    config: TrainConfig, data: TrainData, key: dict[str, str], cameras: list[str]
+    config: TrainConfig, data: TrainData, key: dict[str, str], cameras: list[str], observed: Tensor
 ) -> feature_cache.Clips:
-    """Return all frames of a dataset in order, from its videos or, where it has none, from the cache.
+    """Return the observed frames [n] of a dataset in order, from its videos or, without any, from the cache.
 
     Raises:
         DatasetError: If it has neither.
     """
     if data.dataset.has_frames():
-        return frames_in_order(data.dataset, cameras, config.dataset.video_backend)
-    root, size = Path(config.dataset.cache_root), config.vega.frame_size
-    stream = feature_cache.frames_stream(key, cameras, size)
-    if not (root / stream.folder).exists():
-        raise DatasetError(
-            f"{data.dataset.root} has no videos, and dataset.cache_root={root} holds no frames of it as "
-            f"{key['repo_id']} with {size} pixels. Render them: vega-render FILE.safetensors "
-            f"root={data.dataset.root} repo_id={key['repo_id']} cache_root={root} frame_size={size}"
-        )
-    return feature_cache.cached_clips(feature_cache.open_stream(root, stream, len(data.table), None), cameras)
+        clips = frames_in_order(data.dataset, cameras, config.dataset.video_backend)
+        return feature_cache.pick_instants(clips, observed)
+    root, size, stride = Path(config.dataset.cache_root), config.vega.frame_size, config.dataset.frame_stride
+    every = feature_cache.frames_stream(key, cameras, size)
+    if (root / every.folder).exists():
+        frames = feature_cache.open_stream(root, every, len(observed), None)
+        return feature_cache.pick_instants(feature_cache.cached_clips(frames, cameras), observed)
+    rendered = feature_cache.frames_stream(key, cameras, size, stride=stride)
+    if (root / rendered.folder).exists():
+        frames = feature_cache.open_stream(root, rendered, int(observed.sum()), None)
+        return feature_cache.cached_clips(frames, cameras)
+    more = f" frame_stride={stride}" if stride > 1 else ""
+    raise DatasetError(
+        f"{data.dataset.root} has no videos, and dataset.cache_root={root} holds no frames of it as "
+        f"{key['repo_id']} with {size} pixels. Render them: vega-render FILE.safetensors "
+        f"root={data.dataset.root} repo_id={key['repo_id']} cache_root={root} frame_size={size}{more}"
+    )
 
 
 def _make_state(
