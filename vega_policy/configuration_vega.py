@@ -1,6 +1,8 @@
 """VegaConfig: the policy's configuration as LeRobot needs it."""
 
+import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -17,6 +19,12 @@ from vega_policy.model.config import (
     ModelConfig,
     PriorConfig,
 )
+
+
+def read_rendering(root: Path) -> str | None:
+    """Return the rendering profile of a dataset that this package's simulators made, None of another one."""
+    origin = root / "meta" / "vega.json"
+    return json.loads(origin.read_text())["settings"].get("rendering") if origin.is_file() else None
 
 
 @PreTrainedConfig.register_subclass("vega")
@@ -59,6 +67,7 @@ class VegaConfig(PreTrainedConfig):
     use_relative_actions: bool = False
     relative_exclude_joints: list[str] = field(default_factory=list)
     dataset_fps: float | None = None  # control steps a second of the dataset, filled in by training
+    dataset_rendering: str | None = None  # the same of its simulator's profile; None where that is unknown
 
     def __post_init__(self) -> None:
         if self.device is None:  # LeRobot would choose the same one, with two warnings
@@ -137,6 +146,10 @@ class VegaConfig(PreTrainedConfig):
             names = features.get(key, {}).get("names")
             if isinstance(names, list):
                 setattr(self, field_name, list(names))
+
+    def set_dataset_rendering(self, root: Path) -> None:
+        """Take the rendering profile of a dataset in a local folder; evaluations render alike."""
+        self.dataset_rendering = read_rendering(root)
 
     @property
     def observation_delta_indices(self) -> list[int] | None:

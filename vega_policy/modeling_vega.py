@@ -56,6 +56,7 @@ class VegaPolicy(PreTrainedPolicy):
         super().__init__(config)
         if dataset_meta is not None:
             config.dataset_fps = dataset_meta.fps
+            config.set_dataset_rendering(Path(dataset_meta.root))
         self.model: Any
         if config.base.name == "none":
             self.model = VegaModel(config.model)

@@ -1,5 +1,6 @@
 """Ablations inside a VEGA policy: each takes away what it says, and nothing else."""
 
+import json
 import logging
 
 import numpy as np
@@ -18,8 +19,7 @@ from vega_policy.evaluation.ablations import (
     apply_ablation,
     shuffle_tokens,
 )
-from vega_policy.evaluation.env_pool import EnvironmentFactory
-from vega_policy.evaluation.evaluate import warn_of_other_frames
+from vega_policy.evaluation.evaluate import choose_frames
 from vega_policy.evaluation.policies import load_lerobot_policy
 from vega_policy.model.config import PriorConfig
 from vega_policy.modeling_vega import VegaPolicy
@@ -123,15 +123,35 @@ def test_a_policy_without_a_prior_or_of_another_kind_is_refused(folders):
         apply_ablation("prior_zero", GoalSeeker(), folders["none"])
 
 
-def test_frames_other_than_those_of_training_are_warned_of(tmp_path, caplog):
+def test_an_evaluation_renders_as_the_training_data_and_warns_of_other_frames(tmp_path, caplog):
+    unset = {"frame_size": None, "rendering": None}
+    usual = {"frame_size": 64, "rendering": "full"}
+    camera = {"type": "VISUAL", "shape": [3, 128, 128]}
+    config = {"input_features": {"observation.images.image": camera}}
     checkpoint = tmp_path / "run" / "checkpoints" / "last" / "pretrained_model"
     checkpoint.mkdir(parents=True)
+    caplog.set_level(logging.INFO)
+
+    def store(**fields):
+        (checkpoint / "config.json").write_text(json.dumps(config | fields))
+
+    store()
+    assert choose_frames(checkpoint, unset, usual) == {"frame_size": 128, "rendering": "full"}
+    assert "env.rendering=full (by default, that of the training is not known)" in caplog.text
+
+    store(dataset_rendering="fast")
+    assert choose_frames(checkpoint, unset, usual) == {"frame_size": 128, "rendering": "fast"}
+    assert "env.frame_size=128 (as in training)" in caplog.text
+    assert not [record for record in caplog.records if record.levelno == logging.WARNING]
+    given = {"frame_size": None, "rendering": "full"}
+    assert choose_frames(checkpoint, given, usual) == {"frame_size": 128, "rendering": "full"}
+    assert "rendering=fast, but is evaluated with rendering=full" in caplog.text
+
+    store()  # as before the rendering was stored: it is in the run's dataset
     dataset = tmp_path / "dataset"
     (dataset / "meta").mkdir(parents=True)
-    (dataset / "meta" / "vega.json").write_text('{"settings": {"rendering": "fast", "frame_size": 128}}')
+    (dataset / "meta" / "vega.json").write_text('{"settings": {"rendering": "fast"}}')
     (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump({"dataset": {"root": str(dataset)}}))
-    with caplog.at_level(logging.WARNING):
-        warn_of_other_frames(checkpoint, EnvironmentFactory("envs.make", 128, "fast"))
-        assert not caplog.records
-        warn_of_other_frames(checkpoint, EnvironmentFactory("envs.make", 128, "full"))
-    assert "rendering=fast, but is evaluated with rendering=full" in caplog.text
+    assert choose_frames(checkpoint, unset, usual) == {"frame_size": 128, "rendering": "fast"}
+    store(input_features={"observation.image": {"type": "VISUAL", "shape": [3, 480, 640]}})
+    assert choose_frames(checkpoint, unset, usual)["frame_size"] == 64

@@ -134,7 +134,7 @@ def test_a_policy_is_exported_evaluated_by_name_and_exported_again_with_what_it_
     text = (second / "README.md").read_text()
     for part in ("## Training", "minutes of optimizer steps", 'path = "FOLDER"', "license: apache-2.0"):
         assert part in text
-    assert f"| near | 32 | fast | 0 | 2 | {100 * summary['success_rate']:.1f} | " in text
+    assert f"| near | 32 | full | 0 | 2 | {100 * summary['success_rate']:.1f} | " in text
     with pytest.raises(ValueError, match="evaluates another policy: expected"):
         complete_card(checkpoint_path(watched, 2) / "pretrained_model", [tmp_path / "evaluation"])
     with pytest.raises(FileNotFoundError, match=r"name of a packaged policy \(again, points\)"):

@@ -15,7 +15,7 @@ from typing import Any, cast
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from vega_policy.cli import Command
+from vega_policy.cli import Command, generated_groups
 
 logger = logging.getLogger(__name__)
 
@@ -102,14 +102,17 @@ def inspect(config: DictConfig) -> str:
 def evaluate(config: DictConfig) -> str:
     """Evaluate a checkpoint in closed loop. The same command resumes with the missing episodes."""
     logger.info("evaluating %s in %s", config.checkpoint, config.env.suite)
-    from vega_policy.evaluation.evaluate import evaluate_checkpoint
+    from vega_policy.evaluation.evaluate import USUAL_FRAMES, evaluate_checkpoint
     from vega_policy.evaluation.policies import load_lerobot_policy
     from vega_policy.evaluation.report import format_summary
 
     values = plain(config)
     is_local = values["server"]["url"] is None
     load_policy = load_lerobot_policy if is_local else partial(_connect_policy, values["server"])
-    summaries = evaluate_checkpoint(values, load_policy)
+    suites = values["env"]["suite"]
+    first = suites if isinstance(suites, str) else suites[0]
+    usual = generated_groups()["env"].get(first, USUAL_FRAMES)
+    summaries = evaluate_checkpoint(values, load_policy, usual)
     lines = [f"{suite}\n{format_summary(summary)}" for suite, summary in summaries.items()]
     return "\n\n".join([*lines, f"reports: {config.output_dir}"])
 
@@ -548,6 +551,7 @@ BENCHMARK_FIELDS: dict[str, Any] = {
     # simulate
     "suites": ["lift_wide"],
     # latency: success in the suite of the group env against delays in control steps, on any machine the same
+    "env": {"frame_size": None, "rendering": None},  # null: as in the checkpoint's training
     "checkpoint": None,
     "methods": [
         "aligned",
@@ -637,10 +641,12 @@ def _deployment(options: SimpleNamespace) -> Iterator[dict[str, Any]]:
 
 def _latency(options: SimpleNamespace) -> Iterator[dict[str, Any]]:
     """Yield success in virtual time, a row for each method, delay and number of commands under way."""
+    from vega_policy.checkpoints import find_checkpoint
     from vega_policy.deployment.latency_benchmark import Cell, benchmark_latency
     from vega_policy.deployment.server import load_served_policy
     from vega_policy.evaluation.env_pool import EnvironmentFactory, WorkerPool
     from vega_policy.evaluation.episodes import plan_episodes, select_tasks
+    from vega_policy.evaluation.evaluate import choose_frames
 
     if options.checkpoint is None:
         raise ValueError("latency: no value for checkpoint. Add checkpoint=FOLDER to the command line.")
@@ -654,6 +660,7 @@ def _latency(options: SimpleNamespace) -> Iterator[dict[str, Any]]:
         for delay in options.delays
         for method in options.methods
     ]
+    env |= choose_frames(find_checkpoint(Path(options.checkpoint)), env)
     factory = EnvironmentFactory("envs.make", env["frame_size"], env["rendering"])
     policy = load_served_policy(
         Path(options.checkpoint), device=options.device, action_steps=options.action_steps

@@ -404,6 +404,7 @@ def match_features(policy: "VegaConfig", dataset: LocalDataset) -> None:
         )
     policy.set_dataset_feature_metadata(dataset.features)
     policy.dataset_fps = dataset.fps
+    policy.set_dataset_rendering(dataset.root)
 
 
 def _policy_features(dataset: LocalDataset) -> "dict[str, PolicyFeature]":

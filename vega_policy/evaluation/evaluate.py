@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import yaml
-from lerobot.utils.constants import PRETRAINED_MODEL_DIR
+from huggingface_hub.constants import CONFIG_NAME
 from tqdm import tqdm
 
-from vega_policy.checkpoints import check_checkpoint, find_checkpoint
+from vega_policy.checkpoints import PRETRAINED, check_checkpoint, find_checkpoint
+from vega_policy.configuration_vega import read_rendering
 from vega_policy.evaluation.ablations import ABLATIONS, apply_ablation
 from vega_policy.evaluation.config import EvaluationSettings, read_settings
 from vega_policy.evaluation.env_pool import EnvironmentFactory, WorkerPool
@@ -41,6 +42,9 @@ from vega_policy.run_dir import write_json
 
 logger = logging.getLogger(__name__)
 
+USUAL_FRAMES = {"frame_size": 256, "rendering": "full"}
+"""LIBERO's and Meta-World's published sizes, where nothing says what a policy was trained on."""
+
 _SECONDS_BETWEEN_WRITES = 2.0  # of the table: writing it after every episode would delay all simulators
 
 
@@ -53,15 +57,16 @@ class LoadPolicy(Protocol):
 
 
 def evaluate_checkpoint(
-    config: Mapping[str, Any], load_policy: LoadPolicy = load_lerobot_policy
+    config: Mapping[str, Any],
+    load_policy: LoadPolicy = load_lerobot_policy,
+    usual_frames: Mapping[str, Any] = USUAL_FRAMES,
 ) -> dict[str, Any]:
-    """Evaluate a checkpoint and return the content of summary.json by suite.
-
-    Several suites run one after the other in the same simulator processes, each in a folder of its own.
+    """Evaluate a checkpoint and return the content of summary.json by suite; each suite has its folder.
 
     Args:
         config: The composed configs/eval.yaml as plain values.
         load_policy: Returns the policy of the checkpoint.
+        usual_frames: Where neither the config nor the checkpoint says it.
 
     Raises:
         FileNotFoundError: If the checkpoint, or a file that an ablation needs, does not exist.
@@ -72,18 +77,16 @@ def evaluate_checkpoint(
     environment, functions = config["env"], config["environments"]
     suites = [environment["suite"]] if isinstance(environment["suite"], str) else environment["suite"]
     device = choose_device(config["device"])
-    factory = EnvironmentFactory(functions["make"], environment["frame_size"], environment["rendering"])
     checkpoint = find_checkpoint(Path(config["checkpoint"]))
     check_checkpoint(checkpoint)
+    frames = choose_frames(checkpoint, environment, usual_frames)
     provenance = {
         "checkpoint": str(config["checkpoint"]),
         "checkpoint_sha256": checkpoint_fingerprint(checkpoint),
         "action_steps": config["action_steps"],
         "device": device,
-        "frame_size": factory.frame_size,
-        "rendering": factory.rendering,
+        **frames,
     }
-    warn_of_other_frames(checkpoint, factory)
     shard = Shard(config["shard"], config["shards"])
     evaluations: dict[str, Evaluation] = {}
     for suite in suites:
@@ -93,38 +96,57 @@ def evaluate_checkpoint(
         evaluations[suite] = Evaluation(settings, tasks, folder, provenance, shard)
         logger.info("%s: %d of %d episodes left", folder, *evaluations[suite].count_episodes())
     left = sum(evaluation.count_episodes()[0] for evaluation in evaluations.values())
-    logger.info("loading %s on %s, and the environments of %s", checkpoint, device, ", ".join(suites))
+    logger.info("loading %s on %s, environments of %s", checkpoint, device, ", ".join(suites))
+    factory = EnvironmentFactory(functions["make"], **frames)
     with WorkerPool(factory, min(config["processes"], max(left, 1))) as pool:
         first = evaluations[suites[0]]
         first.prepare(pool)
         policy = load_policy(checkpoint, device=device, action_steps=config["action_steps"])
-        ablations = first.settings.ablations
-        policies = {ablation: apply_ablation(ablation, policy, checkpoint) for ablation in ablations}
+        names = first.settings.ablations
+        policies = {name: apply_ablation(name, policy, checkpoint) for name in names}
         return {suite: evaluation.run(policies, pool) for suite, evaluation in evaluations.items()}
 
 
-def warn_of_other_frames(checkpoint: Path, factory: EnvironmentFactory) -> None:
-    """Warn if the policy was trained on frames of another size or rendering profile than it will receive.
+def choose_frames(
+    checkpoint: Path, environment: Mapping[str, Any], usual: Mapping[str, Any] = USUAL_FRAMES
+) -> dict[str, Any]:
+    """Return `frame_size` and `rendering`: given ones, else those of the training, else the usual ones.
 
-    What it was trained on is known if the run's folder and its collected dataset are still there.
+    Args:
+        checkpoint: Folder of the policy.
+        environment: Values of the two, None where none is given.
+        usual: Values where neither is known.
     """
-    run = checkpoint.parents[2] / "config.yaml"
-    if checkpoint.name != PRETRAINED_MODEL_DIR or not run.is_file():
-        return
-    root = yaml.safe_load(run.read_text())["dataset"]["root"]
-    collected = None if root is None else Path(root) / "meta" / "vega.json"
-    if collected is None or not collected.is_file():
-        return
-    trained = json.loads(collected.read_text())["settings"]
-    for name in ("rendering", "frame_size"):
-        now, then = getattr(factory, name), trained[name]
-        if then != now:
+    trained, chosen = trained_frames(checkpoint), {}
+    for name in USUAL_FRAMES:
+        given, then = environment.get(name), trained.get(name)
+        chosen[name] = given if given is not None else usual[name] if then is None else then
+        origin = "as in training" if chosen[name] == then else "given" if given is not None else "by default"
+        if then is None:
+            origin += ", that of the training is not known"
+        logger.info("env.%s=%s (%s)", name, chosen[name], origin)
+        if then is not None and chosen[name] != then:
             logger.warning(
                 "the policy was trained on frames with %s=%s, but is evaluated with %s=%s: the results say "
-                "little about it. Set env.%s=%s, or render the demonstrations again "
-                "(scripts/render_demos.py).",
-                *(name, then, name, now, name, then),
+                "little about it. Leave out env.%s, or render the demonstrations again (vega-render).",
+                *(name, then, name, chosen[name], name),
             )
+    return chosen
+
+
+def trained_frames(checkpoint: Path) -> dict[str, Any]:
+    """Return the `frame_size` and the `rendering` of a policy's training data, None where unknown.
+
+    Checkpoints from before the rendering was stored have it in the folder of the dataset, if that is there.
+    """
+    config = json.loads((checkpoint / CONFIG_NAME).read_text())
+    features = (config.get("input_features") or {}).values()
+    sides = {side for one in features if one["type"] == "VISUAL" for side in one["shape"][1:]}
+    rendering, run = config.get("dataset_rendering"), checkpoint.resolve().parent.parent.parent
+    if rendering is None and checkpoint.name == PRETRAINED and (run / "config.yaml").is_file():
+        root = yaml.safe_load((run / "config.yaml").read_text())["dataset"]["root"]
+        rendering = None if root is None else read_rendering(Path(root))
+    return {"frame_size": sides.pop() if len(sides) == 1 else None, "rendering": rendering}
 
 
 class Evaluation:

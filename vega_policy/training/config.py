@@ -23,8 +23,8 @@ class EnvironmentConfig:
     """A suite and how it is rendered."""
 
     suite: str = "lift_wide"
-    frame_size: int = 128  # pixels
-    rendering: str = "fast"  # profile, `full` or `fast`; the dataset's
+    frame_size: int | None = None  # pixels; None takes those of the training data
+    rendering: str | None = None  # profile, `full` or `fast`; None takes the training data's
 
 
 @dataclass(frozen=True)

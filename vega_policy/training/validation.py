@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from vega_policy.data.loader import Batch, Source
 from vega_policy.evaluation.config import EvaluationSettings, default_batch_size
 from vega_policy.evaluation.env_pool import EnvironmentFactory, WorkerPool
 from vega_policy.evaluation.env_worker import resolve
-from vega_policy.evaluation.evaluate import Evaluation
+from vega_policy.evaluation.evaluate import Evaluation, choose_frames
 from vega_policy.evaluation.policies import checkpoint_fingerprint, load_lerobot_policy
 from vega_policy.model.compilation import uncompiled
 from vega_policy.training.checkpoint import TrainState, rng_state, set_rng_state
@@ -135,17 +136,17 @@ def _evaluate_share(
         processes=config.processes,
         videos=config.videos,
     )
+    frames = choose_frames(pretrained, asdict(config.env))
     provenance = {
         "checkpoint_sha256": checkpoint_fingerprint(pretrained),
-        "frame_size": config.env.frame_size,
-        "rendering": config.env.rendering,
+        **frames,
         "share": f"{rank} of {world}",
     }
     evaluation = Evaluation(settings, resolve(config.tasks)(config.env.suite), folder, provenance)
     evaluation.episodes = evaluation.episodes[rank::world]
     if not evaluation.episodes:
         return None
-    factory = EnvironmentFactory(config.make, config.env.frame_size, config.env.rendering)
+    factory = EnvironmentFactory(config.make, **frames)
     with WorkerPool(factory, min(config.processes, len(evaluation.episodes))) as pool:
         evaluation.prepare(pool)
         summary = evaluation.run({"none": load_lerobot_policy(pretrained, device=device)}, pool)
