@@ -61,6 +61,7 @@ class CollectionSettings:
     suite: str
     tasks: tuple[int, ...] | None = None  # indices; None takes all tasks of the suite
     episodes_per_task: int = 50  # successful demonstrations
+    skip: int = 0  # first ones of each task, which another collection with these settings holds
     episodes_per_shard: int = 10  # demonstrations that a kill can cost at most, for each process
     frame_size: int = 128  # height and width in pixels
     rendering: str = "fast"  # or "full"
@@ -78,11 +79,17 @@ class CollectionSettings:
         for name in ("episodes_per_task", "episodes_per_shard"):
             if vars(self)[name] < 1:
                 raise ValueError(f"expected {name} of at least 1, got {vars(self)[name]}")
+        if self.skip < 0 or (self.format != "states" and self.skip % self.episodes_per_shard):
+            raise ValueError(
+                f"expected skip to be a multiple of episodes_per_shard={self.episodes_per_shard}, "
+                f"got {self.skip}"
+            )
         most = len(DEMONSTRATION_SEEDS) // SEEDS_PER_SHARD * self.episodes_per_shard
-        if self.episodes_per_task > most:
+        if self.skip + self.episodes_per_task > most:
             raise ValueError(
                 f"the demonstrations' seeds suffice for {most} episodes a task with episodes_per_shard="
-                f"{self.episodes_per_shard}, got episodes_per_task={self.episodes_per_task}"
+                f"{self.episodes_per_shard}, got skip={self.skip} and "
+                f"episodes_per_task={self.episodes_per_task}"
             )
 
     @classmethod
@@ -91,6 +98,7 @@ class CollectionSettings:
         names = (
             "tasks",
             "episodes_per_task",
+            "skip",
             "episodes_per_shard",
             "demonstrator",
             "repo_id",
@@ -210,7 +218,10 @@ def _collection_jobs(settings: CollectionSettings, work: Path) -> Iterator[Job]:
         known = ", ".join(f"{task.index} {task.name}" for task in tasks)
         raise ValueError(f"suite {settings.suite!r} has no tasks {unknown}; its tasks are: {known}")
     for task in (tasks[index] for index in indices):
-        for shard, done in enumerate(range(0, settings.episodes_per_task, settings.episodes_per_shard)):
+        skipped = settings.skip // settings.episodes_per_shard
+        for shard, done in enumerate(
+            range(0, settings.episodes_per_task, settings.episodes_per_shard), start=skipped
+        ):
             first = DEMONSTRATION_SEEDS.start + shard * SEEDS_PER_SHARD
             yield Job(
                 task,

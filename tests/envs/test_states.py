@@ -111,6 +111,10 @@ def test_collected_states_do_not_depend_on_processes_or_interruptions(tmp_path):
     for name in ("initial", *RESOLUTION):
         assert np.array_equal(getattr(one, name), getattr(two[0], name))
     assert not np.array_equal(one.actions, one.executed)
+    collect(replace(settings, skip=1, episodes_per_task=1), tmp_path / "second", processes=1)
+    (second,) = read_states(tmp_path / "second.safetensors")
+    assert second.seed == two[1].seed
+    assert np.array_equal(second.executed, two[1].executed)
     with pytest.raises(OtherRunError, match="episodes_per_task"):
         collect(replace(settings, episodes_per_task=3), tmp_path / "two", processes=1)
 
