@@ -77,7 +77,7 @@ def fetch_checkpoint(source: str | Path, **hub: Any) -> Path:
     """Return the folder of a policy, downloaded if `source` is a name on the hub, after `check_checkpoint`.
 
     Args:
-        source: Folder, or name on the hub.
+        source: Folder of a policy or of a run's checkpoint, name of a packaged policy, or name on the hub.
         **hub: Options of `huggingface_hub.snapshot_download`, such as `revision`.
 
     Raises:
@@ -85,7 +85,9 @@ def fetch_checkpoint(source: str | Path, **hub: Any) -> Path:
         DamagedCheckpointError: See `require_intact`.
         UnsafeCheckpointError: See `check_checkpoint`.
     """
-    folder = Path(source)
+    folder = packaged_policies().get(str(source), Path(source))
+    if (folder / PRETRAINED).is_dir():
+        folder = folder / PRETRAINED
     if not folder.is_dir():
         from huggingface_hub import snapshot_download  # imports an HTTP client, which is slow
         from huggingface_hub.errors import HfHubHTTPError

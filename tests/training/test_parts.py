@@ -38,6 +38,22 @@ def test_processes_share_one_global_batch():
     assert torch.equal(torch.cat(shares), alone)
 
 
+def test_a_mixture_keeps_its_shares_and_repeats_a_row_only_after_all_of_its_dataset():
+    shares = [(3, 1.0), (40, 1.0), (7, 2.0)]  # rows and weight of each dataset
+    sampler = ShuffledRows(torch.arange(50), 10, seed=4, shares=shares)
+    samples = torch.cat([sampler.batch(number) for number in range(40)])
+    parts = [samples[samples < 3], samples[(samples >= 3) & (samples < 43)], samples[samples >= 43]]
+    assert [len(part) for part in parts] == [100, 100, 200]
+    for part, (length, _) in zip(parts, shares, strict=True):
+        counts = part.unique(return_counts=True)[1]
+        assert len(counts) == length
+        assert counts.max() - counts.min() <= 1
+    again = ShuffledRows(torch.arange(50), 10, seed=4, shares=shares)
+    assert torch.equal(again.batch(37), samples[370:380])
+    halves = [ShuffledRows(torch.arange(50), 5, seed=4, rank=r, world=2, shares=shares) for r in (0, 1)]
+    assert torch.equal(torch.cat([half.batch(37) for half in halves]), samples[370:380])
+
+
 def test_chunks_and_padding_are_those_of_lerobot(root):
     dataset = LeRobotDataset(
         REPO_ID, root=root, video_backend="pyav", delta_timestamps={"action": [k / 10 for k in range(4)]}

@@ -230,6 +230,8 @@ def refuse_missing_fields(config: DictConfig) -> None:
         SystemExit: With the message.
     """
     missing = sorted(OmegaConf.missing_keys(config))
+    if OmegaConf.select(config, "dataset.mixture") and "dataset.repo_id" in missing:
+        missing.remove("dataset.repo_id")  # the entries name their datasets
     if missing:
         fields = " ".join(f"{name}=..." for name in missing)
         sys.exit(

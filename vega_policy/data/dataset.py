@@ -6,7 +6,7 @@ LeRobot is imported where it is used: training from a cache reads the table only
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,6 +50,19 @@ _BACKENDS, _STATISTICS = ("pyav", "torchcodec"), ("stored", "computed")
 
 
 @dataclass(frozen=True)
+class MixtureEntry:
+    """One dataset of a mixture; the fields are those of `DatasetConfig`."""
+
+    repo_id: str
+    root: str | None = None
+    revision: str | None = None
+    rename: dict[str, str] | None = None
+    task: str | None = None
+    episodes: list[int] | None = None
+    weight: float = 1.0  # share of the training samples, relative to the weights of the other entries
+
+
+@dataclass(frozen=True)
 class DatasetConfig:
     """Which LeRobot dataset the policy learns from, and how its frames are read.
 
@@ -62,6 +75,8 @@ class DatasetConfig:
         task: One instruction for all frames; None takes the dataset's.
         stats: `stored` normalises with the statistics of the dataset's files, and computes those that are
             missing; `computed` computes all from its states and actions.
+        mixture: Datasets with the same features that are sampled by weight, instead of one; the other fields
+            hold for all of them.
         episodes: Episode numbers to use; None takes all.
         held_out: Fraction of each task's episodes kept for the held-out loss, in [0, 1).
         frame_stride: Only every k-th instant of an episode, its first one included, is an observation, in
@@ -92,6 +107,7 @@ class DatasetConfig:
     rename: dict[str, str] | None = None
     task: str | None = None
     stats: str = "stored"
+    mixture: list[MixtureEntry] | None = None
     episodes: list[int] | None = None
     held_out: float = 0.0
     frame_stride: int = 1
@@ -125,6 +141,33 @@ class DatasetConfig:
         if self.shift < 0:
             raise ValueError(f"dataset.shift must be at least 0; got {self.shift}.")
         self._check_frames_are_cached()
+        self._check_mixture()
+
+    @property
+    def parts(self) -> "list[DatasetConfig]":
+        """Return the config of each dataset of a mixture; without one, this config alone."""
+        if self.mixture is None:
+            return [self]
+        entries = ({**vars(entry)} for entry in self.mixture)
+        return [
+            replace(self, mixture=None, **{key: entry[key] for key in entry if key != "weight"})
+            for entry in entries
+        ]
+
+    def _check_mixture(self) -> None:
+        """Refuse weights that are no shares, and fields that belong into the entries of a mixture."""
+        if self.mixture is None:
+            return
+        if not self.mixture:
+            raise ValueError("dataset.mixture: expected at least one dataset; got an empty list.")
+        for entry in self.mixture:
+            if not 0 < entry.weight < float("inf"):
+                raise ValueError(
+                    f"dataset.mixture: expected a positive weight for {entry.repo_id}; got {entry.weight}."
+                )
+        for name in ("root", "revision", "rename", "task", "episodes"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"dataset.{name}: give it in each entry of dataset.mixture that needs it.")
 
     def _check_frames_are_cached(self) -> None:
         """Refuse augmentation of frames where the cache holds only features of them."""
@@ -380,7 +423,7 @@ def match_features(policy: "VegaConfig", dataset: LocalDataset) -> None:
         DatasetError: If a camera, the state or the action is missing or has another width; lists expected
             and available features.
     """
-    available = _policy_features(dataset)
+    available = policy_features(dataset)
     if not policy.input_features:
         policy.input_features = {key: kept for key, kept in available.items() if key != ACTION}
     if not policy.output_features:
@@ -407,7 +450,7 @@ def match_features(policy: "VegaConfig", dataset: LocalDataset) -> None:
     policy.set_dataset_rendering(dataset.root)
 
 
-def _policy_features(dataset: LocalDataset) -> "dict[str, PolicyFeature]":
+def policy_features(dataset: LocalDataset) -> "dict[str, PolicyFeature]":
     """Return what a policy can read of a dataset: cameras as [3 h w], state and action as vectors."""
     from lerobot.configs import FeatureType, PolicyFeature
 

@@ -287,9 +287,14 @@ def _episode_rows(lengths: list[int], instructions: list[str]) -> pa.Table:
     return pa.table(columns | dict.fromkeys(places, zeros))
 
 
-def describe_values(values: np.ndarray) -> dict[str, list[Any]]:
-    """Return the statistics that LeRobot stores of a feature [n width]."""
+def describe_values(values: np.ndarray, weights: np.ndarray | None = None) -> dict[str, list[Any]]:
+    """Return the statistics that LeRobot stores of a feature [n width], of rows that weigh [n] each."""
     exact = values.astype(np.float64)
     found = {"min": exact.min(0), "max": exact.max(0), "mean": exact.mean(0), "std": exact.std(0)}
-    found |= {name: np.quantile(exact, fraction, axis=0) for name, fraction in QUANTILES.items()}
+    how: dict[str, Any] = {}
+    if weights is not None:
+        mean = np.average(exact, axis=0, weights=weights)
+        found |= {"mean": mean, "std": np.sqrt(np.average((exact - mean) ** 2, axis=0, weights=weights))}
+        how = {"weights": weights, "method": "inverted_cdf"}
+    found |= {name: np.quantile(exact, fraction, axis=0, **how) for name, fraction in QUANTILES.items()}
     return {name: value.tolist() for name, value in found.items()} | {"count": [len(values)]}

@@ -4,7 +4,8 @@ Both give LeRobot's batches before pre-processing, for the same rows in the same
 involve no per-sample Python and no LeRobot.
 """
 
-from collections.abc import Iterator, Mapping
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,10 +27,24 @@ class ShuffledRows:
 
     Batch k depends on seed and k only, so a resumed run needs no state, and each of several processes takes
     its own part of the same global batch. `batch_size` is that of one process.
+
+    With `shares`, the number of rows and the weight of each dataset of a mixture, whose rows follow each
+    other: each n samples hold as many of a dataset as its weight says, to the nearest one, and a dataset
+    repeats a row only after all of its rows.
     """
 
-    def __init__(self, rows: Tensor, batch_size: int, *, seed: int, rank: int = 0, world: int = 1) -> None:
+    def __init__(
+        self,
+        rows: Tensor,
+        batch_size: int,
+        *,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        shares: Sequence[tuple[int, float]] | None = None,
+    ) -> None:
         self.rows, self.batch_size, self.seed, self.rank, self.world = rows, batch_size, seed, rank, world
+        self._shares = shares
         self._passes: dict[int, Tensor] = {}
 
     def batch(self, number: int) -> Tensor:
@@ -46,7 +61,31 @@ class ShuffledRows:
         if index in self._passes:
             return self._passes[index]
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + index) % 2**63)
-        return torch.randperm(len(self.rows), generator=generator)
+        if self._shares is None:
+            return torch.randperm(len(self.rows), generator=generator)
+        whole = sum(weight for _, weight in self._shares)
+        picked, start, cumulative = [], 0, 0.0
+        bounds = [[0, 0]]  # samples of this and earlier datasets, before and after this pass
+        for part, (length, weight) in enumerate(self._shares):
+            cumulative += weight
+            bounds.append([round(len(self.rows) * k * cumulative / whole) for k in (index, index + 1)])
+            begin, end = (now - before for now, before in zip(bounds[-1], bounds[-2], strict=True))
+            picked.append(start + self._sequence(part, length, begin, end))
+            start += length
+        joined = torch.cat(picked)
+        return joined[torch.randperm(len(joined), generator=generator)]
+
+    def _sequence(self, part: int, length: int, begin: int, end: int) -> Tensor:
+        """Return samples `begin` to `end` of one dataset's own endless sequence of shuffled passes."""
+        passes = range(begin // length, -(-end // length))
+        shuffled = []
+        for index in passes:
+            seed = (self.seed * 1_000_003 + (part + 1) * 7_368_787 + index) % 2**63
+            shuffled.append(torch.randperm(length, generator=torch.Generator().manual_seed(seed)))
+        if not shuffled:
+            return torch.empty(0, dtype=torch.int64)
+        skipped = begin - passes[0] * length
+        return torch.cat(shuffled)[skipped : skipped + end - begin]
 
 
 class Source(Protocol):
@@ -92,6 +131,70 @@ class CachedSource:
     def stream(self, sampler: ShuffledRows, first: int) -> Iterator[Batch]:
         """Yield the batches of `sampler` endlessly, from number `first` on."""
         return (self.batch(sampler.batch(number)) for number in count(first))
+
+
+class MixedSource:
+    """Batches of a mixture: each row comes from the source of its dataset, which begins at row `starts`."""
+
+    def __init__(self, sources: Sequence[CachedSource], starts: Sequence[int]) -> None:
+        self._sources, self._starts = sources, torch.tensor(starts)
+
+    def batch(self, rows: Tensor) -> Batch:
+        """Return the batch of some rows [b]."""
+        owner = torch.searchsorted(self._starts, rows, right=True) - 1
+        batch: Batch = {}
+        for part in owner.unique().tolist():
+            places = (owner == part).nonzero()[:, 0]
+            for name, values in self._sources[part].batch(rows[places] - self._starts[part]).items():
+                if torch.is_tensor(values):
+                    if name not in batch:
+                        batch[name] = values.new_empty((len(rows), *values.shape[1:]))
+                    batch[name][places.to(values.device)] = values
+                else:
+                    texts = batch.setdefault(name, [""] * len(rows))
+                    for place, text in zip(places.tolist(), values, strict=True):
+                        texts[place] = text
+        return batch
+
+    def stream(self, sampler: ShuffledRows, first: int) -> Iterator[Batch]:
+        """Yield the batches of `sampler` endlessly, from number `first` on."""
+        return (self.batch(sampler.batch(number)) for number in count(first))
+
+
+class MixedFrames(Dataset):
+    """Frames of a mixture by row: those of each dataset, which begins at row `starts`."""
+
+    def __init__(self, parts: Sequence[Any], starts: Sequence[int]) -> None:
+        self._parts, self._starts = parts, starts
+
+    def __len__(self) -> int:
+        return sum(len(part) for part in self._parts)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        part = bisect_right(self._starts, row) - 1
+        return self._parts[part][row - self._starts[part]] | {"row": row}
+
+
+def join_tables(tables: Sequence[FrameTable]) -> FrameTable:
+    """Return one table of the rows of several, with episodes numbered on."""
+    if len(tables) == 1:
+        return tables[0]
+    sentences = list(dict.fromkeys(text for table in tables for text in table.tasks))
+    row, number, ends, episodes, tasks = 0, 0, [], [], []
+    for table in tables:
+        ends.append(table.episode_end + row)
+        episodes.append(table.episode + number)
+        tasks.append(torch.tensor([sentences.index(text) for text in table.tasks])[table.task])
+        row, number = row + len(table), number + int(table.episode.max()) + 1
+    return FrameTable(
+        state=torch.cat([table.state for table in tables]),
+        action=torch.cat([table.action for table in tables]),
+        episode=torch.cat(episodes),
+        episode_end=torch.cat(ends),
+        task=torch.cat(tasks),
+        tasks=tuple(sentences),
+        fps=tables[0].fps,
+    )
 
 
 def _low_dimensional(table: FrameTable, rows: Tensor, chunk_size: int) -> Batch:

@@ -60,11 +60,15 @@ def read_recorded(
     """
     stored = checkpoint.resolve().parents[2] / "config.yaml"
     values: dict[str, Any] = yaml.safe_load(stored.read_text())["dataset"] if stored.is_file() else {}
+    if values.get("mixture") and root is None and repo_id is None:
+        names = ", ".join(entry["repo_id"] for entry in values["mixture"])
+        raise ValueError(f"{checkpoint} learned from a mixture; give root=FOLDER of one of {names}.")
+    values["mixture"] = None
     if root is not None:
         values |= {"root": root, "repo_id": repo_id or values.get("repo_id", "local/dataset")}
     elif repo_id is not None:
         values |= {"repo_id": repo_id, "root": None}
-    if not values:
+    if values.keys() == {"mixture"}:
         raise ValueError(
             f"{checkpoint} lies in no run that names its dataset; give root=FOLDER (or repo_id)."
         )

@@ -165,6 +165,8 @@ class BackboneConfig:
             raise ValueError(f"backbone.lora_rank is 0 (no adapters) or more; got {self.lora_rank}.")
         if self.dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"backbone.dtype is float32, bfloat16 or float16; got {self.dtype!r}.")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"backbone.dropout: expected a probability in [0, 1); got {self.dropout}.")
         if self.name == "compact":
             self._check_compact()
 

@@ -341,8 +341,8 @@ def claim_folder(config: TrainConfig, values: dict[str, Any], step: int) -> None
     (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
     remove_partial(folder)
     remove_partial(folder / CHECKPOINTS)
-    if not (folder / CONFIG).exists():
-        write_text(folder / CONFIG, yaml.safe_dump(values, sort_keys=False))
+    # Also of a run that resumes: its steps, or the place of its data, may be others now.
+    write_text(folder / CONFIG, yaml.safe_dump(values | {"resume": False}, sort_keys=False))
     set_aside_after(folder, step)
     prune_checkpoints(folder, keep_last=None, keep_best=config.keep_best)
 

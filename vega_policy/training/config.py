@@ -182,6 +182,9 @@ def from_hydra(config: DictConfig) -> TrainConfig:
     Raises:
         ValueError: If a mandatory value is missing, or as `decode`.
     """
+    entries = config.dataset.get("mixture")
+    if entries and OmegaConf.is_missing(config.dataset, "repo_id"):
+        config.dataset.repo_id = "+".join(str(entry.get("repo_id")) for entry in entries)
     missing = OmegaConf.missing_keys(config)
     if missing:
         raise ValueError(

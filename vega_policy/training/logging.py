@@ -235,7 +235,7 @@ def model_card(config: TrainConfig, step: int, scores: Mapping[str, float], data
         library_name="lerobot",
         pipeline_tag="robotics",
         tags=["lerobot", "robotics", "vega"],
-        datasets=[config.dataset.repo_id],
+        datasets=[part.repo_id for part in config.dataset.parts],
         model_name="vega",
     )
     return ModelCard.from_template(

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Sequence
 from contextlib import nullcontext
 from copy import copy
 from dataclasses import replace
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
-from lerobot.configs import PreTrainedConfig
+from lerobot.configs import FeatureType, NormalizationMode, PreTrainedConfig
 from lerobot.lerobot_types import TransitionKey
 from lerobot.processor import RelativeActionsProcessorStep
 from lerobot.processor.converters import create_transition
@@ -20,24 +21,35 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from vega_policy.checkpoints import PRETRAINED, fetch_checkpoint, newest_intact
-from vega_policy.configuration_vega import VegaConfig
+from vega_policy.configuration_vega import VegaConfig, read_rendering
 from vega_policy.data import feature_cache
 from vega_policy.data.dataset import (
     ACTION,
     STATE,
+    DatasetConfig,
     DatasetError,
     FrameTable,
+    LocalDataset,
     check_finite,
     fingerprint_dataset,
     match_features,
     normalization_stats,
     open_dataset,
+    policy_features,
     read_table,
 )
 from vega_policy.data.dataset_files import describe_values, fingerprint_frames
-from vega_policy.data.loader import CachedSource, Source, VideoSource
+from vega_policy.data.loader import (
+    CachedSource,
+    MixedFrames,
+    MixedSource,
+    Source,
+    VideoSource,
+    join_tables,
+)
 from vega_policy.data.video import FrameRows, frames_in_order, sampled_mean_frames
 from vega_policy.model.compilation import compile_blocks
+from vega_policy.model.observation import stack_views
 from vega_policy.modeling_vega import VegaPolicy
 from vega_policy.processor_vega import make_vega_pre_post_processors
 from vega_policy.provenance import use_available_cores
@@ -50,7 +62,7 @@ from vega_policy.training.distributed import make_accelerator, shard
 from vega_policy.training.failure_guards import NonFiniteGuard
 from vega_policy.training.logging import push_to_hub, record_start
 from vega_policy.training.optim import EMA, make_optimizer
-from vega_policy.training.trainer import TrainData, Trainer
+from vega_policy.training.trainer import DataPart, TrainData, Trainer
 from vega_policy.training.validation import spread_evenly
 
 logger = logging.getLogger(__name__)
@@ -138,30 +150,111 @@ def load_data(config: TrainConfig) -> TrainData:
         if config.vega.base.name != "none":
             raise ValueError("dataset.cache: a base embeds images by itself; set dataset.cache=none.")
         feature_cache.check_cacheable(config.vega.backbone, config.vega.prior, config.dataset.cached)
-    dataset = open_dataset(config.dataset)
-    match_features(config.vega, dataset)
-    root = Path(dataset.root)
-    table = read_table(root, dataset.stored_names, config.dataset.task)
-    training, held_out = (
-        table.rows_of(episodes) for episodes in table.split(config.dataset.held_out, config.dataset.episodes)
+    configs = config.dataset.parts
+    datasets = [open_dataset(part) for part in configs]
+    given = bool(config.vega.input_features)
+    for dataset in datasets:
+        if dataset is not datasets[0] and not given:
+            check_alike(datasets[0], dataset)
+        match_features(config.vega, dataset)
+    _join_metadata(config.vega, datasets)
+    weights = [entry.weight for entry in config.dataset.mixture or ()] or [1.0]
+    parts = [_read_part(*one) for one in zip(configs, datasets, weights, strict=True)]
+    joined, starts = join_tables([part.table for part in parts]), [0]
+    starts += [start + len(part.table) for start, part in zip(starts, parts[:-1], strict=False)]
+    rows, held_out = (
+        torch.cat([getattr(part, name) + start for part, start in zip(parts, starts, strict=True)])
+        for name in ("rows", "held_out")
     )
-    check_finite(table, torch.cat([training, held_out]), root)
-    observed = table.every(config.dataset.frame_stride)
+    fingerprint = {}
+    for number, part in enumerate(parts):
+        found = fingerprint_dataset(part.dataset.root, part.table)
+        fingerprint |= {f"{number} {key}" if len(parts) > 1 else key: found[key] for key in found}
+    return TrainData(parts, joined, rows, held_out, fingerprint, _make_stats(config, parts, joined, starts))
+
+
+def check_alike(first: LocalDataset, other: LocalDataset) -> None:
+    """Refuse a dataset of a mixture whose cameras, state or action are not those of the first one.
+
+    Raises:
+        DatasetError: Lists the differences.
+    """
+    expected, found = policy_features(first), policy_features(other)
+    differing = [f"no {name}" for name in expected if name not in found]
+    differing += [f"{name} besides" for name in found if name not in expected]
+    for name in sorted(expected.keys() & found.keys()):
+        shapes = [list(features[name].shape) for features in (expected, found)]
+        if expected[name].type is not FeatureType.VISUAL and shapes[0] != shapes[1]:
+            differing.append(f"{name} {shapes[1]} instead of {shapes[0]}")
+        names = [dataset.features[name].get("names") for dataset in (first, other)]
+        if expected[name].type is not FeatureType.VISUAL and all(names) and names[0] != names[1]:
+            differing.append(f"{name} named {names[1]} instead of {names[0]}")
+    if differing:
+        raise DatasetError(
+            f"dataset.mixture: {other.repo_id} differs from {first.repo_id}: {'; '.join(differing)}. Give "
+            "both the same names by rename in their entries, or choose cameras by policy.input_features."
+        )
+
+
+def _join_metadata(policy: VegaConfig, datasets: Sequence[LocalDataset]) -> None:
+    """Leave out of the policy's config what the datasets of a mixture do not agree on."""
+    rates = {dataset.repo_id: dataset.fps for dataset in datasets}
+    if len(set(rates.values())) > 1:
+        logger.warning("The datasets differ in frames a second (%s): a chunk then spans other times.", rates)
+        policy.dataset_fps = None
+    if len({read_rendering(dataset.root) for dataset in datasets}) > 1:
+        policy.dataset_rendering = None
+
+
+def _read_part(config: DatasetConfig, dataset: LocalDataset, weight: float) -> DataPart:
+    table = read_table(dataset.root, dataset.stored_names, config.task)
+    training, held_out = (table.rows_of(rows) for rows in table.split(config.held_out, config.episodes))
+    check_finite(table, torch.cat([training, held_out]), dataset.root)
+    observed = table.every(config.frame_stride)
     training, held_out = training[observed[training]], held_out[observed[held_out]]
-    values, computed = {STATE: table.state, ACTION: table.action}, config.dataset.stats == "computed"
-    modes = config.vega.normalization_mapping
-    stats, lines = normalization_stats(dataset, values, modes, computed=computed)
+    return DataPart(config, dataset, table, training, held_out, weight)
+
+
+def _make_stats(
+    config: TrainConfig, parts: Sequence[DataPart], table: FrameTable, starts: Sequence[int]
+) -> dict[str, Any]:
+    """Return the statistics for the normalisation, of a mixture as it is sampled: each dataset by its weight.
+
+    Raises:
+        DatasetError: If statistics of images, which a mixture does not have, would be needed.
+    """
+    modes, computed = config.vega.normalization_mapping, config.dataset.stats == "computed"
+    rows = torch.cat([torch.cat([one.rows, one.held_out]) + k for one, k in zip(parts, starts, strict=True)])
+    weights = None
+    if len(parts) == 1:
+        values = {STATE: table.state, ACTION: table.action}
+        stats, lines = normalization_stats(parts[0].dataset, values, modes, computed=computed)
+        for line in lines:
+            logger.warning("%s: %s", parts[0].dataset.root, line)
+    else:
+        if modes["VISUAL"] is not NormalizationMode.IDENTITY:
+            raise DatasetError(
+                "dataset.mixture: policy.normalization_mapping.VISUAL must be IDENTITY, since a mixture has "
+                f"no statistics of images; got {modes['VISUAL'].name}."
+            )
+        counts = [len(part.rows) + len(part.held_out) for part in parts]
+        each = torch.tensor([part.weight / count for part, count in zip(parts, counts, strict=True)])
+        weights = each.repeat_interleave(torch.tensor(counts)).numpy()
+        stats = {
+            name: {key: np.asarray(value) for key, value in describe_values(data, weights).items()}
+            for name, data in ((STATE, table.state[rows].numpy()), (ACTION, table.action[rows].numpy()))
+        }
     if config.vega.use_relative_actions:
-        stats |= relative_action_stats(config.vega, table, torch.cat([training, held_out]))
-    for line in lines:
-        logger.warning("%s: %s", root, line)
-    return TrainData(dataset, table, training, held_out, fingerprint_dataset(root, table), stats)
+        stats |= relative_action_stats(config.vega, table, rows, weights)
+    return stats
 
 
-def relative_action_stats(policy: VegaConfig, table: FrameTable, rows: Tensor) -> dict[str, Any]:
+def relative_action_stats(
+    policy: VegaConfig, table: FrameTable, rows: Tensor, weights: np.ndarray | None = None
+) -> dict[str, Any]:
     """Return the statistics of actions relative to the state at the start of their chunk.
 
-    They are those of at most 100,000 chunks, evenly spaced over the rows [m].
+    They are those of at most 100,000 chunks, evenly spaced over the rows [m], which weigh `weights` [m].
 
     Raises:
         DatasetError: If the state is narrower than the action.
@@ -171,12 +264,15 @@ def relative_action_stats(policy: VegaConfig, table: FrameTable, rows: Tensor) -
             f"policy.use_relative_actions subtracts the state from the action: expected a state of at least "
             f"{table.action.shape[1]} entries, got {table.state.shape[1]}. Take absolute actions."
         )
-    rows = spread_evenly(rows, 100_000)
+    chosen = spread_evenly(torch.arange(len(rows)), 100_000)
+    rows = rows[chosen]
     actions, is_pad = table.chunks(rows, policy.chunk_size)
     steps: list[Any] = list(make_vega_pre_post_processors(policy)[0].steps)
     (step,) = (step for step in steps if isinstance(step, RelativeActionsProcessorStep))
     moved: Any = step(create_transition({STATE: table.state[rows]}, actions))[TransitionKey.ACTION]
-    found = describe_values(moved[~is_pad].numpy())
+    if weights is not None:
+        weights = np.broadcast_to(weights[chosen.numpy()][:, None], is_pad.shape)[~is_pad.numpy()]
+    found = describe_values(moved[~is_pad].numpy(), weights)
     return {ACTION: {name: np.asarray(value) for name, value in found.items()}}
 
 
@@ -201,48 +297,98 @@ def make_source(
     config: TrainConfig, policy: VegaPolicy, data: TrainData, checkpoint: Path | None
 ) -> tuple[Source, dict[str, Tensor]]:
     """Return the source of batches, building its cache where missing, and each camera's mean frame."""
-    cameras, backend = list(policy.config.image_features), config.dataset.video_backend
     if config.dataset.cache == "none":
-        history = len(policy.config.observation_delta_indices or ())
-        frames = FrameRows(data.dataset, data.table, cameras, backend, history)
-        chunk, workers = policy.config.chunk_size, config.dataset.workers
-        source = VideoSource(data.table, frames, chunk, workers=workers, seed=config.seed)
+        source = _video_source(config, policy, data)
         if checkpoint is not None:
             return source, load_file(checkpoint / PRETRAINED / MEAN_FRAMES)
-        return source, sampled_mean_frames(data.dataset, cameras, backend)
-    root, model = Path(config.dataset.cache_root), policy.model
-    names = feature_cache.check_cacheable(model.config.backbone, model.config.prior, config.dataset.cached)
-    key = {"repo_id": config.dataset.repo_id, **fingerprint_frames(Path(data.dataset.root))}
-    renamed = {name: data.dataset.stored_names[name] for name in cameras}
-    if any(name != stored for name, stored in renamed.items()):
-        key["stored_names"] = json.dumps(renamed)
-    stride = config.dataset.frame_stride
-    streams = feature_cache.streams_of(model, key, cameras, names, stride)
-    observed = data.table.every(stride)
+        cameras, backend = list(policy.config.image_features), config.dataset.video_backend
+        means = [sampled_mean_frames(part.dataset, cameras, backend) for part in data.parts]
+        return source, _weighted_mean(means, data, policy.config)
+    built = [_cached_source(part, policy) for part in data.parts]
+    sources, means = [source for source, _ in built], [mean for _, mean in built]
+    source = sources[0] if len(sources) == 1 else MixedSource(sources, data.starts)
+    return source, _weighted_mean(means, data, policy.config)
+
+
+def _weighted_mean(
+    means: Sequence[dict[str, Tensor]], data: TrainData, policy: VegaConfig
+) -> dict[str, Tensor]:
+    """Return each camera's mean frame over a mixture as it is sampled, at the policy's size."""
+    if len(means) == 1:
+        return means[0]
+    mixed, whole = 0.0, sum(part.weight for part in data.parts)
+    for part, mean in zip(data.parts, means, strict=True):
+        views = {camera: frame[None] for camera, frame in mean.items()}
+        mixed = mixed + part.weight / whole * stack_views(views, policy.frame_size, policy.resize)[0, :, 0]
+    return dict(zip(means[0], torch.as_tensor(mixed), strict=True))
+
+
+def _video_source(config: TrainConfig, policy: VegaPolicy, data: TrainData) -> VideoSource:
+    """Return batches that are decoded while training.
+
+    Raises:
+        DatasetError: If a camera's frames differ in size between the datasets of a mixture.
+    """
+    cameras, backend = list(policy.config.image_features), config.dataset.video_backend
+    for camera in cameras:
+        sizes = {tuple(policy_features(part.dataset)[camera].shape[1:]) for part in data.parts}
+        if len(sizes) > 1:
+            raise DatasetError(
+                f"dataset.mixture: frames of {camera} have several sizes ({sorted(sizes)}), and batches are "
+                "decoded in one. Take a cache, whose frames have the policy's size: dataset.cache=disk"
+            )
+    history = len(policy.config.observation_delta_indices or ())
+    frames: Any = [FrameRows(part.dataset, part.table, cameras, backend, history) for part in data.parts]
+    frames = frames[0] if len(frames) == 1 else MixedFrames(frames, data.starts)
+    chunk, workers = policy.config.chunk_size, config.dataset.workers
+    return VideoSource(data.table, frames, chunk, workers=workers, seed=config.seed)
+
+
+def _cached_source(part: DataPart, policy: VegaPolicy) -> tuple[CachedSource, dict[str, Tensor]]:
+    """Return a dataset's batches from its cache, built where missing, and each camera's mean frame."""
+    config, model = part.config, policy.model
+    root, observed = Path(config.cache_root), part.table.every(config.frame_stride)
+    streams = cache_streams(part, policy)
     stored = observed.nonzero()[:, 0]
-    clips = _make_clips(config, data, key, cameras, observed)
+    clips = _make_clips(part, policy, observed)
     feature_cache.build_streams(root, streams, model, clips, frames=len(stored))
     place = {"disk": None, "ram": torch.device("cpu"), "gpu": next(policy.parameters()).device}
     values = {
-        stream.name: feature_cache.open_stream(root, stream, len(stored), place[config.dataset.cache])
+        stream.name: feature_cache.open_stream(root, stream, len(stored), place[config.cache])
         for stream in streams
     }
-    source = CachedSource(data.table, values, policy.config.chunk_size, stored)
+    source = CachedSource(part.table, values, policy.config.chunk_size, stored)
     return source, feature_cache.open_mean_frames(root, streams[0])
 
 
-def _make_clips(
-    config: TrainConfig, data: TrainData, key: dict[str, str], cameras: list[str], observed: Tensor
-) -> feature_cache.Clips:
+def cache_streams(part: DataPart, policy: VegaPolicy) -> list[feature_cache.Stream]:
+    """Return the streams that the cache of a dataset holds for a policy."""
+    config, model = part.config, policy.model
+    names = feature_cache.check_cacheable(model.config.backbone, model.config.prior, config.cached)
+    cameras = list(policy.config.image_features)
+    return feature_cache.streams_of(model, _cache_key(part, cameras), cameras, names, config.frame_stride)
+
+
+def _cache_key(part: DataPart, cameras: list[str]) -> dict[str, str]:
+    key = {"repo_id": part.config.repo_id, **fingerprint_frames(part.dataset.root)}
+    renamed = {name: part.dataset.stored_names[name] for name in cameras}
+    if any(name != stored for name, stored in renamed.items()):
+        key["stored_names"] = json.dumps(renamed)
+    return key
+
+
+def _make_clips(part: DataPart, policy: VegaPolicy, observed: Tensor) -> feature_cache.Clips:
     """Return the observed frames [n] of a dataset in order, from its videos or, without any, from the cache.
 
     Raises:
         DatasetError: If it has neither.
     """
-    if data.dataset.has_frames():
-        clips = frames_in_order(data.dataset, cameras, config.dataset.video_backend)
+    config, cameras = part.config, list(policy.config.image_features)
+    if part.dataset.has_frames():
+        clips = frames_in_order(part.dataset, cameras, config.video_backend)
         return feature_cache.pick_instants(clips, observed)
-    root, size, stride = Path(config.dataset.cache_root), config.vega.frame_size, config.dataset.frame_stride
+    root, size, stride = Path(config.cache_root), policy.config.frame_size, config.frame_stride
+    key = _cache_key(part, cameras)
     every = feature_cache.frames_stream(key, cameras, size)
     if (root / every.folder).exists():
         frames = feature_cache.open_stream(root, every, len(observed), None)
@@ -253,9 +399,9 @@ def _make_clips(
         return feature_cache.cached_clips(frames, cameras)
     more = f" frame_stride={stride}" if stride > 1 else ""
     raise DatasetError(
-        f"{data.dataset.root} has no videos, and dataset.cache_root={root} holds no frames of it as "
+        f"{part.dataset.root} has no videos, and dataset.cache_root={root} holds no frames of it as "
         f"{key['repo_id']} with {size} pixels. Render them: vega-render FILE.safetensors "
-        f"root={data.dataset.root} repo_id={key['repo_id']} cache_root={root} frame_size={size}{more}"
+        f"root={part.dataset.root} repo_id={key['repo_id']} cache_root={root} frame_size={size}{more}"
     )
 
 
@@ -284,6 +430,6 @@ def _summarize(config: TrainConfig, policy: VegaPolicy, data: TrainData, step: i
     frozen = sum(weight.numel() for weight in policy.parameters() if not weight.requires_grad)
     return (
         f"Training {trained / 1e6:.1f}M weights ({frozen / 1e6:.1f}M frozen) on {len(data.rows)} frames of "
-        f"{config.dataset.repo_id} ({len(data.held_out)} held out), steps {step} to {config.steps}, into "
+        f"{data.names} ({len(data.held_out)} held out), steps {step} to {config.steps}, into "
         f"{config.output_dir}"
     )

@@ -1,9 +1,10 @@
 """The training loop: optimizer steps, and measurements, checkpoints and evaluations where they are due."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from vega_policy.checkpoints import add_scores, checkpoint_path, prune_checkpoints, read_scores
 from vega_policy.data.augmentation import make_augmentations
-from vega_policy.data.dataset import FrameTable, LocalDataset
+from vega_policy.data.dataset import DatasetConfig, FrameTable, LocalDataset
 from vega_policy.data.dataset_files import hash_bytes
 from vega_policy.data.loader import Batch, ShuffledRows, Source
 from vega_policy.run_dir import disk_guard
@@ -29,10 +30,22 @@ from vega_policy.training.validation import evaluate_closed_loop, held_out_score
 
 
 @dataclass(frozen=True)
-class TrainData:
-    """An opened dataset and its split."""
+class DataPart:
+    """One opened dataset and its split; a mixture has several."""
 
+    config: DatasetConfig
     dataset: LocalDataset
+    table: FrameTable
+    rows: Tensor  # training rows [n]
+    held_out: Tensor  # rows of the held-out episodes [m]; may be empty
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class TrainData:
+    """The data of a run: one dataset, or the datasets of a mixture one after the other."""
+
+    parts: Sequence[DataPart]
     table: FrameTable
     rows: Tensor  # training rows [n]
     held_out: Tensor  # rows of the held-out episodes [m]; may be empty
@@ -40,15 +53,35 @@ class TrainData:
     stats: dict[str, Any]  # for the normalisation, by feature
 
     @property
+    def starts(self) -> list[int]:
+        """First row of each dataset in the table."""
+        return [0, *accumulate(len(part.table) for part in self.parts[:-1])]
+
+    @property
+    def shares(self) -> list[tuple[int, float]] | None:
+        """Number of training rows and weight of each dataset of a mixture, None of a single dataset."""
+        if len(self.parts) == 1:
+            return None
+        return [(len(part.rows), part.weight) for part in self.parts]
+
+    @property
     def instructions(self) -> list[str]:
         """Distinct instructions of the training rows."""
         return [self.table.tasks[task] for task in self.table.task[self.rows].unique().tolist()]
 
-    def describe(self, config: TrainConfig) -> str:
+    def describe(self) -> str:
         """Return the dataset in a few words."""
         held = f", {len(self.held_out)} held out" if len(self.held_out) else ""
         whole = hash_bytes(json.dumps(self.fingerprint).encode())
-        return f"{config.dataset.repo_id}, {len(self.rows)} frames{held}, fingerprint {whole}"
+        return f"{self.names}, {len(self.rows)} frames{held}, fingerprint {whole}"
+
+    @property
+    def names(self) -> str:
+        """Names of the datasets, with the shares of a mixture."""
+        if len(self.parts) == 1:
+            return self.parts[0].config.repo_id
+        whole = sum(part.weight for part in self.parts)
+        return " + ".join(f"{100 * part.weight / whole:.3g}% {part.config.repo_id}" for part in self.parts)
 
 
 class Trainer:
@@ -73,8 +106,9 @@ class Trainer:
     ) -> None:
         rank, world = accelerator.process_index, accelerator.num_processes
         self.config, self.accelerator, self.state, self.source = config, accelerator, state, source
-        self.run, self.data, self._origin = Path(config.output_dir), data.describe(config), origin
-        self.sampler = ShuffledRows(data.rows, config.batch_size, seed=config.seed, rank=rank, world=world)
+        self.run, self.data, self._origin = Path(config.output_dir), data.describe(), origin
+        order: dict[str, Any] = {"seed": config.seed, "rank": rank, "world": world, "shares": data.shares}
+        self.sampler = ShuffledRows(data.rows, config.batch_size, **order)
         self.held_out = spread_evenly(data.held_out, config.held_out_frames)
         self.weights = trainable(state.policy)
         self._clip_norm = state.policy.config.get_optimizer_preset().grad_clip_norm
