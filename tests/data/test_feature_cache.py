@@ -31,13 +31,13 @@ def streams(policy, names, **changed):
 
 
 def decoded(data, workers=0):
-    frames = FrameRows(data.dataset, data.table, list(CAMERAS), "pyav")
+    frames = FrameRows(data.parts[0].dataset, data.table, list(CAMERAS), "pyav")
     return VideoSource(data.table, frames, chunk_size=4, workers=workers, seed=0)
 
 
 def build(policy, data, folder, names=("frames", "semantic", "prior")):
     wanted = streams(policy, names)
-    clips = frames_in_order(data.dataset, list(CAMERAS), "pyav")
+    clips = frames_in_order(data.parts[0].dataset, list(CAMERAS), "pyav")
     features.build_streams(folder, wanted, policy.model, clips, frames=len(data.table))
     return wanted
 
@@ -114,7 +114,7 @@ def test_with_a_stride_of_1_nothing_changes_for_a_cache(loaded, tmp_path):
 def test_datasets_of_pictures_are_read_like_those_of_videos(tmp_path):
     root = write_dataset(tmp_path / "images", use_videos=False, lengths=(3, 2))
     data = load_data(tiny_run(root, tmp_path / "run"))
-    (first, second) = frames_in_order(data.dataset, list(CAMERAS), "pyav")
+    (first, second) = frames_in_order(data.parts[0].dataset, list(CAMERAS), "pyav")
     assert {key: (tuple(clip.shape), clip.dtype) for key, clip in second.items()} == {
         CAMERAS[0]: ((2, 3, 48, 64), torch.uint8),
         CAMERAS[1]: ((2, 3, 32, 32), torch.uint8),
@@ -175,7 +175,7 @@ def test_a_build_that_is_killed_leaves_no_cache(loaded, tmp_path):
     _, policy, data = loaded
 
     def dying():
-        yield next(frames_in_order(data.dataset, list(CAMERAS), "pyav"))
+        yield next(frames_in_order(data.parts[0].dataset, list(CAMERAS), "pyav"))
         raise KeyboardInterrupt
 
     wanted = streams(policy, ["semantic"])
@@ -276,7 +276,7 @@ def test_a_dataset_without_the_expected_camera_names_both_lists(loaded):
     wrist = {"observation.images.wrist": config.vega.input_features[CAMERAS[0]]}
     policy.input_features = wrist | {"observation.state": config.vega.input_features["observation.state"]}
     with pytest.raises(DatasetError, match=r"expects: observation\.images\.wrist.*has: .*image .*image2"):
-        match_features(policy, data.dataset)
+        match_features(policy, data.parts[0].dataset)
 
 
 def test_nan_actions_are_refused_before_anything_is_written(tmp_path):

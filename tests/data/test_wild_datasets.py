@@ -199,7 +199,7 @@ def test_the_files_that_macos_adds_are_ignored(copy, tmp_path):
     for path in [path for path in copy.rglob("*") if path.is_file()]:
         path.with_name(f"._{path.name}").write_bytes(b"\x00\x05\x16\x07 no data")
     data = load(copy, tmp_path)
-    assert len(list(frames_in_order(data.dataset, list(CAMERAS), "pyav"))) == 3
+    assert len(list(frames_in_order(data.parts[0].dataset, list(CAMERAS), "pyav"))) == 3
 
 
 def test_a_depth_stream_is_ignored_with_a_line(copy, tmp_path, caplog):
@@ -245,18 +245,20 @@ def test_openpi_names_are_read_with_the_rename_that_the_refusal_names(tmp_path):
     rename["wrist_image"] = CAMERAS[1]
     data = load(folder, tmp_path, rename=rename)
     assert torch.equal(data.table.action, plain.table.action)
-    first, expected = (next(frames_in_order(one.dataset, list(CAMERAS), "pyav")) for one in (data, plain))
+    first, expected = (
+        next(frames_in_order(one.parts[0].dataset, list(CAMERAS), "pyav")) for one in (data, plain)
+    )
     assert all(torch.equal(first[camera], expected[camera]) for camera in CAMERAS)
 
 
 def test_a_video_of_another_rate_is_refused_alike_with_and_without_a_cache(copy, tmp_path):
     edit_info(copy, lambda info: info.update(fps=14))
     data = load(copy, tmp_path, cache="none")
-    frames = FrameRows(data.dataset, data.table, list(CAMERAS), "pyav")
+    frames = FrameRows(data.parts[0].dataset, data.table, list(CAMERAS), "pyav")
     with pytest.raises(DatasetError, match="damaged or missing at 14 frames a second"):
         frames[1]
     with pytest.raises(DatasetError, match="damaged or missing at 14 frames a second"):
-        list(frames_in_order(data.dataset, list(CAMERAS), "pyav"))
+        list(frames_in_order(data.parts[0].dataset, list(CAMERAS), "pyav"))
 
 
 def test_a_video_that_is_a_tenth_of_a_frame_late_is_read_alike_with_and_without_a_cache(copy, tmp_path):
@@ -267,11 +269,15 @@ def test_a_video_that_is_a_tenth_of_a_frame_late_is_read_alike_with_and_without_
     late = pa.array([value + 0.01 for value in table[name].to_pylist()])
     pq.write_table(table.set_column(place, name, late), episodes)
     data = load(copy, tmp_path, cache="none")
-    source = VideoSource(data.table, FrameRows(data.dataset, data.table, [CAMERAS[0]], "pyav"), 4, 0, 0)
-    cached = torch.cat([clip[CAMERAS[0]] for clip in frames_in_order(data.dataset, [CAMERAS[0]], "pyav")])
+    source = VideoSource(
+        data.table, FrameRows(data.parts[0].dataset, data.table, [CAMERAS[0]], "pyav"), 4, 0, 0
+    )
+    cached = torch.cat(
+        [clip[CAMERAS[0]] for clip in frames_in_order(data.parts[0].dataset, [CAMERAS[0]], "pyav")]
+    )
     live = source.batch(torch.arange(27))[CAMERAS[0]]
     assert torch.equal((live * 255).round().to(torch.uint8), cached)
-    assert read_video(*data.dataset.video_start(CAMERAS[0], 0), 10, 2).shape[0] == 2
+    assert read_video(*data.parts[0].dataset.video_start(CAMERAS[0], 0), 10, 2).shape[0] == 2
 
 
 def lfs(path):
