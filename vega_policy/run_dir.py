@@ -44,11 +44,16 @@ class DiskFullError(RuntimeError):
 
 
 def is_disk_full(error: BaseException | None) -> bool:
-    """Return whether an error, or one that caused it, is a full disk; libraries give only the text."""
+    """Return whether an error, or one that caused it, is a full disk."""
+    return _is_caused_by(error, _DISK_FULL)
+
+
+def _is_caused_by(error: BaseException | None, codes: set[int]) -> bool:
     while error is not None:
-        if isinstance(error, OSError) and error.errno in _DISK_FULL:
+        if isinstance(error, OSError) and error.errno in codes:
             return True
-        if any(f"(os error {code})" in str(error) or os.strerror(code) in str(error) for code in _DISK_FULL):
+        text = str(error)  # some libraries give nothing else
+        if any(f"(os error {code})" in text or os.strerror(code) in text for code in codes):
             return True
         error = error.__cause__ or error.__context__
     return False
@@ -75,10 +80,13 @@ def disk_guard(target: Path, draft: Path | None = None, needed: int | None = Non
             raise
         files = [] if draft is None else [draft, *draft.rglob("*")]
         written = sum(path.stat().st_size for path in files if path.is_file())
-        need = f"it needs {needed} bytes" if needed else f"it needs more than {written} bytes"
+        free = free_space(target) + written  # since the draft is deleted
+        # A quota or a limit on the size of files may leave more free than is needed.
+        least = free if _is_caused_by(error, {errno.ENOSPC}) else written
+        need = f"it needs {needed} bytes" if needed else f"it needs more than {least} bytes"
         raise DiskFullError(
-            f"{target}: the disk is full ({need}, {free_space(target)} are free). What was finished before "
-            "is complete; make room, then start the same command again to resume."
+            f"{target}: the disk is full ({need}, {free} are free). What was finished before is complete; "
+            "make room, then start the same command again to resume."
         ) from error
 
 

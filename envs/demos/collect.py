@@ -25,6 +25,7 @@ import envs
 from envs.base import DEMONSTRATION_SEEDS, EVALUATION_SEED, ManipulationEnv, Task
 from envs.demos.shards import (
     CODECS,
+    DATASET,
     STATES,
     Demonstrator,
     Recording,
@@ -43,7 +44,7 @@ from envs.demos.shards import (
 )
 from envs.demos.states import read_header, read_states, write_states
 from envs.rendering import load_mujoco, profile
-from vega_policy.run_dir import check_same_settings, open_run, require_folder, write_json
+from vega_policy.run_dir import atomic_folder, check_same_settings, open_run, require_folder, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -262,10 +263,12 @@ def _assemble(
         shutil.rmtree(merged, ignore_errors=True)
         with Workers(processes, total=sum(job.episodes for job in jobs)) as workers:
             workers.run(missing)
-            workers.merge([job.folder for job in jobs], merged, settings.repo_id)
-        metadata = _metadata(settings, [read_summary(job.folder) for job in jobs])
-        write_metadata(merged, metadata if counts is None else {**metadata, "tasks": counts})
-        merged.rename(root)
+            metadata = _metadata(settings, [read_summary(job.folder) for job in jobs])
+            with atomic_folder(merged) as draft:
+                workers.merge([job.folder for job in jobs], draft / DATASET, settings.repo_id)
+                tasks = metadata["tasks"] if counts is None else counts
+                write_metadata(draft / DATASET, {**metadata, "tasks": tasks})
+        (merged / DATASET).rename(root)
     shutil.rmtree(work)
     return read_metadata(root) or {}
 

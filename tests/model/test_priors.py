@@ -284,6 +284,28 @@ def write(folder, grid=(8, 8)):
     return features
 
 
+def test_an_interrupted_export_of_features_keeps_its_shards(tmp_path):
+    expected = write(tmp_path / "straight")
+    writer = FeatureWriter(tmp_path / "features", "stand-in")
+    writer.add(exported_frames()[:2], expected[:2])
+    again = FeatureWriter(tmp_path / "features", "stand-in")
+    assert again.skip(exported_frames()[:2])
+    assert not again.skip(exported_frames()[2:])
+    again.add(exported_frames()[2:], expected[2:])
+    again.close()
+    for path in (tmp_path / "straight").iterdir():
+        assert path.read_bytes() == (tmp_path / "features" / path.name).read_bytes()
+
+
+@pytest.mark.parametrize(("model", "seed"), [("another", 0), ("stand-in", 1)])
+def test_shards_of_other_frames_or_of_another_model_are_not_resumed(tmp_path, model, seed):
+    writer = FeatureWriter(tmp_path / "features", "stand-in")
+    writer.add(exported_frames(), torch.zeros(3, 2, 9, 8, 8))
+    again = FeatureWriter(tmp_path / "features", model)
+    with pytest.raises(ValueError, match=r"shard-00000.* holds features of other frames or of another model"):
+        again.skip(exported_frames(seed=seed))
+
+
 def opened(folder, **config):
     return make_prior(PriorConfig(name="precomputed", path=str(folder), **config), GRID)
 
@@ -320,7 +342,7 @@ def test_folders_that_a_precomputed_prior_cannot_use_are_refused(tmp_path):
         make_prior(PriorConfig(name="precomputed"), GRID)
     with pytest.raises(ValueError, match="single layer 0; got 1"):
         opened(tmp_path / "coarse", layer=1)
-    with pytest.raises(ValueError, match="is not empty"):
+    with pytest.raises(ValueError, match=r"expected an empty or new folder, found manifest\.json"):
         FeatureWriter(tmp_path / "coarse", "again")
     with pytest.raises(ValueError, match=r"expected features \[n v d gh gw\]"):
         FeatureWriter(tmp_path / "new", "flat").add(exported_frames(), torch.zeros(3, 2, 9))

@@ -67,7 +67,7 @@ from vega_policy.evaluation.report import (
 )
 from vega_policy.model.observation import resize
 from vega_policy.priors import has_trained_weights, resolve
-from vega_policy.run_dir import write_bytes, write_json, write_text
+from vega_policy.run_dir import atomic_file, write_bytes, write_json, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -514,8 +514,8 @@ def draw_heat_maps(
 
 
 def _save(figure: matplotlib.figure.Figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    with atomic_file(path) as draft:
+        figure.savefig(draft, format="png", dpi=110)
 
 
 def overlay_gate(frame: np.ndarray, gate: np.ndarray) -> np.ndarray:

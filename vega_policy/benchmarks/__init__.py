@@ -1,6 +1,5 @@
 """Time, memory, kernels and the ceiling of matrix products; rows of results as a table and as JSON."""
 
-import json
 import platform
 import statistics
 import time
@@ -12,6 +11,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from vega_policy.model.config import ActionHeadConfig, BackboneConfig, ModelConfig, PriorConfig
+from vega_policy.run_dir import write_json
 
 Call = Callable[[], Any]
 Row = dict[str, Any]
@@ -199,7 +199,6 @@ def rendering_gain(rows: Sequence[Row]) -> list[str]:
 
 def write(path: Path, part: str, rows: Sequence[Row], command: str, device: torch.device) -> None:
     """Write the rows of a part as JSON, with the command line, the device and the versions that made them."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     report = {
         "part": part,
         "command": command,
@@ -208,7 +207,7 @@ def write(path: Path, part: str, rows: Sequence[Row], command: str, device: torc
         "python": platform.python_version(),
         "rows": list(rows),
     }
-    path.write_text(json.dumps(report, indent=2) + "\n")
+    write_json(path, report)
 
 
 PARTS = ("prior", "policy", "train", "dataset", "simulate")

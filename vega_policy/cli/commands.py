@@ -336,7 +336,7 @@ def demonstrators(config: DictConfig) -> str:
         "encoder": "???",  # module:function
         "repo_id": "???",  # dataset
         "root": None,  # its local folder
-        "output": "???",  # new folder for the features
+        "output": "???",  # new folder for the features; an interrupted export is resumed
         "frame_size": 224,  # the policy's frame_size
         "batch_size": 32,  # instants encoded at once
         "device": None,  # null: cuda where there is one
@@ -374,8 +374,9 @@ def export_features(config: DictConfig) -> str:
             clips = {camera: clip[start : start + config.batch_size] for camera, clip in stretch.items()}
             views = {camera: clip.to(device).float() / 255 for camera, clip in clips.items()}
             frames = stack_views(views, config.frame_size)[:, :, 0]
-            with torch.no_grad():
-                writer.add(frames, encode(frames))
+            if not writer.skip(frames):
+                with torch.no_grad():
+                    writer.add(frames, encode(frames))
     writer.close()
     return f"features: {config.output}"
 

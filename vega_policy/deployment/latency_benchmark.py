@@ -28,7 +28,7 @@ from vega_policy.evaluation.episodes import Episode
 from vega_policy.evaluation.policies import ObservationBatch
 from vega_policy.evaluation.rollout import Rollout
 from vega_policy.evaluation.stats import wilson_interval
-from vega_policy.run_dir import open_run, write_bytes
+from vega_policy.run_dir import atomic_file, open_run, write_bytes
 
 Row = dict[str, Any]
 
@@ -160,7 +160,8 @@ def benchmark_latency(
             reference = [row for row in raw if row.items() >= asdict(cells[0]).items()]
             rows.append(_summarize_cell(cell, results, reference))
             yield rows[-1]
-        plot_latency(rows).savefig(output / PLOT_FILE, dpi=120)
+        with atomic_file(output / PLOT_FILE) as draft:
+            plot_latency(rows).savefig(draft, format="png", dpi=120)
 
 
 def _run_cell(

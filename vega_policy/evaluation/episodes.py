@@ -255,12 +255,12 @@ class EvaluationFolder:
 
     def add(self, results: Iterable[EpisodeResult]) -> None:
         """Record finished episodes; they are on disk when this returns."""
-        self._results += results
-        ordered = sorted(self._results, key=lambda result: (result.ablation, result.key))
+        ordered = sorted([*self._results, *results], key=lambda result: (result.ablation, result.key))
         table = pyarrow.Table.from_pylist([asdict(result) for result in ordered], schema=_SCHEMA)
         buffer = io.BytesIO()
         pyarrow.parquet.write_table(table, buffer)
         write_bytes(self.path / EPISODES_FILE, buffer.getvalue())
+        self._results = ordered  # after a failed write they may be added again
 
     def gather_shards(self, recorded_ablation: str) -> None:
         """Add the finished episodes of all shards, and the simulator states of those under one ablation.

@@ -19,7 +19,7 @@ from vega_policy.data.dataset import DatasetConfig, FrameTable, open_dataset, re
 from vega_policy.data.loader import VideoSource
 from vega_policy.data.video import FrameRows
 from vega_policy.evaluation.policies import LeRobotChunkPolicy
-from vega_policy.run_dir import write_json
+from vega_policy.run_dir import atomic_file, write_json
 
 Predict = Callable[[Tensor], np.ndarray]
 """Rows of the table [b] -> actions in the dataset's units [b t a]."""
@@ -147,7 +147,8 @@ def write_report(
         axis.set_ylabel(name, fontsize=7)
     axes[0, 0].legend(loc="upper right", fontsize=7)
     axes[-1, 0].set_xlabel(f"frame of episode {episode}")
-    figure.savefig(folder / "open_loop.png", dpi=110, bbox_inches="tight")
+    with atomic_file(folder / "open_loop.png") as draft:
+        figure.savefig(draft, format="png", dpi=110, bbox_inches="tight")
     plt.close(figure)
 
 

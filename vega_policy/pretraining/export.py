@@ -3,6 +3,7 @@
 <output_dir>/wan_tiny/vae/ transformer/ scheduler/ empty_prompt.safetensors README.md
 """
 
+import io
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from vega_policy.pretraining.autoencoder import (
 from vega_policy.pretraining.clips import Clips
 from vega_policy.pretraining.transformer import BATCH, EMPTY, PromptTable, loss_by_level, predict_velocity
 from vega_policy.provenance import hardware
-from vega_policy.run_dir import atomic_folder, write_json, write_text
+from vega_policy.run_dir import atomic_folder, write_bytes, write_json, write_text
 
 LARGEST = 24_000_000  # bytes that a shipped folder may have
 SHOWN, SAMPLES, FRAMES_PER_SECOND = 6, 4, 5
@@ -145,7 +146,7 @@ def write_reconstructions(path: Path, vae: Any, clips: Clips) -> None:
     decoded = as_frames(vae.decode(posterior_means(vae, frames, device)).sample)
     middle = frames.shape[1] // 2
     rows = [np.concatenate(list(one[:, middle]), axis=1) for one in (frames, decoded)]
-    imageio.imwrite(path, np.concatenate(rows, axis=0))
+    write_bytes(path, imageio.imwrite("<bytes>", np.concatenate(rows, axis=0), extension=".png"))
 
 
 def write_video(
@@ -162,8 +163,10 @@ def write_video(
     side = size // vae.spatial_compression_ratio
     shape = (vae.config.z_dim, 1 + (frames - 1) // vae.config.scale_factor_temporal, side, side)
     videos = sample(vae, transformer, table(texts), shape, settings.report)
-    with imageio.imopen(path, "w", plugin="pyav") as file:
+    buffer = io.BytesIO()
+    with imageio.imopen(buffer, "w", extension=".mp4", plugin="pyav") as file:
         file.write(np.concatenate(list(videos), axis=2), codec="libx264", fps=FRAMES_PER_SECOND)
+    write_bytes(path, buffer.getvalue())
 
 
 def write_card(folder: Path, figures: Figures, learned: Figures, settings: PretrainSettings) -> None:

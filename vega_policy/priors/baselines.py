@@ -37,6 +37,7 @@ from vega_policy.priors.base import (
     refuse_noise,
 )
 from vega_policy.priors.unet import latent_mean
+from vega_policy.run_dir import atomic_file, remove_partial, require_empty, require_folder, write_json
 
 CELL = 16
 """Pixels of a frame for each token of the backbone, as with the diffusion priors."""
@@ -225,16 +226,44 @@ def signature(frames: Tensor) -> Tensor:
 
 
 class FeatureWriter:
-    """Writes the features of `model` to a new folder, which `close` completes with a manifest."""
+    """Writes the features of `model` to a folder, shard by shard; `close` completes it with a manifest.
+
+    In a folder without a manifest, `skip` finds the shards that an interrupted writer has left.
+
+    Raises:
+        OtherRunError: If the folder is complete, or holds other files.
+    """
 
     def __init__(self, folder: Path, model: str) -> None:
-        if folder.exists() and any(folder.iterdir()):
-            raise ValueError(f"{folder} is not empty. Name a new folder for the features.")
+        require_folder(folder)
+        require_empty(folder, may_hold=[path.name for path in folder.glob("shard-*.safetensors")])
         folder.mkdir(parents=True, exist_ok=True)
+        remove_partial(folder)
         self._folder, self._model = folder, model
         self._rows: list[int] = []
         self._shape: tuple[int, ...] | None = None
         self._frame_size = 0
+
+    def skip(self, frames: Tensor) -> bool:
+        """Return whether the next shard is there already; then it need not be added.
+
+        Raises:
+            ValueError: If it is of other frames or of another model.
+        """
+        path = self._folder / SHARD.format(len(self._rows))
+        if not path.is_file():
+            return False
+        with safe_open(path, "pt") as file:
+            model = (file.metadata() or {}).get("model")
+        held = load_file(path)
+        if model != self._model or not torch.equal(held["signature"], signature(frames).cpu()):
+            raise ValueError(
+                f"{path} holds features of other frames or of another model ({model}). Delete {self._folder} "
+                "or name another folder."
+            )
+        self._shape, self._frame_size = tuple(held["features"].shape[1:]), frames.shape[-1]
+        self._rows.append(len(frames))
+        return True
 
     def add(self, frames: Tensor, features: Tensor) -> None:
         """Write one shard, frames [n v 3 h h] in [0, 1] and their features [n v d gh gw].
@@ -256,7 +285,10 @@ class FeatureWriter:
         self._shape, self._frame_size = tuple(features.shape[1:]), frames.shape[-1]
         shard = {"signature": signature(frames), "features": features}
         path = self._folder / SHARD.format(len(self._rows))
-        save_file({key: value.cpu().contiguous() for key, value in shard.items()}, path)
+        tensors = {key: value.cpu().contiguous() for key, value in shard.items()}
+        needed = sum(value.numel() * value.element_size() for value in tensors.values())
+        with atomic_file(path, needed) as draft:
+            save_file(tensors, draft, metadata={"model": self._model})
         self._rows.append(len(frames))
 
     def close(self) -> None:
@@ -266,7 +298,7 @@ class FeatureWriter:
         views, width, *grid = self._shape
         manifest = {"format": FORMAT, "model": self._model, "frame_size": self._frame_size}
         manifest |= {"views": views, "width": width, "grid": grid, "rows": self._rows}
-        (self._folder / MANIFEST).write_text(json.dumps(manifest, indent=2))
+        write_json(self._folder / MANIFEST, manifest)
 
 
 class PrecomputedPrior(nn.Module):

@@ -12,7 +12,7 @@ import numpy as np
 import yaml
 
 from vega_policy.checkpoints import read_scores
-from vega_policy.run_dir import flatten
+from vega_policy.run_dir import flatten, write_json, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -34,9 +34,9 @@ def write_table(folder: Path) -> str:
     """Read the jobs below a sweep's folder, write `sweep.json` and `sweep.txt`, and return the table."""
     jobs = [path for path in folder.iterdir() if path.is_dir() and path.name.isdigit()]
     rows = summarize([read_job(path) for path in sorted(jobs, key=lambda path: int(path.name))])
-    (folder / RESULT).write_text(json.dumps(rows, indent=1) + "\n")
+    write_json(folder / RESULT, rows)
     table = render(rows)
-    (folder / TABLE).write_text(table + "\n")
+    write_text(folder / TABLE, table + "\n")
     return table
 
 
