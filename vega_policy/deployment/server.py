@@ -14,9 +14,9 @@ import signal
 import socket
 import ssl
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from http import HTTPStatus
 from pathlib import Path
@@ -29,15 +29,16 @@ from lerobot.policies.rtc.configuration_rtc import RTCConfig
 from lerobot.utils.constants import ACTION
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from websockets.asyncio.server import Server, ServerConnection, serve
-from websockets.exceptions import ConnectionClosed
+from websockets.exceptions import ConnectionClosed, NegotiationError
 from websockets.frames import CloseCode
+from websockets.headers import build_authorization_basic
 from websockets.http11 import Request as HttpRequest
 from websockets.http11 import Response
 from websockets.typing import Subprotocol
 
 from vega_policy.checkpoints import find_checkpoint
 from vega_policy.deployment import protocol
-from vega_policy.deployment.protocol import ErrorMessage, MessageLimits, ProtocolError, RTCContext
+from vega_policy.deployment.protocol import FeatureKeys, MessageLimits, ProtocolError, RTCContext
 from vega_policy.evaluation.policies import (
     ChunkPolicy,
     LeRobotChunkPolicy,
@@ -85,6 +86,9 @@ class ServerSettings:
     idle_seconds: float = 60.0  # time between complete messages after which a session is closed
     faults: int = 8  # malformed messages after which a session is closed
     grace_seconds: float = 10.0  # time that a shutdown waits for running requests
+    dialect: str = "vega"  # of clients at `/`: a key of `protocol.DIALECTS`; `vega` answers at `/v1` only
+    client_keys: Mapping[str, Any] | str = "libero"  # names of the inputs in the dialect; see `FeatureKeys`
+    ignored_keys: Sequence[str] = ()  # further inputs that its clients send
 
     def __post_init__(self) -> None:
         """Refuse settings that open the server to everybody, and half a TLS configuration."""
@@ -150,7 +154,8 @@ def serve_forever(config: Any) -> None:
         ValueError: If a setting is wrong.
         OSError: If the address is taken, or a file cannot be used.
     """
-    settings = read_server_settings(config["server"])
+    dialect = {name: config[name] for name in ("dialect", "client_keys", "ignored_keys")}
+    settings = replace(read_server_settings(config["server"]), **dialect)
     policy = load_served_policy(
         Path(config["checkpoint"]),
         device=choose_device(config["device"]),
@@ -180,9 +185,9 @@ def warm_up(policy: ServedPolicy, side: int) -> None:
 class PolicyServer:
     """Offers a policy to clients that present the token.
 
-    Besides the protocol (see `vega_policy.deployment.protocol`) it answers `GET /healthz` (200, or 503 while
-    it shuts down) to anybody and `GET /metrics` (Prometheus text) to clients with the token. One thread
-    predicts, one request after the other.
+    Besides the protocol and a dialect (see `vega_policy.deployment.protocol`) it answers `GET /healthz` (200,
+    or 503 while it shuts down) to anybody and `GET /metrics` (Prometheus text) to clients with the token. One
+    thread predicts, one request after the other.
     """
 
     def __init__(self, policy: ServedPolicy, settings: ServerSettings) -> None:
@@ -195,6 +200,11 @@ class PolicyServer:
             noise_shape=policy.noise_shape,
             supports_rtc=policy.supports_rtc,
         )
+        self._keys: FeatureKeys | None = None
+        if settings.dialect != "vega":
+            self._keys = FeatureKeys.resolve(
+                settings.dialect, settings.client_keys, settings.ignored_keys, policy.description
+            )
         self._sessions: set[_Session] = set()
         self._stopping = False
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="policy")
@@ -215,7 +225,7 @@ class PolicyServer:
             self._serve_session,
             sock=listener,
             origins=[None],  # no browser: any web page could otherwise connect to a server on loopback
-            subprotocols=[Subprotocol(protocol.SUBPROTOCOL)],
+            select_subprotocol=self._select_subprotocol,
             compression=None,  # a small message cannot expand into a large one
             process_request=self._authorize,
             server_header=None,
@@ -227,6 +237,9 @@ class PolicyServer:
         ) as server:
             port = server.sockets[0].getsockname()[1]
             logger.info("serving on %s:%d, %s", settings.host, port, "TLS" if tls else "no TLS")
+            if self._keys is not None:
+                keys = f"{self._keys.required}, ignored: {sorted(self._keys.ignored)}"
+                logger.info("dialect %s at /, observations with the keys %s", settings.dialect, keys)
             if tls is None and not is_loopback(settings.host):
                 logger.warning("without TLS the token and all frames can be read on the network")
             if started is not None:
@@ -260,7 +273,8 @@ class PolicyServer:
             status = HTTPStatus.SERVICE_UNAVAILABLE if self._stopping else HTTPStatus.OK
             health = {"status": "stopping" if self._stopping else "ok", "protocol": protocol.VERSION}
             return connection.respond(status, json.dumps(health) + "\n")
-        if request.path not in (protocol.PATH, "/metrics"):
+        paths = [protocol.PATH, "/metrics"] if self._keys is None else [protocol.PATH, "/metrics", "/"]
+        if request.path not in paths:
             return connection.respond(HTTPStatus.NOT_FOUND, f"the policy is at {protocol.PATH}\n")
         if not self._has_token(request):
             self._count_refusal("token")
@@ -273,28 +287,50 @@ class PolicyServer:
         return None
 
     def _has_token(self, request: HttpRequest) -> bool:
-        if self.settings.token is None:
+        """Whether a request has the token; at `/` in the way of the dialect's client as well."""
+        token = self.settings.token
+        if token is None:
             return True
         presented = request.headers.get_all("Authorization")
-        expected = f"Bearer {self.settings.token}".encode()
+        accepted = [f"Bearer {token}"]
+        if request.path == "/" and self.settings.dialect == "openpi":
+            accepted.append(f"Api-Key {token}")
+        if request.path == "/" and self.settings.dialect == "vla_eval":  # ws://vega:TOKEN@host:port
+            accepted.append(build_authorization_basic("vega", token))
         received = presented[0].encode("utf-8", "surrogateescape") if len(presented) == 1 else b""
-        return hmac.compare_digest(received, expected)
+        return any(hmac.compare_digest(received, one.encode()) for one in accepted)
+
+    def _select_subprotocol(
+        self, connection: ServerConnection, offered: Sequence[Subprotocol]
+    ) -> Subprotocol | None:
+        """Require this protocol's name at its path; clients of the dialects offer none."""
+        if connection.request is None or connection.request.path != protocol.PATH:
+            return None
+        if protocol.SUBPROTOCOL not in offered:
+            raise NegotiationError(f"missing subprotocol; expected {protocol.SUBPROTOCOL}")
+        return Subprotocol(protocol.SUBPROTOCOL)
+
+    def _open_session(self, connection: ServerConnection) -> _Session:
+        limits = self.settings.limits
+        if self._keys is None or (connection.request and connection.request.path == protocol.PATH):
+            secret = secrets.token_bytes(protocol.SESSION_BYTES)
+            return _Session(connection, protocol.VegaSession(secret, self._served, limits))
+        dialects = {"openpi": protocol.OpenpiSession, "vla_eval": protocol.VlaEvalSession}
+        messages = dialects[self.settings.dialect](self._keys, self._served, limits)
+        return _Session(connection, messages, waits=True)
 
     async def _serve_session(self, connection: ServerConnection) -> None:
         """Run one session, from hello to its end."""
-        session = _Session(connection)
-        if connection.subprotocol != protocol.SUBPROTOCOL:
-            await connection.close(CloseCode.PROTOCOL_ERROR, f"subprotocol {protocol.SUBPROTOCOL} is needed")
-            return
         if len(self._sessions) >= self.settings.sessions:  # several handshakes may have passed at once
             self._count_refusal("sessions")
             await connection.close(CloseCode.TRY_AGAIN_LATER, "all sessions are taken")
             return
+        session = self._open_session(connection)
         self._sessions.add(session)
         self.metrics.sessions.set(len(self._sessions))
         try:
-            hello = protocol.Hello(protocol.VERSION, session.secret, self._served, self.settings.limits)
-            await connection.send(protocol.encode(hello))
+            if session.messages.greeting is not None:
+                await connection.send(session.messages.greeting)
             while not self._stopping and session.faults < self.settings.faults:
                 await self._exchange(session)
             if self._stopping:
@@ -317,31 +353,44 @@ class PolicyServer:
         start = time.perf_counter()
         session.busy = True
         try:
-            answer = await self._answer(session, data, start)
-            outcome = answer.code if isinstance(answer, ErrorMessage) else "ok"
+            outcome, answer = await self._answer(session, data, start)
             self.metrics.requests.labels(outcome).inc()
             self.metrics.server_seconds.observe(time.perf_counter() - start)
-            await asyncio.wait_for(session.connection.send(protocol.encode(answer)), idle)
+            if answer is not None:
+                await asyncio.wait_for(session.connection.send(answer), idle)
         finally:
             session.busy = False  # only now: a shutdown also waits for an answer that is being sent
 
     async def _answer(
         self, session: _Session, data: str | bytes, start: float
-    ) -> protocol.ActionsMessage | ErrorMessage:
-        sequence, limits = None, self.settings.limits
+    ) -> tuple[str, bytes | str | None]:
+        """Return the outcome, `ok` or an error code, and the message to send."""
         try:
-            if not session.spend(limits.requests_per_second):
-                await asyncio.sleep(1 / limits.requests_per_second)  # nothing more is read meanwhile
-                raise ProtocolError("rate", f"more than {limits.requests_per_second} requests a second")
-            request = protocol.decode_request(data, session.secret, session.sequence, self._served, limits)
-            session.sequence = sequence = request.sequence
+            await self._spend(session)
+            request = session.messages.receive(data)
+            if not isinstance(request, protocol.Request):
+                return "ok", request
             actions, model_seconds = await self._predict(request)
         except ProtocolError as error:
             if error.code in ("malformed", "session", "sequence"):
                 session.faults += 1
-            return ErrorMessage(sequence, error.code, str(error)[:1000])
-        packed = protocol.Array.pack(actions, "<f4")
-        return protocol.ActionsMessage(sequence, packed, model_seconds, time.perf_counter() - start)
+            return error.code, session.messages.refuse(error)
+        reply = protocol.Reply(actions, model_seconds, time.perf_counter() - start)
+        return "ok", session.messages.answer(reply)
+
+    async def _spend(self, session: _Session) -> None:
+        """Take a request from the session's allowance; nothing more is read while it is used up.
+
+        Clients of the dialects have no answer for a refusal, so theirs waits.
+
+        Raises:
+            ProtocolError: If a client of this protocol has none left.
+        """
+        rate = self.settings.limits.requests_per_second
+        while not session.spend(rate):
+            await asyncio.sleep(1 / rate)
+            if not session.waits:
+                raise ProtocolError("rate", f"more than {rate} requests a second")
 
     async def _predict(self, request: protocol.Request) -> tuple[np.ndarray, float]:
         """Return the actions and the seconds spent in the policy; ProtocolError if it failed."""
@@ -393,8 +442,8 @@ class _Session:
     """State of one client's session, with its request allowance (a token bucket)."""
 
     connection: ServerConnection
-    secret: bytes = field(default_factory=lambda: secrets.token_bytes(protocol.SESSION_BYTES), repr=False)
-    sequence: int = -1
+    messages: protocol.SessionProtocol = field(repr=False)
+    waits: bool = False  # requests above the rate wait instead of being refused
     faults: int = 0
     busy: bool = False
     allowance: float = math.inf  # requests; at most those of one second
