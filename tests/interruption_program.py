@@ -2,6 +2,8 @@
 
     python -m tests.interruption_program kill PROGRAM FOLDER COUNT    SIGKILL at random moments
     unshare --mount python -m tests.interruption_program fill PROGRAM FOLDER COUNT    full disks
+    unshare --mount python -m tests.interruption_program protect PROGRAM FOLDER COUNT    a read-only disk
+    python -m tests.interruption_program fail PROGRAM FOLDER COUNT    as it is, where it cannot begin
 
 PROGRAM is a key of `PROGRAMS`. Prints a line of JSON. The parent imports everything once and forks, so that a
 start costs a second. A disk is a tmpfs on FOLDER/disk that grows after each failure.
@@ -116,6 +118,13 @@ class Training:
 
     def finished(self, output: Path) -> int:
         return max((int(path.name) for path in (output / "checkpoints").glob("[0-9]*")), default=0)
+
+
+class Decoding(Training):
+    """Videos decoded by two processes in each step."""
+
+    def arguments(self, output: Path) -> list[str]:
+        return [*super().arguments(output), "dataset.cache=none", "dataset.workers=2"]
 
 
 class Cache(Training):
@@ -306,6 +315,7 @@ class Export(Evaluation):
 
 PROGRAMS: dict[str, type[Program]] = {
     "training": Training,
+    "decoding": Decoding,
     "cache": Cache,
     "evaluation": Evaluation,
     "collection": Collection,
@@ -411,6 +421,22 @@ class Interrupter:
             resize(disk, 4 * peak[0])
             self.finish(straight, disk / "run")
 
+    def protect(self, count: int) -> None:
+        """Run on a disk that cannot be written to."""
+        disk = self.folder / "disk"
+        disk.mkdir()
+        with mounted(disk, 2**20):
+            subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+            self.fail(count)
+
+    def fail(self, count: int) -> None:
+        """Run where the command cannot begin."""
+        for _ in range(count):
+            message = self.run(self.folder / "disk" / "run")
+            self.counts.messages.append(message.replace(str(self.folder / "disk"), "DISK"))
+            self.counts.tried += bool(message)
+        self.counts.same = True
+
     def finish(self, straight: Path, output: Path) -> None:
         message = self.run(output)
         assert message == "", message
@@ -506,7 +532,8 @@ def main(arguments: Sequence[str]) -> None:
     Path(folder).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as inputs:
         interrupter = Interrupter(name, Path(folder).resolve(), Path(inputs))
-        {"kill": interrupter.kill, "fill": interrupter.fill}[how](int(count))
+        actions = (interrupter.kill, interrupter.fill, interrupter.protect, interrupter.fail)
+        {action.__name__: action for action in actions}[how](int(count))
     interrupter.counts.seconds = round(time.monotonic() - start, 1)
     sys.stdout.write(json.dumps(asdict(interrupter.counts)) + "\n")
 

@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 LOCK, SETTINGS = ".lock", "settings.json"
 _PARTIAL = ".partial"
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS}
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS}
 
 
@@ -90,6 +91,19 @@ def disk_guard(target: Path, draft: Path | None = None, needed: int | None = Non
         ) from error
 
 
+@contextmanager
+def _require_writable(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NOT_WRITABLE:
+            raise
+        raise PermissionError(
+            f"{folder}: expected a folder that this process can write to, got: {error.strerror}. Give "
+            "another folder, or make it writable."
+        ) from error
+
+
 def free_space(path: Path) -> int:
     """Return the free bytes of the disk on which a path is, or would be."""
     return shutil.disk_usage(next(parent for parent in (path, *path.parents) if parent.is_dir())).free
@@ -115,15 +129,18 @@ def atomic_file(path: Path, needed: int | None = None) -> Iterator[Path]:
 
     `needed` is its size in bytes if that is known, for the message of a full disk.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}{_PARTIAL}")
     try:
         with disk_guard(path, draft, needed):
+            with _require_writable(path.parent):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                draft.touch()
             yield draft
             _sync(draft)
             draft.replace(path)
     finally:
-        draft.unlink(missing_ok=True)
+        if draft.exists():  # an unlink on a read-only disk fails
+            draft.unlink()
     _sync(path.parent)
 
 
@@ -156,7 +173,8 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     shutil.rmtree(draft, ignore_errors=True)
     try:
         with disk_guard(target, draft):
-            draft.mkdir(parents=True)
+            with _require_writable(target.parent):
+                draft.mkdir(parents=True)
             yield draft
             complete_folder(draft, target)
     except DiskFullError:
@@ -262,17 +280,11 @@ def _open_lock(folder: Path, wait: bool) -> TextIO:
     while True:
         require_folder(folder)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            file = path.open("a+")  # not "w": the holder's name must not be truncated
+            with _require_writable(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                file = path.open("a+")  # not "w": the holder's name must not be truncated
         except FileNotFoundError:  # the last holder deleted the folder meanwhile
             continue
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
-                raise
-            raise PermissionError(
-                f"{folder}: expected a folder that this process can write to, got: {error.strerror}. Give "
-                "another folder, or make it writable."
-            ) from error
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:

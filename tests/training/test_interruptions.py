@@ -19,14 +19,17 @@ RESUMABLE = ["training", "cache", "evaluation", "collection", "rendering", "feat
 NEED = r"(it needs (more than )?\d+ bytes, |takes about \d+ bytes, and )\d+ are free"
 
 
-def run_program(how, program, folder, count):
-    prefix = ["unshare", "--map-root-user", "--mount"] if how == "fill" else []
-    if prefix and subprocess.run([*prefix, "mount", "-t", "tmpfs", "tmpfs", folder]).returncode != 0:
-        pytest.skip("this machine allows no mounts")
+def run_program(how, program, folder, count, mount="true", **environment):
+    """Interrupt a command, after the shell command `mount` in a mount namespace."""
+    prefix = []
+    if mount != "true" or how != "kill":
+        prefix = ["unshare", "--map-root-user", "--mount", "sh", "-ec", f'{mount}; exec "$@"', "sh"]
+        if subprocess.run([*prefix, "mount", "-t", "tmpfs", "tmpfs", folder]).returncode != 0:
+            pytest.skip("this machine allows no mounts")
     output = subprocess.run(
         [*prefix, sys.executable, "-m", "tests.interruption_program", how, program, str(folder), str(count)],
         cwd=REPOSITORY,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", **environment},
         stdout=subprocess.PIPE,
         text=True,
         timeout=3000,
@@ -57,6 +60,34 @@ def test_a_full_disk_is_named_in_bytes_and_after_making_room_the_command_continu
     for message in counts["messages"]:
         assert re.match(r"DiskFullError: DISK/run", message), message
         assert re.search(NEED, message), message
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", [*RESUMABLE, "export"])
+def test_an_output_that_cannot_be_written_to_is_refused(tmp_path, program):
+    (message,) = run_program("protect", program, tmp_path, 1)["messages"]
+    assert re.match(
+        r"PermissionError: DISK.*can write to, got: Read-only file system\. Give another", message
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", ["training", "evaluation", "collection", "pretraining"])
+def test_nothing_needs_a_home_that_can_be_written_to(tmp_path, program):
+    home = tmp_path / "home"
+    home.mkdir()
+    mount = f"mount -t tmpfs tmpfs {home}; mount -o remount,ro {home}"
+    run_program("kill", program, tmp_path / "run", 0, mount, HOME=str(home))
+
+
+@pytest.mark.slow
+def test_decoding_processes_are_refused_where_shared_memory_is_too_small(tmp_path):
+    mount = "mount -t tmpfs -o size=64k tmpfs /dev/shm"
+    (message,) = run_program("fail", "decoding", tmp_path, 1, mount)["messages"]
+    assert re.match(
+        r"ValueError: dataset\.workers=2 needs about \d+ bytes of shared memory, and /dev/shm has \d+ free",
+        message,
+    )
 
 
 @pytest.mark.slow

@@ -238,17 +238,22 @@ with lock_folder(root / "run"):
 def test_a_folder_on_a_disk_that_cannot_be_written_to_is_refused(tmp_path):
     program = f"""
 from pathlib import Path
-from vega_policy.run_dir import lock_folder
-try:
-    with lock_folder(Path("{tmp_path}") / "run"):
-        pass
-except PermissionError as error:
-    print(error)
+from vega_policy.run_dir import atomic_folder, lock_folder, write_text
+root = Path("{tmp_path}")
+for write in (
+    lambda: lock_folder(root / "run").__enter__(),
+    lambda: atomic_folder(root / "run").__enter__(),
+    lambda: write_text(root / "run", "text"),
+):
+    try:
+        write()
+    except PermissionError as error:
+        print(error)
 """
     printed = in_namespace(
         f"mount -t tmpfs tmpfs {tmp_path}; mount -o remount,ro {tmp_path}", program, tmp_path
     )
-    assert "run: expected a folder that this process can write to, got: Read-only file system." in printed
+    assert printed.count(": expected a folder that this process can write to, got: Read-only file sys") == 3
 
 
 @pytest.mark.parametrize("below", [(), ("inner", "run")])

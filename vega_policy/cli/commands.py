@@ -361,23 +361,25 @@ def export_features(config: DictConfig) -> str:
     from vega_policy.data.video import frames_in_order
     from vega_policy.model.observation import stack_views
     from vega_policy.priors.baselines import FeatureWriter
+    from vega_policy.run_dir import lock_folder
 
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     sys.path.insert(0, str(Path.cwd()))  # the encoder's module may be in the working folder
     module, name = config.encoder.split(":")
     encode = getattr(import_module(module), name)(device)
-    writer = FeatureWriter(Path(config.output), config.encoder)
     dataset = open_dataset(DatasetConfig(config.repo_id, root=config.root))
-    for stretch in frames_in_order(dataset, dataset.cameras, "pyav"):
-        length = len(next(iter(stretch.values())))
-        for start in range(0, length, config.batch_size):
-            clips = {camera: clip[start : start + config.batch_size] for camera, clip in stretch.items()}
-            views = {camera: clip.to(device).float() / 255 for camera, clip in clips.items()}
-            frames = stack_views(views, config.frame_size)[:, :, 0]
-            if not writer.skip(frames):
-                with torch.no_grad():
-                    writer.add(frames, encode(frames))
-    writer.close()
+    with lock_folder(Path(config.output)):
+        writer = FeatureWriter(Path(config.output), config.encoder)
+        for stretch in frames_in_order(dataset, dataset.cameras, "pyav"):
+            length = len(next(iter(stretch.values())))
+            for start in range(0, length, config.batch_size):
+                clips = {camera: clip[start : start + config.batch_size] for camera, clip in stretch.items()}
+                views = {camera: clip.to(device).float() / 255 for camera, clip in clips.items()}
+                frames = stack_views(views, config.frame_size)[:, :, 0]
+                if not writer.skip(frames):
+                    with torch.no_grad():
+                        writer.add(frames, encode(frames))
+        writer.close()
     return f"features: {config.output}"
 
 
