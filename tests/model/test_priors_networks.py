@@ -139,7 +139,9 @@ def test_what_a_unet_prior_need_not_compute_twice_changes_no_feature(folder, nam
         load(name, folder(name), SMALL_GRID, layer=layer, clip=clip, engine=engine)
         for engine in ("plain", "auto")
     )
-    torch.testing.assert_close(fast(pictures), plain(pictures), atol=1e-5, rtol=1e-5)
+    expected = plain(pictures)
+    largest = float(expected.abs().max())  # float32 rounds alike for all; its sums differ between processors
+    torch.testing.assert_close(fast(pictures), expected, atol=1e-4 * largest, rtol=0.0)
     counts = [sum(weight.numel() for weight in prior.unet.parameters()) for prior in (plain, fast)]
     assert counts[1] < counts[0]  # time projections, keys and values are gone
 
