@@ -113,12 +113,23 @@ def test_a_device_that_does_not_exist_is_refused(name, monkeypatch):
             {"dataset": {"mixture": [], "root": None}},
             r"dataset\.mixture: expected at least one dataset",
         ),
+        (
+            {},
+            {"tracking": "mlflow"},
+            r"tracking: expected one of none, tensorboard, trackio, wandb; got 'mlflow'",
+        ),
         ({"resize": "crop"}, {}, r"policy\.resize: expected stretch or pad; got 'crop'"),
     ],
 )
 def test_choices_that_cannot_work_are_refused(root, tmp_path, policy, run, message):
     with pytest.raises(ValueError, match=message):
         train(tiny_run(root, tmp_path / "run", policy=tiny_policy(**policy), **run))
+
+
+def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_built(root, tmp_path, monkeypatch):
+    monkeypatch.setattr("vega_policy.training.config.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"tracking=trackio: not installed\. Run: pip"):
+        tiny_run(root, tmp_path / "run", tracking="trackio")
 
 
 def mixed(*entries, **fields):

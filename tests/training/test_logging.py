@@ -1,7 +1,10 @@
 """Outputs of a run: curves, videos, closed-loop success, model card and provenance."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from importlib.metadata import version
 
 import pytest
@@ -16,7 +19,7 @@ from vega_policy.checkpoints import add_scores, checkpoint_path, find_damage, re
 from vega_policy.evaluation.episodes import read_episodes
 from vega_policy.evaluation.evaluate import evaluate_checkpoint
 from vega_policy.training.checkpoint import FREE_TO_CHANGE, export_policy
-from vega_policy.training.config import EnvironmentConfig, SimulationConfig, WandbConfig
+from vega_policy.training.config import EnvironmentConfig, SimulationConfig, TrackerConfig, encode
 from vega_policy.training.logging import complete_card
 from vega_policy.training.train import train
 
@@ -152,17 +155,49 @@ def test_each_start_notes_code_packages_and_hardware(points, tmp_path):
 
 
 def test_fields_that_change_only_outputs_may_change_on_resuming():
-    assert {"simulation.every", "wandb.project", "keep_last", "evaluate_every"} <= set(FREE_TO_CHANGE)
+    assert {"simulation.every", "tracking", "tracker.project", "keep_last", "evaluate_every"} <= set(
+        FREE_TO_CHANGE
+    )
 
 
 @pytest.mark.slow
 def test_one_field_turns_weights_and_biases_on_and_a_resumed_run_goes_on_there(points, tmp_path):
-    fields = {"wandb": WandbConfig(project="tests", mode="offline")}
+    fields = {"tracking": "wandb", "tracker": TrackerConfig(project="tests", mode="offline")}
     train(tiny_run(points, tmp_path / "run", stop_after=2, **fields))
     known = (tmp_path / "run" / "wandb_run.txt").read_text()
     train(tiny_run(points, tmp_path / "run", resume=True, **fields))
     assert (tmp_path / "run" / "wandb_run.txt").read_text() == known
     assert len(list((tmp_path / "run" / "wandb").glob(f"offline-run-*-{known.strip()}"))) == 2
+
+
+@pytest.mark.slow
+def test_a_run_tracked_by_trackio_is_resumed_there_with_every_logged_value(points, tmp_path):
+    """In a process of its own, since Trackio reads its folder when it is imported; read by its command."""
+    pytest.importorskip("trackio")
+    fields = {"tracking": "trackio", "simulation": simulation(2), "dataset": {"held_out": 0.3}}
+    environment = {**os.environ, "TRACKIO_DIR": str(tmp_path / "trackio")}
+    for changes in ({"stop_after": 2}, {"resume": True}):
+        config = json.dumps(encode(tiny_run(points, tmp_path / "run", **fields, **changes)))
+        program = (
+            "import json, sys; from vega_policy.training.config import decode; "
+            "from vega_policy.training.train import train; train(decode(json.loads(sys.argv[1])))"
+        )
+        subprocess.run([sys.executable, "-c", program, config], env=environment, check=True)
+    name = (tmp_path / "run" / "trackio_run.txt").read_text().strip()
+    assert not (tmp_path / "run" / "tensorboard").exists()
+
+    def read(*words):
+        command = [sys.executable, "-m", "trackio.cli", *words, "--project", "vega", "--json"]
+        return json.loads(subprocess.run(command, env=environment, check=True, capture_output=True).stdout)
+
+    assert [run if isinstance(run, str) else run["name"] for run in read("list", "runs")["runs"]] == [name]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    for metric in ("loss", "success"):
+        expected = [(line["step"], line[metric]) for line in lines if metric in line]
+        assert expected
+        group = "train" if metric == "loss" else "simulation"
+        values = read("get", "metric", "--run", name, "--metric", f"{group}/{metric}")["values"]
+        assert [(value["step"], value["value"]) for value in values] == pytest.approx(expected)
 
 
 def test_scores_of_one_step_are_added_up(tmp_path):

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import draccus
@@ -15,6 +16,7 @@ from vega_policy.configuration_vega import VegaConfig
 from vega_policy.data.dataset import DatasetConfig
 
 GROUPS = ("prior", "fusion", "backbone", "head", "base")
+TRACKERS = ("none", "tensorboard", "trackio", "wandb")
 _REFERRED = (*GROUPS, "env")  # groups beside the run's own fields, to which `policy` and `simulation` refer
 
 
@@ -58,15 +60,15 @@ class SimulationConfig:
 
 
 @dataclass(frozen=True)
-class WandbConfig:
-    """Weights & Biases, beside TensorBoard."""
+class TrackerConfig:
+    """Where Trackio and Weights & Biases file a run."""
 
-    project: str | None = None  # None disables it
-    entity: str | None = None  # user or team; None takes the account's own
-    mode: str = "online"  # or `offline`
+    project: str = "vega"
+    entity: str | None = None  # W&B's user or team; None takes the account's own
+    mode: str = "online"  # or `offline`, of W&B
 
     def __post_init__(self) -> None:
-        _require_one_of("wandb.mode", self.mode, ("online", "offline"))
+        _require_one_of("tracker.mode", self.mode, ("online", "offline"))
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,8 @@ class TrainConfig:
             each checkpoint has one too.
         held_out_frames: Held-out frames that are measured, evenly spaced; None takes all.
         simulation: Closed-loop evaluation during training.
-        wandb: Weights & Biases.
+        tracking: `none`, `tensorboard`, `trackio` or `wandb`; `metrics.jsonl` is written with each.
+        tracker: Project of Trackio and Weights & Biases.
     """
 
     policy: PreTrainedConfig
@@ -132,11 +135,15 @@ class TrainConfig:
     evaluate_every: int = 500
     held_out_frames: int | None = 2_048
     simulation: SimulationConfig = field(default_factory=SimulationConfig)
-    wandb: WandbConfig = field(default_factory=WandbConfig)
+    tracking: str = "tensorboard"
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
 
     def __post_init__(self) -> None:
         _require_one_of("precision", self.precision, ("no", "bf16"))
         _require_one_of("sharding", self.sharding, ("none", "full"))
+        _require_one_of("tracking", self.tracking, TRACKERS)
+        if self.tracking != "none" and find_spec(self.tracking) is None:
+            raise ValueError(f"tracking={self.tracking}: not installed. Run: pip install {self.tracking}")
         size, shift = getattr(self.policy, "frame_size", None), self.dataset.shift
         if size is not None and 4 * shift > size:
             raise ValueError(

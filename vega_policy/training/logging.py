@@ -4,19 +4,21 @@ import io
 import json
 import logging
 import math
+import secrets
 import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import imageio.v3 as imageio
-from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
+from accelerate.tracking import GeneralTracker, TensorBoardTracker, TrackioTracker, WandBTracker
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from tensorboard.compat.proto import summary_pb2
 from tqdm import tqdm
@@ -30,43 +32,58 @@ from vega_policy.training.config import TrainConfig, encode
 
 logger = logging.getLogger(__name__)
 
-PROVENANCE, WANDB_RUN = "provenance.json", "wandb_run.txt"
+PROVENANCE, TRACKER_RUN = "provenance.json", "{}_run.txt"
 _GIF_FRAMES = 60  # of a video that TensorBoard gets
 _BAR_INTERVAL = 0.5  # s, at least, between two refreshes of the bar
 _PROTO: Any = summary_pb2
 
 
 def open_trackers(config: TrainConfig, run: Path, first: int) -> list[GeneralTracker]:
-    """Open TensorBoard, and W&B if the config has a project; a resumed run continues in both.
+    """Open the tracker of `tracking`, if any; a resumed run continues in it.
 
-    TensorBoard hides what an earlier start wrote after step `first`.
+    TensorBoard hides what an earlier start wrote after step `first`; Trackio and W&B show it as well.
     """
-    trackers: list[GeneralTracker] = [TensorBoardTracker("tensorboard", run, purge_step=first + 1)]
-    trackers[0].start()
-    if config.wandb.project is not None:
-        known = run / WANDB_RUN
-        tracker = WandBTracker(
-            config.wandb.project,
-            entity=config.wandb.entity,
-            mode="offline" if config.wandb.mode == "offline" else "online",
-            dir=str(run),
-            name=run.name,
-            id=known.read_text().strip() if known.is_file() else None,
-            resume="allow",
-            config=encode(config),
-        )
-        tracker.start()
-        write_text(known, f"{tracker.run.id}\n")
-        trackers.append(tracker)
-    return trackers
+    project = config.tracker.project
+    known = run / TRACKER_RUN.format(config.tracking)  # the run's identity there
+    identity = known.read_text().strip() if known.is_file() else None
+    tracker: Any
+    match config.tracking:
+        case "tensorboard":
+            tracker = TensorBoardTracker("tensorboard", run, purge_step=first + 1)
+            tracker.start()
+        case "trackio":
+            # Trackio finds a run by its name, which those of other folders may share.
+            identity = identity or f"{run.name}-{secrets.token_hex(3)}"
+            tracker = TrackioTracker(
+                project, name=identity, resume="allow", config=encode(config), embed=False
+            )
+            tracker.start()
+            write_text(known, f"{identity}\n")
+        case "wandb":
+            mode = "offline" if config.tracker.mode == "offline" else "online"
+            tracker = WandBTracker(
+                project,
+                entity=config.tracker.entity,
+                mode=mode,
+                dir=str(run),
+                name=run.name,
+                id=identity,
+                resume="allow",
+                config=encode(config),
+            )
+            tracker.start()
+            write_text(known, f"{tracker.run.id}\n")
+        case _:
+            return []
+    return [tracker]
 
 
 def log_video(tracker: Any, step: int, name: str, path: Path) -> None:
     """Log an mp4 file; accelerate's trackers have no call for videos."""
-    if tracker.name == "wandb":
-        import wandb  # takes seconds, and most runs do without
-
-        tracker.log({name: wandb.Video(str(path), format="mp4")}, step=step)
+    if tracker.name in ("trackio", "wandb"):
+        module: Any = import_module(tracker.name)  # takes seconds, and most runs do without
+        options = {"format": "mp4"} if tracker.name == "wandb" else {}
+        tracker.log({name: module.Video(str(path), **options)}, step=step)
         return
     frames = imageio.imread(path, plugin="pyav")  # [t h w 3]
     buffer = io.BytesIO()
