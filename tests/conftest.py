@@ -3,11 +3,19 @@
 Heavy imports stay inside the fixtures: pytest-xdist's controller reads this file before it starts workers.
 """
 
+import gc
+
 import pytest
 
 from vega_policy.cli import register_groups
 
 register_groups()  # composed configs need the generated options
+gc.disable()  # until all is imported: the collector would walk through the imported modules again and again
+
+
+def pytest_collection_finish():
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")
