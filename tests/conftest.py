@@ -6,10 +6,14 @@ Heavy imports stay inside the fixtures: pytest-xdist's controller reads this fil
 import gc
 
 import pytest
+from hydra.core.config_store import ConfigStore
 
 from vega_policy.cli import register_groups
 
 register_groups()  # composed configs need the generated options
+ConfigStore.__deepcopy__ = lambda self, memo: (
+    self
+)  # Hydra copies all options per composition, then what it loads
 gc.disable()  # until all is imported: the collector would walk through the imported modules again and again
 
 
@@ -33,6 +37,23 @@ def finished(root, tmp_path_factory):
     from vega_policy.training.train import train
 
     return train(tiny_run(root, tmp_path_factory.mktemp("runs") / "straight")).parents[1]
+
+
+@pytest.fixture(scope="session")
+def robosuite_env():
+    """Return the environment of a suite without cameras, made at first use; reset it, do not close it."""
+    import envs
+
+    made = {}
+
+    def env_of(suite):
+        if suite not in made:
+            made[suite] = envs.make(suite, 0, render=False)
+        return made[suite]
+
+    yield env_of
+    for env in made.values():
+        env.close()
 
 
 @pytest.fixture(scope="session")

@@ -212,8 +212,22 @@ plain = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
-@given(st.dictionaries(st.sampled_from([*valid(), "other"]), plain), st.booleans())
+wrong_fields = st.dictionaries(st.sampled_from([*valid(), "other"]), plain)
+
+
+@settings(max_examples=100, deadline=None)
+@given(wrong_fields, st.booleans())
 def test_no_wrong_field_content_raises_anything_but_a_refusal(fields, complete):
+    check_refused(fields, complete)
+
+
+@pytest.mark.slow
+@settings(max_examples=3_000, deadline=None)
+@given(wrong_fields, st.booleans())
+def test_no_long_search_finds_wrong_field_content_that_is_not_refused(fields, complete):
+    check_refused(fields, complete)
+
+
+def check_refused(fields, complete):
     with pytest.raises(ProtocolError):
         decode(pack((valid() if complete else {}) | fields | {"sequence": 0}), last=4)

@@ -35,11 +35,9 @@ from envs.demos.planner_grasping import NEAREST, Workcell, away_from_base, plan_
 from envs.demos.shards import Demonstrator, record
 
 
-@pytest.fixture(scope="module")
-def lift_wide():
-    env = envs.make("lift_wide", 0, render=False)
-    yield env
-    env.close()
+@pytest.fixture
+def lift_wide(robosuite_env):
+    return robosuite_env("lift_wide")
 
 
 def rollout(env, seed, **kwargs):
@@ -60,10 +58,9 @@ def test_lift_wide_succeeds_in_about_two_seconds_and_is_still_lifted_at_the_end(
 
 
 @pytest.mark.parametrize("suite", ["lift", "stack", "pick_place_can", "nut_assembly_square"])
-def test_every_robosuite_task_is_demonstrated_within_its_horizon(suite):
-    env = envs.make(suite, 0, render=False)
+def test_every_robosuite_task_is_demonstrated_within_its_horizon(robosuite_env, suite):
+    env = robosuite_env(suite)
     actions, success = rollout(env, 0)
-    env.close()
     assert success
     assert len(actions) < env.task.horizon
 
@@ -244,8 +241,8 @@ def test_a_demonstration_is_lazy_and_can_be_left_early(lift_wide):
     assert len(list(islice(demonstrate(lift_wide, rng=np.random.default_rng(0)), 3))) == 3
 
 
-def test_a_detour_is_refused_where_the_demonstrator_supports_none():
-    env = envs.make("stack", 0, render=False)
+def test_a_detour_is_refused_where_the_demonstrator_supports_none(robosuite_env):
+    env = robosuite_env("stack")
     env.reset_blindly(seed=0)
     options = DemonstrationOptions(detour=(0.02, 0.2))
     for refused in (options, DemonstrationOptions(missed_fraction=0.3)):
@@ -253,7 +250,6 @@ def test_a_detour_is_refused_where_the_demonstrator_supports_none():
             ValueError, match=r"'stack' supports neither detour nor missed_fraction.*set them to"
         ):
             next(demonstrate(env, rng=np.random.default_rng(0), options=refused))
-    env.close()
 
 
 def test_a_task_is_measured_on_fresh_resets_or_official_states():

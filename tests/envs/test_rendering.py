@@ -130,7 +130,7 @@ def test_profiles_change_the_image_and_not_the_physics(fast, full):
 
 def test_closing_one_environment_leaves_the_images_of_another_alone(fast):
     before = fast.observe()["pixels"]["image"]
-    other = envs.make("stack", 0, frame_size=SIZE, rendering="fast")
+    other = envs.make("lift", 0, frame_size=SIZE, rendering="fast")
     other.reset(seed=0)
     other.close()
     other.close()

@@ -12,7 +12,7 @@ from vega_policy.evaluation.env_pool import EnvironmentFactory, RecordedEpisode,
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
     root = tmp_path_factory.mktemp("collected") / "lift"
-    collect(CollectionSettings("lift", episodes_per_task=2, frame_size=32), root, processes=1)
+    collect(CollectionSettings("lift", episodes_per_task=1, frame_size=32), root, processes=1)
     return root
 
 
@@ -35,7 +35,7 @@ def test_recorded_actions_succeed_again_from_their_recorded_state_and_others_do_
     silent = RecordedEpisode(**{**vars(episodes[0]), "actions": np.zeros_like(episodes[0].actions)})
     with WorkerPool(EnvironmentFactory("envs.make", 32, "fast"), 1) as pool:
         outcomes = pool.replay([*episodes, silent])
-    assert outcomes == [True, True, False]
+    assert outcomes == [True, False]
 
 
 @pytest.mark.slow
@@ -65,7 +65,7 @@ def test_a_dataset_without_simulator_states_or_with_changed_ones_is_refused(data
         FileNotFoundError, match=r"no meta/vega.json or no states/.*simulator states are not known"
     ):
         read_episodes(tmp_path)
-    with pytest.raises(ValueError, match=r"has the episodes 0 to 1, got \[7\]"):
+    with pytest.raises(ValueError, match=r"has the episodes 0 to 0, got \[7\]"):
         read_episodes(dataset, [7])
     (states,) = (dataset / "states").glob("*.safetensors")
     content = states.read_bytes()

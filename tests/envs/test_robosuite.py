@@ -13,11 +13,9 @@ from envs.robosuite import axis_angle, load_robosuite
 ACTIONS = np.random.default_rng(0).uniform(-1, 1, (12, 7))
 
 
-@pytest.fixture(scope="module")
-def lift():
-    env = envs.make("lift_wide", 0, render=False)
-    yield env
-    env.close()
+@pytest.fixture
+def lift(robosuite_env):
+    return robosuite_env("lift_wide")
 
 
 def trajectory(env, seed, observed=False):
@@ -44,8 +42,8 @@ def test_observing_does_not_change_an_episode(lift):
     assert np.array_equal(trajectory(lift, seed=3), trajectory(lift, seed=3, observed=True))
 
 
-def test_a_step_is_robosuites_own_step():
-    env = envs.make("lift", 0, render=False)
+def test_a_step_is_robosuites_own_step(robosuite_env):
+    env = robosuite_env("lift")
     robosuite = load_robosuite()
     with global_seed(0):  # the cube's size is drawn here
         stock = robosuite.make(
@@ -64,7 +62,6 @@ def test_a_step_is_robosuites_own_step():
         stock.step(action)
         expected.append(stock.sim.get_state().flatten())
     assert np.array_equal(trajectory(env, seed=5), np.stack(expected))
-    env.close()
 
 
 def test_resetting_leaves_the_callers_random_numbers_alone(lift):
@@ -154,13 +151,12 @@ def test_an_object_that_no_camera_sees_changes_no_observation(rendering):
 
 
 @pytest.mark.parametrize("suite", ["stack", "pick_place_can", "nut_assembly_square"])
-def test_every_task_can_be_rolled_out_and_repeated(suite):
-    env = envs.make(suite, 0, render=False)
+def test_every_task_can_be_rolled_out_and_repeated(robosuite_env, suite):
+    env = robosuite_env(suite)
     first = trajectory(env, seed=2)
     assert np.array_equal(first, trajectory(env, seed=2))
     assert env.task_description == env.task.instruction != ""
     assert env.observe()["agent_pos"].shape == (8,)
-    env.close()
 
 
 def test_actions_of_another_shape_or_not_finite_are_refused(lift):

@@ -4,6 +4,7 @@ import sys
 
 import numpy as np
 import pytest
+from omegaconf import OmegaConf
 
 from vega_policy.cli.commands import compare
 from vega_policy.evaluation.compare import (
@@ -68,6 +69,13 @@ def run(monkeypatch, capsys, *arguments):
     monkeypatch.setattr(sys, "argv", ["compare_runs.py", *map(str, arguments)])
     compare.main()
     return capsys.readouterr().out
+
+
+def refused(*folders, **fields):
+    """Return the message of the command, which ends with it, without composing its config."""
+    with pytest.raises((ValueError, OSError)) as stopped:
+        compare.run(OmegaConf.create({**compare.node, "folders": [*map(str, folders)], **fields}))
+    return str(stopped.value)
 
 
 def refusal(monkeypatch, capsys, *arguments):
@@ -255,11 +263,9 @@ def test_bad_folders_end_in_one_message(main_pair, monkeypatch, capsys):
         "damaged": "episodes.parquet cannot be read",
         ".": "expected <seed>/<suite>; give the folder of one policy",
     }.items():
-        assert message in refusal(monkeypatch, capsys, wan, folder)
+        assert message in refused(wan, folder)
+    assert "under the ablation 'zero'; it has none" in refused(wan, wan, first_ablation="zero")
     assert "folders: expected at least two, got 1" in refusal(monkeypatch, capsys, wan)
-    assert "under the ablation 'zero'; it has none" in refusal(
-        monkeypatch, capsys, wan, wan, "first_ablation=zero"
-    )
 
 
 def test_unpaired_episodes_are_refused_with_suite_and_seed(main_pair):

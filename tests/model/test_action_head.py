@@ -237,7 +237,7 @@ def test_a_chunk_begins_with_its_prefix_and_continues_it(make):
     repeated = (seen.repeat(16, 1, 1), mask.repeat(16, 1))
     signs = torch.tensor([1.0, -1.0]).repeat_interleave(16)[:, None, None]
     targets = signs * torch.ones(32, 5, 3)  # either way in the same context: only the prefix decides
-    for _ in range(150):
+    for _ in range(80):
         optimizer.zero_grad()
         noise, time = made.sample_noise_and_time(targets, generator)
         made.loss(*repeated, targets, None, noise, time).mean().backward()

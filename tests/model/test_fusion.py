@@ -280,7 +280,7 @@ def backbone():
 
 
 @pytest.mark.parametrize("name", sorted(PRIORS))
-def test_every_prior_trains_a_step_with_every_fusion(
+def test_every_prior_trains_a_step_with_a_third_of_the_fusions_and_these_with_a_third_of_the_priors(
     name, backbone, tmp_path, prior_checkpoint, wan_checkpoint
 ):
     torch.manual_seed(0)
@@ -291,7 +291,7 @@ def test_every_prior_trains_a_step_with_every_fusion(
     seen = Observation(frames, given["observation.state"], given["task"])
     streams = {"semantic": model.semantic_features(seen), "prior": model.prior_features(seen)}
     read_once = dataclasses.replace(seen, **streams)  # frozen, so the same for every fusion
-    for fusion in sorted(FUSIONS):
+    for fusion in sorted(FUSIONS)[sorted(PRIORS).index(name) % 3 :: 3]:
         model.fusion = make_fusion(backbone.width, FusionConfig(name=fusion), backbone.grid)
         model.zero_grad()
         drawn = model.head.sample_noise_and_time(given["action"])

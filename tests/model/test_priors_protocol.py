@@ -29,6 +29,8 @@ NOISY = [name for name in NAMES if name.startswith(("wan2", "sd21", "svd"))]
 
 @pytest.fixture
 def load(prior_checkpoint):
+    """Return a function that loads a prior."""
+
     def loaded(name, grid=GRID, **config):
         values = {"layer": LAST[name], "dtype": "float32", "path": str(prior_checkpoint(name))} | config
         return make_prior(PriorConfig(name=name, **values), grid)
@@ -36,35 +38,50 @@ def load(prior_checkpoint):
     return loaded
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_prior_gives_one_feature_a_token_of_the_grid_with_the_width_of_its_config(load, name):
-    prior = load(name)
-    features = prior(frames(views=2))
-    assert features.shape == (1, 2, WIDTHS[name], *GRID)
-    assert prior.width == WIDTHS[name]
+@pytest.fixture(scope="module")
+def shared(request, prior_checkpoint):
+    """A name and the prior of that name, for the tests that change nothing in it."""
+    config = PriorConfig(
+        name=request.param,
+        layer=LAST[request.param],
+        dtype="float32",
+        path=str(prior_checkpoint(request.param)),
+    )
+    return request.param, make_prior(config, GRID)
+
+
+EACH = pytest.mark.parametrize("shared", NAMES, indirect=True)
+
+
+@EACH
+def test_a_prior_gives_one_feature_a_token_of_the_grid_with_the_width_of_its_config(shared):
+    name, prior = shared
+    features, width = prior(frames(views=2)), WIDTHS[name]
+    assert features.shape == (1, 2, width, *GRID)
+    assert prior.width == width
     assert features.isfinite().all()
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_prior_gives_the_same_features_of_the_same_frame_in_any_batch(load, name):
-    prior, pictures = load(name), frames(views=3)
+@EACH
+def test_a_prior_gives_the_same_features_of_the_same_frame_in_any_batch(shared, load):
+    (name, prior), pictures = shared, frames(views=3)
     both = prior(pictures)
     assert torch.equal(both, load(name)(pictures))
     torch.testing.assert_close(both[:, 1:2], prior(pictures[:, 1:2]), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", NOISY)
-def test_a_priors_fresh_noise_comes_from_the_callers_generator_and_fixed_noise_from_the_seed(load, name):
-    prior, picture = load(name), frames()
+@pytest.mark.parametrize("shared", NOISY, indirect=True)
+def test_a_priors_fresh_noise_comes_from_the_callers_generator_and_fixed_noise_from_the_seed(shared, load):
+    (name, prior), picture = shared, frames()
     draws = [prior(picture, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
     assert torch.equal(draws[0], draws[1])
     assert not torch.equal(draws[0], draws[2])
     assert not torch.equal(prior(picture), load(name, seed=1)(picture))
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_prior_is_frozen(load, name):
-    prior = load(name)
+@EACH
+def test_a_prior_is_frozen(shared):
+    _, prior = shared
     assert not prior.training
     assert not any(parameter.requires_grad for parameter in prior.parameters())
     assert not prior(frames().requires_grad_()).requires_grad
@@ -131,15 +148,14 @@ def test_offline_a_gated_prior_says_that_its_licence_must_be_accepted(monkeypatc
     assert ("non-commercial" in str(PRIORS[name].terms)) == (name == "svd")
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_other_weights_of_a_prior_have_another_fingerprint(load, tmp_path, name):
-    other = tmp_path / "other"
+@EACH
+def test_other_weights_of_a_prior_have_another_fingerprint(shared, load, tmp_path):
+    (name, prior), other = shared, tmp_path / "other"
     torch.manual_seed(1)
     WRITERS[name](other)
-    fingerprint = load(name).fingerprint
-    assert load(name).fingerprint == fingerprint
+    assert load(name).fingerprint == prior.fingerprint
     with pytest.raises(ValueError, match="other weights"):
-        load(name, path=str(other), fingerprint=fingerprint)
+        load(name, path=str(other), fingerprint=prior.fingerprint)
 
 
 @pytest.mark.parametrize("name", ["sd_vae", "wan_vae", "dinov3", "vjepa2"])

@@ -5,13 +5,14 @@ from functools import cache
 
 import pytest
 
+from tests.policies import SMALL_ENCODERS
 from vega_policy.cli.commands import inspect
 from vega_policy.model.config import ActionHeadConfig, BackboneConfig, FusionConfig, ModelConfig, PriorConfig
 from vega_policy.model.sizes import PRIOR_ARCHITECTURES, inspect_model, published_sizes, without_weights
 
 SIZES = {"views": 2, "state_dim": 8, "action_dim": 7}
 COMPACT = BackboneConfig(
-    pretrained=False, freeze_image_encoder=True, freeze_text_encoder=True, width=64, depth=1, heads=2
+    freeze_image_encoder=True, freeze_text_encoder=True, width=64, depth=1, heads=2, **SMALL_ENCODERS
 )
 
 

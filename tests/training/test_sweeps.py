@@ -5,6 +5,7 @@ import runpy
 import sys
 from pathlib import Path
 
+from tests.policies import SMALL_ENCODERS
 from tests.synthetic_dataset import write_dataset
 from vega_policy.evaluation.stats import wilson_interval
 from vega_policy.training.sweep import Job, labels, render, sign_flip, summarize
@@ -89,6 +90,7 @@ def test_a_multirun_trains_every_job_in_its_folder_and_ends_in_one_table(tmp_pat
     sizes = ["steps=2", "batch_size=2", "policy.frame_size=32", "policy.device=cpu", "dataset.root=data"]
     for part in ("backbone", "head"):
         sizes += [f"{part}.width=16", f"{part}.depth=1", f"{part}.heads=2"]
+    sizes += [f"backbone.{name}={value}" for name, value in SMALL_ENCODERS.items()]
     fields = ["experiment=demo", "prior=random", "fusion.name=token_gate,add,wrong_name", "seed=0"]
     monkeypatch.setattr(sys, "argv", ["train_policy.py", "-m", *fields, *sizes, "output_dir=sweep"])
     runpy.run_path(str(REPOSITORY / "scripts" / "train_policy.py"), run_name="__main__")
