@@ -20,9 +20,16 @@ def environment() -> dict[str, Any]:
     return {
         "code": code_revision(),
         "python": platform.python_version(),
-        "packages": dict(sorted((found.name, found.version) for found in distributions())),
+        "packages": packages(),
         "hardware": hardware(),
     }
+
+
+@cache
+def packages() -> dict[str, str]:
+    """Return the versions of all installed packages by name, read once a process."""
+    found = (distribution.metadata for distribution in distributions())
+    return dict(sorted((metadata["Name"], metadata["Version"]) for metadata in found))
 
 
 @cache
