@@ -19,7 +19,7 @@ from envs.demos.planner_arm import (
     start_after_a_miss,
     widen_start,
 )
-from envs.demos.planner_grasping import NoGraspError, Workcell
+from envs.demos.planner_grasping import FailedAttemptError, NoGraspError, Workcell
 from envs.demos.tasks import DEMONSTRATORS, achieve_goals, lift
 from envs.metaworld import packaged_policy
 
@@ -47,6 +47,8 @@ class DemonstrationOptions:
             0.6 rad. Recordings then show a second attempt but no miss; `start_spread` does not apply to them.
             Lift and LiftWide only.
         follow_through: Continue until the hand has let go and retreated; False ends at the first success.
+        retries: Try failed grasps again; False gives up, so that no recording shows a failed grasp. Meta-World's
+            demonstrators do not retry.
     """
 
     noise_correlation: float = 0.9
@@ -54,6 +56,7 @@ class DemonstrationOptions:
     detour: tuple[float, float] = (0.0, 0.0)
     missed_fraction: float = 0.0
     follow_through: bool = True
+    retries: bool = True
 
     def __post_init__(self) -> None:
         missed = self.missed_fraction
@@ -94,8 +97,8 @@ def demonstrate(
     """Yield (executed, clean) actions that do the task of an environment that has just been reset.
 
     The caller steps the environment with each executed action before it takes the next one. The iteration
-    ends with the task, or where no grasp fits or the arm does not reach its start; only the environment
-    knows whether it succeeded.
+    ends with the task, or where no grasp fits, an attempt fails without `retries` or the arm does not reach
+    its start; only the environment knows whether it succeeded.
 
     Args:
         env: Environment with `task` and `raw` (the simulator's own environment).
@@ -118,7 +121,7 @@ def demonstrate(
             disturbed = clean[:-1] + command.noise_share * walk.step()[: len(clean) - 1]  # not the gripper
             executed[:-1] = np.clip(disturbed, -1.0, 1.0)
             yield executed.astype(np.float32), clean.astype(np.float32)
-    except (NoGraspError, UnreachableStartError) as error:
+    except (NoGraspError, FailedAttemptError, UnreachableStartError) as error:
         logger.info("%s: the demonstration ends early: %s", env.task.name, error)
 
 
@@ -135,7 +138,7 @@ def _panda_commands(env: Any, options: DemonstrationOptions, rng: np.random.Gene
     if options.missed_fraction and rng.random() < options.missed_fraction:
         start_after_a_miss(env.raw, Workcell.of(env.raw).scene.position("cube_main"), rng)
     meters, radians = options.detour
-    cell = Workcell.of(env.raw, rng.uniform(-1.0, 1.0, 3) * [meters, meters, radians])
+    cell = Workcell.of(env.raw, rng.uniform(-1.0, 1.0, 3) * [meters, meters, radians], options.retries)
     for command in program(cell):
         yield command
         if not options.follow_through and env.raw._check_success():

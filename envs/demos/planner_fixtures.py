@@ -318,7 +318,8 @@ def _side_near_robot(cell: Workcell, body: str, across: Array) -> float:
 def _grasp_leaning(cell: Workcell, body: str, rotation: Array, first_side: float) -> Skill:
     """Pinch the wall of a vessel beside its middle; True if it comes along."""
     across = rotation[:, 0]
-    for side in (first_side, -first_side):
+    for attempt in cell.attempts(2):
+        side = -first_side if attempt else first_side
         rim = find_rim(cell.scene.cloud(body), cell.scene.rotation(body), cell.scene.position(body))
         radius = float(np.linalg.norm(rim.points[0] - rim.middle))
         grip = rim.middle + side * radius * across + GRIP_DEPTH * rotation[:, 2]

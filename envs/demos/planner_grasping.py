@@ -43,7 +43,11 @@ FLOOR_GAP = 0.011  # m that the grip point stays above the lowest point of the o
 COMFORTABLE_REACH = 0.70  # m from the base of the robot; farther away the elbow nears its limit
 MOST_PREDICTED = 40  # grasps for which the arm's posture is predicted, each in some milliseconds
 NEIGHBOURHOOD = 0.25  # m around an object that the hand can touch while grasping it
-YAWS = np.deg2rad(np.arange(-90.0, 91.0, 2.5))
+# Two fingers look the same every half turn. The range ends where few objects want it, or two equal poses of an
+# object would be grasped with opposite turns; beyond a quarter turn the wrist has more room at positive yaws.
+YAWS = np.deg2rad(np.arange(-75.0, 105.0, 2.5))
+MOST_YAW = float(YAWS.max())
+LEFT_RIM = 0.1  # cost of the rim's right side, so that equally good sides are not chosen by chance
 RIM_ANGLES = np.deg2rad(np.arange(0.0, 360.0, 10.0))
 CLOSING_STEPS = 11  # until the fingers press with full force
 OPENING_STEPS = 8
@@ -51,6 +55,11 @@ CORRIDOR = 0.10  # m to each side of the hand's path that must be free
 ABOVE_GRASP = 0.06  # m
 SLIPPED = 0.04  # m by which a held body has moved in the hand that no longer holds it
 TIGHT = 0.066  # m; a body as wide as that leaves each open finger a few millimetres
+HANDLE, HANDLE_REACH = (
+    0.03,
+    0.02,
+)  # m; a part as narrow as that can be grasped instead of a body that is tight
+FINGER_WIDTH, HANDLE_STEP = 0.018, 0.005  # m; of a pad, and between the places where a handle is looked for
 STUCK = 0.02  # m above its goal at which a lowered object sits on something
 BESIDE, BESIDE_TRIES, RISE = 0.01, 3, 0.02  # m aside, how often, after rising by these metres
 NEAREST = 0.36  # m from the axis of the robot's base; a hand that rises nearer folds the elbow to its limit
@@ -182,7 +191,7 @@ class Grasp:
 
     position: Array  # [3] grip point, m, world
     yaw: float  # rad, of the closing axis from the world's y axis
-    kind: str  # "centre": around the object; "rim": one finger inside, one outside
+    kind: str  # "centre": around the object; "rim": one finger inside, one outside; "handle": a narrow part
     obstruction: int  # foreign points where fingers or palm would be
     offset: Array = field(default_factory=lambda: np.zeros(2))  # [2] grip point from the middle of the rim, m
 
@@ -192,9 +201,9 @@ class GraspRequest:
     """Constraints of a task on a grasp."""
 
     yaw: float = 0.0  # rad, preferred
-    yaw_limit: float = np.pi / 2  # rad, largest distance from the preferred yaw
+    yaw_limit: float = MOST_YAW  # rad, largest distance from the preferred yaw
     depth: float | None = None  # m below the top; None takes the kind's own
-    kind: str | None = None  # "centre", "rim" or None for the first that fits, centre before rim
+    kind: str | None = None  # one of `Grasp`'s; None: the first that fits, centre, handle, rim
     avoided: tuple[Array, ...] = ()  # offsets [2] of rim grasps that failed before
 
 
@@ -256,6 +265,30 @@ def _allowed_yaws(request: GraspRequest) -> Array:
     return YAWS[np.abs(YAWS - request.yaw) <= request.yaw_limit + 1e-3]
 
 
+def handle_grasps(cloud: Array, obstacles: Array, request: GraspRequest) -> Iterator[tuple[float, Grasp]]:
+    """Yield grasps of parts that are much narrower than the object with their costs, as `centre_grasps`.
+
+    Nothing of the object may be where the open hand is.
+    """
+    bottom = cloud[:, 2].min()
+    for yaw in _allowed_yaws(request):
+        along = cloud[:, :2] @ side_axis(yaw)
+        for place in np.arange(along.min(), along.max(), HANDLE_STEP):
+            part = cloud[np.abs(along - place) < FINGER_WIDTH / 2]
+            if not len(part):
+                continue
+            width, middle = extents(part[:, :2], closing_axis(yaw))
+            height = max(part[:, 2].max() - HANDLE_REACH, bottom + FLOOR_GAP)
+            if width > HANDLE or part[:, 2].min() > height - FINGER_WIDTH / 2:
+                continue
+            position = np.array([*(closing_axis(yaw) * middle + side_axis(yaw) * place), height])
+            if obstruction(cloud, position, yaw):
+                continue
+            blocked = obstruction(obstacles, position, yaw)
+            cost = 100.0 * width + 0.8 * abs(yaw - request.yaw) + 0.05 * min(blocked, 200)
+            yield cost, Grasp(position, float(yaw), "handle", blocked)
+
+
 @dataclass(frozen=True)
 class Rim:
     """Return the upper edge of a round vessel."""
@@ -293,6 +326,7 @@ def rim_grasps(
     [2] the robot's (m).
     """
     depth = RIM_REACH if request.depth is None else request.depth
+    middle_yaw = float(YAWS.max() + YAWS.min()) / 2
     for point in rim.points:
         offset = (point - rim.middle)[:2]
         radial = np.arctan2(offset[1], offset[0])
@@ -301,14 +335,19 @@ def rim_grasps(
             distance + 25 * max(0.0, distance - COMFORTABLE_REACH) + 10 * abs(point[2] - rim.middle[2])
         )
         reach_cost += 4.0 * sum(float(np.linalg.norm(offset - failed)) < 0.022 for failed in request.avoided)
-        for yaw in (wrap(radial - np.pi / 2), wrap(radial + np.pi / 2)):
-            away = abs(yaw - request.yaw)
-            if away > min(request.yaw_limit, np.pi / 2) + 1e-6:
-                continue
-            position = np.array([point[0], point[1], max(point[2] - depth, bottom + FLOOR_GAP)])
-            blocked = obstruction(obstacles, position, yaw)
-            cost = reach_cost + 0.5 * away + 0.04 * min(blocked, 2000)
-            yield cost, Grasp(position, yaw, "rim", blocked, offset)
+        reach_cost += LEFT_RIM * (offset[1] < 0)
+        yaw = middle_yaw + wrap(radial - np.pi / 2 - middle_yaw, np.pi)
+        away = abs(yaw - request.yaw)
+        if away > request.yaw_limit + 1e-6:
+            continue
+        position = np.array([point[0], point[1], max(point[2] - depth, bottom + FLOOR_GAP)])
+        blocked = obstruction(obstacles, position, yaw)
+        cost = reach_cost + 0.5 * away + 0.04 * min(blocked, 2000)
+        yield cost, Grasp(position, yaw, "rim", blocked, offset)
+
+
+class FailedAttemptError(Exception):
+    """Something did not succeed at once, in a recording that must not show failures."""
 
 
 class NoGraspError(Exception):
@@ -333,9 +372,12 @@ def plan_grasp(
     cloud = scene.cloud(body)
     obstacles = near(scene.obstacles((body,)), cloud)
     grasps: list[tuple[float, Grasp]] = []
-    if request.kind != "rim":
+    if request.kind in (None, "centre"):
         grasps = list(centre_grasps(cloud, obstacles, request))
-    if not grasps and request.kind != "centre":
+    tight = all(extents(cloud[:, :2], closing_axis(planned.yaw))[0] > TIGHT for _, planned in grasps)
+    if request.kind == "handle" or (grasps and tight and request.kind is None):
+        grasps = list(handle_grasps(cloud, obstacles, request)) or grasps
+    if not grasps and request.kind in (None, "rim"):
         rim = find_rim(cloud, scene.rotation(body), scene.position(body))
         base = scene.position("robot0_base")[:2]
         grasps = list(rim_grasps(rim, float(cloud[:, 2].min()), obstacles, base, request))
@@ -363,12 +405,25 @@ class Workcell:
     clearance: ArmClearance
     env: Any  # the raw robosuite environment, for task-specific geometry (pegs, bins, goals)
     detour: Array = field(default_factory=lambda: np.zeros(3))  # x, y (m), yaw (rad) of the first approach
+    retries: bool = True  # whether a failed grasp is tried again
 
     @classmethod
-    def of(cls, raw: Any, detour: Array | None = None) -> Workcell:
+    def of(cls, raw: Any, detour: Array | None = None, retries: bool = True) -> Workcell:
         """Return the workcell of a raw robosuite 1.4 (or LIBERO) environment that has just been reset."""
         clearance = ArmClearance(raw.sim, raw.robots[0])
-        return cls(Scene(raw.sim), Arm(raw.sim), clearance, raw, np.zeros(3) if detour is None else detour)
+        detour = np.zeros(3) if detour is None else detour
+        return cls(Scene(raw.sim), Arm(raw.sim), clearance, raw, detour, retries)
+
+    def attempts(self, most: int) -> Iterator[int]:
+        """Yield the numbers of up to `most` attempts.
+
+        Raises:
+            FailedAttemptError: A second one is wanted, and there are no retries.
+        """
+        for attempt in range(most):
+            if attempt and not self.retries:
+                raise FailedAttemptError("an attempt failed, and the demonstrator has no retries")
+            yield attempt
 
 
 def corridor_top(points: Array, start: ArrayLike, end: ArrayLike, radius: float = CORRIDOR) -> float:
@@ -433,7 +488,7 @@ def grasp(
     def is_blocked(planned: Grasp) -> bool:
         return bool(cell.clearance.touched(planned.position, down(planned.yaw)) - {body})
 
-    for _ in range(tries):
+    for _ in cell.attempts(tries):
         planned = plan_grasp(cell.scene, body, request, is_blocked)
         ready = above(planned.position, ABOVE_GRASP + 0.01)
         yield from transit(cell, ready, down(planned.yaw), OPEN, clearance=0.03)

@@ -96,7 +96,7 @@ def achieve_goals(cell: Workcell) -> Skill:
     unknown = [goal for goal in wanted if goal[0] not in ORDER]
     if unknown:
         raise ValueError(f"no skill for {unknown}; there are skills for {sorted(ORDER)}")
-    for _ in range(ROUNDS):
+    for _ in cell.attempts(ROUNDS):
         for goal in sorted(wanted, key=lambda goal: ORDER[goal[0]]):
             if not holds(cell, goal):
                 yield from _achieve(cell, goal)
@@ -192,7 +192,7 @@ def put(cell: Workcell, name: str, target: str) -> Skill:
         return (yield from carry_flat(cell, body, region(cell, target).centre[:2]))
     if _is_chamber(cell, target):
         return (yield from insert(cell, body, target))
-    for _ in range(CARRIES):
+    for _ in cell.attempts(CARRIES):
         held = yield from grasp(cell, body)
         if held is None:
             return False
@@ -433,7 +433,7 @@ def lift(cell: Workcell) -> Skill:
     """
     if cell.detour.any():
         yield from _approach_beside(cell, "cube_main")
-    for _ in range(3):
+    for _ in cell.attempts(3):
         yaw = nearest_equivalent(_body_yaw(cell, "cube_main"), cell.arm.yaw, np.pi / 2)
         rotation = down(wrap(yaw))
         position = cell.scene.position("cube_main")
@@ -497,7 +497,7 @@ def nut_assembly_square(cell: Workcell) -> Skill:
 def _grasp_handle(cell: Workcell) -> Generator[Command, None, float | None]:
     """Grasp the nut by its handle and lift it; return the hand's yaw (rad), or None after three tries."""
     site = cell.env.sim.model.site_name2id("SquareNut_handle_site")
-    for _ in range(3):
+    for _ in cell.attempts(3):
         handle = np.array(cell.env.sim.data.site_xpos[site])
         along = (handle - cell.scene.position(NUT))[:2]
         # The fingers close across the handle: the closing axis is a quarter turn from the handle's direction.

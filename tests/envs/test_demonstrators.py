@@ -204,6 +204,7 @@ def test_where_no_grasp_fits_the_demonstration_ends_without_an_error(lift_wide, 
     assert (len(actions), success) == (3, False)
     lift_wide.reset_blindly(seed=0)
     monkeypatch.setattr(grasping, "centre_grasps", lambda *_: [])
+    monkeypatch.setattr(grasping, "handle_grasps", lambda *_: [])
     monkeypatch.setattr(grasping, "rim_grasps", lambda *_: [])
     with pytest.raises(grasping.NoGraspError, match="no possible grasp of 'cube_main'"):
         plan_grasp(Workcell.of(lift_wide.raw).scene, "cube_main")

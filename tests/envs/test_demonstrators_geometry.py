@@ -13,6 +13,7 @@ from envs.demos.planner_grasping import (
     cylinder_surface,
     extents,
     find_rim,
+    handle_grasps,
     obstruction,
     rim_grasps,
     sphere_surface,
@@ -88,6 +89,34 @@ def cheapest(grasps):
 
 def shifted(points, *by):
     return points + np.array(by)
+
+
+@pytest.mark.parametrize("degrees", [-95, -90, -85, 85, 90, 95])
+def test_boxes_turned_by_about_a_quarter_are_all_grasped_with_the_same_turn(degrees):
+    best = cheapest(centre_grasps(planted_box(np.deg2rad(degrees)), NOTHING, GraspRequest()))
+    assert np.rad2deg(best.yaw) == pytest.approx(degrees if degrees > 0 else degrees + 180)
+
+
+@pytest.mark.parametrize("aside", [-0.03, 0.0, 0.03])
+def test_bowls_in_front_of_the_robot_are_grasped_on_the_same_side(aside):
+    bowl = shifted(cylinder_surface(0.06, 0.03), 0.5, aside, 0.83)
+    rim = find_rim(bowl, np.eye(3), np.array([0.5, aside, 0.8]))
+    assert cheapest(rim_grasps(rim, 0.8, NOTHING, np.zeros(2), GraspRequest())).offset[1] > 0.03
+
+
+def pot_with_handle():
+    """A pot 7.4 cm wide and 14 cm high on the origin, with a bar 1.2 cm thick as its handle at y = -7 cm."""
+    pot = shifted(cylinder_surface(0.037, 0.07), 0.0, 0.0, 0.07)
+    return np.concatenate([pot, shifted(box_surface(np.array([0.006, 0.007, 0.04])), 0.0, -0.07, 0.09)])
+
+
+def test_a_handle_is_grasped_where_nothing_of_the_pot_is_in_the_way():
+    for _, grasp in handle_grasps(pot_with_handle(), NOTHING, GraspRequest()):
+        assert grasp.position[1] == pytest.approx(-0.07, abs=0.02)
+        assert obstruction(pot_with_handle(), grasp.position, grasp.yaw) == 0
+    best = cheapest(handle_grasps(pot_with_handle(), NOTHING, GraspRequest()))
+    assert np.rad2deg(best.yaw) == pytest.approx(90, abs=10)
+    assert not list(handle_grasps(pot_with_handle()[:, [1, 0, 2]] * 4, NOTHING, GraspRequest()))
 
 
 def test_a_neighbour_beside_the_fingers_turns_the_grasp_away():
