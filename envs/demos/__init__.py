@@ -47,8 +47,8 @@ class DemonstrationOptions:
             0.6 rad. Recordings then show a second attempt but no miss; `start_spread` does not apply to them.
             Lift and LiftWide only.
         follow_through: Continue until the hand has let go and retreated; False ends at the first success.
-        retries: Try failed grasps again; False gives up, so that no recording shows a failed grasp. Meta-World's
-            demonstrators do not retry.
+        retries: Try failed grasps again; False gives up, so that no recording shows a failed grasp.
+            Meta-World's demonstrators do not retry.
     """
 
     noise_correlation: float = 0.9

@@ -1,6 +1,6 @@
 """The hand of a Panda under robosuite's OSC_POSE controller: pose, motions, reachability, start pose."""
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -80,9 +80,14 @@ class Reach:
 
 PASSING = Reach(within=0.02, within_angle=0.1, steps=120)
 CLEARING = Reach(within=0.02, within_angle=9.0)
-ALIGNING = Reach(within=0.008, noise_share=0.6)
 PRECISE = Reach(within=0.005, speed=0.7, noise_share=0.3, plumb=True)
 LOWERING = Reach(within=0.006, within_angle=0.1, speed=0.7, noise_share=0.3, plumb=True)
+
+
+STANDOFF = 0.06  # m at most that an approaching hand keeps from its goal
+ALIGNED, SLOPE = 0.004, 3.0  # m of error that keeps no distance; metres of distance for each metre beyond
+TURN_ARM = 0.05  # m of error that a radian counts as
+UNALIGNED_NOISE = 0.6  # share of action noise at the full standoff
 
 
 class Arm:
@@ -133,11 +138,54 @@ class Arm:
             turn = float(np.linalg.norm(rotation_error(rotation, self.rotation)))
             if away < reach.within and turn < reach.within_angle:
                 return True
-            distances.append(away + 0.05 * turn)
+            distances.append(away + TURN_ARM * turn)
             if reach.stalls and _stalled(distances):
                 return False
             action = self.command(goal, rotation, gripper, reach.speed, reach.plumb)
             yield Command(action, reach.noise_share)
+        return False
+
+    def approach(
+        self,
+        goal: ArrayLike | Callable[[], Array],
+        rotation: Array,
+        gripper: float,
+        reach: Reach,
+        aligned: float = ALIGNED,
+    ) -> Skill:
+        """Pursue a pose along the hand's own axis, the closer the better it is aligned; as `move`.
+
+        The distance kept is a continuous function of the error. A hand that waited until it was aligned
+        would show two actions, waiting and going, in states that look alike, and a policy that takes the
+        median of them can wait for good.
+
+        Args:
+            goal: Where to go [3] (m), or a function that returns it at every step.
+            rotation: Of the hand [3 3]; its third column is the axis.
+            gripper: OPEN or CLOSED.
+            reach: How exactly, how fast and how long.
+            aligned: Error (m) up to which no distance is kept.
+        """
+        axis, distances = rotation[:, 2], []
+        for _ in range(reach.steps):
+            missing = np.asarray(goal() if callable(goal) else goal) - self.position
+            turn = float(np.linalg.norm(rotation_error(rotation, self.rotation)))
+            away = float(np.linalg.norm(missing))
+            if away < reach.within and turn < reach.within_angle:
+                return True
+            distances.append(away + TURN_ARM * turn)
+            if reach.stalls and _stalled(distances):
+                return False
+            ahead = float(missing @ axis)
+            aside = missing - ahead * axis
+            error = float(np.linalg.norm(aside)) + TURN_ARM * turn
+            kept = min(STANDOFF, SLOPE * max(0.0, error - aligned))
+            forward = max(0.0, ahead - kept) * axis
+            to_position = self.position + aside
+            action = self.command(to_position, rotation, gripper, reach.speed)
+            action[:3] += _limited(GAIN * forward / TRANSLATION_PER_STEP, reach.speed)
+            share = kept / STANDOFF
+            yield Command(action, (1 - share) * reach.noise_share + share * UNALIGNED_NOISE)
         return False
 
     def hold(self, position: Array, rotation: Array, gripper: float, steps: int) -> Skill:

@@ -325,8 +325,7 @@ def _grasp_leaning(cell: Workcell, body: str, rotation: Array, first_side: float
         grip = rim.middle + side * radius * across + GRIP_DEPTH * rotation[:, 2]
         ready = grip - 0.09 * rotation[:, 2]
         yield from transit(cell, above(ready, 0.02), rotation, OPEN, clearance=0.03)
-        yield from cell.arm.move(ready, rotation, OPEN, Reach(0.008, 0.08, noise_share=0.6))
-        yield from cell.arm.move(grip, rotation, OPEN, Reach(0.005, 0.06, speed=0.5, noise_share=0.3))
+        yield from cell.arm.approach(grip, rotation, OPEN, Reach(0.005, 0.06, speed=0.5, noise_share=0.3))
         yield from cell.arm.hold(grip, rotation, CLOSED, CLOSING_STEPS)
         before = cell.scene.bottom(body)
         yield from cell.arm.move(above(grip, ABOVE_GRASP), rotation, CLOSED, CLEARING)

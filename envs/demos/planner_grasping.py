@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from envs.demos.planner_arm import (
-    ALIGNING,
+    ALIGNED,
     CLEARING,
     CLOSED,
     LOWERING,
@@ -43,8 +43,8 @@ FLOOR_GAP = 0.011  # m that the grip point stays above the lowest point of the o
 COMFORTABLE_REACH = 0.70  # m from the base of the robot; farther away the elbow nears its limit
 MOST_PREDICTED = 40  # grasps for which the arm's posture is predicted, each in some milliseconds
 NEIGHBOURHOOD = 0.25  # m around an object that the hand can touch while grasping it
-# Two fingers look the same every half turn. The range ends where few objects want it, or two equal poses of an
-# object would be grasped with opposite turns; beyond a quarter turn the wrist has more room at positive yaws.
+# Two fingers look the same every half turn. The range ends where few objects want it, or equal poses of an
+# object would be grasped with opposite turns. Beyond a quarter turn the wrist has more room at positive yaws.
 YAWS = np.deg2rad(np.arange(-75.0, 105.0, 2.5))
 MOST_YAW = float(YAWS.max())
 LEFT_RIM = 0.1  # cost of the rim's right side, so that equally good sides are not chosen by chance
@@ -55,11 +55,11 @@ CORRIDOR = 0.10  # m to each side of the hand's path that must be free
 ABOVE_GRASP = 0.06  # m
 SLIPPED = 0.04  # m by which a held body has moved in the hand that no longer holds it
 TIGHT = 0.066  # m; a body as wide as that leaves each open finger a few millimetres
-HANDLE, HANDLE_REACH = (
-    0.03,
-    0.02,
-)  # m; a part as narrow as that can be grasped instead of a body that is tight
-FINGER_WIDTH, HANDLE_STEP = 0.018, 0.005  # m; of a pad, and between the places where a handle is looked for
+TIGHT_ALIGNED = 0.002  # m of error at which the hand goes down on it
+HANDLE = 0.03  # m; a part as narrow as that can be grasped instead of a body that is tight
+HANDLE_REACH = 0.02  # m below its top
+HANDLE_STEP = 0.005  # m between the places where one is looked for
+FINGER_WIDTH, PAD_HEIGHT = 0.036, 0.018  # m
 STUCK = 0.02  # m above its goal at which a lowered object sits on something
 BESIDE, BESIDE_TRIES, RISE = 0.01, 3, 0.02  # m aside, how often, after rising by these metres
 NEAREST = 0.36  # m from the axis of the robot's base; a hand that rises nearer folds the elbow to its limit
@@ -235,7 +235,10 @@ def obstruction(points: Array, position: Array, yaw: float) -> int:
     beside = np.abs(relative[:, :2] @ side_axis(yaw))
     height = relative[:, 2]
     fingers = (
-        (across > HALF_OPEN - 0.008) & (across < HALF_OPEN + 0.03) & (beside < 0.018) & (height > -0.014)
+        (across > HALF_OPEN - 0.008)
+        & (across < HALF_OPEN + 0.03)
+        & (beside < FINGER_WIDTH / 2)
+        & (height > -0.014)
     )
     palm = (across < 0.107) & (beside < 0.034) & (height > 0.022)
     return int(fingers.sum() + palm.sum())
@@ -279,7 +282,7 @@ def handle_grasps(cloud: Array, obstacles: Array, request: GraspRequest) -> Iter
                 continue
             width, middle = extents(part[:, :2], closing_axis(yaw))
             height = max(part[:, 2].max() - HANDLE_REACH, bottom + FLOOR_GAP)
-            if width > HANDLE or part[:, 2].min() > height - FINGER_WIDTH / 2:
+            if width > HANDLE or part[:, 2].min() > height - PAD_HEIGHT / 2:
                 continue
             position = np.array([*(closing_axis(yaw) * middle + side_axis(yaw) * place), height])
             if obstruction(cloud, position, yaw):
@@ -470,10 +473,9 @@ def transit(
 def descend(
     cell: Workcell, position: Array, rotation: Array, gripper: float = OPEN, tight: bool = False
 ) -> Skill:
-    """Align above a point, more exactly where it is `tight`, then go straight down to it, slowly."""
-    aligning = replace(ALIGNING, within=0.003, steps=30) if tight else ALIGNING
-    yield from cell.arm.move(above(position, ABOVE_GRASP), rotation, gripper, aligning)
-    return (yield from cell.arm.move(position, rotation, gripper, PRECISE))
+    """Go down to a point, the lower the better the hand is above it; see `Arm.approach`."""
+    aligned = TIGHT_ALIGNED if tight else ALIGNED
+    return (yield from cell.arm.approach(position, rotation, gripper, PRECISE, aligned))
 
 
 def grasp(
@@ -536,8 +538,8 @@ class Placement:
 def place(cell: Workcell, body: str, rotation: Array, placement: Placement) -> Skill:
     """Carry the held `body` over its goal, lower it, let go and retreat; False if it slips out of the hand.
 
-    The offset between hand and body is measured again after transit and after aligning, because the body
-    settles in the fingers on the way.
+    The offset between hand and body is measured all the time, because the body settles in the fingers on the
+    way.
     """
     before = cell.scene.position(body) - cell.arm.position
     underside = placement.support + placement.drop
@@ -546,29 +548,33 @@ def place(cell: Workcell, body: str, rotation: Array, placement: Placement) -> S
     if np.linalg.norm(cell.scene.position(body) - cell.arm.position - before) > SLIPPED:
         yield from release(cell, rotation, placement.retreat)
         return False
-    goal = hand_goal(cell, body, placement.xy, underside)
-    aligned = np.array([goal[0], goal[1], cell.arm.position[2]])
-    yield from cell.arm.move(aligned, rotation, CLOSED, Reach(0.008, 0.1, steps=40, noise_share=0.6))
-    goal[:2] = hand_goal(cell, body, placement.xy, underside)[:2]
-    yield from _lower(cell, goal, rotation)
+    height = hand_goal(cell, body, placement.xy, underside)[2]
+
+    def goal_now() -> Array:
+        return np.array([*hand_goal(cell, body, placement.xy, underside)[:2], height])
+
+    lowered = yield from cell.arm.approach(goal_now, rotation, CLOSED, LOWERING)
+    goal = goal_now()
+    if not lowered:
+        yield from _free(cell, goal, rotation)
     if placement.let_go:
         yield from release(cell, rotation, placement.retreat, goal)
     return True
 
 
-def _lower(cell: Workcell, goal: Array, rotation: Array) -> Skill:
-    """Lower what is held to `goal` [3]; where it sits on an edge, beside, where the edge pushes it."""
-    lowered = yield from cell.arm.move(goal, rotation, CLOSED, LOWERING)
+def _free(cell: Workcell, goal: Array, rotation: Array) -> Skill:
+    """Lower what sits on an edge on its way to `goal` [3] beside it, where the edge pushes it."""
     for _ in range(BESIDE_TRIES):
-        if lowered or cell.arm.position[2] < goal[2] + STUCK:
+        if cell.arm.position[2] < goal[2] + STUCK:
             return True
         pushed = cell.arm.position - goal
         pushed[2] = 0.0
         goal = goal + BESIDE * pushed / (np.linalg.norm(pushed) + 1e-9)
         high = np.array([*goal[:2], cell.arm.position[2] + RISE])
         yield from cell.arm.move(high, rotation, CLOSED, Reach(0.008, 9.0, noise_share=0.3))
-        lowered = yield from cell.arm.move(goal, rotation, CLOSED, LOWERING)
-    return lowered
+        if (yield from cell.arm.move(goal, rotation, CLOSED, LOWERING)):
+            return True
+    return False
 
 
 def release(cell: Workcell, rotation: Array, retreat: float = 0.08, position: Array | None = None) -> Skill:

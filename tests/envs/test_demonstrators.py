@@ -24,6 +24,7 @@ from envs.demos.collect import (
 from envs.demos.planner_arm import (
     CLOSED,
     OPEN,
+    PASSING,
     Arm,
     Reach,
     UnreachableStartError,
@@ -208,6 +209,44 @@ def test_where_no_grasp_fits_the_demonstration_ends_without_an_error(lift_wide, 
     monkeypatch.setattr(grasping, "rim_grasps", lambda *_: [])
     with pytest.raises(grasping.NoGraspError, match="no possible grasp of 'cube_main'"):
         plan_grasp(Workcell.of(lift_wide.raw).scene, "cube_main")
+
+
+@pytest.mark.parametrize("retries", [True, False])
+def test_without_retries_a_demonstration_ends_with_its_first_failed_attempt(lift_wide, monkeypatch, retries):
+    def fails(cell):
+        for _ in cell.attempts(3):
+            yield from cell.arm.hold(cell.arm.position, down(0.0), OPEN, 2)
+
+    monkeypatch.setattr(demonstrators, "_program", lambda env: fails)
+    actions, success = rollout(lift_wide, 3, options=DemonstrationOptions(retries=retries))
+    assert (len(actions), success) == (6 if retries else 2, False)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_an_approaching_hand_never_waits(lift_wide, seed):
+    """A policy that learns from a hand that waits until it is aligned can wait for good."""
+    actions, success = rollout(lift_wide, seed, noise=0.2)
+    assert success
+    clean = actions[:, 1]
+    before_grasp = clean[: int(np.argmax(clean[:, -1] > 0))]
+    moving = np.abs(before_grasp[:, :3]).max(1) > 0.05
+    assert moving[:-3].all()  # the last steps end at the goal
+
+
+def test_the_distance_kept_from_a_goal_falls_with_the_error(lift_wide):
+    lift_wide.reset_blindly(seed=0)
+    arm = Arm(lift_wide.raw.sim)
+
+    axis, across = arm.rotation[:, 2], arm.rotation[:, 0]
+
+    def forward(aside: float) -> float:
+        goal = arm.position + 0.03 * axis + aside * across
+        return next(arm.approach(goal, arm.rotation, OPEN, PASSING)).action[:3] @ axis
+
+    speeds = [forward(aside) for aside in (0.0, 0.006, 0.010, 0.013, 0.03)]
+    assert speeds == sorted(speeds, reverse=True)
+    assert speeds[0] > 0.9
+    assert speeds[-1] == pytest.approx(0.0, abs=0.05)
 
 
 def test_a_hand_near_the_base_rises_farther_out_and_any_other_where_it_is(lift_wide):

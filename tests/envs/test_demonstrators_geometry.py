@@ -116,7 +116,8 @@ def test_a_handle_is_grasped_where_nothing_of_the_pot_is_in_the_way():
         assert obstruction(pot_with_handle(), grasp.position, grasp.yaw) == 0
     best = cheapest(handle_grasps(pot_with_handle(), NOTHING, GraspRequest()))
     assert np.rad2deg(best.yaw) == pytest.approx(90, abs=10)
-    assert not list(handle_grasps(pot_with_handle()[:, [1, 0, 2]] * 4, NOTHING, GraspRequest()))
+    pot = pot_with_handle()
+    assert not list(handle_grasps(pot[pot[:, 1] > -0.05], NOTHING, GraspRequest()))
 
 
 def test_a_neighbour_beside_the_fingers_turns_the_grasp_away():
