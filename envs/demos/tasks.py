@@ -10,6 +10,7 @@ from collections.abc import Callable, Generator
 from dataclasses import replace
 
 import numpy as np
+from scipy.spatial import KDTree
 
 from envs.demos.planner_arm import (
     CLEARING,
@@ -162,8 +163,7 @@ def clearance(footprint: Array, obstacles: Array) -> float:
     """Return the smallest distance (m) between two sets of points [n 2] and [m 2]; inf if one is empty."""
     if not len(footprint) or not len(obstacles):
         return float("inf")
-    apart = footprint[:, None] - obstacles[None]
-    return float(np.sqrt((apart**2).sum(-1).min()))
+    return float(KDTree(obstacles).query(footprint)[0].min())
 
 
 def shared_spot(footprint: Array, obstacles: Array, centre: Array, half_extents: Array, base: Array) -> Array:
