@@ -12,9 +12,8 @@ from omegaconf import OmegaConf
 from tests import point_world as world
 from tests.policies import CAMERAS
 from vega_policy.evaluation.ablations import BlindPolicy
-from vega_policy.evaluation.config import EvaluationSettings
 from vega_policy.evaluation.env_pool import EnvironmentFactory, WorkerPool
-from vega_policy.evaluation.evaluate import Evaluation
+from vega_policy.evaluation.evaluate import Evaluation, EvaluationSettings
 from vega_policy.evaluation.policies import ObservationBatch, PolicyDescription
 
 FACTORY = EnvironmentFactory("tests.point_world.make_without_torch", frame_size=32, rendering="fast")

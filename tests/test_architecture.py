@@ -164,7 +164,7 @@ def test_the_method_and_its_cached_batches_import_no_lerobot():
     for path in files:
         assert "lerobot" not in imports_of(module_of(path)), path
     assert "lerobot" in imports_of("vega_policy.modeling_vega")
-    assert {"torch", "vega_policy.model.flow"} <= imports_of("vega_policy.model.vega")
+    assert {"torch", "vega_policy.model.fusion"} <= imports_of("vega_policy.model.vega")
 
 
 def test_there_are_few_files():

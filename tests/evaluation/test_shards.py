@@ -9,10 +9,9 @@ import envs
 from tests import point_world as world
 from tests.evaluations import FACTORY, MEAN_FRAME, GoalSeeker, evaluate, settings
 from vega_policy.evaluation.ablations import BlindPolicy
-from vega_policy.evaluation.config import EvaluationSettings
 from vega_policy.evaluation.env_pool import EnvironmentFactory, WorkerPool
 from vega_policy.evaluation.episodes import Shard, read_episodes
-from vega_policy.evaluation.evaluate import Evaluation
+from vega_policy.evaluation.evaluate import Evaluation, EvaluationSettings
 from vega_policy.evaluation.policies import PolicyDescription
 from vega_policy.evaluation.report import format_summary
 from vega_policy.run_dir import FolderInUseError, OtherRunError

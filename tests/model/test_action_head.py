@@ -3,8 +3,7 @@ import torch
 from lerobot.policies.common.flow_matching import euler_integrate
 
 from tests.policies import batch, tiny_config
-from vega_policy.model import flow
-from vega_policy.model.action_head import make_action_head
+from vega_policy.model.action_head import euler, make_action_head
 from vega_policy.model.config import ActionHeadConfig
 from vega_policy.modeling_vega import VegaPolicy
 
@@ -27,12 +26,12 @@ def context(batch=2):
 @torch.no_grad()
 def test_the_same_noise_gives_the_same_chunk():
     made, seen, noise = head(), context(), torch.randn(2, 5, 3)
-    assert torch.equal(made.sample(*seen, noise, flow.euler), made.sample(*seen, noise, flow.euler))
-    assert not torch.equal(made.sample(*seen, noise, flow.euler), made.sample(*seen, -noise, flow.euler))
+    assert torch.equal(made.sample(*seen, noise, euler), made.sample(*seen, noise, euler))
+    assert not torch.equal(made.sample(*seen, noise, euler), made.sample(*seen, -noise, euler))
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("integrate", [flow.euler, euler_integrate])
+@pytest.mark.parametrize("integrate", [euler, euler_integrate])
 def test_modulations_and_keys_computed_once_give_the_chunk_of_recomputed_ones(integrate):
     made, seen, noise, rows = head(steps=10), context(), torch.randn(4, 5, 3), []
     made.blocks[0].modulation.register_forward_hook(lambda _, times, __: rows.append(len(times[0])))
@@ -58,12 +57,12 @@ def test_an_integrator_of_other_times_gets_their_velocity():
 @torch.no_grad()
 def test_the_chunk_depends_on_the_context_but_not_on_what_is_masked():
     made, (seen, mask), noise = head(), context(), torch.randn(2, 5, 3)
-    base = made.sample(seen, mask, noise, flow.euler)
-    assert not torch.allclose(base, made.sample(seen.flip(0), mask, noise, flow.euler), atol=1e-5)
+    base = made.sample(seen, mask, noise, euler)
+    assert not torch.allclose(base, made.sample(seen.flip(0), mask, noise, euler), atol=1e-5)
     mask[:, -1] = False
-    masked = made.sample(seen, mask, noise, flow.euler)
+    masked = made.sample(seen, mask, noise, euler)
     seen[:, -1] = 100
-    torch.testing.assert_close(masked, made.sample(seen, mask, noise, flow.euler))
+    torch.testing.assert_close(masked, made.sample(seen, mask, noise, euler))
 
 
 def test_the_loss_is_a_function_of_noise_and_time_and_leaves_padding_out():
@@ -103,7 +102,7 @@ def test_a_few_steps_of_training_learn_to_tell_two_contexts_apart():
         made.loss(*repeated, targets, None, noise, time).mean().backward()
         optimizer.step()
     with torch.no_grad():
-        sampled = made.sample(seen, mask, torch.randn(2, 5, 3, generator=generator), flow.euler)
+        sampled = made.sample(seen, mask, torch.randn(2, 5, 3, generator=generator), euler)
     assert sampled[0].mean() > 0.5
     assert sampled[1].mean() < -0.5
 
@@ -127,16 +126,14 @@ def regression(**config):
 @torch.no_grad()
 def test_l1_regression_needs_no_noise_and_reads_what_is_not_masked():
     made, (seen, mask) = regression(), context()
-    base = made.sample(seen, mask, torch.randn(2, 5, 3), flow.euler)
-    assert torch.equal(base, made.sample(seen, mask, torch.randn(2, 5, 3), flow.euler))
-    assert not torch.allclose(
-        base, made.sample(seen.flip(0), mask, torch.zeros(2, 5, 3), flow.euler), atol=1e-5
-    )
-    assert made.sample(seen, mask, torch.zeros(6, 5, 3), flow.euler).shape == (6, 5, 3)
+    base = made.sample(seen, mask, torch.randn(2, 5, 3), euler)
+    assert torch.equal(base, made.sample(seen, mask, torch.randn(2, 5, 3), euler))
+    assert not torch.allclose(base, made.sample(seen.flip(0), mask, torch.zeros(2, 5, 3), euler), atol=1e-5)
+    assert made.sample(seen, mask, torch.zeros(6, 5, 3), euler).shape == (6, 5, 3)
     mask[:, -1] = False
-    masked = made.sample(seen, mask, torch.zeros(2, 5, 3), flow.euler)
+    masked = made.sample(seen, mask, torch.zeros(2, 5, 3), euler)
     seen[:, -1] = 100
-    torch.testing.assert_close(masked, made.sample(seen, mask, torch.zeros(2, 5, 3), flow.euler))
+    torch.testing.assert_close(masked, made.sample(seen, mask, torch.zeros(2, 5, 3), euler))
 
 
 def test_the_l1_loss_is_the_mean_absolute_error_of_the_steps_that_exist():

@@ -17,7 +17,7 @@ from tests.training_runs import (
 from vega_policy.checkpoints import checkpoint_path, newest_intact
 from vega_policy.run_dir import DiskFullError
 from vega_policy.training.distributed import make_accelerator
-from vega_policy.training.failure_guards import (
+from vega_policy.training.optim import (
     MemoryExhaustedError,
     NotFiniteError,
     TrainingStoppedError,

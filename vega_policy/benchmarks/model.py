@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vega_policy.backbones import make_backbone
 from vega_policy.benchmarks import busy_time, kernel_fields, matmul_ceiling, measure
-from vega_policy.model import flow
+from vega_policy.model.action_head import euler
 from vega_policy.model.compilation import CapturedControlStep, capture_obstacle
 from vega_policy.model.config import ModelConfig, PriorConfig
 from vega_policy.model.observation import Observation, resize
@@ -303,7 +303,7 @@ def _stages(model: Any, observation: Observation, noise: torch.Tensor) -> dict[s
         "prior": lambda: model.prior_features(observation),
         "projectors and fusion": lambda: model.encode_observation(cached),
         "backbone": lambda: model.backbone.encode_context(*inputs),
-        "head": lambda: model.head.sample(context, mask, noise, flow.euler),
+        "head": lambda: model.head.sample(context, mask, noise, euler),
         "whole": lambda: model.sample_actions(observation, noise),
     }
     if model.prior is None:

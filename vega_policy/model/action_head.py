@@ -1,5 +1,15 @@
-"""Action heads: from the backbone's context to a chunk of normalised actions."""
+"""Action heads: from the backbone's context to a chunk of normalised actions.
 
+The flow head follows the straight path between an action chunk and noise. Time runs from t = 1 (noise) to
+t = 0 (actions), as in LeRobot and openpi:
+
+    x_t = t * noise + (1 - t) * actions        v = d x_t / d t = noise - actions
+
+Lipman et al., "Flow Matching for Generative Modeling" (arXiv 2210.02747), with pi0's (arXiv 2410.24164)
+direction.
+"""
+
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -8,9 +18,60 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
-from vega_policy.model import flow
 from vega_policy.model.config import ActionHeadConfig
 from vega_policy.model.layers import Attention, KVCache, Mlp, sinusoid
+
+VelocityField = Callable[[Tensor, Tensor], Tensor]
+"""(x_t [b t a], time [b]) -> velocity [b t a]."""
+
+Integrator = Callable[[VelocityField, Tensor, int], Tensor]
+"""(velocity field, noise [b t a], steps) -> actions [b t a]."""
+
+
+def interpolate(actions: Tensor, noise: Tensor, time: Tensor) -> Tensor:
+    """Return the point x_t on the straight path, [b t a], [b t a], [b] or [b t] -> [b t a]."""
+    time = time[:, None, None] if time.dim() == 1 else time[..., None]
+    return time * noise + (1 - time) * actions
+
+
+def velocity(actions: Tensor, noise: Tensor) -> Tensor:
+    """Return the velocity of the straight path, the same at every time, [b t a], [b t a] -> [b t a]."""
+    return noise - actions
+
+
+def sample_time(batch: int, power: float, generator: torch.Generator | None = None) -> Tensor:
+    """Sample training times in [0.001, 1] on the CPU, float32 [batch].
+
+    They follow Beta(power, 1), sampled by inversion as u^(1 / power): 1 is uniform, more prefers noise.
+    """
+    uniform = torch.rand(batch, generator=generator)
+    return 0.001 + 0.999 * uniform.pow(1 / power)
+
+
+def euler(field: VelocityField, noise: Tensor, steps: int) -> Tensor:
+    """Integrate from noise (t = 1) to actions (t = 0) in equal Euler steps, [b t a] -> [b t a]."""
+    x = noise
+    for step in range(steps):
+        time = torch.full((len(x),), 1 - step / steps, dtype=torch.float32, device=x.device)
+        x = x - field(x, time) / steps
+    return x
+
+
+def masked_mean(values: Tensor, is_pad: Tensor | None) -> Tensor:
+    """Return the mean over the unpadded steps of each sample, [b t a], [b t] -> [b].
+
+    A sample of padding only counts as zero.
+    """
+    mean = values.mean(dim=-1)  # [b t]
+    if is_pad is None:
+        return mean.mean(dim=1)
+    valid = (~is_pad).to(mean.dtype)
+    return (mean * valid).sum(dim=1) / valid.sum(dim=1).clamp(min=1)
+
+
+def masked_mean_square(error: Tensor, is_pad: Tensor | None) -> Tensor:
+    """Return the mean square over the unpadded steps of each sample, [b t a], [b t] -> [b]."""
+    return masked_mean(error.square(), is_pad)
 
 
 class ActionHead(Protocol):
@@ -42,7 +103,7 @@ class ActionHead(Protocol):
         context: Tensor,
         mask: Tensor,
         noise: Tensor,
-        integrate: flow.Integrator = flow.euler,
+        integrate: Integrator = euler,
         prefix: Tensor | None = None,
     ) -> Tensor:
         """Return chunks from noise [b*r t a] -> [b*r t a], r chunks for each context.
@@ -93,7 +154,7 @@ class FlowHead(nn.Module):
         batch, *chunk = actions.shape
         own = slice(rank * batch, (rank + 1) * batch)
         noise = torch.randn(world_size * batch, *chunk, generator=generator)[own]
-        time = flow.sample_time(world_size * batch, self.config.time_power, generator)
+        time = sample_time(world_size * batch, self.config.time_power, generator)
         if self.config.prefix_steps:
             prefix = sample_prefix(self.config, world_size * batch, chunk[0], generator)
             time = time[:, None] * ~prefix
@@ -115,11 +176,9 @@ class FlowHead(nn.Module):
         """
         if noise is None or time is None:
             raise ValueError("The flow head needs noise [b t a] and time [b]; see sample_noise_and_time.")
-        x = flow.interpolate(actions, noise, time)
+        x = interpolate(actions, noise, time)
         predicted = self.velocity(self.norm_context(context), mask, x, time)
-        return flow.masked_mean_square(
-            predicted - flow.velocity(actions, noise), without_prefix(is_pad, time)
-        )
+        return masked_mean_square(predicted - velocity(actions, noise), without_prefix(is_pad, time))
 
     def velocity(self, context: Tensor, mask: Tensor, x: Tensor, time: Tensor) -> Tensor:
         """Return the velocity at x_t, normalised context [b s c], x [b t a], time [b] or [b t] -> [b t a]."""
@@ -133,7 +192,7 @@ class FlowHead(nn.Module):
         context: Tensor,
         mask: Tensor,
         noise: Tensor,
-        integrate: flow.Integrator = flow.euler,
+        integrate: Integrator = euler,
         prefix: Tensor | None = None,
     ) -> Tensor:
         """Integrate the velocity field, noise [b*r t a] -> actions [b*r t a]; equal noise, equal actions.
@@ -167,7 +226,7 @@ class FlowHead(nn.Module):
         return integrate(velocity, noise, self.config.steps)
 
     def _sample_after(
-        self, prefix: Tensor, context: Tensor, mask: Tensor, noise: Tensor, integrate: flow.Integrator
+        self, prefix: Tensor, context: Tensor, mask: Tensor, noise: Tensor, integrate: Integrator
     ) -> Tensor:
         """Integrate what follows a clean prefix [b*r d a], whose time is 0 throughout."""
         length, steps = prefix.shape[1], noise.shape[1]
@@ -247,7 +306,7 @@ class L1Head(nn.Module):
         """Return the mean absolute error, without padding and prefix, [b]; noise is not used."""
         prefix = None if time is None else (actions, time == 0)
         error = (self.predict(context, mask, prefix) - actions).abs()
-        return flow.masked_mean(error, without_prefix(is_pad, time))
+        return masked_mean(error, without_prefix(is_pad, time))
 
     def predict(self, context: Tensor, mask: Tensor, prefix: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Return the chunk, context [b s c] -> [b t a].
@@ -267,7 +326,7 @@ class L1Head(nn.Module):
         context: Tensor,
         mask: Tensor,
         noise: Tensor,
-        integrate: flow.Integrator = flow.euler,
+        integrate: Integrator = euler,
         prefix: Tensor | None = None,
     ) -> Tensor:
         """Return the chunk, [b*r t a]; the noise gives the number of rows only."""

@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from vega_policy.backbones import make_backbone
 from vega_policy.checkpoints import check_checkpoint, find_checkpoint
 from vega_policy.config import from_config
-from vega_policy.model import flow
-from vega_policy.model.action_head import make_action_head
+from vega_policy.model.action_head import Integrator, euler, make_action_head
 from vega_policy.model.config import ActionHeadConfig, BackboneConfig, FusionConfig, ModelConfig, PriorConfig
 from vega_policy.model.fusion import make_fusion
 from vega_policy.model.layers import Mlp
@@ -252,7 +251,7 @@ class VegaModel(VegaEncoder):
         self,
         observation: Observation,
         noise: Tensor,
-        integrate: flow.Integrator = flow.euler,
+        integrate: Integrator = euler,
         prefix: Tensor | None = None,
     ) -> Tensor:
         """Return a chunk of normalised actions from noise, [b t a] -> [b t a]; equal noise, equal chunk.

@@ -55,8 +55,7 @@ from vega_policy.run_dir import (
 )
 from vega_policy.training.config import TrainConfig, defaults, encode
 from vega_policy.training.distributed import shard_like, shard_state, whole
-from vega_policy.training.failure_guards import NonFiniteGuard
-from vega_policy.training.optim import EMA, trainable
+from vega_policy.training.optim import EMA, NonFiniteGuard, trainable
 
 CONFIG, METRICS, CARD = "config.yaml", "metrics.jsonl", "README.md"
 MEAN_FRAMES, WEIGHTS, STEP = "mean_frames.safetensors", "weights.safetensors", "training_step.json"

@@ -59,9 +59,8 @@ from vega_policy.training.checkpoint import MEAN_FRAMES, Origin, TrainState, che
 from vega_policy.training.config import TrainConfig, encode
 from vega_policy.training.cuda_graph import check_capturable
 from vega_policy.training.distributed import make_accelerator, shard
-from vega_policy.training.failure_guards import NonFiniteGuard
 from vega_policy.training.logging import push_to_hub, record_start
-from vega_policy.training.optim import EMA, make_optimizer
+from vega_policy.training.optim import EMA, NonFiniteGuard, make_optimizer
 from vega_policy.training.trainer import DataPart, TrainData, Trainer
 from vega_policy.training.validation import spread_evenly
 

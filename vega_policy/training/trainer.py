@@ -23,9 +23,17 @@ from vega_policy.training.checkpoint import Origin, TrainState, rng_state, save_
 from vega_policy.training.config import TrainConfig
 from vega_policy.training.cuda_graph import CapturedStep
 from vega_policy.training.distributed import all_agree, find_unused_weights, mean_over_processes, replicate
-from vega_policy.training.failure_guards import BadStep, are_finite, disk_advice, memory_guard
 from vega_policy.training.logging import Progress, model_card, open_trackers
-from vega_policy.training.optim import clip_gradient, learning_rates, read_scalars, trainable
+from vega_policy.training.optim import (
+    BadStep,
+    are_finite,
+    clip_gradient,
+    disk_advice,
+    learning_rates,
+    memory_guard,
+    read_scalars,
+    trainable,
+)
 from vega_policy.training.validation import evaluate_closed_loop, held_out_scores, spread_evenly
 
 
