@@ -310,7 +310,8 @@ def test_vla_eval_gets_one_action_a_step_and_a_new_chunk_in_each_episode():
         harness = Harness(port)
         hello = harness.request("hello", {"harness_version": "0.8.0", "protocol_version": 1})
         assert (hello["type"], hello["seq"]) == ("hello", 1)
-        assert hello["payload"]["observation_params"] == {"send_wrist_image": True, "send_state": True}
+        requested = hello["payload"]["observation_params"]
+        assert requested == {"send_wrist_image": True, "send_state": True, "quat_no_antipodal": True}
         firsts = []
         for _ in range(2):
             harness.send("episode_start", {"task": {"name": "lift", "task_id": 3}})

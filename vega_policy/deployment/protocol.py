@@ -612,6 +612,9 @@ class VlaEvalSession:
         if message.type == "hello":
             used = {*self._keys.required}
             requested = {"send_wrist_image": "images/wrist" in used, "send_state": "states" in used}
+            # LeRobot's LIBERO states have angles over [0, 2 pi]. vla-eval folds them at pi by default, which
+            # negates the rotation of a hand that points down.
+            requested["quat_no_antipodal"] = requested["send_state"]
             hello = {"harness_version": "vega_policy", "protocol_version": 1, "model_server": "vega_policy"}
             return self._encode("hello", {**hello, "capabilities": {}, "observation_params": requested})
         if message.type == "observation":
