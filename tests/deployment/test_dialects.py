@@ -1,13 +1,17 @@
 """Clients of other packages at a policy server: openpi-client and vla-eval."""
 
+import asyncio
 import io
 import itertools
 import re
+import time
 
 import msgspec
 import numpy as np
 import pytest
 from PIL import Image
+from websockets.asyncio.client import connect as connect_async
+from websockets.asyncio.server import serve
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
@@ -342,3 +346,20 @@ def test_a_vla_eval_observation_is_refused_with_one_error(payload, message):
         assert (answer["type"], answer["seq"]) == ("error", 1)
         assert re.search(message, answer["payload"]["error"]), answer
         assert harness.act(vla_eval_observation(kind="JPEG")).shape == (7,)
+
+
+def test_a_harness_that_builds_a_simulator_between_two_messages_stays_connected(monkeypatch):
+    def impatient(*arguments, ping_interval=20, **options):
+        return serve(*arguments, ping_interval=ping_interval and 0.05, ping_timeout=0.05, **options)
+
+    async def play(port):
+        url = f"ws://127.0.0.1:{port}"
+        async with connect_async(url, compression=None, proxy=None, ping_interval=None) as connection:
+            message = {"type": "observation", "payload": vla_eval_observation(), "seq": 1, "timestamp": 0.0}
+            time.sleep(0.6)  # vla-eval builds and resets simulators in its event loop, which answers no pings
+            await connection.send(msgspec.msgpack.encode(message))
+            return msgspec.msgpack.decode(await connection.recv())
+
+    monkeypatch.setattr("vega_policy.deployment.server.serve", impatient)
+    with running(dialect="vla_eval") as (_, port):
+        assert asyncio.run(play(port))["type"] == "action"

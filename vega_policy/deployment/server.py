@@ -232,6 +232,8 @@ class PolicyServer:
             open_timeout=settings.handshake_seconds,
             max_size=settings.limits.message_bytes,
             max_queue=1,
+            # vla-eval answers no pings while it builds a simulator; `idle_seconds` closes dead sessions
+            ping_interval=None if settings.dialect == "vla_eval" else 20,
             ssl=tls,
             **only_with_tls,
         ) as server:
