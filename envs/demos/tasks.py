@@ -16,7 +16,6 @@ from envs.demos.planner_arm import (
     CLEARING,
     CLOSED,
     OPEN,
-    PASSING,
     PRECISE,
     Array,
     Command,
@@ -438,8 +437,8 @@ def lift(cell: Workcell) -> Skill:
         yaw = nearest_equivalent(_body_yaw(cell, "cube_main"), cell.arm.yaw, np.pi / 2)
         rotation = down(wrap(yaw))
         position = cell.scene.position("cube_main")
-        yield from cell.arm.move(above(position, ABOVE_GRASP), rotation, OPEN, PASSING)
-        yield from descend(cell, position, rotation)
+        yield from cell.arm.move(above(position, ABOVE_GRASP), rotation, OPEN, Reach(0.012, 0.08))
+        yield from cell.arm.move(position, rotation, OPEN, PRECISE)
         yield from cell.arm.hold(position, rotation, CLOSED, 8)
         raised = above(position, LIFT_HEIGHT)
         yield from cell.arm.move(raised, rotation, CLOSED, Reach(0.015, 9.0))

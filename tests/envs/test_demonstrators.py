@@ -222,17 +222,6 @@ def test_without_retries_a_demonstration_ends_with_its_first_failed_attempt(lift
     assert (len(actions), success) == (6 if retries else 2, False)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_an_approaching_hand_never_waits(lift_wide, seed):
-    """A policy that learns from a hand that waits until it is aligned can wait for good."""
-    actions, success = rollout(lift_wide, seed, noise=0.2)
-    assert success
-    clean = actions[:, 1]
-    before_grasp = clean[: int(np.argmax(clean[:, -1] > 0))]
-    moving = np.abs(before_grasp[:, :3]).max(1) > 0.05
-    assert moving[:-3].all()  # the last steps end at the goal
-
-
 def test_the_distance_kept_from_a_goal_falls_with_the_error(lift_wide):
     lift_wide.reset_blindly(seed=0)
     arm = Arm(lift_wide.raw.sim)
