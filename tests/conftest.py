@@ -11,9 +11,8 @@ from hydra.core.config_store import ConfigStore
 from vega_policy.cli import register_groups
 
 register_groups()  # composed configs need the generated options
-ConfigStore.__deepcopy__ = lambda self, memo: (
-    self
-)  # Hydra copies all options per composition, then what it loads
+# Hydra copies all options at each composition, and then those that it loads once more.
+ConfigStore.__deepcopy__ = lambda self, memo: self
 gc.disable()  # until all is imported: the collector would walk through the imported modules again and again
 
 

@@ -47,7 +47,7 @@ NEIGHBOURHOOD = 0.25  # m around an object that the hand can touch while graspin
 # object would be grasped with opposite turns. Beyond a quarter turn the wrist has more room at positive yaws.
 YAWS = np.deg2rad(np.arange(-75.0, 105.0, 2.5))
 MOST_YAW = float(YAWS.max())
-LEFT_RIM = 0.1  # cost of the rim's right side, so that equally good sides are not chosen by chance
+RIGHT_RIM_COST = 0.1  # so that equally good sides of a rim are not chosen by chance
 RIM_ANGLES = np.deg2rad(np.arange(0.0, 360.0, 10.0))
 CLOSING_STEPS = 11  # until the fingers press with full force
 OPENING_STEPS = 8
@@ -260,12 +260,15 @@ def centre_grasps(cloud: Array, obstacles: Array, request: GraspRequest) -> Iter
         centre = closing_axis(yaw) * middle + side_axis(yaw) * beside
         position = np.array([centre[0], centre[1], height])
         blocked = obstruction(obstacles, position, yaw)
-        cost = 100.0 * width + 0.8 * abs(yaw - request.yaw) + 0.05 * min(blocked, 200)
-        yield cost, Grasp(position, float(yaw), "centre", blocked)
+        yield _cost(width, yaw, blocked, request), Grasp(position, float(yaw), "centre", blocked)
 
 
 def _allowed_yaws(request: GraspRequest) -> Array:
     return YAWS[np.abs(YAWS - request.yaw) <= request.yaw_limit + 1e-3]
+
+
+def _cost(width: float, yaw: float, blocked: int, request: GraspRequest) -> float:
+    return 100.0 * width + 0.8 * abs(yaw - request.yaw) + 0.05 * min(blocked, 200)
 
 
 def handle_grasps(cloud: Array, obstacles: Array, request: GraspRequest) -> Iterator[tuple[float, Grasp]]:
@@ -288,8 +291,7 @@ def handle_grasps(cloud: Array, obstacles: Array, request: GraspRequest) -> Iter
             if obstruction(cloud, position, yaw):
                 continue
             blocked = obstruction(obstacles, position, yaw)
-            cost = 100.0 * width + 0.8 * abs(yaw - request.yaw) + 0.05 * min(blocked, 200)
-            yield cost, Grasp(position, float(yaw), "handle", blocked)
+            yield _cost(width, yaw, blocked, request), Grasp(position, float(yaw), "handle", blocked)
 
 
 @dataclass(frozen=True)
@@ -338,7 +340,7 @@ def rim_grasps(
             distance + 25 * max(0.0, distance - COMFORTABLE_REACH) + 10 * abs(point[2] - rim.middle[2])
         )
         reach_cost += 4.0 * sum(float(np.linalg.norm(offset - failed)) < 0.022 for failed in request.avoided)
-        reach_cost += LEFT_RIM * (offset[1] < 0)
+        reach_cost += RIGHT_RIM_COST * (offset[1] < 0)
         yaw = middle_yaw + wrap(radial - np.pi / 2 - middle_yaw, np.pi)
         away = abs(yaw - request.yaw)
         if away > request.yaw_limit + 1e-6:

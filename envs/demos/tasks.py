@@ -368,11 +368,15 @@ def carry_flat(cell: Workcell, body: str, xy: Array) -> Skill:
     everything in between, hanging aslant. Up to three times, until its origin is at `xy` [2].
     """
     radius = float(np.ptp(cell.scene.cloud(body)[:, 0])) / 2
-    for _ in range(3):
+
+    def is_there() -> bool:
+        return bool(np.linalg.norm(xy - cell.scene.position(body)[:2]) < AT_GOAL)
+
+    if is_there():
+        return True
+    for _ in cell.attempts(3):
         centre = cell.scene.position(body)
         way = xy - centre[:2]
-        if np.linalg.norm(way) < AT_GOAL:
-            return True
         heading = np.array([*(way / np.linalg.norm(way)), 0.0])
         rotation = down(wrap(float(np.arctan2(way[1], way[0])) - np.pi / 2, np.pi))
         rim = centre + heading * radius
@@ -388,7 +392,9 @@ def carry_flat(cell: Workcell, body: str, xy: Array) -> Skill:
             if np.linalg.norm(cell.arm.position[:2] - cell.scene.position(body)[:2]) < radius + LOST:
                 yield from cell.arm.move(goal, rotation, CLOSED, CARRYING)
         yield from release(cell, rotation, ABOVE_GRASP)
-    return bool(np.linalg.norm(xy - cell.scene.position(body)[:2]) < AT_GOAL)
+        if is_there():
+            return True
+    return False
 
 
 def _flat_lift(cell: Workcell, body: str, xy: Array, rim: float) -> float:

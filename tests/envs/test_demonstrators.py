@@ -222,6 +222,14 @@ def test_without_retries_a_demonstration_ends_with_its_first_failed_attempt(lift
     assert (len(actions), success) == (6 if retries else 2, False)
 
 
+def test_a_grasp_that_lifts_nothing_is_tried_again_or_given_up(robosuite_env):
+    env = robosuite_env("stack")
+    env.reset_blindly(seed=0)  # and never stepped: nothing is lifted
+    assert list(grasping.grasp(Workcell.of(env.raw), "cubeA_main", tries=2))
+    with pytest.raises(grasping.FailedAttemptError):
+        list(grasping.grasp(Workcell.of(env.raw, retries=False), "cubeA_main", tries=2))
+
+
 def test_the_distance_kept_from_a_goal_falls_with_the_error(lift_wide):
     lift_wide.reset_blindly(seed=0)
     arm = Arm(lift_wide.raw.sim)
