@@ -1,5 +1,11 @@
 """The feature cache: equal to the live model, keyed by all that matters, refused if it is something else."""
 
+import multiprocessing
+import os
+import re
+import signal
+from functools import partial
+
 import pytest
 import torch
 
@@ -12,8 +18,8 @@ from vega_policy.data.loader import ShuffledRows, VideoSource
 from vega_policy.data.video import FrameRows, frames_in_order
 from vega_policy.model.config import BackboneConfig, PriorConfig
 from vega_policy.modeling_vega import VegaPolicy
-from vega_policy.run_dir import DiskFullError
-from vega_policy.training.train import load_data, make_source
+from vega_policy.run_dir import DiskFullError, FolderInUseError
+from vega_policy.training.train import load_data, make_source, train
 
 
 @pytest.fixture(scope="module")
@@ -35,11 +41,23 @@ def decoded(data, workers=0):
     return VideoSource(data.table, frames, chunk_size=4, workers=workers, seed=0)
 
 
-def build(policy, data, folder, names=("frames", "semantic", "prior")):
+LENGTHS = (9, 6, 12)  # of the episodes of `write_dataset`
+
+
+def build(policy, data, folder, names=("frames", "semantic", "prior"), read=None, **part):
     wanted = streams(policy, names)
-    clips = frames_in_order(data.parts[0].dataset, list(CAMERAS), "pyav")
-    features.build_streams(folder, wanted, policy.model, clips, frames=len(data.table))
+    read = read or partial(frames_in_order, data.parts[0].dataset, list(CAMERAS), "pyav")
+    features.build_streams(folder, wanted, policy.model, read, LENGTHS, **part)
     return wanted
+
+
+def content(folder):
+    """The bytes of all files of a cache by name."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.glob("*/*") if path.is_file()}
+
+
+def refuse_to_read(episodes):
+    raise AssertionError(f"episodes {list(episodes)} are read again")
 
 
 def test_cached_features_are_those_of_the_live_model(loaded, tmp_path):
@@ -125,7 +143,7 @@ def test_datasets_of_pictures_are_read_like_those_of_videos(tmp_path):
 def test_a_built_cache_is_not_built_again(loaded, tmp_path):
     _, policy, data = loaded
     wanted = build(policy, data, tmp_path)
-    features.build_streams(tmp_path, wanted, policy.model, iter(()), frames=0)
+    build(policy, data, tmp_path, read=refuse_to_read)
     values = features.open_stream(tmp_path, wanted[0], len(data.table), None)
     assert values.shape == (27, 2, 3, 32, 32)
 
@@ -138,7 +156,7 @@ def test_a_built_cache_is_read_where_nothing_can_be_written(loaded, tmp_path, mo
         raise PermissionError(30, "Read-only file system")
 
     monkeypatch.setattr("vega_policy.data.feature_cache.lock_folder", refuse)
-    features.build_streams(tmp_path, wanted, policy.model, iter(()), frames=27)
+    assert build(policy, data, tmp_path, read=refuse_to_read) == wanted
 
 
 def test_a_cache_that_does_not_fit_is_refused_with_its_bytes_and_leaves_nothing(
@@ -171,19 +189,92 @@ def test_a_missing_stream_is_added_to_a_cache(loaded, tmp_path):
     assert len(list(tmp_path.glob("*-*/manifest.json"))) == 3
 
 
-def test_a_build_that_is_killed_leaves_no_cache(loaded, tmp_path):
+def test_a_killed_build_continues_after_the_episodes_that_it_recorded(loaded, tmp_path, monkeypatch):
     _, policy, data = loaded
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    build(policy, data, whole)
+    monkeypatch.setattr(features, "RECORD_EVERY", 0.0)
+    read = []
 
-    def dying():
-        yield next(frames_in_order(data.parts[0].dataset, list(CAMERAS), "pyav"))
-        raise KeyboardInterrupt
+    def recording(episodes):
+        read.append(list(episodes))
+        return frames_in_order(data.parts[0].dataset, list(CAMERAS), "pyav", episodes)
 
-    wanted = streams(policy, ["semantic"])
-    with pytest.raises(KeyboardInterrupt):
-        features.build_streams(tmp_path, wanted, policy.model, dying(), frames=27)
-    assert not list(tmp_path.glob("semantic-*"))
-    build(policy, data, tmp_path, ["semantic"])
-    assert features.open_stream(tmp_path, wanted[0], 27, torch.device("cpu")).shape[0] == 27
+    def killed(episodes):
+        for number, clip in enumerate(recording(episodes)):
+            if number == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield clip
+
+    child = multiprocessing.get_context("fork").Process(
+        target=build, args=(policy, data, again), kwargs={"read": killed}
+    )
+    child.start()
+    child.join(60)
+    assert child.exitcode == -signal.SIGKILL
+    assert not list(again.glob("*/manifest.json"))
+    build(policy, data, again, read=recording)
+    assert read == [[2]]  # episodes 0 and 1 are not encoded again
+    assert content(again) == content(whole)
+
+
+def test_parts_built_by_several_commands_are_the_cache_of_one(loaded, tmp_path):
+    _, policy, data = loaded
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    build(policy, data, whole)
+    build(policy, data, parts, shard=1, shards=2)
+    assert not list(parts.glob("*/manifest.json"))
+    build(policy, data, parts, shard=1, shards=2, read=refuse_to_read)
+    build(policy, data, parts, shard=0, shards=2)
+    assert content(parts) == content(whole)
+    assert len(content(whole)) == 9
+
+
+def test_a_whole_build_takes_over_what_parts_have_left(loaded, tmp_path):
+    _, policy, data = loaded
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    build(policy, data, whole)
+    build(policy, data, parts, shard=2, shards=3)
+    build(policy, data, parts)
+    assert content(parts) == content(whole)
+
+
+def test_a_part_is_refused_while_it_or_one_of_another_division_is_built(loaded, tmp_path):
+    _, policy, data = loaded
+    inside = []
+
+    def meanwhile(episodes):
+        for shard, shards in ((0, 2), (2, 3)):
+            with pytest.raises(FolderInUseError, match="0_of_2 is in use by process"):
+                build(policy, data, tmp_path, shard=shard, shards=shards)
+            inside.append(shard)
+        build(policy, data, tmp_path, shard=1, shards=2)  # the other part is free
+        return frames_in_order(data.parts[0].dataset, list(CAMERAS), "pyav", episodes)
+
+    build(policy, data, tmp_path, shard=0, shards=2, read=meanwhile)
+    assert inside == [0, 2]
+    assert len(list(tmp_path.glob("*/manifest.json"))) == 3
+
+
+def test_stop_after_0_says_what_it_writes_builds_the_cache_and_starts_no_run(root, tmp_path, caplog):
+    fields = {"stop_after": 0, "dataset": {"cache": "disk"}}
+    first, second = (tiny_run(root, tmp_path / "run", shards=2, shard=shard, **fields) for shard in (0, 1))
+    with caplog.at_level("INFO"):
+        assert train(first) == tmp_path / "cache"
+    assert f"Caching 21 frames in {tmp_path / 'cache'} (part 0 of 2; 0 frames are done)" in caplog.text
+    announced = re.search(r"semantic (\S+) GB, prior (\S+) GB; \S+ GB free", caplog.text)
+    assert not list((tmp_path / "cache").glob("*/manifest.json"))
+    train(second)
+    for name, figure in zip(("semantic", "prior"), announced.groups(), strict=True):
+        (values,) = (tmp_path / "cache").glob(f"{name}-*/values.bin")
+        assert float(figure) * 1e9 == pytest.approx(values.stat().st_size * 21 / 27, rel=0.01)
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(ValueError, match=r"stop_after=0 builds the cache, and dataset\.cache is none"):
+        train(tiny_run(root, tmp_path / "run", stop_after=0, dataset={"cache": "none"}))
+    with pytest.raises(ValueError, match=r"shards divides the building of the cache\. Add stop_after=0"):
+        tiny_run(root, tmp_path / "run", shards=2)
+    with pytest.raises(ValueError, match=r"shard: expected a number from 0 to 1; got 2"):
+        tiny_run(root, tmp_path / "run", shards=2, shard=2, stop_after=0)
 
 
 def test_a_truncated_cache_is_refused(loaded, tmp_path):

@@ -44,6 +44,7 @@ class SweepTable(Callback):
         "vega-train experiment=demo prior=none                     one field changed: an ablation",
         "vega-train dataset.repo_id=ORG/NAME                       a dataset of the hub",
         "vega-train output_dir=outputs/train/RUN resume=true       continue",
+        "vega-train dataset.cache=disk stop_after=0 ...            build the cache and stop",
         "vega-train -m experiment=demo fusion=token_gate,add seed=0,1    a sweep, one table",
     ],
 )
@@ -57,7 +58,8 @@ def train(config: DictConfig) -> str:
 
     if HydraConfig.get().mode is RunMode.MULTIRUN:  # each job of a sweep has a folder below output_dir
         config.output_dir = HydraConfig.get().runtime.output_dir
-    return f"checkpoint: {train(from_hydra(config))}"
+    outcome = train(from_hydra(config))
+    return f"cache: {outcome}" if config.stop_after == 0 else f"checkpoint: {outcome}"
 
 
 SIZES = {"views": 2, "state_dim": 8, "action_dim": 7}

@@ -6,15 +6,23 @@ One folder a stream, named by a hash over all that determines its values; it is 
                                  values.bin      one row a dataset frame, memory-mapped
                                  mean_frames.safetensors
 
+A stream is built in `<stream>-<hash>.building`, whose values.bin has its full size from the start: processes
+and machines that share the folder each write the rows of other episodes, and an interrupted build continues
+after the last episode on the disk. A batch never spans two episodes, so the bytes depend neither on
+interruptions nor on the number of processes.
+
 This module imports no LeRobot.
 """
 
 import json
 import logging
+import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -31,9 +39,10 @@ from vega_policy.model.vega import VegaModel
 from vega_policy.priors import resolve
 from vega_policy.priors.base import fingerprint_weights
 from vega_policy.run_dir import (
-    atomic_folder,
+    atomic_file,
     check_space,
     complete_folder,
+    free_space,
     lock_folder,
     open_run,
     remove_partial,
@@ -47,8 +56,13 @@ BATCH = {"cpu": 8, "accelerator": 64}
 """Time steps encoded at once. On a CPU, 32 took 1.6 times as long for each (measured at 128 pixels)."""
 TYPES = {"frames": torch.uint8, "semantic": torch.bfloat16, "prior": torch.bfloat16}
 
+RECORD_EVERY = 10.0
+"""Seconds between two records of finished episodes: about what a kill loses besides the running episode."""
+
 Clips = Iterable[dict[str, Tensor]]
-"""All frames of a dataset, in order, some consecutive ones at a time: by camera, uint8 [t 3 h w]."""
+"""Frames in order, some consecutive ones of an episode at a time: by camera, uint8 [t 3 h w]."""
+ClipReader = Callable[[Sequence[int]], Clips]
+"""Reads the cached frames of episodes, given by their positions in the dataset, one after the other."""
 
 
 class CacheError(ValueError):
@@ -171,48 +185,226 @@ def open_mean_frames(root: Path, stream: Stream) -> dict[str, Tensor]:
     return load_file(root / stream.folder / MEAN_FRAMES)
 
 
-def build_streams(root: Path, streams: Sequence[Stream], model: VegaModel, clips: Clips, frames: int) -> None:
-    """Build the streams that are missing, in one pass over `clips`, which are read only then.
+def build_streams(
+    root: Path,
+    streams: Sequence[Stream],
+    model: VegaModel,
+    read: ClipReader,
+    lengths: Sequence[int],
+    *,
+    shard: int = 0,
+    shards: int = 1,
+) -> None:
+    """Build the missing streams, or the part `shard` of `shards`, after what an earlier call finished.
 
-    Processes that share `root` take turns; the later ones find the work done. The model computes on its own
-    device and is left in evaluation mode. `frames` is the dataset's number of frames.
+    `lengths` are the cached frames of each episode. Part k has the episodes k, k + `shards`, ...; the part
+    that ends last completes the streams. A whole build waits for running parts and builds what they left. The
+    model computes on its own device and is left in evaluation mode.
 
     Raises:
+        FolderInUseError: If another process builds this part, or a part of another division.
         DiskFullError: If the streams do not fit on the disk.
         OSError: If `root` is a file or cannot be written to; see `lock_folder`.
     """
     if not _missing(root, streams):
         return  # without a lock: a finished cache may be on a disk that cannot be written to
-    with lock_folder(root, wait=True), ExitStack() as stack:
-        missing = _missing(root, streams)
-        if not missing:
-            return
-        remove_partial(root)
-        model.eval()
-        batch = BATCH["cpu" if next(model.parameters()).device.type == "cpu" else "accelerator"]
-        writers = [stack.enter_context(_Writer(root, stream)) for stream in missing]
-        mean = MeanFrames()
-        bar = stack.enter_context(
-            tqdm(total=frames, desc="Caching " + ", ".join(s.name for s in missing), unit="frame")
-        )
-        for clip in clips:
-            mean.add(clip)
-            for start in range(0, len(next(iter(clip.values()))), batch):
-                instants = {camera: stretch[start : start + batch] for camera, stretch in clip.items()}
-                values = _encode(model, instants, [stream.name for stream in missing])
-                if bar.n == 0:
-                    row = sum(value[0].numel() * value.element_size() for value in values.values())
-                    check_space(root, row * frames, f"the cache of {frames} frames")
-                    logger.info("Caching %d frames: %.2f GB in %s.", frames, row * frames / 1e9, root)
-                for writer in writers:
-                    writer.append(values[writer.stream.name])
-                bar.update(len(next(iter(instants.values()))))
-        for writer in writers:
-            save_file(mean.result(), writer.folder / MEAN_FRAMES)
+    model.eval()
+    episodes, part = range(shard, len(lengths), shards), f"{shard}_of_{shards}"
+    with ExitStack() as claims:
+        with lock_folder(root, wait=True):
+            drafts = _open_drafts(root, _missing(root, streams), model, lengths)
+            if shards == 1:
+                for draft in drafts:
+                    draft.wait_for_parts()
+                _build_episodes(drafts, model, read, episodes, part)
+                _complete(drafts)
+                return
+            for draft in drafts:
+                claims.enter_context(draft.claim(part))
+        _build_episodes(drafts, model, read, episodes, part)
+    # The part's lock is free here: a whole build holds the root's lock while it waits for parts.
+    with lock_folder(root, wait=True):
+        _complete(drafts)
 
 
 def _missing(root: Path, streams: Sequence[Stream]) -> list[Stream]:
     return [stream for stream in streams if not (root / stream.folder).exists()]
+
+
+def _open_drafts(
+    root: Path, streams: Sequence[Stream], model: VegaModel, lengths: Sequence[int]
+) -> "list[_StreamDraft]":
+    """Create or reopen the drafts of streams that fit on the disk."""
+    if not streams:
+        return []
+    remove_partial(root)
+    side, cameras = model.config.frame_size, streams[0].key["cameras"]
+    black = {camera: torch.zeros(1, 3, side, side, dtype=torch.uint8) for camera in cameras}
+    row = _encode(model, black, [stream.name for stream in streams])  # of which only the shapes count
+    drafts = [_StreamDraft(root, stream, row[stream.name][0], lengths) for stream in streams]
+    needed = sum(draft.size - draft.allocated() for draft in drafts)
+    check_space(root, needed, f"the cache of {sum(lengths)} frames")
+    for draft in drafts:
+        draft.create()
+    return drafts
+
+
+def _build_episodes(
+    drafts: "Sequence[_StreamDraft]", model: VegaModel, read: ClipReader, episodes: Sequence[int], part: str
+) -> None:
+    """Encode the episodes that are not finished, and record them."""
+    if not drafts:
+        return
+    root, lengths, starts = drafts[0].root, drafts[0].lengths, drafts[0].starts
+    finished = set.intersection(*(draft.reload() for draft in drafts))
+    left = [episode for episode in episodes if episode not in finished]
+    total, frames = (sum(lengths[episode] for episode in some) for some in (episodes, left))
+    sizes = {draft.stream.name: draft.row.numel() * draft.row.element_size() for draft in drafts}
+    logger.info(
+        "Caching %d frames in %s (part %s; %d frames are done): %s; %.3g GB free.",
+        *(frames, root, part.replace("_", " "), total - frames),
+        ", ".join(f"{name} {frames * size / 1e9:.3g} GB" for name, size in sizes.items()),
+        free_space(root) / 1e9,
+    )
+    batch = BATCH["cpu" if next(model.parameters()).device.type == "cpu" else "accelerator"]
+    with ExitStack() as stack:
+        for draft in drafts:
+            stack.enter_context(draft.recording(part))
+        bar = tqdm(total=total, initial=total - frames, desc="Caching " + ", ".join(sizes), unit="frame")
+        stack.enter_context(bar)
+        clips = iter(read(left) if left else ())
+        for episode in left:
+            row, end, mean = starts[episode], starts[episode] + lengths[episode], MeanFrames()
+            while row < end and (clip := next(clips, None)) is not None:
+                mean.add(clip)
+                for start in range(0, len(next(iter(clip.values()))), batch):
+                    instants = {camera: stretch[start : start + batch] for camera, stretch in clip.items()}
+                    values = _encode(model, instants, list(sizes))
+                    for draft in drafts:
+                        draft.write(row, values[draft.stream.name])
+                    count = len(next(iter(instants.values())))
+                    row += count
+                    bar.update(count)
+            if row != end:
+                raise CacheError(
+                    f"episode {episode}: expected {lengths[episode]} frames, {end - row} missing."
+                )
+            for draft in drafts:
+                draft.finish(episode, mean)
+
+
+def _complete(drafts: "Sequence[_StreamDraft]") -> None:
+    for draft in drafts:
+        draft.complete()
+
+
+class _StreamDraft:
+    """An unfinished stream, which several processes fill.
+
+    `notes/<part>/` holds the lock of a running part, and of its finished episodes the numbers and the sum of
+    the frames by camera.
+    """
+
+    def __init__(self, root: Path, stream: Stream, row: Tensor, lengths: Sequence[int]) -> None:
+        self.root, self.stream, self.row, self.lengths = root, stream, row, lengths
+        self.starts = list(accumulate(lengths, initial=0))
+        self.size = self.starts[-1] * row.numel() * row.element_size()
+        self._folder = root / f"{stream.folder}.building"
+        self._values, self._notes = self._folder / VALUES, self._folder / "notes"
+        self._recorded: set[int] = set()  # by any part
+        self._mine: dict[str, Tensor] = {}  # record of this part
+        self._last = time.monotonic()
+
+    def allocated(self) -> int:
+        """Return the bytes on the disk; the file is sparse."""
+        return min(self.size, self._values.stat().st_blocks * 512) if self._values.exists() else 0
+
+    def create(self) -> None:
+        """Make the folder and the file of all rows, unless they are there."""
+        self._notes.mkdir(parents=True, exist_ok=True)
+        with self._values.open("ab") as file:
+            file.truncate(self.size)
+
+    def wait_for_parts(self) -> None:
+        """Wait until no other process builds a part."""
+        for note in self._notes.iterdir():
+            with lock_folder(note, wait=True):
+                pass
+
+    @contextmanager
+    def claim(self, part: str) -> Iterator[None]:
+        """Hold the lock of a part.
+
+        Raises:
+            FolderInUseError: If another process builds it, or a part of another division.
+        """
+        division = part.partition("_of_")[2]
+        for note in self._notes.iterdir():
+            if note.name.partition("_of_")[2] != division:
+                with lock_folder(note):
+                    pass
+        with lock_folder(self._notes / part):
+            yield
+
+    def reload(self) -> set[int]:
+        """Return the episodes that all parts together have finished."""
+        self._recorded = {one for record in self._records() for one in record["episodes"].tolist()}
+        return self._recorded
+
+    def _records(self) -> list[dict[str, Tensor]]:
+        return [load_file(file) for file in sorted(self._notes.glob("*/*.safetensors"))]
+
+    @contextmanager
+    def recording(self, part: str) -> Iterator[None]:
+        """Open the file of rows; the finished episodes are recorded at the end too, also after an error."""
+        self._note = self._notes / part / "finished.safetensors"
+        self._mine = load_file(self._note) if self._note.exists() else {"episodes": torch.empty(0).long()}
+        with self._values.open("r+b") as self._file:
+            try:
+                yield
+            finally:
+                self._record()
+
+    def write(self, row: int, values: Tensor) -> None:
+        """Write rows [b ...] of the stream's type from `row` on."""
+        content = memoryview(values.contiguous().reshape(-1).view(torch.uint8).numpy())
+        offset = row * self.row.numel() * self.row.element_size()
+        while content:
+            written = os.pwrite(self._file.fileno(), content, offset)
+            content, offset = content[written:], offset + written
+
+    def finish(self, episode: int, mean: "MeanFrames") -> None:
+        """Note an episode whose rows are written and the sum of its frames."""
+        if episode not in self._recorded:
+            self._recorded.add(episode)
+            self._mine["episodes"] = torch.cat([self._mine["episodes"], torch.tensor([episode])])
+            for camera, total in mean.sums.items():
+                self._mine[camera] = self._mine.get(camera, 0) + total
+        if time.monotonic() - self._last > RECORD_EVERY:
+            self._record()
+
+    def _record(self) -> None:
+        os.fdatasync(self._file.fileno())  # what is recorded is on the disk
+        with atomic_file(self._note) as draft:
+            save_file(self._mine, draft)
+        self._last = time.monotonic()
+
+    def complete(self) -> None:
+        """Give the stream its final name if all episodes are finished."""
+        if not self._folder.exists() or len(self.reload()) < len(self.lengths):
+            return
+        records, cameras = self._records(), self.stream.key["cameras"]
+        totals = {
+            camera: torch.stack([record[camera] for record in records if camera in record]).sum(0)
+            for camera in cameras
+        }
+        mean = {camera: (total / (255 * self.starts[-1])).float() for camera, total in totals.items()}
+        save_file(mean, self._folder / MEAN_FRAMES)
+        key, dtype = self.stream.key, TYPES[self.stream.name]
+        manifest = {"key": key, "shape": list(self.row.shape), "dtype": str(dtype)}
+        (self._folder / MANIFEST).write_text(json.dumps(manifest, indent=2))
+        complete_folder(self._folder, self.root / self.stream.folder)
+        shutil.rmtree(self.root / self.stream.folder / self._notes.name)
 
 
 class FramesDraft:
@@ -258,10 +450,12 @@ def draft_frames(root: Path, stream: Stream, rows: int) -> Iterator[FramesDraft]
     shutil.rmtree(root / stream.folder / draft.notes.name)
 
 
-def cached_clips(frames: Tensor, cameras: Sequence[str], length: int = 128) -> Clips:
-    """Yield cached frames [n v 3 h w] as `build_streams` takes them, `length` time steps at once."""
-    for rows in frames.split(length):
-        yield {camera: rows[:, view] for view, camera in enumerate(cameras)}
+def cached_clips(
+    frames: Tensor, cameras: Sequence[str], episodes: Iterable[Tensor], length: int = 128
+) -> Clips:
+    """Yield rows [m] of cached frames [n v 3 h w], those of each episode, `length` time steps at once."""
+    for rows in (some for episode in episodes for some in episode.split(length)):
+        yield {camera: frames[rows, view] for view, camera in enumerate(cameras)}
 
 
 def pick_instants(clips: Clips, kept: Tensor) -> Clips:
@@ -276,48 +470,26 @@ def pick_instants(clips: Clips, kept: Tensor) -> Clips:
 
 
 class MeanFrames:
-    """Running mean of each camera's frames."""
+    """Running mean of each camera's frames.
+
+    Attributes:
+        sums: Sum of the frames by camera, int64 [3 h w].
+    """
 
     def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
+        self.sums: dict[str, Tensor] = {}
         self._count = 0
 
     def add(self, frames: dict[str, Tensor]) -> None:
         """Add frames by camera, uint8 [t 3 h w]."""
         for camera, clip in frames.items():
             total = clip.sum(dim=0, dtype=torch.int32).long()  # a seventh of int64's time, and exact
-            self._sums[camera] = self._sums[camera] + total if camera in self._sums else total
+            self.sums[camera] = self.sums[camera] + total if camera in self.sums else total
         self._count += len(next(iter(frames.values())))
 
     def result(self) -> dict[str, Tensor]:
         """Return each camera's mean frame, float32 [3 h w] in [0, 1]."""
-        return {camera: (total / (255 * self._count)).float() for camera, total in self._sums.items()}
-
-
-class _Writer:
-    """Appends rows to one stream's folder, which appears when the context ends without an error."""
-
-    def __init__(self, root: Path, stream: Stream) -> None:
-        self.stream = stream
-        self._shape: list[int] | None = None
-        self._stack = ExitStack()
-        self._target = root / stream.folder
-
-    def __enter__(self) -> "_Writer":
-        self.folder = self._stack.enter_context(atomic_folder(self._target))
-        self._file = self._stack.enter_context((self.folder / VALUES).open("wb"))
-        return self
-
-    def append(self, values: Tensor) -> None:
-        """Append rows [b ...] of the stream's type."""
-        self._shape = list(values.shape[1:])
-        self._file.write(values.contiguous().reshape(-1).view(torch.uint8).numpy())
-
-    def __exit__(self, *error: Any) -> None:
-        if error[0] is None:
-            manifest = {"key": self.stream.key, "shape": self._shape, "dtype": str(TYPES[self.stream.name])}
-            (self.folder / MANIFEST).write_text(json.dumps(manifest, indent=2))
-        self._stack.__exit__(*error)
+        return {camera: (total / (255 * self._count)).float() for camera, total in self.sums.items()}
 
 
 @torch.no_grad()

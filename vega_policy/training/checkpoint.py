@@ -68,6 +68,8 @@ FREE_TO_CHANGE = (
     "resume",
     "steps",
     "stop_after",
+    "shards",
+    "shard",
     "log_every",
     "save_every",
     "keep_last",

@@ -87,7 +87,10 @@ class TrainConfig:
             yet; the same command can be repeated until the run is complete.
         seed: Seed of initial weights, order of samples, and noise.
         steps: Optimizer steps of the whole run.
-        stop_after: Stop with a checkpoint after this many steps, to be resumed; None runs to the end.
+        stop_after: Stop with a checkpoint after this many steps, to be resumed; None runs to the end, 0
+            builds the cache only and writes nothing into `output_dir`.
+        shards: Commands that share the building of the cache (`stop_after=0`), by episode.
+        shard: The part of it that this command builds, from 0 on.
         batch_size: Samples of one process in one forward pass.
         accumulate: Forward passes per optimizer step.
         average_decay: Decay of the averaged weights, which a checkpoint's policy holds; 0 keeps the raw ones.
@@ -120,6 +123,8 @@ class TrainConfig:
     seed: int = 0
     steps: int = 30_000
     stop_after: int | None = None
+    shards: int = 1
+    shard: int = 0
     batch_size: int = 64
     accumulate: int = 1
     average_decay: float = 0.999
@@ -154,14 +159,24 @@ class TrainConfig:
         if not 0.0 <= self.average_decay < 1.0:
             raise ValueError(f"average_decay: expected a value in [0, 1); got {self.average_decay}.")
         counts = ("steps", "batch_size", "accumulate", "log_every", "save_every", "evaluate_every")
-        for name in (*counts, "max_skipped_steps", "keep_last", "held_out_frames", "stop_after"):
+        for name in (*counts, "shards", "max_skipped_steps", "keep_last", "held_out_frames"):
             if getattr(self, name) is not None:
                 _require_at_least(name, getattr(self, name), 1)
         _require_at_least("keep_best", self.keep_best, 0)
+        self._check_shards()
         if self.policy.push_to_hub and not self.policy.repo_id:
             raise ValueError(
                 "policy.push_to_hub=true needs policy.repo_id=USER/NAME, the model's repository."
             )
+
+    def _check_shards(self) -> None:
+        """Refuse parts of a cache that do not exist, and training from a part of one."""
+        if self.stop_after is not None:
+            _require_at_least("stop_after", self.stop_after, 0)
+        if self.shards > 1 and self.stop_after != 0:
+            raise ValueError("shards divides the building of the cache. Add stop_after=0, or set shards=1.")
+        if not 0 <= self.shard < self.shards:
+            raise ValueError(f"shard: expected a number from 0 to {self.shards - 1}; got {self.shard}.")
 
     @property
     def last_step(self) -> int:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from copy import copy
 from dataclasses import replace
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +73,7 @@ def train(config: TrainConfig) -> Path:
     """Train a policy, or resume a run, and return the folder of the last checkpoint.
 
     The policy's features are filled in from the dataset. The checkpoint's `pretrained_model` loads with
-    `from_pretrained`.
+    `from_pretrained`. With `stop_after=0` only the cache is built, and its folder returned.
 
     Raises:
         ValueError: If the output folder, the dataset or the cache does not fit; says what to do.
@@ -84,6 +86,8 @@ def train(config: TrainConfig) -> Path:
     use_available_cores()
     accelerator = make_accelerator(cpu=config.vega.device == "cpu", precision=config.precision)
     main = accelerator.is_main_process
+    if config.stop_after == 0:
+        return build_cache(config, accelerator)
     with lock_folder(Path(config.output_dir)) if main else nullcontext():
         checkpoint = choose_checkpoint(config, accelerator)
         if checkpoint is not None and checkpoints.read_step(checkpoint) >= config.last_step:
@@ -94,6 +98,24 @@ def train(config: TrainConfig) -> Path:
         if main and config.vega.push_to_hub and config.last_step == config.steps:
             push_to_hub(config, trainer.data)
         return last
+
+
+def build_cache(config: TrainConfig, accelerator: Accelerator) -> Path:
+    """Build the cache of a run, or this command's part of it, and return its folder.
+
+    Raises:
+        ValueError: If the run has no cache.
+    """
+    if config.dataset.cache == "none":
+        raise ValueError("stop_after=0 builds the cache, and dataset.cache is none. Set dataset.cache=disk.")
+    data = load_data(config)
+    set_seed(config.seed)  # of encoders with random weights, as in training
+    policy = make_policy(config, None, accelerator.device)
+    world = accelerator.num_processes
+    shard, shards = config.shard * world + accelerator.process_index, config.shards * world
+    for part in data.parts:
+        build_streams(part, policy, shard=shard, shards=shards)
+    return Path(config.dataset.cache_root)
 
 
 def choose_checkpoint(config: TrainConfig, accelerator: Accelerator) -> Path | None:
@@ -123,6 +145,11 @@ def make_trainer(config: TrainConfig, accelerator: Accelerator, checkpoint: Path
         checkpoints.check_origin(checkpoint, origin)
     set_seed(config.seed)
     policy = make_policy(config, checkpoint, accelerator.device)
+    if config.dataset.cache != "none" and world > 1:
+        for (
+            part
+        ) in data.parts:  # each process its share; `make_source` builds what a machine's disk then lacks
+            build_streams(part, policy, shard=rank, shards=world)
     source, mean_frames = make_source(config, policy, data, checkpoint)
     if config.sharding == "full":
         shard(accelerator, policy)
@@ -345,12 +372,9 @@ def _video_source(config: TrainConfig, policy: VegaPolicy, data: TrainData) -> V
 
 def _cached_source(part: DataPart, policy: VegaPolicy) -> tuple[CachedSource, dict[str, Tensor]]:
     """Return a dataset's batches from its cache, built where missing, and each camera's mean frame."""
-    config, model = part.config, policy.model
-    root, observed = Path(config.cache_root), part.table.every(config.frame_stride)
-    streams = cache_streams(part, policy)
-    stored = observed.nonzero()[:, 0]
-    clips = _make_clips(part, policy, observed)
-    feature_cache.build_streams(root, streams, model, clips, frames=len(stored))
+    config = part.config
+    root, streams = Path(config.cache_root), build_streams(part, policy)
+    stored = part.table.every(config.frame_stride).nonzero()[:, 0]
     place = {"disk": None, "ram": torch.device("cpu"), "gpu": next(policy.parameters()).device}
     values = {
         stream.name: feature_cache.open_stream(root, stream, len(stored), place[config.cache])
@@ -358,6 +382,19 @@ def _cached_source(part: DataPart, policy: VegaPolicy) -> tuple[CachedSource, di
     }
     source = CachedSource(part.table, values, policy.config.chunk_size, stored)
     return source, feature_cache.open_mean_frames(root, streams[0])
+
+
+def build_streams(
+    part: DataPart, policy: VegaPolicy, *, shard: int = 0, shards: int = 1
+) -> list[feature_cache.Stream]:
+    """Build the missing streams of a dataset's cache, or a part of them, and return all of its streams."""
+    root, streams, table = Path(part.config.cache_root), cache_streams(part, policy), part.table
+    observed = table.every(part.config.frame_stride)
+    ends = table.episode_end.unique().tolist()
+    lengths = [int(observed[start:end].sum()) for start, end in pairwise([0, *ends])]
+    read = partial(_read_clips, part, policy, observed, ends)
+    feature_cache.build_streams(root, streams, policy.model, read, lengths, shard=shard, shards=shards)
+    return streams
 
 
 def cache_streams(part: DataPart, policy: VegaPolicy) -> list[feature_cache.Stream]:
@@ -376,32 +413,42 @@ def _cache_key(part: DataPart, cameras: list[str]) -> dict[str, str]:
     return key
 
 
-def _make_clips(part: DataPart, policy: VegaPolicy, observed: Tensor) -> feature_cache.Clips:
-    """Return the observed frames [n] of a dataset in order, from its videos or, without any, from the cache.
+def _read_clips(
+    part: DataPart, policy: VegaPolicy, observed: Tensor, ends: Sequence[int], episodes: Sequence[int]
+) -> feature_cache.Clips:
+    """Return the observed frames [n] of episodes, from the dataset or, without any, from the cache.
+
+    `ends` is the row after each episode of the dataset.
 
     Raises:
-        DatasetError: If it has neither.
+        DatasetError: If neither has them.
     """
     config, cameras = part.config, list(policy.config.image_features)
+    spans = [slice(ends[episode - 1] if episode else 0, ends[episode]) for episode in episodes]
     if part.dataset.has_frames():
-        clips = frames_in_order(part.dataset, cameras, config.video_backend)
-        return feature_cache.pick_instants(clips, observed)
+        clips = frames_in_order(part.dataset, cameras, config.video_backend, episodes)
+        return feature_cache.pick_instants(clips, torch.cat([observed[span] for span in spans]))
     root, size, stride = Path(config.cache_root), policy.config.frame_size, config.frame_stride
     key = _cache_key(part, cameras)
     every = feature_cache.frames_stream(key, cameras, size)
+    rendered = feature_cache.frames_stream(key, cameras, size, stride=stride)
+    stored = observed.nonzero()[:, 0]  # table row of each cached row
     if (root / every.folder).exists():
         frames = feature_cache.open_stream(root, every, len(observed), None)
-        return feature_cache.pick_instants(feature_cache.cached_clips(frames, cameras), observed)
-    rendered = feature_cache.frames_stream(key, cameras, size, stride=stride)
-    if (root / rendered.folder).exists():
-        frames = feature_cache.open_stream(root, rendered, int(observed.sum()), None)
-        return feature_cache.cached_clips(frames, cameras)
-    more = f" frame_stride={stride}" if stride > 1 else ""
-    raise DatasetError(
-        f"{part.dataset.root} has no videos, and dataset.cache_root={root} holds no frames of it as "
-        f"{key['repo_id']} with {size} pixels. Render them: vega-render FILE.safetensors "
-        f"root={part.dataset.root} repo_id={key['repo_id']} cache_root={root} frame_size={size}{more}"
-    )
+        rows = [torch.arange(span.start, span.stop)[observed[span]] for span in spans]
+    elif (root / rendered.folder).exists():
+        frames = feature_cache.open_stream(root, rendered, len(stored), None)
+        rows = [
+            torch.arange(*torch.searchsorted(stored, torch.tensor([s.start, s.stop])).tolist()) for s in spans
+        ]
+    else:
+        more = f" frame_stride={stride}" if stride > 1 else ""
+        raise DatasetError(
+            f"{part.dataset.root} has no videos, and dataset.cache_root={root} holds no frames of it as "
+            f"{key['repo_id']} with {size} pixels. Render them: vega-render FILE.safetensors "
+            f"root={part.dataset.root} repo_id={key['repo_id']} cache_root={root} frame_size={size}{more}"
+        )
+    return feature_cache.cached_clips(frames, cameras, rows)
 
 
 def _make_state(
