@@ -271,6 +271,7 @@ def check_dataset(config: "DatasetConfig", frame_size: int) -> Iterator[Check]:
 
 
 def _examine_dataset(config: "DatasetConfig", frame_size: int) -> Iterator[Check]:
+    from vega_policy.backbones.compact import find_unknown_words, load_tokenizer
     from vega_policy.configuration_vega import VegaConfig
     from vega_policy.data.dataset import check_finite, match_features, open_dataset, read_table
     from vega_policy.data.dataset_files import ACTION, STATE
@@ -285,7 +286,11 @@ def _examine_dataset(config: "DatasetConfig", frame_size: int) -> Iterator[Check
     widths = {name: dataset.features[name]["shape"][0] for name in (STATE, ACTION)}
     yield Check("widths", "ok", ", ".join(f"{name} {width}" for name, width in widths.items()))
     table = read_table(dataset.root, dataset.stored_names, config.task)
-    yield Check("instructions", "ok", f"{len(table.tasks)}, such as {table.tasks[0]!r}")
+    unknown = find_unknown_words(load_tokenizer(None), table.tasks)
+    if unknown:  # of the default backbone; vision-language backbones have tokenizers of their own
+        yield Check("instructions", "warning", *unknown.split(". ", 1))
+    else:
+        yield Check("instructions", "ok", f"{len(table.tasks)}, such as {table.tasks[0]!r}")
     check_finite(table, table.rows_of(list(range(dataset.num_episodes))), dataset.root)
     yield Check("numbers", "ok", "all finite")
     yield from _check_statistics(dataset, table, policy)

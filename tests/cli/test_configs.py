@@ -26,6 +26,7 @@ from vega_policy.cli import (
     refuse_missing_fields,
     refuse_unknown_options,
     with_positional,
+    with_quoted_text,
 )
 from vega_policy.cli.commands import train
 from vega_policy.configuration_vega import VegaConfig
@@ -203,6 +204,17 @@ def test_arguments_without_an_equals_sign_fill_fields_in_order():
     assert with_positional(["--help"], ("part",)) == ["--help"]
     with pytest.raises(SystemExit, match=r"at most 1 arguments without '=' \(part\)"):
         with_positional(["prior", "policy"], ("part",))
+
+
+def test_instructions_in_any_script_and_with_any_mark_can_be_given_without_quotes():
+    given = ["dataset.task=把红色方块放进盒子里", "task=don't drop it!", "seed=1", "-m", "x=[1,", "a='b'"]
+    quoted = with_quoted_text(given)
+    assert quoted == [
+        "dataset.task='把红色方块放进盒子里'",
+        "task='don\\'t drop it!'",
+        *given[2:],
+    ]
+    assert run(DATASET, *quoted[:1]).dataset.task == "把红色方块放进盒子里"
 
 
 def test_a_saved_config_gives_the_same_run():

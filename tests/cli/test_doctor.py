@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 
+from tests.synthetic_dataset import write_dataset
 from vega_policy import doctor
 from vega_policy.cli.commands import doctor as command
 
@@ -61,6 +62,15 @@ def test_a_sound_dataset_would_start_and_its_cache_has_a_size(root, tmp_path, ca
     assert "observation.state 8, action 7" in lines
     assert "dataset.cached=[frames] takes 0.01 GB" in lines
     assert "vega-train would start; 0 warnings" in lines
+
+
+def test_instructions_that_the_text_encoder_cannot_tell_apart_are_a_warning(tmp_path, capsys):
+    tasks = ("拿起红色方块", "拿起蓝色方块")
+    root = write_dataset(tmp_path / "data", lengths=(2, 2), tasks=tasks)
+    command.main(["dataset", str(root), f"folder={tmp_path}"])
+    lines = capsys.readouterr().out
+    assert "2 of 2 instructions have words that the text encoder does not know, and 1 are read like" in lines
+    assert "vega-train would start; 1 warnings" in lines
 
 
 def test_a_dataset_on_which_training_would_not_start_ends_with_status_one(root, tmp_path, capsys):

@@ -57,7 +57,8 @@ def content(folder):
 
 
 def refuse_to_read(episodes):
-    raise AssertionError(f"episodes {list(episodes)} are read again")
+    assert not episodes, f"episodes {list(episodes)} are read again"
+    return ()
 
 
 def test_cached_features_are_those_of_the_live_model(loaded, tmp_path):
@@ -197,7 +198,7 @@ def test_a_killed_build_continues_after_the_episodes_that_it_recorded(loaded, tm
     read = []
 
     def recording(episodes):
-        read.append(list(episodes))
+        read.extend(episodes)
         return frames_in_order(data.parts[0].dataset, list(CAMERAS), "pyav", episodes)
 
     def killed(episodes):
@@ -214,7 +215,7 @@ def test_a_killed_build_continues_after_the_episodes_that_it_recorded(loaded, tm
     assert child.exitcode == -signal.SIGKILL
     assert not list(again.glob("*/manifest.json"))
     build(policy, data, again, read=recording)
-    assert read == [[2]]  # episodes 0 and 1 are not encoded again
+    assert read == [2]  # episodes 0 and 1 are not encoded again
     assert content(again) == content(whole)
 
 
@@ -244,6 +245,8 @@ def test_a_part_is_refused_while_it_or_one_of_another_division_is_built(loaded, 
     inside = []
 
     def meanwhile(episodes):
+        if not episodes:  # before the build
+            return ()
         for shard, shards in ((0, 2), (2, 3)):
             with pytest.raises(FolderInUseError, match="0_of_2 is in use by process"):
                 build(policy, data, tmp_path, shard=shard, shards=shards)

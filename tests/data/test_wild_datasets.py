@@ -134,6 +134,11 @@ def test_one_instruction_can_be_given_for_all_frames(copy, tmp_path):
     assert set(table.instructions(torch.arange(len(table)))) == {"drücke den Würfel"}
 
 
+def test_an_empty_instruction_is_used_with_a_warning(copy, tmp_path, caplog):
+    assert load(copy, tmp_path, task=" ").table.tasks == (" ",)
+    assert "dataset.task is empty" in caplog.text
+
+
 BAD_STATS = {
     "missing": lambda stats: stats.clear(),
     "without action": lambda stats: stats.pop(ACTION),

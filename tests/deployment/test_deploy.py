@@ -10,17 +10,23 @@ import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.policies.factory import get_policy_class, make_pre_post_processors
+from lerobot.policies.rtc.configuration_rtc import RTCConfig
 from lerobot.processor.factory import make_default_processors
+from lerobot.rollout.inference.factory import RTCInferenceConfig
 from lerobot.rollout.robot_wrapper import ThreadSafeRobot
 from lerobot.utils.feature_utils import hw_to_dataset_features
 from omegaconf import MissingMandatoryValue, OmegaConf
 
+from tests.training_runs import tiny_policy
 from vega_policy import resource
 from vega_policy.deployment.control_loop import SafeRollout, StepClock, creates_scenes, delayed
-from vega_policy.deployment.deploy import deploy, read_rollout, read_safety
+from vega_policy.deployment.deploy import deploy, make_engine, read_rollout, read_safety
 from vega_policy.deployment.remote_policy import VegaRemoteConfig, VegaRemotePolicy
 from vega_policy.deployment.safety import JointLimits, SafetyFilter, safe_action_pipeline
+from vega_policy.modeling_vega import VegaPolicy
+from vega_policy.processor_vega import make_vega_pre_post_processors
 
 JOINTS = {"pan.pos": 0.0, "lift.pos": 0.5}
 LIMITS = [JointLimits(name, -1.0, 1.0, jump=0.5) for name in JOINTS]
@@ -239,6 +245,56 @@ def test_commands_and_actions_of_the_policy_are_recorded():
     np.testing.assert_allclose(frames[1]["action"], [0.1, 0.5])
     np.testing.assert_allclose(frames[1]["policy_action"], [0.0, 0.5])
     np.testing.assert_allclose(frames[1]["observation.state"], [0.1, 0.5])
+
+
+def relative_policy():
+    """A policy of two joints and one camera whose actions are relative, and its processors."""
+    config = tiny_policy(use_relative_actions=True)
+    config.input_features = {
+        "observation.images.front": PolicyFeature(FeatureType.VISUAL, (3, 32, 32)),
+        "observation.state": PolicyFeature(FeatureType.STATE, (2,)),
+    }
+    config.output_features = {"action": PolicyFeature(FeatureType.ACTION, (2,))}
+    stats = {"mean": [1.0, -1.0], "std": [2.0, 3.0], "min": [-4.0, -2.0], "max": [4.0, 6.0]}
+    stats = {name: torch.tensor(values) for name, values in stats.items()}
+    processors = make_vega_pre_post_processors(config, {"observation.state": stats, "action": stats})
+    policy = VegaPolicy(config)
+    policy.config.rtc_config = RTCConfig()
+    return policy, processors
+
+
+def test_in_real_time_chunking_relative_actions_under_way_are_relative_to_the_new_state():
+    policy, (preprocess, postprocess) = relative_policy()
+    safety = SafetyFilter(LIMITS, period=0.1, max_observation_age=1e9)
+    context = make_context(Robot(), None, safety)
+    context.policy = SimpleNamespace(policy=policy, preprocessor=preprocess, postprocessor=postprocess)
+    context.runtime.cfg = SimpleNamespace(
+        fps=10, task="lift", device="cpu", inference=RTCInferenceConfig(queue_threshold=4)
+    )
+    image = {"dtype": "video", "shape": (32, 32, 3), "names": ["height", "width", "channels"]}
+    context.data.dataset_features["observation.images.front"] = image
+    engine, given, planned = make_engine(context, safety, 0), [], []
+    predict = policy.predict_action_chunk
+
+    def remember(batch, **rtc):
+        given.append(rtc["prev_chunk_left_over"])
+        return predict(batch, **rtc)
+
+    def keep(chunk):
+        planned.append(postprocess(chunk))
+        return planned[-1]
+
+    policy.predict_action_chunk, context.policy.postprocessor = remember, keep
+    frame = {"front": np.zeros((32, 32, 3), np.uint8)}
+    for pan in (0.0, 7.0):
+        safety.set_observation_time(time.monotonic())
+        engine.notify_observation({**frame, "pan.pos": pan, "lift.pos": 0.5})
+        engine.predict_if_due()
+        if pan == 0.0:
+            engine.get_action(None)  # the first of four actions is executed, three are left
+    assert given[0] is None
+    restored = postprocess(given[1][None])  # adds the state that was observed last
+    torch.testing.assert_close(restored, planned[0][:, 1:], atol=1e-5, rtol=1e-5)
 
 
 def test_a_person_takes_over_and_returns_control():

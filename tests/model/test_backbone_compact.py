@@ -1,3 +1,5 @@
+import re
+
 import matplotlib.pyplot as plt
 import pytest
 import timm
@@ -20,6 +22,19 @@ def backbone(size=128, views=2, **config):
 @pytest.fixture(scope="module")
 def frozen():
     return backbone(freeze_image_encoder=True, freeze_text_encoder=True)
+
+
+def test_words_that_are_no_tokens_are_reported_once_and_english_ones_never(frozen, caplog):
+    frozen.text_encoder(["lift the red cube", "drücke den Würfel"])
+    assert caplog.text == ""
+    frozen.text_encoder(["拿起红色方块", "拿起蓝色方块", "lift the red cube"])
+    frozen.text_encoder(["赤いブロック"])
+    (record,) = caplog.records
+    assert re.match(
+        r"2 of 2 instructions have words that the text encoder does not know, and 1 are read like another "
+        r"one, such as '拿起红色方块'\. Give English ones .*backbone\.text_encoder=FOLDER",
+        record.getMessage(),
+    )
 
 
 @torch.no_grad()

@@ -54,7 +54,10 @@ def test_resize_keeps_values_in_range_and_leading_axes():
 
 @pytest.mark.parametrize(
     ("frames", "rows", "message"),
-    [((2, 1, 1, 3, 4, 4), 3, "one batch size"), ((2, 3, 4, 4), 2, "frames must have 6 axes")],
+    [
+        ((2, 1, 1, 3, 4, 4), 3, "one batch size"),
+        ((2, 3, 4, 4), 2, r"frames: expected \[b v t 3 h w\], got shape"),
+    ],
 )
 def test_observations_of_other_shapes_are_refused(frames, rows, message):
     with pytest.raises(ValueError, match=message):

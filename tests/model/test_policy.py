@@ -11,6 +11,7 @@ from safetensors import safe_open
 from tests.policies import CAMERAS, batch, tiny_config
 from vega_policy.configuration_vega import VegaConfig
 from vega_policy.model.config import BaseConfig, FusionConfig, PriorConfig
+from vega_policy.model.observation import Observation
 from vega_policy.modeling_vega import VegaPolicy
 from vega_policy.training.optim import make_optimizer
 
@@ -19,6 +20,13 @@ from vega_policy.training.optim import make_optimizer
 def policy():
     torch.manual_seed(0)
     return VegaPolicy(tiny_config(PriorConfig(name="wan_tiny"))).eval()
+
+
+def test_frames_of_another_size_are_refused_with_the_way_to_bring_them_to_it(policy):
+    side = policy.config.frame_size
+    observation = Observation(torch.rand(1, 2, 1, 3, 480, 640), torch.zeros(1, 8), ["lift"])
+    with pytest.raises(ValueError, match=rf"expected \[b v t 3 {side} {side}\], got .*480, 640.*stack_views"):
+        policy.model.semantic_features(observation)
 
 
 def test_the_default_config_is_the_method():

@@ -189,6 +189,28 @@ def test_missing_prior_files_are_named_with_the_way_out(wan_checkpoint, tmp_path
         wan(partial)
 
 
+def test_wans_original_release_is_named_with_the_one_to_take(tmp_path):
+    for name in ("Wan2.1_VAE.pth", "config.json", "diffusion_pytorch_model.safetensors"):
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(FileNotFoundError, match=r"original release; .*download \S+-Diffusers .*prior\.path="):
+        wan(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("frames", "message"),
+    [
+        (
+            torch.full((1, 1, 1, 3, 64, 64), 200.0),
+            r"frames: expected frames in \[0, 1\], got values from 200",
+        ),
+        (torch.zeros(1, 3, 64, 64), r"frames: expected \[b v t 3 h w\], got shape \(1, 3, 64, 64\)"),
+    ],
+)
+def test_what_are_no_frames_is_refused_by_a_prior(frames, message):
+    with pytest.raises(ValueError, match=message):
+        make_prior(PriorConfig(name="wan_tiny_untrained"), GRID)(frames)
+
+
 def test_offline_the_default_prior_names_the_missing_files_and_the_way_out(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(FileNotFoundError, match=r"Missing: vae/, transformer/.*prior.path.*wan_tiny"):

@@ -24,7 +24,7 @@ from vega_policy.checkpoints import (
     set_aside_after,
     write_checksums,
 )
-from vega_policy.model.config import PriorConfig
+from vega_policy.model.config import ActionHeadConfig, PriorConfig
 from vega_policy.modeling_vega import VegaPolicy
 from vega_policy.training.checkpoint import export_policy
 from vega_policy.training.optim import trainable
@@ -107,6 +107,15 @@ def test_a_damaged_checkpoint_that_is_named_is_refused_and_the_sound_one_offered
     ):
         train(config)
     require_intact(checkpoint_path(run, 2) / "pretrained_model")
+
+
+def test_starting_from_a_policy_of_other_parts_names_the_fields_that_differ(root, run, tmp_path):
+    path = run / "checkpoints" / "last" / "pretrained_model"
+    policy = tiny_policy(pretrained_path=path, head=ActionHeadConfig(name="l1", width=32, depth=1, heads=2))
+    with pytest.raises(
+        ValueError, match=r"do not fit this run\. Its policy has head\.name=flow \(here l1\), head\.width=16"
+    ):
+        train(tiny_run(root, tmp_path / "new", policy=policy))
 
 
 def test_starting_from_a_policy_asks_for_the_weights_of_the_prior_that_it_was_trained_with(

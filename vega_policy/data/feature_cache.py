@@ -62,7 +62,10 @@ RECORD_EVERY = 10.0
 Clips = Iterable[dict[str, Tensor]]
 """Frames in order, some consecutive ones of an episode at a time: by camera, uint8 [t 3 h w]."""
 ClipReader = Callable[[Sequence[int]], Clips]
-"""Reads the cached frames of episodes, given by their positions in the dataset, one after the other."""
+"""Reads the cached frames of episodes, given by their positions in the dataset, one after the other.
+
+The call refuses a dataset whose frames cannot be read; of no episodes it yields nothing.
+"""
 
 
 class CacheError(ValueError):
@@ -212,6 +215,7 @@ def build_streams(
     episodes, part = range(shard, len(lengths), shards), f"{shard}_of_{shards}"
     with ExitStack() as claims:
         with lock_folder(root, wait=True):
+            read(())  # refuses a dataset without frames before anything is written
             drafts = _open_drafts(root, _missing(root, streams), model, lengths)
             if shards == 1:
                 for draft in drafts:

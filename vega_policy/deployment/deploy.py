@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,7 +17,8 @@ import lerobot.scripts.lerobot_rollout  # noqa: F401 registers LeRobot's own rob
 import numpy as np
 import rerun
 from lerobot.configs.policies import PreTrainedConfig
-from lerobot.processor import RelativeActionsProcessorStep
+from lerobot.policies.rtc.relative import reanchor_relative_rtc_prefix
+from lerobot.processor import NormalizerProcessorStep, RelativeActionsProcessorStep
 from lerobot.robots.config import RobotConfig
 from lerobot.rollout import RolloutConfig, build_rollout_context
 from lerobot.rollout.configs import BaseStrategyConfig
@@ -99,7 +100,7 @@ def deploy(config: Mapping[str, Any]) -> Deployment:
                 policy.predict_action_chunk, config["extra_latency_seconds"]
             )
         latency_steps = _require_preflight(config, context, safety)
-        context.policy.inference = _make_engine(context, safety, latency_steps)
+        context.policy.inference = make_engine(context, safety, latency_steps)
         if config["dry_run"]:
             steps = dry_run(context, safety, config["dry_run_seconds"], Path(config["output_dir"]))
             return Deployment(steps, 0, dict(safety.counts), safety.stopped, [])
@@ -228,7 +229,7 @@ def dry_run(context: RolloutContext, safety: SafetyFilter, seconds: float, folde
     return steps
 
 
-def _make_engine(context: RolloutContext, safety: SafetyFilter, latency_steps: int) -> AlignedEngine:
+def make_engine(context: RolloutContext, safety: SafetyFilter, latency_steps: int) -> AlignedEngine:
     """Return the engine that replaces LeRobot's; see `vega_policy.deployment.rtc`."""
     policy: Any = context.policy.policy
     inference, shutdown = context.runtime.cfg.inference, context.runtime.shutdown_event
@@ -238,33 +239,47 @@ def _make_engine(context: RolloutContext, safety: SafetyFilter, latency_steps: i
         batch = observation if reads_history else prepare_batch(context, observation)
         if not (is_vega or isinstance(inference, RTCInferenceConfig)):
             return predict_chunk(context, batch)
-        return predict_chunk(context, batch, inference_delay=delay, prev_chunk_left_over=since)
+        if relative is None:
+            return predict_chunk(context, batch, inference_delay=delay, prev_chunk_left_over=since)
+        if since is not None:
+            since = _relative_to_present(since, relative, steps)
+        actions = predict_chunk(context, batch, inference_delay=delay, prev_chunk_left_over=since)[1]
+        return actions, actions  # the plan is absolute: the next chunk has another state to be relative to
 
     def reset() -> None:
         for part in (policy, context.policy.preprocessor, context.policy.postprocessor):
             part.reset()
 
+    steps: list[Any] = list(context.policy.preprocessor.steps)
+    relative = next((s for s in steps if isinstance(s, RelativeActionsProcessorStep) and s.enabled), None)
     is_vega = isinstance(policy, VegaPolicy | VegaRemotePolicy)
     reads_history = isinstance(policy, VegaPolicy) and policy.config.prior.clip == "history"
     if not isinstance(inference, RTCInferenceConfig):
         remote = isinstance(policy, VegaRemotePolicy)
-        steps = (
+        executed = (
             policy.remote.description.action_steps if remote else vars(policy.config).get("n_action_steps")
         )
         prepare = partial(prepare_batch, context) if reads_history else None
-        return SyncEngine(predict, reset, safety, under_way, action_steps=steps, prepare=prepare)
-    processors: list[Any] = list(context.policy.preprocessor.steps)
-    if any(isinstance(step, RelativeActionsProcessorStep) and step.enabled for step in processors):
-        raise ValueError(
-            "real-time chunking expects actions that do not depend on when they are executed; this policy's "
-            "are relative to the state at the start of each chunk. Use lerobot-rollout for it"
-        )
+        return SyncEngine(predict, reset, safety, under_way, action_steps=executed, prepare=prepare)
     if is_vega:
         policy.use_rtc(
             replace(policy.config.rtc_config, enabled=True)
         )  # without the adapter to LeRobot's queue
     threshold = inference.queue_threshold
     return RealTimeEngine(predict, reset, safety, under_way, threshold=threshold, shutdown=shutdown)
+
+
+def _relative_to_present(
+    actions: Tensor, relative: RelativeActionsProcessorStep, steps: Sequence[Any]
+) -> Tensor:
+    """Return actions [t a] of the robot in the units of a policy whose actions are relative.
+
+    They are relative to the state of the observation that the `steps` of its pre-processor got last.
+    """
+    state = relative.get_cached_state()
+    assert state is not None  # `prepare_batch` pre-processed an observation
+    normalizer = next((step for step in steps if isinstance(step, NormalizerProcessorStep)), None)
+    return reanchor_relative_rtc_prefix(actions, state, relative, normalizer, "cpu")
 
 
 def _require_preflight(config: Mapping[str, Any], context: RolloutContext, safety: SafetyFilter) -> int:

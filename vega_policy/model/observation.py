@@ -32,12 +32,12 @@ class Observation:
         if self.state.ndim != 2:
             raise ValueError(f"state must be [b s]; got shape {tuple(self.state.shape)}.")
         sizes = {"state": len(self.state), "instruction": len(self.instruction)}
-        for name, axes in (("frames", 6), ("semantic", 5), ("prior", 5)):
+        for name, axes in (("frames", "b v t 3 h w"), ("semantic", "b v c gh gw"), ("prior", "b v d gh gw")):
             tensor = getattr(self, name)
             if tensor is None:
                 continue
-            if tensor.ndim != axes:
-                raise ValueError(f"{name} must have {axes} axes; got shape {tuple(tensor.shape)}.")
+            if tensor.ndim != len(axes.split()):
+                raise ValueError(f"{name}: expected [{axes}], got shape {tuple(tensor.shape)}.")
             sizes[name] = len(tensor)
         if len(set(sizes.values())) > 1:
             raise ValueError(f"All fields of an observation must have one batch size; got {sizes}.")

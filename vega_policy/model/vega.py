@@ -175,8 +175,22 @@ class VegaEncoder(nn.Module):
         """
         features = observation.semantic
         if features is None:
-            features = self.backbone.encode(to_float(observation.require_frames("semantic")[:, :, -1]))
+            features = self.backbone.encode(to_float(self._frames(observation, "semantic")[:, :, -1]))
         return features if self.config.backbone.sight else torch.zeros_like(features)
+
+    def _frames(self, observation: Observation, stream: str) -> Tensor:
+        """Return the frames for a stream.
+
+        Raises:
+            ValueError: If there are none, or they are no squares of the policy's size.
+        """
+        frames, side = observation.require_frames(stream), self.config.frame_size
+        if frames.shape[-3:] != (3, side, side):
+            raise ValueError(
+                f"frames: expected [b v t 3 {side} {side}], got {list(frames.shape)}. Bring the cameras to "
+                f"that size: vega_policy.model.observation.stack_views(cameras, {side})."
+            )
+        return frames
 
     def prior_tokens(
         self, observation: Observation, generator: torch.Generator | None = None
@@ -194,7 +208,7 @@ class VegaEncoder(nn.Module):
         """
         if observation.prior is not None:
             return observation.prior
-        features = self.prior(to_float(observation.require_frames("prior")), generator)
+        features = self.prior(to_float(self._frames(observation, "prior")), generator)
         return features.to(self.project[0].weight.dtype)
 
     @property

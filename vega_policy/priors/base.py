@@ -19,7 +19,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from vega_policy.model.config import PriorConfig
-from vega_policy.model.observation import resize
+from vega_policy.model.observation import check_frames, resize
 from vega_policy.priors import PriorEntry
 from vega_policy.run_dir import DiskFullError, atomic_file
 
@@ -50,6 +50,11 @@ def locate(config: PriorConfig, parts: Iterable[str], advice: str) -> Path:
     missing = [file for part in parts for file in _missing_files(folder, part)]
     if missing:
         held = sorted(entry.name for entry in folder.iterdir())[:12]
+        if any(name.startswith("Wan2") and name.endswith("VAE.pth") for name in held):
+            advice = (
+                "This is Wan's original release; take the one for diffusers, whose name ends in -Diffusers: "
+                "hf download Wan-AI/Wan2.1-T2V-1.3B-Diffusers --local-dir FOLDER, prior.path=FOLDER."
+            )
         raise FileNotFoundError(
             f"{folder} is not a checkpoint in the hub's layout: no {', '.join(missing)}. "
             f"It holds: {', '.join(held) or 'nothing'}. {advice}"
@@ -208,6 +213,7 @@ class BasePrior(nn.Module):
         )
         self.input_size = choose_input_size(config, grid, stride, cell or stride)
         self._fixed_noise: dict[tuple[int, ...], Tensor] = {}
+        self._checked = False
 
     @classmethod
     def load(cls, config: PriorConfig, entry: PriorEntry, grid: tuple[int, int]) -> Self:
@@ -243,8 +249,14 @@ class BasePrior(nn.Module):
         Fresh noise comes from `generator` (on the CPU); None takes fixed noise, the same for every clip.
 
         Raises:
-            ValueError: If `clip=history` and t is not `clip_frames`.
+            ValueError: If `clip=history` and t is not `clip_frames`, or the first frames that this prior
+                encodes are not in [0, 1]; later ones are not checked, since a GPU would wait for it.
         """
+        if frames.ndim != 6:
+            raise ValueError(f"frames: expected [b v t 3 h w], got shape {tuple(frames.shape)}.")
+        if not self._checked:
+            check_frames(frames, "frames")
+            self._checked = True
         if self.clip == "history" and frames.shape[2] != self.clip_frames:
             raise ValueError(
                 f"prior.clip=history expects {self.clip_frames} frames a camera; got {frames.shape[2]}. "

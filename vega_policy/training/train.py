@@ -5,7 +5,7 @@ import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
 from copy import copy
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -55,7 +55,7 @@ from vega_policy.model.observation import stack_views
 from vega_policy.modeling_vega import VegaPolicy
 from vega_policy.processor_vega import make_vega_pre_post_processors
 from vega_policy.provenance import use_available_cores
-from vega_policy.run_dir import check_space, lock_folder
+from vega_policy.run_dir import check_space, flatten, lock_folder
 from vega_policy.training import checkpoint as checkpoints
 from vega_policy.training.checkpoint import MEAN_FRAMES, Origin, TrainState, check_folder, claim_folder
 from vega_policy.training.config import TrainConfig, encode
@@ -145,12 +145,7 @@ def make_trainer(config: TrainConfig, accelerator: Accelerator, checkpoint: Path
         checkpoints.check_origin(checkpoint, origin)
     set_seed(config.seed)
     policy = make_policy(config, checkpoint, accelerator.device)
-    if config.dataset.cache != "none" and world > 1:
-        for (
-            part
-        ) in data.parts:  # each process its share; `make_source` builds what a machine's disk then lacks
-            build_streams(part, policy, shard=rank, shards=world)
-    source, mean_frames = make_source(config, policy, data, checkpoint)
+    source, mean_frames = make_source(config, policy, data, checkpoint, rank=rank, world=world)
     if config.sharding == "full":
         shard(accelerator, policy)
     state = _make_state(config, policy, mean_frames, data, checkpoint)
@@ -315,14 +310,47 @@ def make_policy(config: TrainConfig, checkpoint: Path | None, device: torch.devi
         vega.prior = replace(vega.prior, fingerprint=saved.prior.fingerprint)
         packaged = saved.backbone.text_encoder_fingerprint
         vega.backbone = replace(vega.backbone, text_encoder_fingerprint=packaged)
-        return VegaPolicy.from_pretrained(path, config=vega, strict=True).to(device)
+        try:
+            return VegaPolicy.from_pretrained(path, config=vega, strict=True).to(device)
+        except RuntimeError as error:  # of torch, one line for each weight
+            if "loading state_dict" not in str(error):
+                raise
+            raise ValueError(_describe_misfit(config.vega.pretrained_path, saved, vega)) from error
     return VegaPolicy(config.vega).to(device)
 
 
+def _describe_misfit(source: Any, saved: VegaConfig, config: VegaConfig) -> str:
+    """Return why the weights of a policy do not fit a run: the fields of its parts that differ."""
+    parts = ("fusion", "backbone", "head", "base")
+    theirs, ours = (
+        flatten({name: asdict(getattr(policy, name)) for name in parts})
+        | {"policy.chunk_size": policy.chunk_size}
+        for policy in (saved, config)
+    )
+    differing = [
+        f"{name}={value} (here {ours[name]})" for name, value in theirs.items() if value != ours[name]
+    ]
+    theirs_in, ours_in = (sorted(c.input_features or {}) for c in (saved, config))
+    inputs = f"cameras and state {theirs_in} (here {ours_in})"
+    return (
+        f"policy.pretrained_path={source}: its weights do not fit this run. Its policy has "
+        f"{', '.join(differing) or inputs}. Give its values, or start without pretrained_path."
+    )
+
+
 def make_source(
-    config: TrainConfig, policy: VegaPolicy, data: TrainData, checkpoint: Path | None
+    config: TrainConfig,
+    policy: VegaPolicy,
+    data: TrainData,
+    checkpoint: Path | None,
+    *,
+    rank: int = 0,
+    world: int = 1,
 ) -> tuple[Source, dict[str, Tensor]]:
-    """Return the source of batches, building its cache where missing, and each camera's mean frame."""
+    """Return the source of batches, building its cache where missing, and each camera's mean frame.
+
+    Each of `world` processes builds its part of a cache; the first to end builds what a disk still lacks.
+    """
     if config.dataset.cache == "none":
         source = _video_source(config, policy, data)
         if checkpoint is not None:
@@ -330,6 +358,8 @@ def make_source(
         cameras, backend = list(policy.config.image_features), config.dataset.video_backend
         means = [sampled_mean_frames(part.dataset, cameras, backend) for part in data.parts]
         return source, _weighted_mean(means, data, policy.config)
+    for part in data.parts if world > 1 else ():
+        build_streams(part, policy, shard=rank, shards=world)
     built = [_cached_source(part, policy) for part in data.parts]
     sources, means = [source for source, _ in built], [mean for _, mean in built]
     source = sources[0] if len(sources) == 1 else MixedSource(sources, data.starts)
@@ -427,7 +457,8 @@ def _read_clips(
     spans = [slice(ends[episode - 1] if episode else 0, ends[episode]) for episode in episodes]
     if part.dataset.has_frames():
         clips = frames_in_order(part.dataset, cameras, config.video_backend, episodes)
-        return feature_cache.pick_instants(clips, torch.cat([observed[span] for span in spans]))
+        kept = [observed[span] for span in spans]
+        return feature_cache.pick_instants(clips, torch.cat(kept) if kept else observed[:0])
     root, size, stride = Path(config.cache_root), policy.config.frame_size, config.frame_stride
     key = _cache_key(part, cameras)
     every = feature_cache.frames_stream(key, cameras, size)
