@@ -82,6 +82,7 @@ DIRECTIONS = np.array([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
 JITTER = np.array([[0.0, 0.0, 0.0], [0.01, 0.0, 0.0], [-0.01, 0.0, 0.0], [0.0, 0.01, 0.0], [0.0, -0.01, 0.0]])
 WALL_GAP = 0.002  # m that stay free between an object and the walls of its drawer
 BEFORE_DRAWER = 0.02  # m between an object and the drawer that is opened above it
+BESIDE_OTHERS = 0.01  # m that stay free between an object and its neighbours in an open region
 GRAZE = 0.001  # m; nearer than that, a lowered object touches what it passes
 SIDEWAYS = np.deg2rad([20, -20, 40, -40, 60, -60, 90, -90, 120, -120, 150, -150, 180])
 ANGLES = np.deg2rad(np.arange(0.0, 360.0, 15.0))
@@ -243,7 +244,8 @@ def _free_placement(cell: Workcell, body: str, target: str, yaw: float) -> tuple
                 plain[turn] = replace(plain[turn], xy=plain[turn].xy - (turned.min(0) + turned.max(0)) / 2)
         shifted = replace(plain[turn], xy=plain[turn].xy + shift)
         touched = _touching(cell, body, yaw, turn, shifted)
-        touched += len(JITTER) * _overhung(cell, body, target, turn, shifted)
+        in_the_way = _overhung(cell, body, target, turn, shifted) or _crowded(cell, body, target, turn, shifted)
+        touched += len(JITTER) * in_the_way
         if touched < fewest:
             best, fewest = (turn, shifted), touched
         if not touched:
@@ -258,7 +260,7 @@ def _shifts(cell: Workcell, body: str, target: str) -> list[Array]:
         return [middle]
     half = region(cell, target).half_extents[:2]
     if joint_of(cell, target) is None:
-        return [middle, *(0.5 * half * direction for direction in DIRECTIONS)]
+        return [middle, *(share * half * direction for share in (0.5, 0.8) for direction in DIRECTIONS)]
     outwards = Drawer(cell, target).outwards[:2]  # the front of a drawer lies farther from its cabinet
     axes = np.stack([outwards, [-outwards[1], outwards[0]]])
     size = np.ptp(cell.scene.cloud(body)[:, :2] @ axes.T, axis=0)
@@ -280,6 +282,15 @@ def _overhung(cell: Workcell, body: str, target: str, turn: float, placement: Pl
     above_it = obstacles[obstacles[:, 2] > placement.support + IN_BELOW, :2] - placement.xy
     above_it = above_it[np.abs(above_it).max(axis=1) < np.abs(footprint).max() + GRAZE]
     return clearance(thinned(footprint), thinned(above_it)) < GRAZE
+
+
+def _crowded(cell: Workcell, body: str, target: str, turn: float, placement: Placement) -> bool:
+    """Return whether `body` in the open region `target` would meet another object, such as a plate's edge."""
+    if is_object(cell, target) or target.endswith(CONTAINER) or joint_of(cell, target) is not None:
+        return False
+    bodies = [body_of(cell, name) for name in cell.env.objects_dict]
+    standing = np.concatenate([cell.scene.cloud(other)[:, :2] for other in bodies if other != body] or [np.zeros((0, 2))])
+    return clearance(thinned(_footprint(cell, body, turn)), thinned(standing - placement.xy)) < BESIDE_OTHERS
 
 
 def _touching(cell: Workcell, body: str, yaw: float, turn: float, placement: Placement) -> int:
