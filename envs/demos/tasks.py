@@ -244,7 +244,9 @@ def _free_placement(cell: Workcell, body: str, target: str, yaw: float) -> tuple
                 plain[turn] = replace(plain[turn], xy=plain[turn].xy - (turned.min(0) + turned.max(0)) / 2)
         shifted = replace(plain[turn], xy=plain[turn].xy + shift)
         touched = _touching(cell, body, yaw, turn, shifted)
-        in_the_way = _overhung(cell, body, target, turn, shifted) or _crowded(cell, body, target, turn, shifted)
+        in_the_way = _overhung(cell, body, target, turn, shifted) or _crowded(
+            cell, body, target, turn, shifted
+        )
         touched += len(JITTER) * in_the_way
         if touched < fewest:
             best, fewest = (turn, shifted), touched
@@ -289,7 +291,9 @@ def _crowded(cell: Workcell, body: str, target: str, turn: float, placement: Pla
     if is_object(cell, target) or target.endswith(CONTAINER) or joint_of(cell, target) is not None:
         return False
     bodies = [body_of(cell, name) for name in cell.env.objects_dict]
-    standing = np.concatenate([cell.scene.cloud(other)[:, :2] for other in bodies if other != body] or [np.zeros((0, 2))])
+    standing = np.concatenate(
+        [cell.scene.cloud(other)[:, :2] for other in bodies if other != body] or [np.zeros((0, 2))]
+    )
     return clearance(thinned(_footprint(cell, body, turn)), thinned(standing - placement.xy)) < BESIDE_OTHERS
 
 
