@@ -17,6 +17,7 @@ from diffusers import (
 from safetensors.torch import save_file
 from transformers import (
     CLIPVisionConfig,
+    CLIPVisionModel,
     CLIPVisionModelWithProjection,
     DINOv3ViTConfig,
     DINOv3ViTModel,
@@ -138,6 +139,25 @@ def write_ti2v(folder: Path) -> None:
     save_file({"prompt": torch.randn(2, 20)}, folder / "empty_prompt.safetensors")
 
 
+def write_i2v(folder: Path) -> None:
+    """Wan2.1-I2V: mask and latents of the frame as further channels, CLIP's tokens in cross-attention."""
+    write_vae(folder)
+    WanTransformer3DModel(
+        **BLOCKS, in_channels=2 * 4 + 4, out_channels=4, image_dim=16, added_kv_proj_dim=48
+    ).save_pretrained(folder / "transformer")
+    CLIPVisionModel(
+        CLIPVisionConfig(
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            image_size=32,
+            patch_size=16,
+        )
+    ).save_pretrained(folder / "image_encoder")
+    save_file({"prompt": torch.randn(2, 20)}, folder / "empty_prompt.safetensors")
+
+
 WRITERS: dict[str, Callable[[Path], None]] = {
     "wan2.1_t2v_14b": write_wan,
     "wan2.1_vace_1.3b": write_vace,
@@ -151,6 +171,9 @@ WRITERS: dict[str, Callable[[Path], None]] = {
 }
 """Prior -> function that writes its checkpoint into a folder."""
 
+FUTURE_ONLY: dict[str, Callable[[Path], None]] = {"wan2.1_i2v_14b": write_i2v}
+"""The same of a prior that continues frames only."""
+
 
 LAST = dict.fromkeys(WRITERS, 2) | {"sd21": 3, "svd": 3, "sd_vae": 0, "wan_vae": 0}
 """Last layer of each small checkpoint."""
@@ -159,5 +182,5 @@ LAST = dict.fromkeys(WRITERS, 2) | {"sd21": 3, "svd": 3, "sd_vae": 0, "wan_vae":
 def write_checkpoint(name: str, folder: Path) -> Path:
     """Write the checkpoint of a prior with seeded weights; returns the folder."""
     torch.manual_seed(0)
-    WRITERS[name](folder)
+    (WRITERS | FUTURE_ONLY)[name](folder)
     return folder

@@ -15,6 +15,7 @@ from vega_policy.model.config import (
     ActionHeadConfig,
     BackboneConfig,
     BaseConfig,
+    ForecastConfig,
     FusionConfig,
     ModelConfig,
     PriorConfig,
@@ -46,6 +47,7 @@ class VegaConfig(PreTrainedConfig):
     fusion: FusionConfig = field(default_factory=FusionConfig)
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     head: ActionHeadConfig = field(default_factory=ActionHeadConfig)
+    forecast: ForecastConfig = field(default_factory=ForecastConfig)
     base: BaseConfig = field(default_factory=BaseConfig)
     normalization_mapping: dict[str, NormalizationMode] = field(
         default_factory=lambda: {
@@ -95,6 +97,8 @@ class VegaConfig(PreTrainedConfig):
             raise ValueError(f"policy.resize: expected stretch or pad; got {self.resize!r}.")
         if self.frame_size < 1:
             raise ValueError(f"policy.frame_size must be at least 1 pixel; got {self.frame_size}.")
+        if self.base.name != "none" and self.forecast.is_on:
+            raise ValueError("policy.forecast is for the compact backbone, not for a base. Take base=none.")
         if self.base.name != "none" and self.use_relative_actions:
             raise ValueError(
                 "policy.use_relative_actions is for this package's own backbones; a base has its own "
@@ -119,6 +123,7 @@ class VegaConfig(PreTrainedConfig):
             fusion=self.fusion,
             backbone=self.backbone,
             head=self.head,
+            forecast=self.forecast,
         )
 
     def validate_features(self) -> None:

@@ -24,7 +24,7 @@ from vega_policy.model.compilation import CapturedSteps
 from vega_policy.model.fusion import gate_weights
 from vega_policy.model.observation import Observation
 from vega_policy.model.rtc import RTCQueueAdapter
-from vega_policy.model.vega import VegaModel, load_weights
+from vega_policy.model.vega import FutureFrames, VegaModel, load_weights
 from vega_policy.priors import resolve
 from vega_policy.processor_vega import to_observation
 
@@ -109,8 +109,8 @@ class VegaPolicy(PreTrainedPolicy):
             metrics_as_tensors: Leave metrics on the device as scalars, instead of waiting for numbers.
 
         Returns:
-            The loss, and metrics: `loss`, and with a gate its mean `gate` (weight of the semantic stream)
-            over all views and per view, `gate/<camera>`.
+            The loss, and metrics: `loss`, with a gate its mean `gate` (weight of the semantic stream) over
+            all views and per view, `gate/<camera>`, and in training with a forecast its loss, `forecast`.
         """
         if self.base is not None:
             loss, metrics = self.base(batch, reduction=reduction)
@@ -124,16 +124,29 @@ class VegaPolicy(PreTrainedPolicy):
                 noise,
                 time,
                 self._prior_generator(),
+                self._future(batch),
             )
             mean = losses.mean()
             loss, metrics = mean if reduction == "mean" else losses, {"loss": mean.detach()}
         numbers = {name: value for name, value in metrics.items() if isinstance(value, float)}
         scalars = {name: value for name, value in metrics.items() if isinstance(value, Tensor)}
-        scalars |= self._gates()
+        scalars |= self._gates() | self._forecast_error()
         if scalars and not metrics_as_tensors:
             values = torch.stack([value.float() for value in scalars.values()]).tolist()
             scalars = dict(zip(scalars, values, strict=True))
         return loss, numbers | scalars
+
+    def _future(self, batch: dict[str, Any]) -> FutureFrames | None:
+        """Return the later frames of a batch of a cache, None without a forecast."""
+        if "vega.future_is_pad" not in batch:
+            return None
+        forms = {name: batch.get(f"vega.future_{name}") for name in ("frames", "semantic")}
+        return FutureFrames(batch["vega.future_is_pad"], **forms)
+
+    def _forecast_error(self) -> dict[str, Tensor]:
+        """Return the loss of the forecast in the last training loss; empty without a forecast."""
+        error = None if self.base is not None or not self.training else self.model.forecast_error
+        return {} if error is None else {"forecast": error}
 
     @torch.no_grad()
     def with_prior_features(self, batch: dict[str, Any]) -> dict[str, Any]:

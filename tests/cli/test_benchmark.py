@@ -181,12 +181,13 @@ def test_the_product_with_an_activation_counts_as_a_product():
 
 
 def test_fewer_blocks_are_measured_with_their_error(tiny):
-    paths = ["fast/encode=1/attention=flash", "fast/layer=2"]
+    paths = ["fast/encode=1/attention=flash", "fast/layer=2", "fast/future=2"]
     rows = {
         row["path"]: row for row in benchmark_prior("wan_tiny", CPU, [(32, 32)], [2], paths, seconds=0.01)
     }
     assert rows["fast/encode=1/attention=flash"]["error"] < 1e-5
     assert rows["fast/layer=2"]["error"] > 0.01
+    assert rows["fast/future=2"]["error"] < 1e-5
 
 
 def test_kernels_are_counted_by_kind_and_the_longest_are_kept():

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import re
 import signal
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -19,7 +20,7 @@ from vega_policy.data.video import FrameRows, frames_in_order
 from vega_policy.model.config import BackboneConfig, PriorConfig
 from vega_policy.modeling_vega import VegaPolicy
 from vega_policy.run_dir import DiskFullError, FolderInUseError
-from vega_policy.training.train import load_data, make_source, train
+from vega_policy.training.train import cache_streams, load_data, make_source, train
 
 
 @pytest.fixture(scope="module")
@@ -315,6 +316,44 @@ def test_another_prior_seed_frame_size_encoder_or_dataset_is_another_cache(loade
     assert folders(seed=1)[1] == prior
     assert semantic not in folders(frame_size=48)
     assert semantic != streams(policy, ["semantic"], metadata="1")[0].folder
+
+
+def test_a_cached_future_is_the_live_one_of_each_frames_instruction(loaded, tmp_path, monkeypatch):
+    def encoder():
+        return lambda sentences: [torch.full((2, 384), len(text) / 8) for text in sentences]
+
+    monkeypatch.setattr("vega_policy.priors.wan._load_minilm", encoder)
+    config, _, data = loaded
+    values = {"layer": 0, "clip": "future", "future_slots": 1}
+    folders = []
+    for prompt in ("empty", "instruction"):
+        prior = PriorConfig(name="wan_tiny_untrained", prompt=prompt, **values)
+        policy = VegaPolicy(replace_config(config.vega, prior=prior)).eval()
+        dataset = replace(config.dataset, cache_root=str(tmp_path), cached=["prior", "frames"])
+        part = replace(data.parts[0], config=dataset)
+        cached, _ = make_source(replace(config, dataset=dataset), policy, replace(data, parts=[part]), None)
+        batch = cached.batch(torch.tensor([3, 26, 11]))
+        assert len(set(batch["task"])) == 2
+        found = batch.pop("vega.prior")
+        assert found.shape == (3, 2, 2 * 256, 2, 2)
+        torch.testing.assert_close(
+            found.float(), policy.with_prior_features(batch)["vega.prior"], rtol=2**-7, atol=1e-2
+        )
+        folders.append(cache_streams(part, policy)[0].folder)
+    assert len({*folders}) == 2
+    pooled = {
+        slot_pool: streams(
+            VegaPolicy(replace_config(config.vega, prior=replace(prior, slot_pool=slot_pool))), ["prior"]
+        )
+        for slot_pool in ("concat", "attention", "mean")
+    }
+    assert pooled["concat"] == pooled["attention"] != pooled["mean"]
+
+
+def test_fields_of_futures_leave_the_caches_of_other_clips_as_they_are(loaded):
+    _, policy, _ = loaded
+    (stream,) = streams(policy, ["prior"])
+    assert not {"future_slots", "slot_pool", "prompt"} & stream.key["prior"].keys()
 
 
 def replace_config(config, **changed):

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional
 
 from tests.policies import CAMERAS, SIZE, batch, tiny_config
-from tests.prior_checkpoints import LAST, WRITERS
+from tests.prior_checkpoints import FUTURE_ONLY, LAST, WRITERS
 from vega_policy.backbones import make_backbone
 from vega_policy.model.config import FUSIONS, FusionConfig, PriorConfig
 from vega_policy.model.fusion import make_fusion
@@ -264,6 +264,10 @@ def prior_config(name, folder, prior_checkpoint, wan_checkpoint):
         return PriorConfig(name=name)
     if name == "precomputed":
         return PriorConfig(name=name, path=str(write_features(folder)))
+    if name in FUTURE_ONLY:
+        return PriorConfig(
+            name=name, path=str(prior_checkpoint(name)), layer=2, dtype="float32", clip="future"
+        )
     if name in WRITERS:
         path, layer = prior_checkpoint(name), LAST[name]
     else:

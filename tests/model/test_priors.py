@@ -7,12 +7,10 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderKLWan, WanTransformer3DModel
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, processors
-from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from tests.policies import batch, frames, tiny_config
 from tests.synthetic_dataset import CAMERAS, REPO_ID, write_dataset
-from tests.tiny_wan import TRANSFORMER
+from tests.tiny_wan import TRANSFORMER, write_text_encoder
 from vega_policy.model.config import PriorConfig
 from vega_policy.model.observation import stack_views
 from vega_policy.modeling_vega import VegaPolicy
@@ -233,15 +231,7 @@ def test_the_empty_prompt_comes_from_the_checkpoints_own_text_encoder(wan_checkp
     folder = tmp_path / "wan"
     shutil.copytree(wan_checkpoint, folder)
     (folder / "empty_prompt.safetensors").unlink()
-    tokenizer = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1, "<unk>": 2}, unk_token="<unk>"))
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-    ).save_pretrained(folder / "tokenizer")
-    torch.manual_seed(0)
-    UMT5EncoderModel(
-        UMT5Config(vocab_size=3, d_model=20, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
-    ).save_pretrained(folder / "text_encoder")
+    write_text_encoder(folder)
     prompt = encode_empty_prompt(folder)
     assert prompt.shape == (1, 20)  # the end token alone; padding is added as zeros
     prior = wan(folder)

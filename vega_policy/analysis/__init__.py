@@ -104,6 +104,8 @@ class ProbeSettings:
             raise ValueError("prior=none leaves nothing to probe; choose a prior, such as prior=wan_tiny")
         if self.prior.clip != "frame":
             raise ValueError(f"probes read single frames (prior.clip=frame); got {self.prior.clip!r}")
+        if len(self.prior.layers) > 1:
+            raise ValueError(f"probes read one layer at a time; got prior.layer={list(self.prior.layers)}")
         if self.frame_size % STRIDE:
             raise ValueError(f"frame_size must be a multiple of {STRIDE}; got {self.frame_size}")
 

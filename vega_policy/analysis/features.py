@@ -131,7 +131,7 @@ class PriorFeatures:
         resolved = resolve(config)
         self._config, self._grid, self.name = config, grid, config.name
         self.fingerprint = make_prior(config, grid).fingerprint
-        layers = layers or [resolved.layer or 0]
+        layers = layers or list(resolved.layers) or [0]
         noise_levels = noise_levels or [resolved.noise_level or 0.0]
         self.specs = [FeatureSpec(self.name, layer, level) for level in noise_levels for layer in layers]
 

@@ -170,7 +170,7 @@ def make_extractors(settings: ProbeSettings) -> list[FeatureExtractor]:
 def default_spec(settings: ProbeSettings, prior: FeatureExtractor) -> FeatureSpec:
     """Return the features that a policy would use, or the first of the sweep if it leaves them out."""
     resolved = resolve(settings.prior)
-    spec = FeatureSpec(prior.name, resolved.layer, resolved.noise_level)
+    spec = FeatureSpec(prior.name, resolved.layers[0], resolved.noise_level)
     return spec if spec in prior.specs else prior.specs[0]
 
 

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from vega_policy.checkpoints import check_checkpoint
 from vega_policy.model.config import BASES, BaseConfig
-from vega_policy.model.fusion import make_fusion
-from vega_policy.model.layers import Mlp
+from vega_policy.model.fusion import make_fusion, make_projector
 from vega_policy.priors import make_prior
 from vega_policy.priors.base import fingerprint_files
 
@@ -46,9 +45,11 @@ class BasedModel(nn.Module):
 
     def __init__(self, config: "VegaConfig") -> None:
         super().__init__()
-        if config.prior.clip != "frame":
+        if config.prior.clip in ("history", "views") or config.prior.prompt != "empty":
             raise ValueError(
-                f"prior.clip={config.prior.clip}: a base embeds one image at a time; take prior.clip=frame."
+                f"prior.clip={config.prior.clip}, prior.prompt={config.prior.prompt}: a base embeds one "
+                "image at a time, without the instruction; take prior.clip=frame or future, and "
+                "prior.prompt=empty."
             )
         self.base, self.fingerprint = load_base(config)
         embedder: Any = attrgetter(BASES[config.base.name].embedder)(self.base)
@@ -56,7 +57,7 @@ class BasedModel(nn.Module):
         side, width = self._measure()
         self.__dict__["prior"] = make_prior(config.prior, (side, side))  # not a sub-module
         if self.prior is not None:
-            self.project = Mlp(self.prior.width, width, width)
+            self.project = make_projector(self.prior, width)
             self.fusion = make_fusion(width, config.fusion, (side, side))
             self.scale = nn.Parameter(torch.zeros(()))
             _check_fusion(config, self.fusion, side**2)

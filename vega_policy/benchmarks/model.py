@@ -33,7 +33,7 @@ from vega_policy.priors import PRIORS, resolve
 from vega_policy.priors.wan import LatentWorldSimulator
 from vega_policy.priors.wan_fast import CapturedWan, FastWan, Plan, capture
 
-WAN = ("wan2.1_t2v_1.3b", "wan_tiny")
+WAN = ("wan2.1_t2v_1.3b", "wan2.2_ti2v_5b", "wan_tiny")
 """Priors that are measured by all paths, with random weights; all others only as a policy runs them."""
 
 PATHS = ("released", "all_blocks", "early_stop", "fast")
@@ -41,8 +41,10 @@ PATHS = ("released", "all_blocks", "early_stop", "fast")
 exact reductions.
 """
 
-CHOICES = ("encode", "read", "attention", "layer")
-"""Options of the path `fast`, such as `fast/encode=8/read=16/attention=flash/layer=12`."""
+CHOICES = ("encode", "read", "attention", "layer", "future")
+"""Options of the path `fast`, such as `fast/encode=8/read=16/attention=flash/layer=12`; `future=2` reads
+frames with two slots of noise behind them (`clip=future`).
+"""
 
 CELL = 16
 """Pixels of a token of the grid to which features are pooled, as with the compact backbone."""
@@ -77,8 +79,12 @@ def benchmark_prior(
         wan = RandomWan(name, device, size)
         for n in batches:
             frames = torch.rand(n, 3, *size, device=device)
-            expected = wan.encode_exactly(frames)
+            exact: dict[int, Tensor] = {}
             for path in paths:
+                slots = (parse_path(path) or FastPath(Plan(), None)).slots
+                if slots not in exact:
+                    exact[slots] = wan.encode_exactly(frames, slots)
+                expected = exact[slots]
                 torch._dynamo.reset()
                 start = time.perf_counter()
                 encode = wan.path(path, frames)
@@ -129,6 +135,7 @@ class FastPath:
 
     plan: Plan
     layer: int | None
+    slots: int = 0  # of noise behind a frame
 
 
 def parse_path(name: str) -> FastPath | None:
@@ -148,9 +155,9 @@ def parse_path(name: str) -> FastPath | None:
     if path != "fast":
         return None
     given = {key: value for key, _, value in pairs}
-    counts = {key: int(given[key]) for key in ("encode", "read", "layer") if key in given}
+    counts = {key: int(given[key]) for key in ("encode", "read", "layer", "future") if key in given}
     plan = Plan(counts.get("encode"), counts.get("read"), given.get("attention", "cudnn"))
-    return FastPath(plan, counts.get("layer"))
+    return FastPath(plan, counts.get("layer"), counts.get("future", 0))
 
 
 class RandomWan:
@@ -170,7 +177,8 @@ class RandomWan:
         self.whole = copy.copy(transformer)  # keeps all its blocks when the prior drops some
         self.whole._modules = dict(transformer._modules)
         parts["prompt"] = torch.randn(1, transformer.config.text_dim, device=device)
-        self.prior = LatentWorldSimulator(parts, config, (size[0] // CELL, size[1] // CELL), "random")
+        stride = parts["vae"].spatial_compression_ratio * transformer.config.patch_size[-1]
+        self.prior = LatentWorldSimulator(parts, config, (size[0] // stride, size[1] // stride), "random")
         self.prior = self.prior.to(device).eval().requires_grad_(False)
 
     def path(self, name: str, frames: Tensor) -> Encode:
@@ -185,11 +193,22 @@ class RandomWan:
         return lambda frames: self.prior.encode_frames(frames, None)
 
     @torch.no_grad()
-    def encode_exactly(self, frames: Tensor) -> Tensor:
+    def encode_exactly(self, frames: Tensor, slots: int = 0) -> Tensor:
         """Run the plain path in float32 with the same weights, four frames at a time."""
-        prior = copy.deepcopy(self.prior).float()
+        prior = with_slots(copy.deepcopy(self.prior).float(), slots)
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            if slots:
+                return torch.cat([prior.encode_future(part, None, None) for part in frames.split(4)])
             return torch.cat([prior.encode_frames(part, None) for part in frames.split(4)])
+
+
+def with_slots(prior: Any, slots: int) -> Any:
+    """Return a prior of frames as one of `clip=future` with pure noise in its slots; weights are shared."""
+    if not slots:
+        return prior
+    other = copy.copy(prior)
+    other.clip, other.slots, other.noise_level = "future", slots, 1.0
+    return other
 
 
 @torch.no_grad()
@@ -229,14 +248,15 @@ class Fast:
     """The fast form of a prior, captured on a GPU for batches of the length of `frames` [n 3 h w]."""
 
     def __init__(self, wan: RandomWan, frames: Tensor, path: FastPath) -> None:
-        self._fast, self._device = FastWan(_cut(wan.prior, path.layer)), wan.device
+        prior = with_slots(_cut(wan.prior, path.layer), path.slots)
+        self._fast, self._device = FastWan(prior), wan.device
         latent = torch.empty(len(frames), *self._fast.latent, device=wan.device)
         self._noise = wan.prior.noise(latent, None)
         is_gpu = wan.device.type == "cuda"
         self._run = CapturedWan(self._fast, frames, self._noise, path.plan) if is_gpu else self._fast
 
     def __call__(self, frames: Tensor) -> Tensor:
-        """Return features, [n 3 h w] -> [n d gh gw]."""
+        """Return features, [n 3 h w] -> [n d gh gw], of k slots [n 1+k d gh gw]."""
         return self._run(frames, self._noise, self._fast.noise_level)
 
     @torch.no_grad()

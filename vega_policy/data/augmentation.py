@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from vega_policy.data.dataset import STATE, DatasetConfig
 
-FRAMES = "vega.frames"
+FRAMES, FUTURE = "vega.frames", "vega.future_frames"
 GREY = (0.299, 0.587, 0.114)
 """Weights of red, green and blue in grey (ITU-R BT.601)."""
 YIQ = (GREY, (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112))
@@ -59,8 +60,13 @@ class RandomShift:
         """Return a batch with shifted frames."""
         if FRAMES in batch:
             frames = batch[FRAMES]
-            shifts = self.draw(len(frames), number).to(frames.device)
-            return batch | {FRAMES: shift_frames(frames.flatten(0, 1), shifts.flatten(0, 1)).view_as(frames)}
+            shifts = self.draw(len(frames), number).to(frames.device).flatten(0, 1)
+            batch = batch | {FRAMES: shift_frames(frames.flatten(0, 1), shifts).view_as(frames)}
+            if FUTURE in batch:  # later frames of a forecast move alike: its tokens cover the same places
+                later = rearrange(batch[FUTURE], "b k v c h w -> (b v) k c h w")
+                moved = shift_frames(later, shifts)
+                batch[FUTURE] = rearrange(moved, "(b v) k c h w -> b k v c h w", b=len(frames))
+            return batch
         shifted = dict(batch)
         for view, camera in enumerate(self._cameras):
             shifts = self.draw(len(batch[camera]), number)[:, view]

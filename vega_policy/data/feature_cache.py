@@ -121,15 +121,29 @@ def check_cacheable(backbone: BackboneConfig, prior: PriorConfig, cached: Sequen
 
 
 def streams_of(
-    model: VegaModel, dataset: dict[str, str], cameras: Sequence[str], names: Sequence[str], stride: int = 1
+    model: VegaModel,
+    dataset: dict[str, str],
+    cameras: Sequence[str],
+    names: Sequence[str],
+    stride: int = 1,
+    instructions: Sequence[str] | None = None,
 ) -> list[Stream]:
     """Return the streams, accepted by `check_cacheable`, of one policy on one dataset.
 
     The key holds a hash of the model's frozen weights, `dataset` (its name and the fingerprint of its frames)
-    and the cameras in the order of views. They hold every `stride`-th frame of each episode.
+    and the cameras in the order of views. They hold every `stride`-th frame of each episode. `instructions`
+    [n] are those of these frames, where the prior reads them (`reads_instructions`).
     """
     common = frames_stream(dataset, cameras, model.config.frame_size, model.config.resize, stride).key
-    return [Stream(name, common | _own_key(model, name)) for name in names]
+    own = {name: _own_key(model, name) for name in names}
+    if instructions is not None and "prior" in own:
+        own["prior"]["instructions"] = hash_bytes(json.dumps(list(instructions)).encode())
+    return [Stream(name, common | own[name]) for name in names]
+
+
+def reads_instructions(prior: PriorConfig, names: Sequence[str]) -> bool:
+    """Return whether features of these streams depend on the frames' instructions."""
+    return "prior" in names and prior.name != "none" and prior.prompt == "instruction"
 
 
 def frames_stream(
@@ -150,9 +164,15 @@ def _own_key(model: VegaModel, name: str) -> dict[str, Any]:
         weights = fingerprint_weights(model.backbone.image_encoder.state_dict())
         return {"encoder": model.backbone.encoder_name, "weights": weights}
     if name == "prior":
-        config = asdict(resolve(model.config.prior)) | {"fingerprint": model.prior.fingerprint}
-        places = ("path", "revision", "engine")  # the fingerprint says what was loaded, and engines agree
-        kept = {field: value for field, value in config.items() if field not in places}
+        prior = resolve(model.config.prior)
+        config = asdict(prior) | {"fingerprint": model.prior.fingerprint}
+        config["layer"] = list(prior.layer) if isinstance(prior.layer, tuple) else prior.layer
+        left_out = ["path", "revision", "engine"]  # the fingerprint says what was loaded, and engines agree
+        if prior.clip != "future":
+            left_out += ["future_slots", "slot_pool", "prompt"]
+        elif prior.slot_pool != "mean":
+            left_out += ["slot_pool"]  # an attention reads what `concat` joins
+        kept = {field: value for field, value in config.items() if field not in left_out}
         return {"prior": kept, "grid": list(model.backbone.grid)}
     return {}
 
@@ -197,12 +217,13 @@ def build_streams(
     *,
     shard: int = 0,
     shards: int = 1,
+    instructions: Sequence[str] | None = None,
 ) -> None:
     """Build the missing streams, or the part `shard` of `shards`, after what an earlier call finished.
 
     `lengths` are the cached frames of each episode. Part k has the episodes k, k + `shards`, ...; the part
     that ends last completes the streams. A whole build waits for running parts and builds what they left. The
-    model computes on its own device and is left in evaluation mode.
+    model computes on its own device and is left in evaluation mode. `instructions` are as in `streams_of`.
 
     Raises:
         FolderInUseError: If another process builds this part, or a part of another division.
@@ -216,16 +237,16 @@ def build_streams(
     with ExitStack() as claims:
         with lock_folder(root, wait=True):
             read(())  # refuses a dataset without frames before anything is written
-            drafts = _open_drafts(root, _missing(root, streams), model, lengths)
+            drafts = _open_drafts(root, _missing(root, streams), model, lengths, instructions is not None)
             if shards == 1:
                 for draft in drafts:
                     draft.wait_for_parts()
-                _build_episodes(drafts, model, read, episodes, part)
+                _build_episodes(drafts, model, read, episodes, part, instructions)
                 _complete(drafts)
                 return
             for draft in drafts:
                 claims.enter_context(draft.claim(part))
-        _build_episodes(drafts, model, read, episodes, part)
+        _build_episodes(drafts, model, read, episodes, part, instructions)
     # The part's lock is free here: a whole build holds the root's lock while it waits for parts.
     with lock_folder(root, wait=True):
         _complete(drafts)
@@ -236,7 +257,7 @@ def _missing(root: Path, streams: Sequence[Stream]) -> list[Stream]:
 
 
 def _open_drafts(
-    root: Path, streams: Sequence[Stream], model: VegaModel, lengths: Sequence[int]
+    root: Path, streams: Sequence[Stream], model: VegaModel, lengths: Sequence[int], instructed: bool
 ) -> "list[_StreamDraft]":
     """Create or reopen the drafts of streams that fit on the disk."""
     if not streams:
@@ -244,7 +265,8 @@ def _open_drafts(
     remove_partial(root)
     side, cameras = model.config.frame_size, streams[0].key["cameras"]
     black = {camera: torch.zeros(1, 3, side, side, dtype=torch.uint8) for camera in cameras}
-    row = _encode(model, black, [stream.name for stream in streams])  # of which only the shapes count
+    names, words = [stream.name for stream in streams], [""] if instructed else None
+    row = _encode(model, black, names, words)  # of which only the shapes count
     drafts = [_StreamDraft(root, stream, row[stream.name][0], lengths) for stream in streams]
     needed = sum(draft.size - draft.allocated() for draft in drafts)
     check_space(root, needed, f"the cache of {sum(lengths)} frames")
@@ -254,7 +276,12 @@ def _open_drafts(
 
 
 def _build_episodes(
-    drafts: "Sequence[_StreamDraft]", model: VegaModel, read: ClipReader, episodes: Sequence[int], part: str
+    drafts: "Sequence[_StreamDraft]",
+    model: VegaModel,
+    read: ClipReader,
+    episodes: Sequence[int],
+    part: str,
+    instructions: Sequence[str] | None,
 ) -> None:
     """Encode the episodes that are not finished, and record them."""
     if not drafts:
@@ -283,10 +310,11 @@ def _build_episodes(
                 mean.add(clip)
                 for start in range(0, len(next(iter(clip.values()))), batch):
                     instants = {camera: stretch[start : start + batch] for camera, stretch in clip.items()}
-                    values = _encode(model, instants, list(sizes))
+                    count = len(next(iter(instants.values())))
+                    words = None if instructions is None else instructions[row : row + count]
+                    values = _encode(model, instants, list(sizes), words)
                     for draft in drafts:
                         draft.write(row, values[draft.stream.name])
-                    count = len(next(iter(instants.values())))
                     row += count
                     bar.update(count)
             if row != end:
@@ -497,7 +525,12 @@ class MeanFrames:
 
 
 @torch.no_grad()
-def _encode(model: VegaModel, instants: dict[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
+def _encode(
+    model: VegaModel,
+    instants: dict[str, Tensor],
+    names: Sequence[str],
+    instructions: Sequence[str] | None = None,
+) -> dict[str, Tensor]:
     """Return the values of a batch of time steps by stream, on the CPU in the stream's type."""
     side = model.config.frame_size
     if list(names) == ["frames"] and all(clip.shape[-2:] == (side, side) for clip in instants.values()):
@@ -511,5 +544,6 @@ def _encode(model: VegaModel, instants: dict[str, Tensor], names: Sequence[str])
     if "semantic" in names:
         values["semantic"] = model.backbone.encode(frames[:, :, -1])
     if "prior" in names:
-        values["prior"] = model.prior(frames)
+        words = {} if instructions is None else {"instruction": list(instructions)}
+        values["prior"] = model.prior(frames, **words)
     return {name: value.to(TYPES[name]).cpu() for name, value in values.items()}

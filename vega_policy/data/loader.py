@@ -107,6 +107,10 @@ class CachedSource:
     streams `vega.<stream>` with the type and place of the array: frames stay uint8 until they are on the
     device, which copies a quarter of the bytes. Where the streams hold only some rows of the table, `stored`
     [n] are these, in order.
+
+    With `future`, k numbers of control steps, it also has what the cameras see so many steps later:
+    `vega.future_semantic` [b k v ...] if that is cached, else `vega.future_frames`, and
+    `vega.future_is_pad` [b k], True behind the end of the episode, where the present row is repeated.
     """
 
     def __init__(
@@ -115,18 +119,30 @@ class CachedSource:
         streams: Mapping[str, Tensor],
         chunk_size: int,
         stored: Tensor | None = None,
+        future: Sequence[int] = (),
     ) -> None:
         self._table, self._streams, self._chunk_size = table, streams, chunk_size
-        self._stored = stored
+        self._stored, self._future = stored, torch.tensor(future, dtype=torch.int64)
 
     def batch(self, rows: Tensor) -> Batch:
         """Return the batch of some rows [b]."""
         batch = _low_dimensional(self._table, rows, self._chunk_size)
-        if self._stored is not None:
-            rows = torch.searchsorted(self._stored, rows)
-        for name, values in self._streams.items():
-            batch[f"vega.{name}"] = values.index_select(0, rows.to(values.device))
+        for name in self._streams:
+            batch[f"vega.{name}"] = self._take(name, rows)
+        if len(self._future):
+            later = rows[:, None] + self._future  # [b k]
+            is_pad = later >= self._table.episode_end[rows][:, None]
+            later = torch.where(is_pad, rows[:, None], later)
+            name = "semantic" if "semantic" in self._streams else "frames"
+            values = self._take(name, later.flatten()).unflatten(0, later.shape)
+            batch |= {f"vega.future_{name}": values, "vega.future_is_pad": is_pad}
         return batch
+
+    def _take(self, name: str, rows: Tensor) -> Tensor:
+        """Return a stream's values of some rows of the table [b]."""
+        values = self._streams[name]
+        rows = rows if self._stored is None else torch.searchsorted(self._stored, rows)
+        return values.index_select(0, rows.to(values.device))
 
     def stream(self, sampler: ShuffledRows, first: int) -> Iterator[Batch]:
         """Yield the batches of `sampler` endlessly, from number `first` on."""

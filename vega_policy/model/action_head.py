@@ -1,4 +1,4 @@
-"""Action heads: from the backbone's context to a chunk of normalised actions.
+"""Action heads: from the backbone's context to a chunk of normalised actions; and the forecast beside them.
 
 The flow head follows the straight path between an action chunk and noise. Time runs from t = 1 (noise) to
 t = 0 (actions), as in LeRobot and openpi:
@@ -13,12 +13,12 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
-from einops import repeat
+from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
-from vega_policy.model.config import ActionHeadConfig
+from vega_policy.model.config import ActionHeadConfig, ForecastConfig
 from vega_policy.model.layers import Attention, KVCache, Mlp, sinusoid
 
 VelocityField = Callable[[Tensor, Tensor], Tensor]
@@ -339,6 +339,58 @@ class L1Head(nn.Module):
         padded = functional.pad(prefix, (0, 0, 0, steps - length))
         chunk = self.predict(context, mask, (padded, known.expand(len(prefix), -1)))
         return torch.cat([prefix, chunk[:, length:]], dim=1)
+
+
+class ForecastHead(nn.Module):
+    """Predicts the semantic encoder's tokens of each view some control steps ahead, an auxiliary task.
+
+    One query a future token: the fused token of its place now, a position and the horizon. Queries attend to
+    each other and to the context, which holds instruction and state.
+    """
+
+    def __init__(
+        self, config: ForecastConfig, context_width: int, channels: int, tokens: int, target: nn.Module | None
+    ) -> None:
+        """`tokens` counts those of all views; `target` encodes later frames if the image encoder learns."""
+        super().__init__()
+        self.config, self.target = config, target
+        self.embed = nn.Sequential(nn.LayerNorm(context_width), nn.Linear(context_width, config.width))
+        self.position = nn.Parameter(0.02 * torch.randn(tokens, config.width))
+        self.horizon = nn.Parameter(0.02 * torch.randn(len(config.steps), 1, config.width))
+        self.norm_context = nn.LayerNorm(context_width)
+        self.blocks = nn.ModuleList(
+            CrossAttentionBlock(config.width, config.heads, context_width) for _ in range(config.depth)
+        )
+        self.output = nn.Sequential(nn.LayerNorm(config.width), nn.Linear(config.width, channels))
+        if config.read:
+            self.project = nn.Sequential(nn.LayerNorm(config.width), nn.Linear(config.width, context_width))
+
+    def forward(self, tokens: Tensor, context: Tensor, mask: Tensor) -> Tensor:
+        """Fused tokens [b v n d], context [b s d], mask [b s] -> predicted tokens' features [b k*v*n w]."""
+        now = self.embed(tokens.flatten(1, 2)) + self.position  # [b v*n w]
+        future = (now[:, None] + self.horizon).flatten(1, 2)
+        context = self.norm_context(context)
+        for block in self.blocks:
+            future = block(future, context, mask)
+        return future
+
+    def extend(self, context: Tensor, mask: Tensor, future: Tensor) -> tuple[Tensor, Tensor]:
+        """Append the predicted tokens to a context [b s d] and its mask [b s] -> [b s+k*v*n d], [b ...]."""
+        seen = mask.new_ones(future.shape[:2])
+        return torch.cat([context, self.project(future)], dim=1), torch.cat([mask, seen], dim=1)
+
+    def loss(self, future: Tensor, target: Tensor, is_pad: Tensor) -> Tensor:
+        """Return the squared error of the normalised tokens, [b k*v*n w], [b k v c gh gw], [b k] -> [b].
+
+        Tokens are normalised over their channels, so that predicting zero has a loss of 1. Horizons behind
+        the end of the episode are left out.
+        """
+        k, channels = target.shape[1], target.shape[3]
+        expected = rearrange(target.float(), "b k v c gh gw -> b k (v gh gw) c")
+        expected = functional.layer_norm(expected, (channels,))
+        error = (self.output(future).unflatten(1, (k, -1)).float() - expected).square().mean(dim=(2, 3))
+        known = (~is_pad).to(error.dtype)
+        return (error * known).sum(dim=1) / known.sum(dim=1).clamp(min=1)
 
 
 ACTION_HEADS: dict[str, type[FlowHead] | type[L1Head]] = {"flow": FlowHead, "l1": L1Head}

@@ -41,6 +41,8 @@ def compile_blocks(model: VegaModel, **options: Any) -> None:
         parts.append(backbone.image_encoder)
     if model.prior is not None and not model.fusion.reads_instruction:
         parts += [model.project, model.fusion]
+    if model.forecast is not None:
+        parts += [*model.forecast.blocks, *([model.forecast.target] if model.forecast.target else [])]
     for part in [*parts, *model.head.blocks]:
         part.compile(**({"dynamic": False} | options))
 

@@ -22,23 +22,34 @@ class PriorConfig:
     name: str = "wan2.1_t2v_1.3b"  # key of `vega_policy.priors.PRIORS`; `none` removes the geometric stream
     path: str | None = None  # hub id, or local folder in the hub's layout
     revision: str | None = None  # hub revision (branch, tag or commit)
-    layer: int | None = None  # 0-based block that is read
-    noise_level: float | None = None  # fraction in [0, 1] of noise on the straight path
+    layer: int | tuple[int, ...] | None = (
+        None  # 0-based block that is read; of several: their features joined
+    )
+    # Fraction in [0, 1] of noise on the straight path; with clip=future of the slots alone, 1 by default.
+    noise_level: float | None = None
     noise: str = "fixed"  # `fixed`: one seeded noise for all frames; `fresh`: new noise in each training step
     seed: int = 0  # of the fixed noise, and of the weights of priors without a checkpoint
     input_size: int | None = None  # side in pixels of the prior's frames; None: its tokens fall on the grid
     dtype: str | None = None  # of the frozen weights
     prompt_file: str | None = None  # safetensors file, key `prompt` [n d]; None: from the text encoder, once
-    clip: str = "frame"  # one video is: `frame`, `history` (last frames of a camera), `views` (all cameras)
+    # One video is: `frame`, `history` (last frames of a camera), `views` (all cameras), or `future` (a clean
+    # frame, and noise behind it).
+    clip: str = "frame"
     clip_frames: int = 5  # frames of a history, 1 + 4k
+    future_slots: int = 2  # latents of noise behind the frame, each of four video frames
+    # How the frame and its slots become one token a place: their `mean`, `concat` (the width multiplies), or
+    # `attention` of the frame to all slots, which is trained.
+    slot_pool: str = "concat"
+    prompt: str = "empty"  # of clip=future: `empty`, or the `instruction`, encoded as in the prior's training
     fingerprint: str | None = None  # hash over the weights, filled in by the policy; others are refused
     engine: str = (
         "auto"  # `plain`: diffusers; `fast`: one captured batch size on CUDA; `auto`: fast if it can
     )
 
     def __post_init__(self) -> None:
-        if self.clip not in ("frame", "history", "views"):
-            raise ValueError(f"prior.clip is 'frame', 'history' or 'views'; got {self.clip!r}.")
+        if self.clip not in ("frame", "history", "views", "future"):
+            raise ValueError(f"prior.clip is 'frame', 'history', 'views' or 'future'; got {self.clip!r}.")
+        self._check_future()
         if self.clip_frames < 1 or self.clip_frames % 4 != 1:
             raise ValueError(
                 "prior.clip_frames is 1 + 4k (1, 5, 9, ...), as video autoencoders require; got "
@@ -50,13 +61,41 @@ class PriorConfig:
             raise ValueError(f"prior.noise is 'fixed' or 'fresh'; got {self.noise!r}.")
         if self.engine not in ("plain", "fast", "auto"):
             raise ValueError(f"prior.engine is 'plain', 'fast' or 'auto'; got {self.engine!r}.")
-        if self.engine == "fast" and self.clip != "frame":
+        if self.engine == "fast" and self.clip in ("history", "views"):
             raise ValueError(
                 f"prior.engine={self.engine} reads single frames; prior.clip={self.clip} needs "
                 "prior.engine=auto or plain."
             )
+        if self.engine == "fast" and self.prompt != "empty":
+            raise ValueError(
+                f"prior.engine={self.engine} reads the empty prompt; prior.prompt={self.prompt} needs "
+                "prior.engine=auto or plain."
+            )
         if self.dtype not in (None, "float32", "bfloat16", "float16"):
             raise ValueError(f"prior.dtype is float32, bfloat16, float16 or null; got {self.dtype!r}.")
+
+    def _check_future(self) -> None:
+        layers = self.layers
+        if isinstance(self.layer, tuple) and (not layers or sorted(set(layers)) != list(layers)):
+            raise ValueError(f"prior.layer: expected different layers in rising order; got {list(layers)}.")
+        if self.future_slots < 1:
+            raise ValueError(f"prior.future_slots must be at least 1; got {self.future_slots}.")
+        if self.slot_pool not in ("mean", "concat", "attention"):
+            raise ValueError(f"prior.slot_pool is 'mean', 'concat' or 'attention'; got {self.slot_pool!r}.")
+        if self.prompt not in ("empty", "instruction"):
+            raise ValueError(f"prior.prompt is 'empty' or 'instruction'; got {self.prompt!r}.")
+        if self.prompt == "instruction" and self.clip != "future":
+            raise ValueError(
+                f"prior.prompt=instruction describes what happens next: it needs prior.clip=future; got "
+                f"prior.clip={self.clip}."
+            )
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers that are read; empty where `layer` is open."""
+        if self.layer is None:
+            return ()
+        return self.layer if isinstance(self.layer, tuple) else (self.layer,)
 
 
 FUSIONS = {
@@ -222,8 +261,38 @@ class ActionHeadConfig:
 
 
 @dataclass(frozen=True)
+class ForecastConfig:
+    """Auxiliary head that predicts the semantic encoder's tokens of later frames; off by default."""
+
+    weight: float = 0.0  # of its loss beside that of the actions; 0: no loss
+    steps: tuple[int, ...] = (4, 8)  # control steps ahead
+    read: bool = False  # the action head reads the predicted tokens behind the context
+    width: int = 256
+    depth: int = 2
+    heads: int = 4
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.weight < float("inf"):
+            raise ValueError(f"forecast.weight: expected a number of at least 0; got {self.weight}.")
+        if not self.steps or min(self.steps) < 1 or len(set(self.steps)) < len(self.steps):
+            raise ValueError(
+                f"forecast.steps: expected different numbers of control steps; got {list(self.steps)}."
+            )
+        if self.width % self.heads or self.depth < 1:
+            raise ValueError(
+                "forecast.width must be a multiple of forecast.heads and forecast.depth at least 1; got "
+                f"width {self.width}, heads {self.heads}, depth {self.depth}."
+            )
+
+    @property
+    def is_on(self) -> bool:
+        """Whether the head exists."""
+        return self.weight > 0 or self.read
+
+
+@dataclass(frozen=True)
 class ModelConfig:
-    """All that `VegaModel` needs: its four parts and the sizes that the data dictates."""
+    """All that `VegaModel` needs: its parts and the sizes that the data dictates."""
 
     views: int  # cameras v
     state_dim: int  # width s of the proprioceptive state
@@ -235,8 +304,15 @@ class ModelConfig:
     fusion: FusionConfig = field(default_factory=FusionConfig)
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     head: ActionHeadConfig = field(default_factory=ActionHeadConfig)
+    forecast: ForecastConfig = field(default_factory=ForecastConfig)
 
     def __post_init__(self) -> None:
+        if self.forecast.is_on and (self.backbone.name != "compact" or not self.backbone.sight):
+            raise ValueError(
+                "policy.forecast predicts what the compact backbone's image encoder will see: it needs "
+                f"backbone=compact with backbone.sight=true; got backbone={self.backbone.name}, "
+                f"sight={str(self.backbone.sight).lower()}. Set policy.forecast.weight=0."
+            )
         if self.head.prefix_steps >= self.chunk_size:
             raise ValueError(
                 f"head.prefix_steps must be below chunk_size ({self.chunk_size}); got "

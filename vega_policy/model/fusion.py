@@ -7,7 +7,7 @@ near the semantic stream (`residual`).
 
 from difflib import get_close_matches
 from importlib import import_module
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,47 @@ def make_fusion(width: int, config: FusionConfig, grid: tuple[int, int]) -> nn.M
         raise ValueError(f"Unknown fusion {config.name!r}.{hint} Known: {', '.join(sorted(FUSIONS))}.")
     module, name = FUSIONS[config.name].split(":")
     return getattr(import_module(module), name)(width, config, grid)
+
+
+def make_projector(prior: Any, width: int) -> nn.Module:
+    """Build what projects a prior's features to the width of the backbone's tokens, [... d'] -> [... d]."""
+    if getattr(prior, "slots", 0) and prior.slot_pool == "attention":
+        return SlotAttention(prior.width, 1 + prior.slots, width)
+    return Mlp(prior.width, width, width)
+
+
+class SlotAttention(nn.Module):
+    """The token of a frame attends to those of its future slots at the same place, then an MLP.
+
+    Raises:
+        ValueError: If the width is no multiple of the number of heads.
+    """
+
+    heads = 4
+
+    def __init__(self, joined: int, slots: int, width: int) -> None:
+        """`joined` is the width of the features of all `slots`, the frame's own first."""
+        super().__init__()
+        if width % self.heads:
+            raise ValueError(
+                f"prior.slot_pool=attention needs a token width divisible by {self.heads}; got {width}."
+            )
+        self.slots = slots
+        self.norm = nn.LayerNorm(joined // slots)
+        self.embed = nn.Linear(joined // slots, width)
+        self.position = nn.Parameter(0.02 * torch.randn(slots, width))
+        self.query, self.key_value = nn.Linear(width, width), nn.Linear(width, 2 * width)
+        self.mlp = Mlp(width, width, width)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[... s*d'] -> [... d]."""
+        tokens = self.embed(self.norm(features.unflatten(-1, (self.slots, -1)))) + self.position  # [... s d]
+        frame = tokens[..., 0, :]
+        # Sums over a handful of slots: attention kernels limit the number of sequences, and places are many.
+        query = self.query(frame).unflatten(-1, (self.heads, 1, -1)).transpose(-3, -2)  # [... 1 k e]
+        key, value = self.key_value(tokens).unflatten(-1, (2, self.heads, -1)).unbind(dim=-3)  # [... s k e]
+        weights = ((query * key).sum(dim=-1, keepdim=True) * key.shape[-1] ** -0.5).softmax(dim=-3)
+        return self.mlp(frame + (weights * value).sum(dim=-3).flatten(-2))
 
 
 class PerTokenFusion(nn.Module):

@@ -190,13 +190,22 @@ def inspect_model(config: ModelConfig) -> list[Part]:
         fused = model.fusion.tokens(n) * config.views
         parts += [
             _part(f"prior {config.prior.name}", [prior], tokens, _prior_flops(prior, config)),
-            _part("projector of the prior", [model.project], tokens, _linear_flops(model.project, tokens)),
+            _part(
+                "projector of the prior",
+                [model.project],
+                tokens,
+                _projector_flops(model, prior.width, tokens),
+            ),
             _part(f"fusion {config.fusion.name}", [model.fusion], fused, _fusion_flops(model, n)),
         ]
     parts += (
         _compact_parts(model, tokens) if isinstance(backbone, CompactBackbone) else _vlm_parts(model, tokens)
     )
-    flops = _head_flops(model, parts[-1].tokens or 1)
+    length = parts[-1].tokens or 1
+    if model.forecast is not None:
+        parts.append(_forecast_part(model, tokens, length))
+        length += parts[-1].tokens or 0
+    flops = _head_flops(model, length)
     parts.append(_part(f"head {config.head.name}", [model.head], config.chunk_size, flops))
     total = {
         name: sum(getattr(part, name) or 0 for part in parts) for name in ("trainable", "frozen", "weights")
@@ -330,10 +339,26 @@ def _prior_flops(prior: Any, config: ModelConfig) -> int | None:
     return _flops(lambda: prior.encode_clips(as_clips(frames, prior.clip), None))
 
 
+def _projector_flops(model: Any, width: int, tokens: int) -> int:
+    features = torch.empty(1, tokens, width, device="meta")
+    return _flops(lambda: model.project(features))
+
+
 def _fusion_flops(model: Any, n: int) -> int:
     views, width = model.config.views, model.backbone.width
     stream, context = torch.empty(views, n, width, device="meta"), torch.empty(views, width, device="meta")
     return _flops(lambda: model.fusion(stream, stream, context if model.fusion.reads_instruction else None))
+
+
+def _forecast_part(model: Any, tokens: int, length: int) -> Part:
+    """Return the sizes of the forecast, which a control step computes only if the action head reads it."""
+    config, width = model.config, model.backbone.width
+    now = torch.empty(1, config.views, tokens // config.views, width, device="meta")
+    context = torch.empty(1, length, width, device="meta")
+    mask = torch.ones(1, length, dtype=torch.bool, device="meta")
+    read = config.forecast.read
+    flops = _flops(lambda: model.forecast(now, context, mask)) if read else 0
+    return _part("forecast", [model.forecast], tokens * len(config.forecast.steps) if read else 0, flops)
 
 
 def _head_flops(model: Any, length: int) -> int:

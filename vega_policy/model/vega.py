@@ -7,6 +7,7 @@ VEGA-3D (arXiv 2603.19235), in the paper's order:
     frames -> prior (noised latent, middle block) -> projector -> prior tokens +
 """
 
+import copy
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,10 +22,9 @@ from torch import Tensor, nn
 from vega_policy.backbones import make_backbone
 from vega_policy.checkpoints import check_checkpoint, find_checkpoint
 from vega_policy.config import from_config
-from vega_policy.model.action_head import Integrator, euler, make_action_head
+from vega_policy.model.action_head import ForecastHead, Integrator, euler, make_action_head
 from vega_policy.model.config import ActionHeadConfig, BackboneConfig, FusionConfig, ModelConfig, PriorConfig
-from vega_policy.model.fusion import make_fusion
-from vega_policy.model.layers import Mlp
+from vega_policy.model.fusion import make_fusion, make_projector
 from vega_policy.model.observation import EncodedText, Observation, stack_views, to_float
 from vega_policy.priors import make_prior
 from vega_policy.priors.base import fingerprint_weights
@@ -57,7 +57,7 @@ class VegaEncoder(nn.Module):
 
     backbone: Any
     prior: Any
-    project: Mlp
+    project: nn.Module
     fusion: Any
 
     def __init__(self, config: ModelConfig, parts: tuple[Any, Any] | None = None) -> None:
@@ -70,7 +70,7 @@ class VegaEncoder(nn.Module):
         self.__dict__["prior"] = prior  # not a sub-module
         width = self.backbone.width
         if prior is not None:
-            self.project = Mlp(prior.width, width, width)
+            self.project = make_projector(prior, width)
             self.fusion = make_fusion(width, config.fusion, self.backbone.grid)
             self._check_token_count()
 
@@ -208,8 +208,11 @@ class VegaEncoder(nn.Module):
         """
         if observation.prior is not None:
             return observation.prior
-        features = self.prior(to_float(self._frames(observation, "prior")), generator)
-        return features.to(self.project[0].weight.dtype)
+        words = {}
+        if self.config.prior.prompt == "instruction":
+            words["instruction"] = observation.instruction
+        features = self.prior(to_float(self._frames(observation, "prior")), generator, **words)
+        return features.to(next(self.project.parameters()).dtype)
 
     @property
     def gate(self) -> Tensor | None:
@@ -234,6 +237,15 @@ class VegaEncoder(nn.Module):
         return self
 
 
+@dataclass(frozen=True)
+class FutureFrames:
+    """What the cameras see at each of the forecast's k horizons; one of both forms."""
+
+    is_pad: Tensor  # [b k], True behind the end of the episode
+    frames: Tensor | None = None  # [b k v 3 h w], uint8 or float in [0, 1]
+    semantic: Tensor | None = None  # [b k v c gh gw], features of a frozen image encoder
+
+
 class VegaModel(VegaEncoder):
     """Observation -> fused tokens -> context -> chunk of normalised actions.
 
@@ -243,10 +255,19 @@ class VegaModel(VegaEncoder):
     """
 
     head: Any
+    forecast: ForecastHead | None
 
     def __init__(self, config: ModelConfig, parts: tuple[Any, Any] | None = None) -> None:
         super().__init__(config, parts)
         self.head = make_action_head(config.head, self.backbone.width, config.chunk_size, config.action_dim)
+        self.forecast, self.forecast_error = None, None  # the latter of the last loss, for inspection
+        if config.forecast.is_on:
+            encoder = self.backbone.image_encoder
+            tokens = config.views * self.backbone.grid[0] * self.backbone.grid[1]
+            target = None if encoder.frozen or not config.forecast.weight else freeze_copy(encoder)
+            self.forecast = ForecastHead(
+                config.forecast, self.backbone.width, encoder.channels, tokens, target
+            )
 
     def loss(
         self,
@@ -256,10 +277,37 @@ class VegaModel(VegaEncoder):
         noise: Tensor | None = None,  # [b t a] and [b], as `head.sample_noise_and_time` gives them
         time: Tensor | None = None,
         prior_generator: torch.Generator | None = None,
+        future: FutureFrames | None = None,
     ) -> Tensor:
-        """Return the loss of each sample, [b]."""
-        context, mask = self.encode_context(observation, prior_generator)
-        return self.head.loss(context, mask, actions, is_pad, noise, time)
+        """Return the loss of each sample, [b]; in training mode with that of the forecast, by its weight.
+
+        Raises:
+            ValueError: If the forecast is trained and `future` is missing.
+        """
+        context, mask, predicted = self._encode(observation, prior_generator)
+        losses = self.head.loss(context, mask, actions, is_pad, noise, time)
+        weight = self.config.forecast.weight
+        if self.forecast is None or predicted is None or not weight or not self.training:
+            return losses
+        if future is None:
+            raise ValueError(
+                "policy.forecast.weight needs the frames of later instants in a batch, which come from a "
+                "cache: set dataset.cache=gpu (or ram, disk) and dataset.cached=[frames]."
+            )
+        error = self.forecast.loss(predicted, self._forecast_target(future), future.is_pad)
+        self.forecast_error = error.detach().mean()
+        return losses + weight * error
+
+    @torch.no_grad()
+    def _forecast_target(self, future: FutureFrames) -> Tensor:
+        """Return the frozen image encoder's features of later frames, [b k v c gh gw]."""
+        if future.semantic is not None:
+            return future.semantic
+        assert future.frames is not None
+        assert self.forecast is not None
+        encoder = self.backbone.image_encoder if self.forecast.target is None else self.forecast.target
+        frames = to_float(future.frames)
+        return encoder(frames.flatten(0, 2)).unflatten(0, frames.shape[:3])
 
     def sample_actions(
         self,
@@ -278,11 +326,36 @@ class VegaModel(VegaEncoder):
     def encode_context(
         self, observation: Observation, prior_generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Return the backbone's context of tokens, instruction and state, [b s d], and its mask [b s]."""
+        """Return the context that the action head reads, [b s d], and its mask [b s].
+
+        It is the backbone's, of tokens, instruction and state, and behind it the forecast, if that is read.
+        """
+        context, mask, _ = self._encode(observation, prior_generator)
+        return context, mask
+
+    def _encode(
+        self, observation: Observation, prior_generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return context and mask, and the forecast [b k*v*n w], if it is needed."""
         features = self.semantic_features(observation)
         tokens = self.fuse(features, observation, prior_generator)
         state = observation.state if self.config.head.state else torch.zeros_like(observation.state)
-        return self.backbone.encode_context(tokens, observation.text, state, features)
+        context, mask = self.backbone.encode_context(tokens, observation.text, state, features)
+        read = self.config.forecast.read
+        if self.forecast is None or not (read or self.training):
+            return context, mask, None
+        n = self.backbone.grid[0] * self.backbone.grid[1]
+        predicted = self.forecast(tokens[:, :, :n], context, mask)  # `sequence_concat` has the prior's behind
+        if read:
+            context, mask = self.forecast.extend(context, mask, predicted)
+        return context, mask, predicted
+
+
+def freeze_copy(encoder: Any) -> Any:
+    """Return a copy of an image encoder as it is now that does not learn."""
+    frozen = copy.deepcopy(encoder).requires_grad_(False)
+    frozen.frozen = True
+    return frozen
 
 
 def load_weights(
@@ -343,6 +416,7 @@ def _load_encoder(checkpoint: Path) -> VegaEncoder:
         )
     )
     weights = load_file(folder / "model.safetensors")
-    encoding = {name: value for name, value in weights.items() if not name.startswith(f"{PREFIX}head.")}
+    others = (f"{PREFIX}head.", f"{PREFIX}forecast.")
+    encoding = {name: value for name, value in weights.items() if not name.startswith(others)}
     load_weights(encoder, encoding, folder)
     return encoder

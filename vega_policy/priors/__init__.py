@@ -20,14 +20,14 @@ class Prior(Protocol):
     Attributes:
         width: Width d of a feature.
         fingerprint: Hash that identifies the weights; a checkpoint refuses others.
-        layer: 0-based block that is read.
+        layer: 0-based block that is read, or several.
         noise_level: Fraction of noise in [0, 1].
         untrained: Whether the weights come from a seed.
     """
 
     width: int
     fingerprint: str
-    layer: int
+    layer: int | tuple[int, ...]
     noise_level: float
     untrained: bool
 
@@ -35,7 +35,8 @@ class Prior(Protocol):
         """Encode frames [b v t 3 h w] in [0, 1] -> [b v d gh gw].
 
         Fresh noise comes from `generator` (on the CPU). None takes noise drawn once from `config.seed`, the
-        same for every frame, so that equal frames have equal features.
+        same for every frame, so that equal frames have equal features. With `config.prompt=instruction` the
+        keyword `instruction` holds b sentences.
         """
         ...
 
@@ -51,6 +52,7 @@ class PriorEntry:
         noise_level: Default noise level in [0, 1].
         dtype: Default floating-point type of the weights.
         video: Whether it reads clips (`clip=history`, `clip=views`), not only single frames.
+        future: Whether its network continues a frame (`clip=future`).
         terms: Conditions beyond a permissive licence.
         architecture: Constructor arguments of networks whose weights are shipped or come from a seed.
         shipped: Folder of the package's assets that holds the weights.
@@ -62,6 +64,7 @@ class PriorEntry:
     noise_level: float = 0.0
     dtype: str = "float32"
     video: bool = False
+    future: bool = False
     terms: str | None = None
     architecture: dict[str, dict[str, Any]] | None = None
     shipped: str | None = None
@@ -78,8 +81,10 @@ class PriorEntry:
 
 WAN = "vega_policy.priors.wan:LatentWorldSimulator.load"
 WAN_VACE = "vega_policy.priors.wan:ControlledWorldSimulator.load"
+WAN_I2V = "vega_policy.priors.wan:ImageWorldSimulator.load"
 WAN_1B, WAN_14B = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "Wan-AI/Wan2.1-T2V-14B-Diffusers"
 VACE, WAN_5B = "Wan-AI/Wan2.1-VACE-1.3B-diffusers", "Wan-AI/Wan2.2-TI2V-5B-Diffusers"
+I2V = "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers"
 SMALL_WAN: dict[str, dict[str, Any]] = {
     "vae": {"base_dim": 16, "z_dim": 16, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 1},
     "transformer": {
@@ -110,12 +115,15 @@ DINOV3_TERMS = "gated, under the DINOv3 licence: " + _ACCEPT.format("it", DINOV3
 PRIORS: dict[str, PriorEntry] = {
     "wan2.1_t2v_1.3b": PriorEntry(WAN, WAN_1B, 20, 0.3, "bfloat16", video=True),
     "wan2.1_t2v_14b": PriorEntry(WAN, WAN_14B, 27, 0.3, "bfloat16", video=True),  # as deep as 20 of 30 blocks
-    "wan2.1_vace_1.3b": PriorEntry(WAN_VACE, VACE, 20, 0.3, "bfloat16"),
-    "wan2.2_ti2v_5b": PriorEntry(WAN, WAN_5B, 20, 0.3, "bfloat16", video=True),
-    "wan_tiny": PriorEntry(WAN, None, 3, 0.5, video=True, architecture=SMALL_WAN, shipped="wan_tiny"),
-    "wan_tiny_untrained": PriorEntry(WAN, None, 3, 0.5, video=True, architecture=SMALL_WAN),
+    "wan2.1_vace_1.3b": PriorEntry(WAN_VACE, VACE, 20, 0.3, "bfloat16", future=True),
+    "wan2.1_i2v_14b": PriorEntry(WAN_I2V, I2V, 27, 1.0, "bfloat16", future=True),
+    "wan2.2_ti2v_5b": PriorEntry(WAN, WAN_5B, 20, 0.3, "bfloat16", video=True, future=True),
+    "wan_tiny": PriorEntry(
+        WAN, None, 3, 0.5, video=True, future=True, architecture=SMALL_WAN, shipped="wan_tiny"
+    ),
+    "wan_tiny_untrained": PriorEntry(WAN, None, 3, 0.5, video=True, future=True, architecture=SMALL_WAN),
     "sd21": PriorEntry(f"{UNET}:StableDiffusion.load", SD21, 3, 0.25, "bfloat16", terms=SD21_TERMS),
-    "svd": PriorEntry(f"{UNET}:StableVideoDiffusion.load", SVD, 3, 0.3, "bfloat16", True, SVD_TERMS),
+    "svd": PriorEntry(f"{UNET}:StableVideoDiffusion.load", SVD, 3, 0.3, "bfloat16", True, terms=SVD_TERMS),
     "sd_vae": PriorEntry(f"{BASELINES}:StableDiffusionVae.load", SD21, terms=SD21_TERMS),
     "wan_vae": PriorEntry(f"{BASELINES}:WanVae.load", WAN_1B, video=True),
     "dinov3": PriorEntry(f"{BASELINES}:Dinov3.load", DINOV3, 23, dtype="bfloat16", terms=DINOV3_TERMS),
@@ -142,7 +150,9 @@ def resolve(config: PriorConfig) -> PriorConfig:
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"Unknown prior {config.name!r}.{hint} Known: none, {', '.join(sorted(PRIORS))}.")
     entry = PRIORS[config.name]
-    if config.clip != "frame" and not entry.video:
+    if config.clip == "future" and not entry.future:
+        refuse_future(config.name, entry)
+    if config.clip in ("history", "views") and not entry.video:
         video = ", ".join(sorted(name for name, other in PRIORS.items() if other.video))
         raise ValueError(
             f"prior.clip={config.clip}: {config.name!r} reads single frames (clip=frame). Priors that read "
@@ -152,9 +162,32 @@ def resolve(config: PriorConfig) -> PriorConfig:
         config,
         path=config.path or entry.source,
         layer=entry.layer if config.layer is None else config.layer,
-        noise_level=entry.noise_level if config.noise_level is None else config.noise_level,
+        noise_level=_default_noise_level(config, entry) if config.noise_level is None else config.noise_level,
         dtype=config.dtype or entry.dtype,
     )
+
+
+def _default_noise_level(config: PriorConfig, entry: PriorEntry) -> float:
+    """Return the prior's noise level; the slots of `clip=future` are pure noise: nothing is known there."""
+    return 1.0 if config.clip == "future" else entry.noise_level
+
+
+def refuse_future(name: str, entry: PriorEntry) -> None:
+    """Refuse `clip=future` of a prior whose network does not continue a frame.
+
+    Raises:
+        ValueError: Says why, and names the priors that do.
+    """
+    why = "it encodes frames and generates none"
+    if entry.build == WAN:
+        why = (
+            "it was trained from text to video: all its latents had one noise level, so that it has not "
+            "learned to continue a clean first frame"
+        )
+    elif entry.video:
+        why = "its reading of a frame followed by noise is not implemented"
+    known = ", ".join(sorted(other for other, one in PRIORS.items() if one.future))
+    raise ValueError(f"prior.clip=future: {name!r} cannot, since {why}. Priors that can: {known}.")
 
 
 def has_trained_weights(config: PriorConfig) -> bool:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -211,6 +211,8 @@ class BasePrior(nn.Module):
             grid,
             fingerprint,
         )
+        self.slots = config.future_slots if config.clip == "future" else 0
+        self.slot_pool = config.slot_pool
         self.input_size = choose_input_size(config, grid, stride, cell or stride)
         self._fixed_noise: dict[tuple[int, ...], Tensor] = {}
         self._checked = False
@@ -238,15 +240,22 @@ class BasePrior(nn.Module):
     def encode_clips(self, clips: Tensor, generator: torch.Generator | None) -> Tensor:
         """Return features on the prior's own grid, clips [n t 3 h w] in [0, 1] -> [n t' d gh gw].
 
-        t' = t = 1 for `clip=frame`; t' = t for `clip=views`; for `clip=history` the last of t' is used.
+        t' = t = 1 for `clip=frame`; t' = t for `clip=views`; for `clip=history` the last of t' is used; for
+        `clip=future` t = 1, and t' is the frame and its slots.
         """
         raise NotImplementedError
 
     @torch.no_grad()
-    def forward(self, frames: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def forward(
+        self,
+        frames: Tensor,
+        generator: torch.Generator | None = None,
+        instruction: Sequence[str] | None = None,
+    ) -> Tensor:
         """Encode frames [b v t 3 h w] in [0, 1] -> [b v d gh gw] in the prior's floating-point type.
 
         Fresh noise comes from `generator` (on the CPU); None takes fixed noise, the same for every clip.
+        `instruction` holds b sentences; only `prompt=instruction` reads them.
 
         Raises:
             ValueError: If `clip=history` and t is not `clip_frames`, or the first frames that this prior
@@ -265,10 +274,19 @@ class BasePrior(nn.Module):
             )
         batch, views = frames.shape[:2]
         clips = resize(as_clips(frames, self.clip), *self.input_size)
+        words = {} if instruction is None else {"instruction": [x for x in instruction for _ in range(views)]}
         with torch.autocast(frames.device.type, enabled=False):  # the trainer's type does not apply here
-            tokens = self.encode_clips(clips, generator)
+            tokens = self.encode_clips(clips, generator, **words)
+            if self.clip == "future":
+                tokens = self.join_slots(tokens)
             tokens = tokens if self.clip == "views" else tokens[:, -1:]
             return pool(tokens.reshape(batch, views, *tokens.shape[2:]), self.grid)
+
+    def join_slots(self, tokens: Tensor) -> Tensor:
+        """Join the features of a frame and its slots, [n t d gh gw] -> [n 1 d' gh gw], slot after slot."""
+        if self.slot_pool == "mean":
+            return tokens.mean(dim=1, keepdim=True)
+        return rearrange(tokens, "n t d gh gw -> n 1 (t d) gh gw")
 
     def noise(self, like: Tensor, generator: torch.Generator | None) -> Tensor:
         """Return standard normal noise of a tensor's shape, drawn on the CPU in float32.
@@ -299,8 +317,8 @@ def pool(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
 def as_clips(frames: Tensor, clip: str) -> Tensor:
     """Arrange frames as the videos that a prior encodes, [b v t 3 h w] -> [n t' 3 h w].
 
-    `frame` takes the last frame of each view alone, `history` each view's frames in time, `views` the last
-    frames of all views as one video.
+    `frame` and `future` take the last frame of each view alone, `history` each view's frames in time,
+    `views` the last frames of all views as one video.
     """
     if clip == "views":
         return frames[:, :, -1]
@@ -329,11 +347,19 @@ def choose_input_size(config: PriorConfig, grid: tuple[int, int], stride: int, c
 
 
 def check_layer(config: PriorConfig, count: int, what: str = "blocks") -> int:
-    """Return the configured layer, an index below `count`; refuse others."""
-    if config.layer is None or not 0 <= config.layer < count:
+    """Return the configured layer, an index below `count`; refuse others, and several."""
+    layer, *others = check_layers(config, count, what)
+    if others:
+        raise ValueError(f"prior.layer: {config.name!r} is read at one layer; got {[layer, *others]}.")
+    return layer
+
+
+def check_layers(config: PriorConfig, count: int, what: str = "blocks") -> tuple[int, ...]:
+    """Return the configured layers, indices below `count` in rising order; refuse others."""
+    if not config.layers or not all(0 <= layer < count for layer in config.layers):
         known = "the single layer 0" if count == 1 else f"{what} 0 to {count - 1}"
         raise ValueError(f"prior.layer: {config.name!r} has {known}; got {config.layer}.")
-    return config.layer
+    return config.layers
 
 
 def refuse_noise(config: PriorConfig) -> None:

@@ -2,13 +2,20 @@
 
     z0 = normalised VAE mean        z = (1 - t) z0 + t noise        feature = blocks[layer](z, 1000 t, "")
 
+With `clip=future` it simulates: slots of noise follow the frame's latent, which the network would turn into
+the next latents of a video, and its first pass is read. The network receives the frame as in its training: as
+a clean first latent at time 0 (Wan2.2-TI2V, and the small Wan once trained so), by VACE's mask, or by the
+image channels of Wan2.1-I2V.
+
 Networks are diffusers' own; blocks after the one that is read are dropped when the prior is built. This file
 is the plain path; `wan_fast` computes the same features faster.
 """
 
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -17,17 +24,37 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel, WanVACETransforme
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AutoTokenizer, UMT5EncoderModel
+from transformers import AutoTokenizer, CLIPVisionModel, UMT5EncoderModel
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from vega_policy import resource
 from vega_policy.model.config import PriorConfig
-from vega_policy.priors import PriorEntry
-from vega_policy.priors.base import PROMPT_LENGTH, BasePrior, check_layer, empty_prompt, fingerprint_seed
+from vega_policy.model.observation import resize
+from vega_policy.priors import PRIORS, PriorEntry
+from vega_policy.priors.base import (
+    PROMPT_LENGTH,
+    BasePrior,
+    check_layers,
+    empty_prompt,
+    fingerprint_seed,
+    locate,
+)
 from vega_policy.priors.wan_fast import Engine, make_engine
+
+logger = logging.getLogger(__name__)
+
+SPAN = 4
+"""Frames of a video in each latent but the first, which holds one."""
+
+TRAINING = "training.json"
+"""File beside exported weights of the small Wan that says which of its training's steps continued a frame."""
+
+Encoder = Callable[[Sequence[str]], list[Tensor]]
+"""Sentences -> embedding of each without padding, [n d]."""
 
 
 class LatentWorldSimulator(BasePrior):
-    """A frozen Wan video diffusion model, read at one block and one noise level."""
+    """A frozen Wan video diffusion model, read at one noise level and at one block or several."""
 
     networks: ClassVar = {"vae": AutoencoderKLWan, "transformer": WanTransformer3DModel}
     vae: Any
@@ -44,20 +71,26 @@ class LatentWorldSimulator(BasePrior):
         fingerprint: str,
         untrained: bool = False,
     ) -> None:
-        """`parts` are `vae`, `transformer` and `prompt`, the empty prompt's embedding [n d_text] unpadded."""
+        """`parts` are `vae`, `transformer` and `prompt`, the empty prompt's embedding [n d_text] unpadded.
+
+        With `prompt=instruction` the part `encode_words` is an `Encoder`.
+        """
         vae, transformer, prompt = parts["vae"], parts["transformer"], parts["prompt"]
-        layer = check_layer(config, len(transformer.blocks))
+        self.layers = check_layers(config, len(transformer.blocks))
         self.patch: int = vae.spatial_compression_ratio * transformer.config.patch_size[-1]
         super().__init__(config, grid, fingerprint, self.patch)
         self.untrained, self.vae, self.transformer = untrained, vae, transformer
-        transformer.blocks = transformer.blocks[: layer + 1]
+        transformer.blocks = transformer.blocks[: self.layers[-1] + 1]
         transformer.norm_out = transformer.proj_out = nn.Identity()
         vae.decoder = None
-        self.width: int = transformer.config.num_attention_heads * transformer.config.attention_head_dim
-        padded = functional.pad(prompt, (0, 0, 0, PROMPT_LENGTH - len(prompt)))
-        self.register_buffer("prompt", padded[None])
+        self.block_width: int = transformer.config.num_attention_heads * transformer.config.attention_head_dim
+        joined = 1 if self.slot_pool == "mean" else 1 + self.slots
+        self.width: int = self.block_width * len(self.layers) * joined
+        self.register_buffer("prompt", pad_prompt(prompt)[None])
         self.register_buffer("latents_mean", torch.tensor(vae.config.latents_mean)[:, None, None, None])
         self.register_buffer("latents_std", torch.tensor(vae.config.latents_std)[:, None, None, None])
+        self.encode_words: Encoder | None = parts.get("encode_words")
+        self._words: dict[str, Tensor] = {}
         self.use_engine(config.engine)
 
     @classmethod
@@ -67,13 +100,18 @@ class LatentWorldSimulator(BasePrior):
             return cls.from_seed(config, entry.architecture or {}, grid)
         if config.path is None:
             config = replace(config, path=str(resource("assets") / str(entry.shipped)))
+        if config.clip == "future" and entry.architecture is not None:
+            warn_of_training(Path(str(config.path)))
         return super().load(config, entry, grid)
 
     @classmethod
     def load_inputs(cls, config: PriorConfig, folder: Path, parts: dict[str, Any]) -> dict[str, Any]:
-        """Load the empty prompt."""
+        """Load the empty prompt, and with `prompt=instruction` what encodes instructions."""
         width = parts["transformer"].config.text_dim
-        return {"prompt": empty_prompt(config, folder, width, encode_empty_prompt)}
+        inputs: dict[str, Any] = {"prompt": empty_prompt(config, folder, width, encode_empty_prompt)}
+        if config.prompt == "instruction":
+            inputs["encode_words"] = make_words_encoder(config, folder, width)
+        return inputs
 
     @classmethod
     def from_seed(
@@ -88,16 +126,22 @@ class LatentWorldSimulator(BasePrior):
             set_latent_statistics(vae)
         dtype = getattr(torch, str(config.dtype))
         parts = {"vae": vae.to(dtype), "transformer": transformer.to(dtype), "prompt": prompt}
+        if config.prompt == "instruction":
+            parts["encode_words"] = make_words_encoder(config, None, prompt.shape[1])
         return cls(parts, config, grid, fingerprint_seed(config.seed, architecture), untrained=True)
 
-    def encode_clips(self, clips: Tensor, generator: torch.Generator | None) -> Tensor:
+    def encode_clips(
+        self, clips: Tensor, generator: torch.Generator | None, instruction: Sequence[str] | None = None
+    ) -> Tensor:
         """Return features of clips, [n t 3 h w] in [0, 1] -> [n t' d gh gw].
 
         A history is one video. Views are encoded one by one, so that no camera affects the next one's latent,
-        and meet in the transformer.
+        and meet in the transformer. A frame's future is the frame, then its slots.
         """
         if self.clip == "frame":
             return self.encode_frames(clips[:, 0], generator)[:, None]
+        if self.clip == "future":
+            return self.encode_future(clips[:, 0], generator, instruction)
         if self.clip == "views":
             alone = self.encode_latent(rearrange(clips, "n t c h w -> (n t) c 1 h w"))
             latent = rearrange(alone, "(n t) z 1 h w -> n z t h w", t=clips.shape[1])
@@ -114,28 +158,81 @@ class LatentWorldSimulator(BasePrior):
         latent = self.encode_latent(frames[:, :, None])
         return self.run_blocks(self.add_noise(latent, generator))[:, 0]
 
+    def encode_future(
+        self, frames: Tensor, generator: torch.Generator | None, instruction: Sequence[str] | None
+    ) -> Tensor:
+        """Return features of frames and of their slots, [n 3 h w] in [0, 1] -> [n 1+k d gh gw].
+
+        Below noise level 1 a slot holds the frame's latent beside noise, as if nothing moved.
+        """
+        engine = self.fast_engine
+        if engine is not None:
+            latent = torch.empty(len(frames), *engine.latent, device=frames.device)
+            return engine(frames.float(), self.noise(latent, generator), self.noise_level)
+        clean = self.encode_latent(frames[:, :, None])
+        slots = self.add_noise(clean.expand(-1, -1, 1 + self.slots, -1, -1), generator)[:, :, 1:]
+        return self.run_blocks(torch.cat([clean, slots], dim=2), instruction)
+
     def encode_latent(self, video: Tensor) -> Tensor:
         """Return the VAE's normalised mean, [n 3 t h w] in [0, 1] -> [n z t' h/8 w/8] float32."""
         posterior = self.vae.encode((2 * video - 1).to(self.vae.dtype)).latent_dist
         return (posterior.mode().float() - self.latents_mean) / self.latents_std
 
-    def run_blocks(self, latent: Tensor) -> Tensor:
-        """Return the output of the block that is read, noised latent [n z t h w] -> [n t d h/2 w/2]."""
-        tokens, conditions = self.embed(latent)
-        for block in self.transformer.blocks:
+    def run_blocks(
+        self, latent: Tensor, instruction: Sequence[str] | None = None, image: Tensor | None = None
+    ) -> Tensor:
+        """Return the outputs of the blocks that are read, noised latent [n z t h w] -> [n t d h/2 w/2]."""
+        tokens, conditions = self.embed(latent, instruction, image)
+        outputs = []
+        for layer, block in enumerate(self.transformer.blocks):
             tokens = block(tokens, *conditions)
-        return self.to_grid(tokens, latent)
+            outputs += [tokens] if layer in self.layers[:-1] else []
+        return self.to_grid(torch.cat([*outputs, tokens], dim=-1) if outputs else tokens, latent)
 
-    def embed(self, latent: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Any]]:
-        """Return a noised latent's tokens [n m d], and prompt, modulation and rotary tables of the blocks."""
+    def embed(
+        self, latent: Tensor, instruction: Sequence[str] | None = None, image: Tensor | None = None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor, Any]]:
+        """Return a noised latent's tokens [n m d], and prompt, modulation and rotary tables of the blocks.
+
+        `image` [n l c] are tokens of an image that cross-attention reads before the prompt.
+        """
         network = self.transformer
         latent = latent.to(network.dtype)
-        time = torch.full((len(latent),), 1000 * self.noise_level, device=latent.device)
         prompt = self.prompt.to(latent).expand(len(latent), -1, -1)
+        if instruction is not None:
+            prompt = self.words(instruction).to(latent)
         rotary = network.rope(latent)
         tokens = rearrange(network.patch_embedding(latent), "n d t gh gw -> n (t gh gw) d")
-        _, modulation, prompt, _ = network.condition_embedder(time, prompt, None)
-        return tokens, (prompt, modulation.unflatten(1, (6, -1)), rotary)
+        time = self.times(len(latent), tokens)  # [n], or [n m] as Wan2.2-TI2V takes it
+        length = None if time.ndim == 1 else time.shape[1]
+        _, modulation, prompt, image = network.condition_embedder(
+            time.flatten(), prompt, image, timestep_seq_len=length
+        )
+        prompt = prompt if image is None else torch.cat([image, prompt], dim=1)
+        return tokens, (prompt, modulation.unflatten(-1, (6, -1)), rotary)
+
+    def times(self, n: int, tokens: Tensor) -> Tensor:
+        """Return the time of n videos, [n]; of a frame before its slots that of each token [n m], 0 first."""
+        if not self.slots:
+            return torch.full((n,), 1000 * self.noise_level, device=tokens.device)
+        m = tokens.shape[1]
+        time = torch.full((n, m), 1000 * self.noise_level, device=tokens.device)
+        time[:, : m // (1 + self.slots)] = 0
+        return time
+
+    def words(self, instruction: Sequence[str]) -> Tensor:
+        """Return the padded embeddings of n sentences, [n 512 d]; each sentence is encoded once.
+
+        Raises:
+            ValueError: If the prior was built with the empty prompt.
+        """
+        if self.encode_words is None:
+            raise ValueError("This prior reads the empty prompt; build it with prior.prompt=instruction.")
+        new = [text for text in dict.fromkeys(instruction) if text not in self._words]
+        if new:
+            encoded = self.encode_words(new)
+            self._words |= {text: pad_prompt(x).to(self.prompt) for text, x in zip(new, encoded, strict=True)}
+        return torch.stack([self._words[text] for text in instruction])
 
     def to_grid(self, tokens: Tensor, latent: Tensor) -> Tensor:
         """Arrange the tokens of a latent [n z t h w] as maps, [n m d] -> [n t d gh gw]."""
@@ -144,14 +241,14 @@ class LatentWorldSimulator(BasePrior):
         return rearrange(tokens, "n (t gh gw) d -> n t d gh gw", gh=gh, gw=gw)
 
     def use_engine(self, engine: str) -> None:
-        """Encode single frames with another engine from now on: `plain`, `fast` or `auto`."""
+        """Encode frames and their futures with another engine from now on: `plain`, `fast` or `auto`."""
         self.engine = engine
         self._engine: Engine | None = None
         self._engine_built = False
 
     @property
     def fast_engine(self) -> Engine | None:
-        """The engine for single frames, None for the plain path; built at first use, on the final device."""
+        """The engine for frames and futures, None for the plain path; built at first use, on its device."""
         if not self._engine_built:
             self._engine, self._engine_built = make_engine(self, self.engine), True
         return self._engine
@@ -168,8 +265,9 @@ class LatentWorldSimulator(BasePrior):
                 self._engine.nested = False
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Drop the engine where the weights move or change their type."""
+        """Drop the engine and encoded sentences where the weights move or change their type."""
         self.use_engine(self.engine)
+        self._words = {}
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -177,7 +275,24 @@ class LatentWorldSimulator(BasePrior):
         return self.__dict__ | {"_engine": None, "_engine_built": False}
 
 
-class ControlledWorldSimulator(LatentWorldSimulator):
+class VideoConditioned(LatentWorldSimulator):
+    """A Wan that reads the frame beside the latents: these are noised alike, the first one too."""
+
+    def times(self, n: int, tokens: Tensor) -> Tensor:
+        """Return the time of n videos, [n]."""
+        return torch.full((n,), 1000 * self.noise_level, device=tokens.device)
+
+    def noised(self, clean: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Return a noised video of a frame's latent and its slots, [n z 1 h w] -> [n z 1+k h w]."""
+        return self.add_noise(clean.expand(-1, -1, 1 + self.slots, -1, -1), generator)
+
+    def continued(self, frames: Tensor) -> Tensor:
+        """Return videos of a frame and grey frames as long as its slots, [n 3 h w] -> [n 3 1+4k h w]."""
+        grey = torch.full_like(frames[:, :, None], 0.5).expand(-1, -1, SPAN * self.slots, -1, -1)
+        return torch.cat([frames[:, :, None], grey], dim=2)
+
+
+class ControlledWorldSimulator(VideoConditioned):
     """Wan2.1-VACE, its control's hint included, at control scale 1."""
 
     networks: ClassVar = {"vae": AutoencoderKLWan, "transformer": WanVACETransformer3DModel}
@@ -197,14 +312,45 @@ class ControlledWorldSimulator(LatentWorldSimulator):
             raise ValueError(f"prior.engine=fast: {config.name!r} has no fast form. Take plain or auto.")
         return super().load(config, entry, grid)
 
-    def encode_clips(self, clips: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Return features of the only frame of each clip, [n 1 3 h w] in [0, 1] -> [n 1 d gh gw]."""
+    def encode_clips(
+        self, clips: Tensor, generator: torch.Generator | None, instruction: Sequence[str] | None = None
+    ) -> Tensor:
+        """Return features of the only frame of each clip, [n 1 3 h w] in [0, 1] -> [n 1 d gh gw].
+
+        A frame is its own reference image. With `clip=future` it is the kept part of a masked video instead,
+        -> [n 1+k d gh gw].
+        """
+        if self.clip == "future":
+            return self.encode_future(clips[:, 0], generator, instruction)
         video = rearrange(clips, "n 1 c h w -> n c 1 h w")
         grey = torch.full_like(video[:1], 0.5)  # the masked video: nothing is kept
         latent, masked = self.encode_latent(torch.cat([video, grey])).split([len(video), 1])
         clean = torch.cat([latent, latent], dim=2)  # reference, then frame
         noisy = self.add_noise(clean, generator)
         return self.run_controlled(noisy, self.control(latent, masked.expand_as(latent)))[:, 1:]
+
+    def encode_future(
+        self, frames: Tensor, generator: torch.Generator | None, instruction: Sequence[str] | None
+    ) -> Tensor:
+        """Return features of a masked video of which the frame is kept, [n 3 h w] -> [n 1+k d gh gw]."""
+        kept = self.encode_latent(self.continued(frames))
+        grey = torch.full_like(frames[:1, :, None], 0.5).expand(-1, -1, 1 + SPAN * self.slots, -1, -1)
+        generated = self.encode_latent(grey).expand_as(kept)
+        control = torch.cat([kept, generated, self.mask(kept)], dim=1)
+        return self.run_controlled(self.noised(kept[:, :, :1], generator), control, instruction)
+
+    def mask(self, latent: Tensor) -> Tensor:
+        """Return the mask of the pixels to be generated: all but those of the first frame, [n p t h w].
+
+        VACE samples the frames' mask at the latents' times (nearest, as in its pipeline): the first latent
+        takes that of the second frame, which is generated.
+        """
+        frames = torch.ones(1 + SPAN * self.slots, device=latent.device)
+        frames[0] = 0
+        sampled = functional.interpolate(frames[None, None], latent.shape[2], mode="nearest-exact")[0, 0]
+        pixels = self.vae.spatial_compression_ratio**2
+        shape = (len(latent), pixels, -1, *latent.shape[-2:])
+        return sampled[None, None, :, None, None].expand(shape)
 
     def control(self, latent: Tensor, masked: Tensor) -> Tensor:
         """Return VACE's control of a clean and a masked latent, both [n z 1 h w] -> [n 2z+64 2 h w].
@@ -219,33 +365,162 @@ class ControlledWorldSimulator(LatentWorldSimulator):
         mask = torch.cat([latent.new_zeros(shape), latent.new_ones(shape)], dim=2)
         return torch.cat([torch.cat([reference, frame], dim=2), mask], dim=1)
 
-    def run_controlled(self, latent: Tensor, control: Tensor) -> Tensor:
-        """Return the output of the block that is read, [n z t h w], [n c t h w] -> [n t d h/2 w/2]."""
+    def run_controlled(
+        self, latent: Tensor, control: Tensor, instruction: Sequence[str] | None = None
+    ) -> Tensor:
+        """Return the outputs of the blocks that are read, [n z t h w], [n c t h w] -> [n t d h/2 w/2]."""
         network = self.transformer
-        tokens, conditions = self.embed(latent)
+        tokens, conditions = self.embed(latent, instruction)
         prompt, modulation, rotary = conditions
         controls = network.vace_patch_embedding(control.to(network.dtype))
         controls = rearrange(controls, "n d t gh gw -> n (t gh gw) d")
         hints: dict[int, Tensor] = {}
         for layer, block in zip(self.hinted, network.vace_blocks, strict=True):
             hints[layer], controls = block(tokens, prompt, controls, modulation, rotary)
+        outputs = []
         for layer, block in enumerate(network.blocks):
             tokens = block(tokens, *conditions)
             tokens = tokens + hints[layer] if layer in hints else tokens
-        return self.to_grid(tokens, latent)
+            outputs += [tokens] if layer in self.layers[:-1] else []
+        return self.to_grid(torch.cat([*outputs, tokens], dim=-1) if outputs else tokens, latent)
+
+
+class ImageWorldSimulator(VideoConditioned):
+    """Wan2.1-I2V, which reads the frame as further channels of the latents, and as tokens of CLIP."""
+
+    networks: ClassVar = {
+        "vae": AutoencoderKLWan,
+        "transformer": WanTransformer3DModel,
+        "image_encoder": CLIPVisionModel,
+    }
+    image_encoder: Any
+    clip_mean: Tensor
+    clip_std: Tensor
+
+    def __init__(
+        self, parts: dict[str, Any], config: PriorConfig, grid: tuple[int, int], fingerprint: str
+    ) -> None:
+        """Build as `LatentWorldSimulator`; refuse other clips.
+
+        Raises:
+            ValueError: If `clip` is not `future`.
+        """
+        if config.clip != "future":
+            raise ValueError(
+                f"prior.clip: {config.name!r} continues a frame (clip=future); got {config.clip}."
+            )
+        super().__init__(parts, config, grid, fingerprint)
+        self.image_encoder = parts["image_encoder"]
+        encoder = self.image_encoder.vision_model.encoder
+        encoder.layers = encoder.layers[:-1]  # Wan reads the last layer but one, without a norm
+        self.register_buffer("clip_mean", torch.tensor(OPENAI_CLIP_MEAN)[:, None, None])
+        self.register_buffer("clip_std", torch.tensor(OPENAI_CLIP_STD)[:, None, None])
+
+    def encode_future(
+        self, frames: Tensor, generator: torch.Generator | None, instruction: Sequence[str] | None
+    ) -> Tensor:
+        """Return features of a video that begins with the frame, [n 3 h w] -> [n 1+k d gh gw]."""
+        condition = self.encode_latent(self.continued(frames))
+        is_frame = torch.zeros_like(condition[:, :1]).expand(-1, SPAN, -1, -1, -1).clone()
+        is_frame[:, :, 0] = 1
+        noisy = self.noised(condition[:, :, :1], generator)
+        side = self.image_encoder.config.image_size
+        pixels = (resize(frames, side, side) - self.clip_mean) / self.clip_std
+        image = self.image_encoder(pixels.to(self.image_encoder.dtype)).last_hidden_state
+        return self.run_blocks(
+            torch.cat([noisy, is_frame, condition], dim=1), instruction, image.to(self.transformer.dtype)
+        )
+
+
+def pad_prompt(prompt: Tensor) -> Tensor:
+    """Pad an embedding with zeros to Wan's length, [n d] -> [512 d]."""
+    return functional.pad(prompt, (0, 0, 0, PROMPT_LENGTH - len(prompt)))
+
+
+def warn_of_training(folder: Path) -> None:
+    """Warn where the weights of the small Wan in a folder were not trained to continue a frame."""
+    if not (folder / TRAINING).is_file():
+        logger.warning(
+            "prior.clip=future: the weights in %s were trained with one noise level for all latents of a "
+            "clip. A clean frame before noise is new to them, and their slots predict nothing that was "
+            "learned. Train them to continue a frame: vega-pretrain objective=image_to_video",
+            folder,
+        )
+
+
+def make_words_encoder(config: PriorConfig, folder: Path | None, width: int) -> Encoder:
+    """Return what encodes instructions as in a prior's training; a text encoder is loaded at its first use.
+
+    The small Wan has learned with the packaged MiniLM, Wan itself with the UMT5 encoder of its checkpoint.
+
+    Raises:
+        FileNotFoundError: If the checkpoint has no text encoder.
+        ValueError: If the small Wan has another text width than MiniLM.
+    """
+    if PRIORS[config.name].architecture is None:
+        assert folder is not None
+        if not (folder / "text_encoder" / "config.json").is_file():
+            advice = "prior.prompt=instruction needs the text encoder; prior.prompt=empty does not."
+            folder = locate(config, ["text_encoder", "tokenizer"], advice)
+        return _Lazy(partial(_load_umt5, folder))
+    if width != MINILM_WIDTH:
+        raise ValueError(
+            f"prior.prompt=instruction: {config.name!r} reads words as MiniLM encodes them, {MINILM_WIDTH} "
+            f"wide; these weights take {width}. Take prior.prompt=empty."
+        )
+    return _Lazy(_load_minilm)
+
+
+MINILM_WIDTH = 384
+
+
+class _Lazy:
+    """An `Encoder` that is loaded at its first call."""
+
+    def __init__(self, load: Callable[[], Encoder]) -> None:
+        self._load, self._encode = load, None
+
+    def __call__(self, sentences: Sequence[str]) -> list[Tensor]:
+        self._encode = self._encode or self._load()
+        return self._encode(sentences)
+
+
+def _load_minilm() -> Encoder:
+    from vega_policy.backbones.compact import TextEncoder
+
+    encoder = TextEncoder(None, pretrained=True, frozen=True)
+
+    def encode(sentences: Sequence[str]) -> list[Tensor]:
+        words = [encoder([sentence]) for sentence in sentences]
+        return [tokens[0][mask[0]] for tokens, mask in words]
+
+    return encode
+
+
+def _load_umt5(folder: Path) -> Encoder:
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", trust_remote_code=False)
+    text_encoder = folder / "text_encoder"
+    encoder = UMT5EncoderModel.from_pretrained(text_encoder, dtype="auto", use_safetensors=True).eval()
+
+    @torch.no_grad()
+    def encode(sentences: Sequence[str]) -> list[Tensor]:
+        tokens = tokenizer(
+            list(sentences),
+            padding="max_length",
+            max_length=PROMPT_LENGTH,
+            truncation=True,
+            return_tensors="pt",
+        )
+        hidden = encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
+        is_word = tokens.attention_mask.bool()
+        return [x[mask].float().contiguous() for x, mask in zip(hidden, is_word, strict=True)]
+
+    return encode
 
 
 def encode_empty_prompt(folder: Path) -> Tensor:
     """Run a checkpoint's tokenizer and UMT5 encoder on "", -> [n d] float32, padding cut off."""
-    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", trust_remote_code=False)
-    text_encoder = folder / "text_encoder"
-    encoder = UMT5EncoderModel.from_pretrained(text_encoder, dtype="auto", use_safetensors=True).eval()
-    tokens = tokenizer(
-        [""], padding="max_length", max_length=PROMPT_LENGTH, truncation=True, return_tensors="pt"
-    )
-    with torch.no_grad():
-        hidden = encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state[0]
-    return hidden[tokens.attention_mask[0].bool()].float().contiguous()
+    return _load_umt5(folder)([""])[0]
 
 
 @torch.no_grad()

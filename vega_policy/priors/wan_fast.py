@@ -5,6 +5,7 @@ these alone is computed once, and what they make zero or equal is left out. Feat
 path up to rounding (1e-5 in float32):
 
 - One noise level: the time embedding, and with it every shift, scale and gate, is constant (`FixedBlock`).
+  With `clip=future` there are two, that of the clean frame and that of the slots behind it.
 - One prompt: keys and values of cross-attention are constant. Its padding tokens are all equal, so that one
   token with a counted weight stands for them, and the output projection folds into the values
   (`PromptAttention`).
@@ -168,16 +169,25 @@ class FixedBlock(nn.Module):
 
     It returns its last sum unadded, so that a compiler can join it with the next block's norm. `modulation`
     [6 d] float32 is what the noise level adds to the block's own table, `entry_gate` [d] float32 the gate of
-    the sum that the previous block left.
+    the sum that the previous block left. With `levels` [n], the number of each token's noise level, both have
+    a leading axis of the levels.
     """
 
     entry_gate: Tensor
     modulation: Tensor
+    levels: Tensor | None
 
     def __init__(
-        self, block: Any, modulation: Tensor, prompt: Tensor, padding: int, entry_gate: Tensor
+        self,
+        block: Any,
+        modulation: Tensor,
+        prompt: Tensor,
+        padding: int,
+        entry_gate: Tensor,
+        levels: Tensor | None = None,
     ) -> None:
         super().__init__()
+        self.register_buffer("levels", levels)
         self.eps: float = block.norm1.eps
         scales = modulation + block.scale_shift_table.detach()[0].float()
         scales = scales + torch.tensor([0.0, 1, 0, 0, 1, 0], device=scales.device)[:, None]
@@ -190,8 +200,9 @@ class FixedBlock(nn.Module):
 
     def forward(self, tokens: Tensor, pending: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
         """Map tokens and what is still to be added to them, [b n d] twice -> [b n d] twice."""
-        shift, scale, gate, mlp_shift, mlp_scale, _ = self.modulation
-        tokens = gated_sum(tokens, pending, self.entry_gate)
+        # each [d], or [n d] where tokens differ in noise level
+        shift, scale, gate, mlp_shift, mlp_scale, _ = by_token(self.modulation, self.levels).unbind(dim=-2)
+        tokens = gated_sum(tokens, pending, by_token(self.entry_gate, self.levels))
         normed = self._modulate(tokens, scale, shift)
         tokens = gated_sum(tokens, self.attention(normed, rotary), gate)
         normed = self.norm(tokens.float()).to(tokens.dtype)
@@ -200,7 +211,15 @@ class FixedBlock(nn.Module):
         return tokens, self.narrow(linear_gelu(normed, self.widen))
 
     def _modulate(self, tokens: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-        return functional.layer_norm(tokens.float(), scale.shape, scale, shift, self.eps).to(tokens.dtype)
+        if scale.ndim == 1:
+            return functional.layer_norm(tokens.float(), scale.shape, scale, shift, self.eps).to(tokens.dtype)
+        normed = functional.layer_norm(tokens.float(), tokens.shape[-1:], eps=self.eps)
+        return torch.addcmul(shift, normed, scale).to(tokens.dtype)
+
+
+def by_token(values: Tensor, levels: Tensor | None) -> Tensor:
+    """Return the values of each token's noise level, [l ...], [n] -> [n ...]; with one level, as they are."""
+    return values if levels is None else values[levels]
 
 
 def gated_sum(tokens: Tensor, update: Tensor, gate: Tensor) -> Tensor:
@@ -217,51 +236,74 @@ def linear_gelu(tokens: Tensor, layer: nn.Linear) -> Tensor:
 
 
 class FixedTransformer(nn.Module):
-    """Wan's transformer, cut behind the block that is read, for one frame of `size` latent pixels.
+    """Wan's transformer, cut behind the last block that is read, for one frame of `size` latent pixels.
 
-    `prompt` is the prompt's embedding, padded with zeros, [m d_text].
+    `prompt` is the prompt's embedding, padded with zeros, [m d_text]. `slots` latents at the noise level
+    follow a clean frame, 0 for a frame that has that level itself. The outputs of the blocks `earlier` are
+    read too.
     """
 
     cosine: Tensor
     sine: Tensor
     exit_gate: Tensor
+    levels: Tensor | None
 
-    def __init__(self, transformer: Any, prompt: Tensor, noise_level: float, size: tuple[int, int]) -> None:
+    def __init__(
+        self,
+        transformer: Any,
+        prompt: Tensor,
+        noise_level: float,
+        size: tuple[int, int],
+        slots: int = 0,
+        earlier: Sequence[int] = (),
+    ) -> None:
         super().__init__()
         embed = transformer.patch_embedding
         self.dtype: torch.dtype = transformer.dtype
         self.patch: tuple[int, int] = tuple(embed.kernel_size[1:])
         self.weight, self.bias = embed.weight, embed.bias
+        self.earlier = tuple(earlier)
         text, padding = embed_prompt(transformer, prompt)
-        modulation = constant_modulation(transformer, noise_level)
-        gate = torch.ones_like(modulation[0])
+        modulation, levels = constant_modulation(transformer, noise_level), None
+        if slots:
+            modulation = torch.stack([constant_modulation(transformer, 0.0), modulation])
+            count = (size[0] // self.patch[0]) * (size[1] // self.patch[1])
+            levels = (torch.arange((1 + slots) * count, device=prompt.device) >= count).long()
+        self.register_buffer("levels", levels)
+        gate = torch.ones_like(modulation[..., 0, :])
         self.blocks = nn.ModuleList()
         for block in transformer.blocks:
-            fixed = FixedBlock(block, modulation, text, padding, gate)
+            fixed = FixedBlock(block, modulation, text, padding, gate, levels)
             self.blocks.append(fixed)
-            gate = fixed.modulation[5]
+            gate = fixed.modulation[..., 5, :]
         self.register_buffer("exit_gate", gate)
-        latent = torch.empty(1, embed.in_channels, 1, *size, device=prompt.device)
+        latent = torch.empty(1, embed.in_channels, 1 + slots, *size, device=prompt.device)
         cosine, sine = rotary_tables(transformer, latent)
         self.register_buffer("cosine", cosine)
         self.register_buffer("sine", sine)
 
     def forward(self, latent: Tensor) -> Tensor:
-        """Map a noised latent [b z h w] to tokens [b n d] behind the last block."""
+        """Map a noised latent [b z h w], or of a frame and its slots [b z t h w], to features [b n d]."""
         return self.run(self.embed(latent), list(self.blocks))
 
     def embed(self, latent: Tensor) -> Tensor:
-        """Map a noised latent [b z h w] to tokens [b n d] before the first block."""
+        """Map a noised latent [b z h w] or [b z t h w] to tokens [b n d] before the first block."""
         (q, r) = self.patch
-        patches = rearrange(latent.to(self.dtype), "b z (h q) (w r) -> b (h w) (z q r)", q=q, r=r)
+        video = latent[:, :, None] if latent.ndim == 4 else latent
+        patches = rearrange(video.to(self.dtype), "b z t (h q) (w r) -> b (t h w) (z q r)", q=q, r=r)
         return functional.linear(patches, self.weight.flatten(1), self.bias)
 
     def run(self, tokens: Tensor, blocks: Sequence[Callable[..., tuple[Tensor, Tensor]]]) -> Tensor:
-        """Run the blocks, as they are or compiled, [b n d] -> [b n d]."""
+        """Run the blocks, as they are or compiled, and join what is read, [b n d] -> [b n l*d]."""
         pending, tokens = tokens, torch.zeros_like(tokens)
-        for block in blocks:
+        outputs = []
+        for layer, block in enumerate(blocks):
             tokens, pending = block(tokens, pending, (self.cosine, self.sine))
-        return gated_sum(tokens, pending, self.exit_gate)
+            if layer in self.earlier:
+                following: Any = self.blocks[layer + 1]
+                outputs.append(gated_sum(tokens, pending, by_token(following.entry_gate, self.levels)))
+        last = gated_sum(tokens, pending, by_token(self.exit_gate, self.levels))
+        return torch.cat([*outputs, last], dim=-1) if outputs else last
 
 
 def constant_modulation(transformer: Any, noise_level: float) -> Tensor:
@@ -437,6 +479,8 @@ def obstacle(prior: Any) -> str | None:
         return f"its patches span {transformer.config.patch_size[0]} frames"
     if transformer.config.added_kv_proj_dim is not None:
         return "its transformer also attends to a reference image"
+    if prior.encode_words is not None:
+        return "its prompt is the instruction, which differs between samples"
     return None
 
 
@@ -461,12 +505,15 @@ class FastWan(nn.Module):
                 f"prior.engine=fast: this prior has no fast form: {reason}. Take prior.engine=plain."
             )
         self.noise_level: float = prior.noise_level
+        self.slots: int = prior.slots
         self.frame: tuple[int, int] = prior.input_size
         scale = prior.vae.spatial_compression_ratio
         size = (self.frame[0] // scale, self.frame[1] // scale)
         self.encoder = FrameEncoder(prior.vae)
-        self.transformer = FixedTransformer(prior.transformer, prior.prompt[0], self.noise_level, size)
-        self.latent: tuple[int, ...] = (len(prior.latents_mean), 1, *size)
+        self.transformer = FixedTransformer(
+            prior.transformer, prior.prompt[0], self.noise_level, size, self.slots, prior.layers[:-1]
+        )
+        self.latent: tuple[int, ...] = (len(prior.latents_mean), 1 + self.slots, *size)
         self.register_buffer("mean", prior.latents_mean[:, 0])
         self.register_buffer("std", prior.latents_std[:, 0])
         self.requires_grad_(False).eval()
@@ -475,7 +522,8 @@ class FastWan(nn.Module):
     def forward(self, frames: Tensor, noise: Tensor, noise_level: float) -> Tensor:
         """Return features of single frames, [n 3 h w] float32 in [0, 1] -> [n d gh gw] in the prior's type.
 
-        `noise` is standard normal, [z 1 h w] or [n z 1 h w] float32.
+        With k slots they are those of the frames and their slots, [n 1+k d gh gw]. `noise` is standard
+        normal, [z 1+k h w] or [n z 1+k h w] float32; a clean frame leaves the first of it out.
 
         Raises:
             ValueError: If shape, type, device or noise level are not those it was built for.
@@ -490,15 +538,23 @@ class FastWan(nn.Module):
     def embed_means(self, means: Tensor, noise: Tensor) -> Tensor:
         """Map the encoder's means to the transformer's first tokens, [n z h w] -> [n m d]."""
         latent = (means.float() - self.mean) / self.std
-        return self.transformer.embed((1 - self.noise_level) * latent + self.noise_level * noise.squeeze(-3))
+        if not self.slots:
+            noisy = (1 - self.noise_level) * latent + self.noise_level * noise.squeeze(-3)
+            return self.transformer.embed(noisy)
+        clean = latent[:, :, None]
+        slots = (1 - self.noise_level) * clean + self.noise_level * noise[..., 1:, :, :]
+        return self.transformer.embed(torch.cat([clean, slots], dim=2))
 
     def run_blocks(self, tokens: Tensor) -> Tensor:
         """Run the transformer's blocks, [n m d] -> [n m d]."""
         return self.transformer.run(tokens, list(self.transformer.blocks))
 
     def to_grid(self, tokens: Tensor) -> Tensor:
-        """[n m d] -> [n d gh gw]."""
-        return rearrange(tokens, "n (gh gw) d -> n d gh gw", gh=self.latent[-2] // self.transformer.patch[0])
+        """[n m d] -> [n d gh gw], or with slots [n t d gh gw]."""
+        gh = self.latent[-2] // self.transformer.patch[0]
+        if not self.slots:
+            return rearrange(tokens, "n (gh gw) d -> n d gh gw", gh=gh)
+        return rearrange(tokens, "n (t gh gw) d -> n t d gh gw", t=1 + self.slots, gh=gh)
 
     def check(self, frames: Tensor, noise: Tensor, noise_level: float) -> None:
         """Refuse inputs that the engine was not built for; see `forward`."""

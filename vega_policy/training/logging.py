@@ -273,7 +273,7 @@ def _describe_run(config: TrainConfig, step: int, data: str) -> dict[str, Any]:
     return {
         "dataset": data,
         "cameras": ", ".join(policy.image_features),
-        "prior": f"{prior.name}, layer {prior.layer}, noise level {prior.noise_level}, "
+        "prior": f"{prior.name}, clip {prior.clip}, layer {prior.layer}, noise level {prior.noise_level}, "
         f"fingerprint {prior.fingerprint}",
         "fusion": policy.fusion.name,
         "backbone": policy.backbone.name,

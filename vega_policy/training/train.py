@@ -136,6 +136,7 @@ def make_trainer(config: TrainConfig, accelerator: Accelerator, checkpoint: Path
     rank, world = accelerator.process_index, accelerator.num_processes
     if config.dataset.cache == "gpu" and accelerator.device.type == "cpu":
         raise ValueError("dataset.cache=gpu needs a GPU; this run trains on the cpu. Take dataset.cache=ram.")
+    check_forecast(config.vega, config.dataset)
     data = load_data(config)
     if config.capture:
         check_capturable(config, accelerator.device, data.instructions)
@@ -379,6 +380,29 @@ def _weighted_mean(
     return dict(zip(means[0], torch.as_tensor(mixed), strict=True))
 
 
+def check_forecast(policy: VegaConfig, data: DatasetConfig) -> tuple[int, ...]:
+    """Return how many control steps later frames a training batch must hold; none without a forecast.
+
+    Raises:
+        ValueError: If the dataset's cache cannot give them.
+    """
+    if not policy.forecast.weight:
+        return ()
+    if data.cache == "none" or not {"frames", "semantic"} & set(data.cached):
+        raise ValueError(
+            "policy.forecast.weight needs later frames, which come from a cache: expected dataset.cache=gpu "
+            f"(or ram, disk) and dataset.cached=[frames]; got dataset.cache={data.cache}, "
+            f"dataset.cached={list(data.cached)}."
+        )
+    wrong = [steps for steps in policy.forecast.steps if steps % data.frame_stride]
+    if wrong:
+        raise ValueError(
+            f"policy.forecast.steps: expected multiples of dataset.frame_stride={data.frame_stride}, whose "
+            f"frames the cache holds; got {wrong}."
+        )
+    return policy.forecast.steps
+
+
 def _video_source(config: TrainConfig, policy: VegaPolicy, data: TrainData) -> VideoSource:
     """Return batches that are decoded while training.
 
@@ -410,7 +434,8 @@ def _cached_source(part: DataPart, policy: VegaPolicy) -> tuple[CachedSource, di
         stream.name: feature_cache.open_stream(root, stream, len(stored), place[config.cache])
         for stream in streams
     }
-    source = CachedSource(part.table, values, policy.config.chunk_size, stored)
+    future = check_forecast(policy.config, config)
+    source = CachedSource(part.table, values, policy.config.chunk_size, stored, future)
     return source, feature_cache.open_mean_frames(root, streams[0])
 
 
@@ -423,7 +448,10 @@ def build_streams(
     ends = table.episode_end.unique().tolist()
     lengths = [int(observed[start:end].sum()) for start, end in pairwise([0, *ends])]
     read = partial(_read_clips, part, policy, observed, ends)
-    feature_cache.build_streams(root, streams, policy.model, read, lengths, shard=shard, shards=shards)
+    words = _cached_instructions(part, policy)
+    feature_cache.build_streams(
+        root, streams, policy.model, read, lengths, shard=shard, shards=shards, instructions=words
+    )
     return streams
 
 
@@ -432,7 +460,16 @@ def cache_streams(part: DataPart, policy: VegaPolicy) -> list[feature_cache.Stre
     config, model = part.config, policy.model
     names = feature_cache.check_cacheable(model.config.backbone, model.config.prior, config.cached)
     cameras = list(policy.config.image_features)
-    return feature_cache.streams_of(model, _cache_key(part, cameras), cameras, names, config.frame_stride)
+    key, words = _cache_key(part, cameras), _cached_instructions(part, policy)
+    return feature_cache.streams_of(model, key, cameras, names, config.frame_stride, words)
+
+
+def _cached_instructions(part: DataPart, policy: VegaPolicy) -> list[str] | None:
+    """Return the instruction of each cached frame, None where no cached feature depends on it."""
+    if not feature_cache.reads_instructions(policy.model.config.prior, part.config.cached):
+        return None
+    observed = part.table.every(part.config.frame_stride)
+    return part.table.instructions(observed.nonzero()[:, 0])
 
 
 def _cache_key(part: DataPart, cameras: list[str]) -> dict[str, str]:
