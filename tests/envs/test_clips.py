@@ -29,7 +29,7 @@ from vega_policy.evaluation.policies import (
 from vega_policy.model.config import PriorConfig
 from vega_policy.modeling_vega import VegaPolicy
 from vega_policy.pretraining import PretrainSettings
-from vega_policy.pretraining.clips import Clips
+from vega_policy.pretraining.clips import Clips, CutSpec
 
 SPEC = {"suites": ["lift_wide", "stack"], "parts": 2, "rounds": 3, "frames": 5, "frame_size": 16}
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -131,6 +131,15 @@ def test_the_shipped_config_is_a_valid_spec():
     assert len(listed) == len(set(listed))
     assert len(listed) > 30
     assert max(settings.vae.lengths) <= settings.clips.order["frames"]
+
+
+def test_the_shipped_objective_continues_frames_of_rendered_demonstrations():
+    with initialize_config_dir(str(CONFIGS), version_base=None):
+        config = compose("pretrain_prior", ["objective=image_to_video"])
+    settings = from_config(PretrainSettings, OmegaConf.to_container(config, resolve=True))
+    assert settings.transformer.image_to_video > 0
+    assert settings.clips.write.endswith("cut_clips")
+    assert from_config(CutSpec, settings.clips.order).every == (4, 8)
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from vega_policy.cli.render import render_states
 from vega_policy.data.dataset import DatasetConfig, DatasetError
 from vega_policy.data.dataset_files import fingerprint_frames
 from vega_policy.data.feature_cache import frames_stream, open_mean_frames, open_stream
+from vega_policy.pretraining.clips import cut_clips, cut_instructions, open_shard
 from vega_policy.training.config import TrainConfig
 from vega_policy.training.train import train
 
@@ -152,6 +153,35 @@ def rendered(lift, tmp_path_factory):
     folder = tmp_path_factory.mktemp("rendered")
     render(lift[0], folder)
     return {"repo_id": "vega/lift", "root": str(folder / "data"), "cache_root": str(folder / "cache")}
+
+
+def test_clips_are_cut_from_rendered_episodes_and_resume(rendered, tmp_path):
+    """Episodes of 5 and 7 states, in a shard each."""
+    order = {"roots": [rendered["root"]], "suites": ["lift"], "cache_root": rendered["cache_root"]}
+    order |= {"frames": 5, "frame_size": SIZE, "parts": 2, "clips_per_episode": 3, "every": [1, 2]}
+    assert not cut_clips(tmp_path, processes=1, deadline=0.0, **order)
+    assert cut_clips(tmp_path, processes=1, **order)
+    key = {"repo_id": rendered["repo_id"], **fingerprint_frames(Path(rendered["root"]))}
+    stored = open_stream(Path(rendered["cache_root"]), frames_stream(key, CAMERAS, SIZE), ROWS, None)
+    frames = stored.numpy().transpose(0, 1, 3, 4, 2)  # [12 v h w 3]
+    shards = [open_shard(tmp_path / f"data-00{part}.json") for part in range(2)]
+    for shard, rows in zip(shards, (frames[:5], frames[5:]), strict=True):
+        assert shard.frames.shape == (6, 5, SIZE, SIZE, 3)
+        assert shard.shots == ["image"] * 3 + ["image2"] * 3
+        for number, clip in enumerate(shard.frames):
+            view = number // 3
+            starts = [rows[start : start + 5, view] for start in range(len(rows) - 4)]
+            assert any(np.array_equal(clip, known) for known in starts)  # too short for every second state
+    texts = {text for shard in shards for text in shard.instructions}
+    assert {text for text in texts if text} == {*cut_instructions(**order)}
+    before = (tmp_path / "data-001.npy").read_bytes()
+    (tmp_path / "data-001.json").unlink()
+    assert cut_clips(tmp_path, processes=2, **order)
+    assert (tmp_path / "data-001.npy").read_bytes() == before
+    with pytest.raises(FileNotFoundError, match=r"no frames of 48 pixels .*vega-render .* frame_size=48"):
+        cut_clips(tmp_path / "other", processes=1, **(order | {"frame_size": 48}))
+    with pytest.raises(ValueError, match="expected fewest and most control steps; got \\[3, 2\\]"):
+        cut_clips(tmp_path / "other", processes=1, **(order | {"every": [3, 2]}))
 
 
 @pytest.mark.parametrize("cached", [["frames"], ["frames", "prior"]])

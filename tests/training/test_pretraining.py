@@ -200,6 +200,103 @@ def test_the_prior_noises_and_scales_time_as_the_training_does(trained):
     torch.testing.assert_close(seen["time"], torch.tensor([300.0]))
 
 
+CONTINUES = {
+    "learning": {"steps": 3, "batch_size": 2, "learning_rate": 3e-3, "warmup": 2},
+    "single_frames": 0.0,
+    "image_to_video": 1.0,
+    "pure_noise": 0.5,
+}
+
+
+def test_a_run_that_continues_frames_resumes_bitwise_and_says_what_its_weights_have_learned(
+    trained, tmp_path, monkeypatch, caplog
+):
+    update, made = trainer.StageTrainer.update, []
+
+    def dying(self, loss):
+        made.append(self.step)
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        return update(self, loss)
+
+    folders = []
+    for name in ("straight", "killed"):
+        stages = ["transformer", "report", "film"]
+        run = settings(tmp_path / name, transformer=CONTINUES, stages=stages, start=str(trained))
+        if name == "killed":
+            monkeypatch.setattr(trainer.StageTrainer, "update", dying)
+            with pytest.raises(KeyboardInterrupt):
+                pretrain(run)
+        folders.append(pretrain(run))
+    assert made == [0, 1, 2, 2]
+    assert len({fingerprint_files(folder, ["transformer"]) for folder in folders}) == 1
+    assert {fingerprint_files(folder, ["vae"]) for folder in (*folders, trained)} == {
+        fingerprint_files(trained, ["vae"])
+    }
+    rows = [
+        json.loads(line) for line in (tmp_path / "killed/transformer/metrics.jsonl").read_text().splitlines()
+    ]
+    assert all("loss_future" in row and "loss_clips" not in row for row in rows if "loss" in row)
+    assert {"held_out_future_1.0", "held_out_still_1.0"} <= set().union(*rows)
+    assert (tmp_path / "straight" / "report" / "futures.mp4").stat().st_size
+    assert "a video in which nothing moves has" in (folders[0] / "README.md").read_text()
+    read = PriorConfig(name="wan_tiny", path=str(folders[0]), clip="future", future_slots=1)
+    assert make_prior(read, (2, 2))(torch.rand(1, 1, 1, 3, 32, 32)).shape == (1, 1, 2 * 24, 2, 2)
+    assert "nothing that was learned" not in caplog.text
+    make_prior(replace(read, path=str(trained)), (2, 2))
+    assert "nothing that was learned" in caplog.text
+
+
+def test_the_prior_reads_a_future_as_it_was_trained(trained):
+    config = PriorConfig(name="wan_tiny", path=str(trained), clip="future", future_slots=1, engine="plain")
+    prior, seen = make_prior(config, (2, 2)), {}
+    network = prior.transformer
+    network.patch_embedding.register_forward_hook(lambda _m, given, _o: seen.update(latent=given[0]))
+    network.condition_embedder.register_forward_hook(lambda _m, given, _o: seen.update(time=given[0]))
+    image = torch.rand(1, 1, 1, 3, 32, 32)
+    prior(image)
+    latent = prior.encode_latent(image[0].transpose(1, 2)).expand(-1, -1, 2, -1, -1)
+    noise = prior.noise(latent, None).expand_as(latent)
+    noisy, times = transformer.continue_frame(latent, noise, torch.ones(1))
+    torch.testing.assert_close(seen["latent"].float(), noisy.to(network.dtype).float())
+    given = {}
+
+    def network_like_wans(_latent, moment, _prompt, return_dict):
+        given.update(time=moment)
+        return (torch.zeros_like(latent),)
+
+    network_like_wans.config = network.config
+    transformer.predict_velocity(network_like_wans, noisy, times, prior.prompt)
+    assert given["time"].shape == (1, 8)
+    torch.testing.assert_close(given["time"].flatten(), seen["time"])
+
+
+def test_only_latents_behind_the_first_are_predicted_and_a_few_steps_lower_their_error():
+    torch.manual_seed(0)
+    network = WanTransformer3DModel(**TINY["transformer"])
+    latent = torch.randn(1, 4, 3, 4, 4).expand(4, -1, -1, -1, -1)
+    noise, time, prompt = torch.randn(4, 4, 3, 4, 4), torch.full((4,), 0.9), torch.ones(4, 512, WIDTH)
+    noisy, times = transformer.continue_frame(latent, noise, time)
+    assert torch.equal(noisy[:, :, 0], latent[:, :, 0])
+    torch.testing.assert_close(noisy[:, :, 1:], transformer.add_noise(latent, noise, time)[:, :, 1:])
+    assert times.tolist() == [[0.0, *[pytest.approx(0.9)] * 2]] * 4
+    error = transformer.future_error(network, latent, noise, time, prompt)
+    assert error.shape == (4, 4, 2, 4, 4)
+    table = transformer.PromptTable({"": torch.ones(2, WIDTH)}, CPU)
+    measure = transformer.make_validation(network, latent.numpy(), [""] * 4, table, CPU, continues=True)
+    before, optimizer = measure(), torch.optim.Adam(network.parameters(), 1e-2)
+    for _ in range(20):
+        optimizer.zero_grad()
+        transformer.future_error(
+            network, latent, torch.randn_like(noise), torch.ones(4), prompt
+        ).mean().backward()
+        optimizer.step()
+    after = measure()
+    assert after["held_out_future_1.0"] < 0.8 * before["held_out_future_1.0"]
+    still = (latent[:1, :, 1:] - latent[:1, :, :1]).square().mean().item()
+    assert after["held_out_still_1.0"] == before["held_out_still_1.0"] == pytest.approx(still)
+
+
 def test_the_velocity_leads_from_any_point_of_the_path_back_to_the_data():
     data, noise, time = torch.randn(5, 4, 2, 3, 3), torch.randn(5, 4, 2, 3, 3), torch.linspace(0, 1, 5)
     at = transformer.add_noise(data, noise, time)

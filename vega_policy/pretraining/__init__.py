@@ -76,6 +76,14 @@ class TransformerSettings:
     time_deviation: float = 1.0  # standard deviation of that logit
     shift: float = 1.0  # noise levels t become s t / (1 + (s - 1) t); 1 leaves them
     single_frames: float = 0.5  # fraction of the steps on single images, as a policy's prior reads them
+    # Fraction of the steps on clips that continue a frame: the first latent is clean, the others are noisy.
+    image_to_video: float = 0.0
+    pure_noise: float = 0.25  # fraction of their clips at noise level 1, which `prior.clip=future` reads
+
+    def __post_init__(self) -> None:
+        for name in ("single_frames", "image_to_video", "pure_noise"):
+            if not 0.0 <= (value := getattr(self, name)) <= 1.0:
+                raise ValueError(f"transformer.{name}: expected a fraction in [0, 1]; got {value}")
 
 
 @dataclass(frozen=True)
@@ -101,7 +109,8 @@ class PretrainSettings:
         report: Measurements at the end.
         stages: Stages to run, in the order of `STAGES`.
         prior: Entry of the table of priors whose architecture is trained.
-        start: Folder of exported weights that both networks start from; None starts from the seed's.
+        start: Folder of exported weights that both networks start from; None starts from the seed's. Without
+            the stage `vae` its autoencoder is kept.
         prompts: Safetensors file of the instructions' embeddings; None takes that of `output_dir`.
         seed: Seed of initial weights, order of clips and noise.
         device: cpu, cuda, ...; None takes the best there is.

@@ -1,16 +1,27 @@
-"""Clips on disk, mapped into memory in the layout of `envs.clips`, and the randomness of a training step."""
+"""Clips on disk, mapped into memory in the layout of `envs.clips`, and the randomness of a training step.
+
+`cut_clips` cuts such clips from demonstrations that `vega-render` has rendered; `envs.clips` records others.
+"""
 
 import hashlib
 import json
+import time
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
+
+from vega_policy.config import from_config
+from vega_policy.data.dataset import FrameTable, read_table
+from vega_policy.data.dataset_files import fingerprint_frames, read_json
+from vega_policy.data.feature_cache import frames_stream, open_stream
+from vega_policy.run_dir import atomic_file, open_run, write_text
 
 
 class DamagedClipsError(ValueError):
@@ -135,3 +146,129 @@ class Clips:
     def spread(self, most: int) -> np.ndarray:
         """Return the indices of at most `most` clips, evenly spaced."""
         return np.linspace(0, len(self) - 1, min(most, len(self))).astype(int)
+
+
+@dataclass(frozen=True)
+class CutSpec:
+    """Clips cut from rendered demonstrations.
+
+    Attributes:
+        roots: Datasets that `vega-render` made of states.
+        suites: Their suites, for the card.
+        cache_root: Folder of the cache that holds their frames.
+        frames: Frames of a clip, 1 + 4k as Wan's autoencoder takes them.
+        frame_size: Side in pixels of the rendered frames.
+        every: Fewest and most control steps between two frames of a clip; each clip draws its own number.
+        clips_per_episode: Clips of each camera of an episode.
+        parts: Shards of a dataset; each holds every n-th episode, so that it has all tasks.
+        instruction_fraction: Fraction of the clips that keep their instruction; the others' is empty.
+        seed: Seed of starts, distances and instructions.
+    """
+
+    roots: list[str]
+    suites: list[str]
+    cache_root: str = "outputs/cache"
+    frames: int = 9
+    frame_size: int = 128
+    every: tuple[int, int] = (4, 8)
+    clips_per_episode: int = 6
+    parts: int = 20
+    instruction_fraction: float = 0.5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.frames % 4 != 1 or self.frames < 5:
+            raise ValueError(f"clips.frames: expected 1 + 4 k frames, at least 5; got {self.frames}")
+        if not 1 <= self.every[0] <= self.every[1]:
+            raise ValueError(f"clips.every: expected fewest and most control steps; got {list(self.every)}")
+        if not self.roots or min(self.clips_per_episode, self.parts) < 1:
+            raise ValueError("clips: expected a root, and clips_per_episode and parts of at least 1")
+
+
+def cut_instructions(**values: Any) -> list[str]:
+    """Return the instructions of the datasets of a `CutSpec`, each once."""
+    spec = from_config(CutSpec, values)
+    return list(dict.fromkeys(text for root in spec.roots for text in read_table(Path(root)).tasks))
+
+
+def cut_clips(folder: Path, *, processes: int, deadline: float | None = None, **values: Any) -> bool:
+    """Cut the missing shards of `CutSpec(**values)` into a folder; return whether all are complete.
+
+    Unfinished shards are left to the next call at `deadline` (`time.time()`). `processes` is not used: frames
+    are only copied.
+
+    Raises:
+        FileNotFoundError: If a dataset has no rendered frames of this size; says how to render them.
+        ValueError: If the folder holds clips of another spec.
+    """
+    spec = from_config(CutSpec, values)
+    with open_run(folder, asdict(spec)):
+        for root in tqdm(spec.roots, desc="Clips", unit="dataset"):
+            source = RenderedSource(Path(root), spec)
+            for part in range(spec.parts):
+                path = folder / f"{Path(root).name}-{part:03d}.npy"
+                if path.with_suffix(".json").is_file():
+                    continue
+                if deadline is not None and time.time() >= deadline:
+                    return False
+                source.write_shard(path, part)
+    return True
+
+
+class RenderedSource:
+    """Frames of one rendered dataset, from which clips are cut."""
+
+    def __init__(self, root: Path, spec: CutSpec) -> None:
+        self._spec, self._name = spec, root.name
+        origin = read_json(root / "meta" / "vega.json")["settings"]
+        self._stride: int = origin.get("frame_stride", 1)
+        if self._stride > spec.every[1]:
+            raise ValueError(
+                f"{root}: every {self._stride}-th state is rendered; clips.every allows {list(spec.every)} "
+                "control steps between two frames. Render more states, or give longer distances."
+            )
+        features = read_json(root / "meta" / "info.json")["features"]
+        self._cameras = [name for name in features if name.startswith("observation.images.")]
+        key = {"repo_id": origin["repo_id"], **fingerprint_frames(root)}
+        stream = frames_stream(key, self._cameras, spec.frame_size, stride=self._stride)
+        cache = Path(spec.cache_root)
+        if not (cache / stream.folder).is_dir():
+            raise FileNotFoundError(
+                f"{cache} holds no frames of {spec.frame_size} pixels of {root}. Render them: vega-render "
+                f"FILE.safetensors root={root} repo_id={origin['repo_id']} frame_size={spec.frame_size} "
+                f"cache_root={cache}"
+            )
+        self._table: FrameTable = read_table(root)
+        self._stored = self._table.every(self._stride).nonzero()[:, 0]
+        self._frames = open_stream(cache, stream, len(self._stored), None)
+
+    def write_shard(self, path: Path, part: int) -> None:
+        """Write the clips of every n-th episode, n the number of parts, and their description last."""
+        rng = np.random.default_rng((self._spec.seed, zlib.crc32(self._name.encode()), part))
+        episodes = self._table.episode[self._stored]
+        clips, described = [], []
+        for episode in episodes.unique().tolist()[part :: self._spec.parts]:
+            rows = (episodes == episode).nonzero()[:, 0]
+            text = self._table.instructions(self._stored[rows[:1]])[0]
+            for view, camera in enumerate(self._cameras):
+                for _ in range(self._spec.clips_per_episode):
+                    clips.append(self._frames[self._draw_rows(rows, rng), view].permute(0, 2, 3, 1).numpy())
+                    kept = text if rng.random() < self._spec.instruction_fraction else ""
+                    described.append(
+                        {"shot": camera.rpartition(".")[-1], "instruction": kept, "seed": episode}
+                    )
+        if not clips:
+            raise ValueError(f"clips.parts={self._spec.parts} are more than {self._name} has episodes")
+        with atomic_file(path) as draft, draft.open("wb") as file:
+            np.save(file, np.stack(clips))
+        description = {"bytes": path.stat().st_size, "clips": described}
+        write_text(path.with_suffix(".json"), json.dumps(description))
+
+    def _draw_rows(self, rows: Tensor, rng: np.random.Generator) -> Tensor:
+        """Return the rows of a clip of an episode [t]; one that is too short ends with its last frame."""
+        fewest, most = (-(-steps // self._stride) for steps in (self._spec.every[0], self._spec.every[1]))
+        fitting = (len(rows) - 1) // (self._spec.frames - 1)
+        every = int(rng.integers(fewest, max(fewest, min(most, fitting)) + 1))
+        last = max(0, len(rows) - 1 - every * (self._spec.frames - 1))
+        places = int(rng.integers(last + 1)) + every * torch.arange(self._spec.frames)
+        return rows[places.clamp(max=len(rows) - 1)]

@@ -25,7 +25,15 @@ from vega_policy.pretraining.autoencoder import (
     posterior_means,
 )
 from vega_policy.pretraining.clips import Clips
-from vega_policy.pretraining.transformer import BATCH, EMPTY, PromptTable, loss_by_level, predict_velocity
+from vega_policy.pretraining.transformer import (
+    BATCH,
+    EMPTY,
+    PromptTable,
+    loss_by_level,
+    predict_velocity,
+    still_loss,
+)
+from vega_policy.priors.wan import TRAINING
 from vega_policy.provenance import hardware
 from vega_policy.run_dir import atomic_folder, write_bytes, write_json, write_text
 
@@ -60,6 +68,12 @@ def write_rest(folder: Path, prompt: Tensor, shift: float) -> None:
     """Write the config of the scheduler, and the empty prompt's embedding without padding, [n d]."""
     make_scheduler(shift).save_pretrained(folder / "scheduler")
     save_file({"prompt": prompt.float().contiguous()}, folder / "empty_prompt.safetensors")
+
+
+def write_training(folder: Path, settings: PretrainSettings) -> None:
+    """Write beside the weights that they continue a frame, which `prior.clip=future` asks for."""
+    learned = asdict(settings.transformer) | {"learning": asdict(settings.transformer.learning)}
+    write_json(folder / TRAINING, {"transformer": learned, "clips": settings.clips.order})
 
 
 def make_scheduler(shift: float) -> UniPCMultistepScheduler:
@@ -112,7 +126,11 @@ def measure(
         name: loss_by_level(transformer, shown, texts, prompts, levels, device)
         for name, shown in (("clips", latents), ("frames", latents[:, :, :1]))
     }
-    return {
+    futures = {}
+    if settings.transformer.image_to_video > 0:
+        by_level = loss_by_level(transformer, latents, texts, prompts, [1.0], device, continues=True)
+        futures = {"future": {"pure_noise": interval(by_level[1.0]), "still": interval(still_loss(latents))}}
+    return futures | {
         "psnr_clips": interval(peak_signal_to_noise(vae, frames, device)),
         "psnr_frames": interval(peak_signal_to_noise(vae, frames[:, :1], device)),
         "loss": {
@@ -125,16 +143,30 @@ def measure(
 
 @torch.no_grad()
 def sample(
-    vae: Any, transformer: Any, prompt: Tensor, latent: tuple[int, ...], settings: ReportSettings
+    vae: Any,
+    transformer: Any,
+    prompt: Tensor,
+    latent: tuple[int, ...],
+    settings: ReportSettings,
+    first: Tensor | None = None,
 ) -> np.ndarray:
-    """Sample videos uint8 [n t h w 3] for prompts [n 512 d] from noise of the shape [z t h w]."""
+    """Sample videos uint8 [n t h w 3] for prompts [n 512 d] from noise of the shape [z t h w].
+
+    They continue the frames of the latents `first` [n z 1 h w], if given.
+    """
     scheduler = make_scheduler(settings.sample_shift)
     scheduler.set_timesteps(settings.sample_steps, device=prompt.device)
     noisy = torch.randn(len(prompt), *latent, generator=torch.Generator().manual_seed(0)).to(prompt.device)
     for moment in scheduler.timesteps:
         time = (moment / 1000).expand(len(prompt)).to(prompt.device)
+        if first is not None:
+            noisy = torch.cat([first, noisy[:, :, 1:]], dim=2)
+            time = torch.cat(
+                [torch.zeros_like(time)[:, None], time[:, None].expand(-1, latent[1] - 1)], dim=1
+            )
         predicted = predict_velocity(transformer, noisy, time, prompt)
         (noisy,) = scheduler.step(predicted, moment, noisy, return_dict=False)
+    noisy = noisy if first is None else torch.cat([first, noisy[:, :, 1:]], dim=2)
     return as_frames(vae.decode(denormalise(vae, noisy)).sample)
 
 
@@ -163,9 +195,27 @@ def write_video(
     side = size // vae.spatial_compression_ratio
     shape = (vae.config.z_dim, 1 + (frames - 1) // vae.config.scale_factor_temporal, side, side)
     videos = sample(vae, transformer, table(texts), shape, settings.report)
+    _write_mp4(path, np.concatenate(list(videos), axis=2))
+
+
+def write_futures(
+    path: Path, vae: Any, transformer: Any, clips: Clips, prompts: PromptTable, settings: ReportSettings
+) -> None:
+    """Write an mp4 of held-out clips, above, and of sampled futures of their first frames, below."""
+    device = next(vae.parameters()).device
+    chosen = clips.spread(SHOWN)
+    frames, texts = clips.take(chosen), [clips.instructions[index] for index in chosen]
+    latents = normalise(vae, posterior_means(vae, frames, device))
+    shape = tuple(latents.shape[1:])
+    futures = sample(vae, transformer, prompts(texts), shape, settings, first=latents[:, :, :1])
+    rows = [np.concatenate(list(videos), axis=2) for videos in (frames, futures)]
+    _write_mp4(path, np.concatenate(rows, axis=1))
+
+
+def _write_mp4(path: Path, video: np.ndarray) -> None:
     buffer = io.BytesIO()
     with imageio.imopen(buffer, "w", extension=".mp4", plugin="pyav") as file:
-        file.write(np.concatenate(list(videos), axis=2), codec="libx264", fps=FRAMES_PER_SECOND)
+        file.write(video, codec="libx264", fps=FRAMES_PER_SECOND)
     write_bytes(path, buffer.getvalue())
 
 
@@ -216,10 +266,22 @@ def card(figures: Figures, learned: Figures, machine: str) -> str:
         "|---|---|---|",
         *rows,
         "",
+        *_describe_futures(figures),
         "These numbers are of the bfloat16 weights in this folder.",
         "",
     ]
     return "\n".join(lines)
+
+
+def _describe_futures(figures: Figures) -> list[str]:
+    if "future" not in figures:
+        return []
+    future, still = (_with_interval(figures["future"][name]) for name in ("pure_noise", "still"))
+    return [
+        f"Continuing a clean first frame from pure noise (`prior.clip=future`), loss of the other latents: "
+        f"{future}; a video in which nothing moves has {still}.",
+        "",
+    ]
 
 
 def _with_interval(value: dict[str, float]) -> str:

@@ -13,6 +13,7 @@ results agree up to rounding.
 
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -139,10 +140,18 @@ class _Stages:
             export.write_part(network, self.weights / "vae")
         return True
 
+    def _keep_vae(self) -> None:
+        """Take the autoencoder of `start`, if it is not among the stages and this run has none."""
+        target, start = self.weights / "vae", self.settings.start
+        if start is not None and "vae" not in self.settings.stages and not target.is_dir():
+            with atomic_folder(target) as folder:
+                shutil.copytree(Path(start) / "vae", folder, dirs_exist_ok=True)
+
     def _train_transformer(self) -> bool:
         """Train the transformer on latents of the exported autoencoder, and export it."""
         if (self.weights / "transformer").is_dir():
             return True
+        self._keep_vae()
         clips, held_out = self._open_clips()
         prompts, device = read_prompts(self._prompts), self._device
         table = PromptTable(prompts, device)
@@ -162,11 +171,16 @@ class _Stages:
         loss = transformer.matching_loss(
             network, latents, images, clips.instructions, table, settings, device
         )
-        validate = transformer.make_validation(network, unseen, held_out.instructions, table, device)
+        continues = settings.image_to_video > 0
+        validate = transformer.make_validation(
+            network, unseen, held_out.instructions, table, device, continues
+        )
         if not run_training(trainer, loss, validate, self.settings, self._deadline):
             return False
         with trainer.averaged():
             export.write_rest(self.weights, prompts[EMPTY], self.settings.report.sample_shift)
+            if continues:
+                export.write_training(self.weights, self.settings)
             export.write_part(network, self.weights / "transformer")
         return True
 
@@ -184,19 +198,25 @@ class _Stages:
         return True
 
     def _sample_video(self) -> bool:
-        """Write a video sampled from noise; requires the weights alone, and pyav."""
+        """Write a video sampled from noise; requires the weights alone, and pyav.
+
+        Of a network that continues frames also futures of held-out clips; that requires the clips.
+        """
         vae = export.load_vae(self.weights, self._device)
         network = export.load_transformer(self.weights, self._device)
         path = self.folder / "report" / "sample.mp4"
         path.parent.mkdir(exist_ok=True)
         export.write_video(path, vae, network, read_prompts(self._prompts), self.settings)
+        if self.settings.transformer.image_to_video > 0:
+            _, held_out = self._open_clips()
+            table = PromptTable(read_prompts(self._prompts), self._device)
+            path = path.with_name("futures.mp4")
+            export.write_futures(path, vae, network, held_out, table, self.settings.report)
         return True
 
     def _describe_training(self, clips: Clips, held_out: Clips) -> dict[str, Any]:
-        steps = {
-            f"{part}_steps": _read_step(list_checkpoints(self.folder / part)[-1])
-            for part in ("vae", "transformer")
-        }
+        made = {part: list_checkpoints(self.folder / part) for part in ("vae", "transformer")}
+        steps = {f"{part}_steps": _read_step(made[part][-1]) if made[part] else 0 for part in made}
         start = self.settings.start
         return {
             "start": None if start is None else fingerprint_files(Path(start), ["vae", "transformer"]),

@@ -1,4 +1,8 @@
-"""The small Wan's transformer, trained by flow matching on latents of clips and of single images."""
+"""The small Wan's transformer, trained by flow matching on latents of clips and of single images.
+
+Clips are noised alike in all latents (text to video), or but for the first one (image to video): that one is
+clean and has time 0, as in Wan2.2-TI2V, and only the others are predicted.
+"""
 
 import json
 from collections.abc import Callable
@@ -45,8 +49,19 @@ def sample_time(
     return shift_time(torch.sigmoid(mean + deviation * normal), shift)
 
 
+def continue_frame(latent: Tensor, noise: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
+    """Return latents [b z t h w] whose first one is clean, the others noised, and their times [b t]."""
+    noisy = torch.cat([latent[:, :, :1], add_noise(latent, noise, time)[:, :, 1:]], dim=2)
+    times = time[:, None].repeat(1, latent.shape[2])
+    times[:, 0] = 0
+    return noisy, times
+
+
 def predict_velocity(network: Any, latent: Tensor, time: Tensor, prompt: Tensor) -> Tensor:
-    """Predict the velocity of noisy latents [b z t h w] at times [b] with prompts [b 512 d]."""
+    """Predict the velocity of noisy latents [b z t h w] at times [b] or [b t] with prompts [b 512 d]."""
+    if time.ndim == 2:
+        _, ph, pw = network.config.patch_size
+        time = time.repeat_interleave(latent.shape[3] // ph * (latent.shape[4] // pw), dim=1)  # [b tokens]
     return network(latent, 1000 * time, prompt, return_dict=False)[0].float()
 
 
@@ -67,6 +82,7 @@ def matching_loss(
     def loss(randomness: StepRandomness) -> tuple[Tensor, dict[str, Tensor]]:
         indices = randomness.order.integers(len(latents), size=settings.learning.batch_size)
         single = randomness.order.random() < settings.single_frames
+        continues = not single and _draw(settings.image_to_video, randomness.order)
         moments = randomness.order.integers(image_latents.shape[1], size=len(indices))
         chosen = image_latents[indices, moments] if single else latents[indices]
         latent = torch.from_numpy(np.ascontiguousarray(chosen)).to(device).float()
@@ -75,6 +91,11 @@ def matching_loss(
             len(latent), settings.time_mean, settings.time_deviation, settings.shift, randomness.noise
         )
         prompt = prompts([instructions[index] for index in indices])
+        if continues:
+            is_pure = torch.rand(time.shape, generator=randomness.noise, device=device) < settings.pure_noise
+            time = time.masked_fill(is_pure, 1.0)
+            error = future_error(network, latent, noise, time, prompt).mean()
+            return error, {"loss_future": error}
         predicted = predict_velocity(network, add_noise(latent, noise, time), time, prompt)
         error = functional.mse_loss(predicted, velocity(latent, noise))
         return error, {"loss_frames" if single else "loss_clips": error}
@@ -82,10 +103,30 @@ def matching_loss(
     return loss
 
 
+def _draw(fraction: float, rng: np.random.Generator) -> bool:
+    """Return true in a fraction of the calls; 0 draws nothing, so that other draws stay as they are."""
+    return fraction > 0 and rng.random() < fraction
+
+
+def future_error(network: Any, latent: Tensor, noise: Tensor, time: Tensor, prompt: Tensor) -> Tensor:
+    """Return the squared error of the velocity of all latents but the clean first one, [b z t-1 h w]."""
+    predicted = predict_velocity(network, *continue_frame(latent, noise, time), prompt)
+    return (predicted - velocity(latent, noise))[:, :, 1:].square()
+
+
 def make_validation(
-    network: Any, latents: np.ndarray, instructions: list[str], prompts: "PromptTable", device: torch.device
+    network: Any,
+    latents: np.ndarray,
+    instructions: list[str],
+    prompts: "PromptTable",
+    device: torch.device,
+    continues: bool = False,
 ) -> Callable[[], dict[str, float]]:
-    """Return a function that measures the loss at noise level 0.3 on held-out clips and first frames."""
+    """Return a function that measures the loss at noise level 0.3 on held-out clips and first frames.
+
+    With `continues` also that of continuing their first frames from pure noise, beside the loss of a video in
+    which nothing moves.
+    """
     chosen = np.linspace(0, len(latents) - 1, min(2 * BATCH, len(latents))).astype(int)
     clips, texts = np.array(latents[chosen]), [instructions[index] for index in chosen]
 
@@ -94,7 +135,12 @@ def make_validation(
             name: loss_by_level(network, part, texts, prompts, [0.3], device)[0.3]
             for name, part in (("clips", clips), ("frames", clips[:, :, :1]))
         }
-        return {f"held_out_{name}_0.3": loss.mean().item() for name, loss in losses.items()}
+        measured = {f"held_out_{name}_0.3": loss.mean().item() for name, loss in losses.items()}
+        if continues:
+            futures = loss_by_level(network, clips, texts, prompts, [1.0], device, continues=True)
+            measured["held_out_future_1.0"] = futures[1.0].mean().item()
+            measured["held_out_still_1.0"] = still_loss(clips).mean().item()
+        return measured
 
     return validate
 
@@ -107,8 +153,12 @@ def loss_by_level(
     prompts: "PromptTable",
     levels: list[float],
     device: torch.device,
+    continues: bool = False,
 ) -> dict[float, Tensor]:
-    """Return the losses [n] of normalised latents [n z t h w] by noise level, always with the same noise."""
+    """Return the losses [n] of normalised latents [n z t h w] by noise level, always with the same noise.
+
+    With `continues` they are those of the latents behind a clean first one.
+    """
     losses: dict[float, list[Tensor]] = {level: [] for level in levels}
     generator = torch.Generator().manual_seed(0)  # on the CPU: the same noise on every device
     for start in range(0, len(latents), BATCH):
@@ -117,10 +167,20 @@ def loss_by_level(
         latent, prompt = latent.to(device), prompts(instructions[start : start + BATCH])
         for level in levels:
             time = torch.full((len(latent),), level, device=device)
+            if continues:
+                error = future_error(network, latent, noise, time, prompt)
+                losses[level].append(error.flatten(1).mean(dim=1).cpu())
+                continue
             predicted = predict_velocity(network, add_noise(latent, noise, time), time, prompt)
             error = predicted - velocity(latent, noise)
             losses[level].append(error.square().flatten(1).mean(dim=1).cpu())
     return {level: torch.cat(parts) for level, parts in losses.items()}
+
+
+def still_loss(latents: np.ndarray) -> Tensor:
+    """Return the loss [n] of predicting the first latent again, at any noise level, [n z t h w]."""
+    latent = torch.from_numpy(np.array(latents)).float()
+    return (latent[:, :, 1:] - latent[:, :, :1]).square().flatten(1).mean(dim=1)
 
 
 def write_prompts(path: Path, instructions: list[str]) -> None:
