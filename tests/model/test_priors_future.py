@@ -222,10 +222,6 @@ def test_the_slots_of_a_future_are_pure_noise_by_default_and_layers_may_be_a_lis
             {"name": "wan_tiny", "prompt": "instruction", "clip": "frame"},
             "needs prior.clip=future; got prior.clip=frame",
         ),
-        (
-            {"name": "wan_tiny", "prompt": "instruction", "engine": "fast"},
-            "prior.prompt=instruction needs prior.engine=auto",
-        ),
     ],
 )
 def test_futures_that_cannot_be_read_are_refused(values, message):
@@ -246,10 +242,12 @@ def test_the_shipped_prior_warns_that_it_has_not_learned_to_continue_a_frame(cap
     make_prior(PriorConfig(name="wan_tiny", clip="future"), GRID)
     assert "their slots predict nothing that was learned" in caplog.text
     caplog.clear()
-    (tmp_path / wan_module.TRAINING).write_text("{}")
-    wan_module.warn_of_training(tmp_path)
+    (tmp_path / wan_module.TRAINING).write_text('{"clips": {"frames": 9}}')
+    wan_module.warn_of_training(tmp_path, 2)
     make_prior(PriorConfig(name="wan_tiny_untrained", clip="future"), GRID)
     assert caplog.text == ""
+    wan_module.warn_of_training(tmp_path, 3)
+    assert "trained on clips with 2 slots" in caplog.text
 
 
 def toy_words(asked):
@@ -288,6 +286,25 @@ def test_with_its_instruction_a_future_depends_on_it_and_each_sentence_is_encode
     assert asked[2:] == ["lift the red cube"]
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("layer", [(1,), (0, 1)])
+def test_the_fast_form_with_instructions_equals_the_plain_path(asked, layer):
+    values = {"name": "wan_tiny", "clip": "future", "layer": layer, "prompt": "instruction"}
+    plain, fast = (make_prior(PriorConfig(engine=engine, **values), GRID) for engine in ("plain", "fast"))
+    pictures, texts = frames(views=2).expand(2, -1, -1, -1, -1, -1), ["lift the red cube", "open"]
+    expected = plain(pictures, instruction=texts)
+    torch.testing.assert_close(fast(pictures, instruction=texts), expected, **TIGHT)
+    assert not torch.allclose(expected[0], expected[1], atol=1e-3)
+
+
+def test_an_instruction_reaches_the_blocks_with_all_of_wans_padding(asked):
+    prior = make_prior(PriorConfig(name="wan_tiny", clip="future", layer=0, prompt="instruction"), GRID)
+    (words,) = toy_words([])(["lift the cube"])
+    padded = torch.cat([words, torch.zeros(512 - len(words), 384)])[None]
+    _, (prompt, *_) = prior.embed(torch.randn(1, 16, 3, 4, 4), ["lift the cube"])
+    torch.testing.assert_close(prompt, prior.transformer.condition_embedder.text_embedder(padded), **TIGHT)
+
+
 def test_wans_instruction_is_encoded_by_the_text_encoder_of_its_checkpoint(prior_checkpoint, tmp_path, load):
     folder = tmp_path / "wan"
     shutil.copytree(prior_checkpoint("wan2.2_ti2v_5b"), folder)
@@ -295,9 +312,11 @@ def test_wans_instruction_is_encoded_by_the_text_encoder_of_its_checkpoint(prior
         load("wan2.2_ti2v_5b", path=str(folder), prompt="instruction")
     write_text_encoder(folder, ("lift", "open", "cube"))
     prior = load("wan2.2_ti2v_5b", path=str(folder), prompt="instruction")
-    words = prior.words(["lift cube", "open"])
-    assert words.shape == (2, 512, 20)
-    assert [int(x.abs().amax(dim=1).count_nonzero()) for x in words] == [3, 2]  # the end token included
+    words, count = prior.words(["lift cube", "open"])
+    assert words.shape == (2, wan_module.WORDS, 20)
+    assert (
+        [int(x.abs().amax(dim=1).count_nonzero()) for x in words] == count.tolist() == [3, 2]
+    )  # and the end
     features = prior(frames().expand(2, -1, -1, -1, -1, -1), instruction=["lift cube", "open"])
     assert not torch.equal(features[0], features[1])
 

@@ -14,10 +14,9 @@ from tests.policies import frames
 from vega_policy.model.config import PriorConfig
 from vega_policy.priors import make_prior
 from vega_policy.priors.base import PROMPT_LENGTH
-from vega_policy.priors.wan import LatentWorldSimulator
+from vega_policy.priors.wan import Engine, LatentWorldSimulator
 from vega_policy.priors.wan_fast import (
     CapturedWan,
-    Engine,
     FastWan,
     FixedTransformer,
     FrameEncoder,

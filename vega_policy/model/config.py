@@ -66,11 +66,6 @@ class PriorConfig:
                 f"prior.engine={self.engine} reads single frames; prior.clip={self.clip} needs "
                 "prior.engine=auto or plain."
             )
-        if self.engine == "fast" and self.prompt != "empty":
-            raise ValueError(
-                f"prior.engine={self.engine} reads the empty prompt; prior.prompt={self.prompt} needs "
-                "prior.engine=auto or plain."
-            )
         if self.dtype not in (None, "float32", "bfloat16", "float16"):
             raise ValueError(f"prior.dtype is float32, bfloat16, float16 or null; got {self.dtype!r}.")
 

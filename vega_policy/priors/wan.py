@@ -11,6 +11,7 @@ Networks are diffusers' own; blocks after the one that is read are dropped when 
 is the plain path; `wan_fast` computes the same features faster.
 """
 
+import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -39,7 +40,7 @@ from vega_policy.priors.base import (
     fingerprint_seed,
     locate,
 )
-from vega_policy.priors.wan_fast import Engine, make_engine
+from vega_policy.priors.wan_fast import CapturedWan, FastWan, Words
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,9 @@ SPAN = 4
 
 TRAINING = "training.json"
 """File beside exported weights of the small Wan that says which of its training's steps continued a frame."""
+
+WORDS = 64
+"""Most words of an instruction that are read; with the padding's token 64, which attention kernels like."""
 
 Encoder = Callable[[Sequence[str]], list[Tensor]]
 """Sentences -> embedding of each without padding, [n d]."""
@@ -90,7 +94,7 @@ class LatentWorldSimulator(BasePrior):
         self.register_buffer("latents_mean", torch.tensor(vae.config.latents_mean)[:, None, None, None])
         self.register_buffer("latents_std", torch.tensor(vae.config.latents_std)[:, None, None, None])
         self.encode_words: Encoder | None = parts.get("encode_words")
-        self._words: dict[str, Tensor] = {}
+        self._words: dict[str, Words] = {}
         self.use_engine(config.engine)
 
     @classmethod
@@ -101,7 +105,7 @@ class LatentWorldSimulator(BasePrior):
         if config.path is None:
             config = replace(config, path=str(resource("assets") / str(entry.shipped)))
         if config.clip == "future" and entry.architecture is not None:
-            warn_of_training(Path(str(config.path)))
+            warn_of_training(Path(str(config.path)), config.future_slots)
         return super().load(config, entry, grid)
 
     @classmethod
@@ -168,7 +172,8 @@ class LatentWorldSimulator(BasePrior):
         engine = self.fast_engine
         if engine is not None:
             latent = torch.empty(len(frames), *engine.latent, device=frames.device)
-            return engine(frames.float(), self.noise(latent, generator), self.noise_level)
+            words = None if self.encode_words is None else self.words(instruction or [""] * len(frames))
+            return engine(frames.float(), self.noise(latent, generator), self.noise_level, words)
         clean = self.encode_latent(frames[:, :, None])
         slots = self.add_noise(clean.expand(-1, -1, 1 + self.slots, -1, -1), generator)[:, :, 1:]
         return self.run_blocks(torch.cat([clean, slots], dim=2), instruction)
@@ -199,8 +204,9 @@ class LatentWorldSimulator(BasePrior):
         network = self.transformer
         latent = latent.to(network.dtype)
         prompt = self.prompt.to(latent).expand(len(latent), -1, -1)
-        if instruction is not None:
-            prompt = self.words(instruction).to(latent)
+        if self.encode_words is not None:
+            words, _ = self.words(instruction or [""] * len(latent))
+            prompt = functional.pad(words, (0, 0, 0, PROMPT_LENGTH - words.shape[1])).to(latent)
         rotary = network.rope(latent)
         tokens = rearrange(network.patch_embedding(latent), "n d t gh gw -> n (t gh gw) d")
         time = self.times(len(latent), tokens)  # [n], or [n m] as Wan2.2-TI2V takes it
@@ -220,8 +226,10 @@ class LatentWorldSimulator(BasePrior):
         time[:, : m // (1 + self.slots)] = 0
         return time
 
-    def words(self, instruction: Sequence[str]) -> Tensor:
-        """Return the padded embeddings of n sentences, [n 512 d]; each sentence is encoded once.
+    def words(self, instruction: Sequence[str]) -> Words:
+        """Return the embedded words of n sentences, padded with zeros to one length, and their numbers.
+
+        Each sentence is encoded once. Its words are cut to `WORDS`.
 
         Raises:
             ValueError: If the prior was built with the empty prompt.
@@ -229,10 +237,13 @@ class LatentWorldSimulator(BasePrior):
         if self.encode_words is None:
             raise ValueError("This prior reads the empty prompt; build it with prior.prompt=instruction.")
         new = [text for text in dict.fromkeys(instruction) if text not in self._words]
-        if new:
-            encoded = self.encode_words(new)
-            self._words |= {text: pad_prompt(x).to(self.prompt) for text, x in zip(new, encoded, strict=True)}
-        return torch.stack([self._words[text] for text in instruction])
+        for text, encoded in zip(new, self.encode_words(new) if new else (), strict=True):
+            words = encoded[:WORDS]
+            padded = functional.pad(words, (0, 0, 0, WORDS - len(words))).to(self.prompt)
+            # the number lies on the device: a capture cannot copy it there
+            self._words[text] = padded, torch.full((), float(len(words)), device=padded.device)
+        chosen = [self._words[text] for text in instruction]
+        return torch.stack([words for words, _ in chosen]), torch.stack([count for _, count in chosen])
 
     def to_grid(self, tokens: Tensor, latent: Tensor) -> Tensor:
         """Arrange the tokens of a latent [n z t h w] as maps, [n m d] -> [n t d gh gw]."""
@@ -247,7 +258,7 @@ class LatentWorldSimulator(BasePrior):
         self._engine_built = False
 
     @property
-    def fast_engine(self) -> Engine | None:
+    def fast_engine(self) -> "Engine | None":
         """The engine for frames and futures, None for the plain path; built at first use, on its device."""
         if not self._engine_built:
             self._engine, self._engine_built = make_engine(self, self.engine), True
@@ -432,19 +443,97 @@ class ImageWorldSimulator(VideoConditioned):
         )
 
 
+class Engine:
+    """Runs the reductions of a prior, captured for the first batch size on CUDA.
+
+    With `strict` other batch sizes are refused. Otherwise they run the same reductions uncompiled, so that no
+    call but the first waits for a compiler.
+    """
+
+    def __init__(self, prior: Any, strict: bool) -> None:
+        self.fast = FastWan(prior)
+        self.latent = self.fast.latent
+        self.nested = False  # a graph cannot be replayed while a larger one is captured
+        self.captured: CapturedWan | None = None
+        self._strict = strict
+
+    def __call__(
+        self, frames: Tensor, noise: Tensor, noise_level: float, words: Words | None = None
+    ) -> Tensor:
+        """Return features as `FastWan.forward`."""
+        run: Callable[..., Tensor] = self.fast
+        if frames.is_cuda:
+            if self.captured is None:
+                logger.info("Building the prior for batches of %d frames; this takes a while.", len(frames))
+                self.captured = CapturedWan(self.fast, frames, noise, words=words)
+            if self._strict or len(frames) == self.captured.batch:
+                run = self.captured.run_nested if self.nested else self.captured
+        return run(frames, noise, noise_level, words)
+
+
+def obstacle(prior: Any) -> str | None:
+    """Return why a `LatentWorldSimulator` has no fast form, or None if it has one."""
+    vae, transformer = prior.vae, prior.transformer
+    if (type(vae), type(transformer)) != (AutoencoderKLWan, WanTransformer3DModel):
+        return f"its networks are {type(vae).__name__} and {type(transformer).__name__}, not Wan's own"
+    if vae.use_tiling:
+        return "its autoencoder works in tiles"
+    if transformer.config.patch_size[0] != 1:
+        return f"its patches span {transformer.config.patch_size[0]} frames"
+    if transformer.config.added_kv_proj_dim is not None:
+        return "its transformer also attends to a reference image"
+    return None
+
+
+def make_engine(prior: Any, engine: str) -> Engine | None:
+    """Return the engine of a `LatentWorldSimulator` for `plain`, `fast` or `auto`; None is the plain path.
+
+    Raises:
+        ValueError: If `fast` is configured and the prior has no fast form.
+    """
+    if engine == "plain":
+        return None
+    reason = obstacle(prior)
+    if engine == "fast" and reason is not None:
+        raise ValueError(
+            f"prior.engine=fast: this prior has no fast form: {reason}. Take prior.engine=plain."
+        )
+    if reason is not None:
+        logger.info("prior.engine=auto takes the plain path: %s.", reason)
+        return None
+    made = Engine(prior, strict=engine == "fast")
+    logger.info(
+        "prior.engine=%s: exact reductions for frames of %dx%d, noise level %g.",
+        engine,
+        *made.fast.frame,
+        made.fast.noise_level,
+    )
+    return made
+
+
 def pad_prompt(prompt: Tensor) -> Tensor:
     """Pad an embedding with zeros to Wan's length, [n d] -> [512 d]."""
     return functional.pad(prompt, (0, 0, 0, PROMPT_LENGTH - len(prompt)))
 
 
-def warn_of_training(folder: Path) -> None:
-    """Warn where the weights of the small Wan in a folder were not trained to continue a frame."""
+def warn_of_training(folder: Path, slots: int) -> None:
+    """Warn where the weights of the small Wan in a folder have not learned to continue a frame by `slots`."""
     if not (folder / TRAINING).is_file():
         logger.warning(
             "prior.clip=future: the weights in %s were trained with one noise level for all latents of a "
             "clip. A clean frame before noise is new to them, and their slots predict nothing that was "
             "learned. Train them to continue a frame: vega-pretrain objective=image_to_video",
             folder,
+        )
+        return
+    learned = (json.loads((folder / TRAINING).read_text())["clips"]["frames"] - 1) // SPAN
+    if slots > learned:
+        logger.warning(
+            "prior.future_slots=%d: the weights in %s were trained on clips with %d slots; those behind are "
+            "new to them.",
+            slots,
+            folder,
+            learned,
         )
 
 

@@ -8,22 +8,20 @@ path up to rounding (1e-5 in float32):
   With `clip=future` there are two, that of the clean frame and that of the slots behind it.
 - One prompt: keys and values of cross-attention are constant. Its padding tokens are all equal, so that one
   token with a counted weight stands for them, and the output projection folds into the values
-  (`PromptAttention`).
+  (`PromptAttention`). Where each sample has its instruction, only the counting remains (`WordAttention`).
 - One frame: a causal 3D convolution sees zeros before it, so that a 2D convolution remains (`FrameEncoder`).
 - Query, key and value are one product, and rotary pairs are reordered to contiguous halves (`SelfAttention`).
 
-`FastWan` combines these, `CapturedWan` compiles them for one batch size and replays them as one CUDA graph,
-and `make_engine` chooses what a prior runs on.
+`FastWan` combines these, `CapturedWan` compiles them for one batch size and replays them as one CUDA graph;
+`wan.make_engine` chooses what a prior runs on.
 """
 
-import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from diffusers.models.autoencoders.autoencoder_kl_wan import (
     WanAttentionBlock,
     WanCausalConv3d,
@@ -36,7 +34,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-logger = logging.getLogger(__name__)
+from vega_policy.priors.base import PROMPT_LENGTH
 
 Rotary = tuple[Tensor, Tensor]
 """Cosine and signed sine of each token's rotation, [n 1 e] float32, e the width of a head."""
@@ -146,6 +144,42 @@ class PromptAttention(nn.Module):
         return weights @ self.table + self.constant
 
 
+Words = tuple[Tensor, Tensor]
+"""Instructions of b samples: words [b w d_text] padded with zeros, and their number in each, [b] float32."""
+
+
+class WordAttention(nn.Module):
+    """Cross-attention (`attn2` of Wan's block) to each sample's words and to one counted padding token."""
+
+    gains: Tensor
+
+    def __init__(self, attention: Any) -> None:
+        super().__init__()
+        self.heads: int = attention.heads
+        self.eps: float = attention.norm_q.eps
+        self.query, self.key, self.value, self.out = (
+            attention.to_q,
+            attention.to_k,
+            attention.to_v,
+            attention.to_out[0],
+        )
+        gains = [norm.weight.detach().float() for norm in (attention.norm_q, attention.norm_k)]
+        self.register_buffer("gains", torch.stack(gains))
+
+    def forward(self, tokens: Tensor, words: Tensor, bias: Tensor) -> Tensor:
+        """Tokens [b n d], words after the text embedding [b m d], bias of their logits [b m] -> [b n d]."""
+        query, key = (
+            functional.rms_norm(x.float(), x.shape[-1:], gain, self.eps).to(tokens.dtype)
+            for x, gain in ((self.query(tokens), self.gains[0]), (self.key(words), self.gains[1]))
+        )
+        query, key, value = (
+            x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (query, key, self.value(words))
+        )
+        mask = bias[:, None, None].to(query.dtype)
+        mixed = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+
 def prompt_keys_values(attention: Any, prompt: Tensor) -> tuple[Tensor, Tensor]:
     """Return keys and values of a constant prompt in float32, [n d] -> [n k e] twice."""
     key, value = float_linear(attention.to_k, prompt), float_linear(attention.to_v, prompt)
@@ -165,7 +199,7 @@ def padded_softmax(logits: Tensor, padding: int) -> Tensor:
 
 
 class FixedBlock(nn.Module):
-    """A block of Wan's transformer at one noise level and one prompt.
+    """A block of Wan's transformer at one noise level and one prompt, or without `prompt` at instructions.
 
     It returns its last sum unadded, so that a compiler can join it with the next block's norm. `modulation`
     [6 d] float32 is what the noise level adds to the block's own table, `entry_gate` [d] float32 the gate of
@@ -181,8 +215,7 @@ class FixedBlock(nn.Module):
         self,
         block: Any,
         modulation: Tensor,
-        prompt: Tensor,
-        padding: int,
+        prompt: tuple[Tensor, int] | None,
         entry_gate: Tensor,
         levels: Tensor | None = None,
     ) -> None:
@@ -195,10 +228,14 @@ class FixedBlock(nn.Module):
         self.register_buffer("entry_gate", entry_gate)
         self.attention = SelfAttention(block.attn1)
         self.norm = block.norm2
-        self.prompt = PromptAttention(block.attn2, prompt, padding)
+        self.prompt: Any = (
+            WordAttention(block.attn2) if prompt is None else PromptAttention(block.attn2, *prompt)
+        )
         self.widen, self.narrow = block.ffn.net[0].proj, block.ffn.net[2]
 
-    def forward(self, tokens: Tensor, pending: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, tokens: Tensor, pending: Tensor, rotary: Rotary, words: tuple[Tensor, ...] = ()
+    ) -> tuple[Tensor, Tensor]:
         """Map tokens and what is still to be added to them, [b n d] twice -> [b n d] twice."""
         # each [d], or [n d] where tokens differ in noise level
         shift, scale, gate, mlp_shift, mlp_scale, _ = by_token(self.modulation, self.levels).unbind(dim=-2)
@@ -206,7 +243,7 @@ class FixedBlock(nn.Module):
         normed = self._modulate(tokens, scale, shift)
         tokens = gated_sum(tokens, self.attention(normed, rotary), gate)
         normed = self.norm(tokens.float()).to(tokens.dtype)
-        tokens = (tokens + self.prompt(normed)).to(tokens.dtype)
+        tokens = (tokens + self.prompt(normed, *words)).to(tokens.dtype)
         normed = self._modulate(tokens, mlp_scale, mlp_shift)
         return tokens, self.narrow(linear_gelu(normed, self.widen))
 
@@ -238,9 +275,9 @@ def linear_gelu(tokens: Tensor, layer: nn.Linear) -> Tensor:
 class FixedTransformer(nn.Module):
     """Wan's transformer, cut behind the last block that is read, for one frame of `size` latent pixels.
 
-    `prompt` is the prompt's embedding, padded with zeros, [m d_text]. `slots` latents at the noise level
-    follow a clean frame, 0 for a frame that has that level itself. The outputs of the blocks `earlier` are
-    read too.
+    `prompt` is the prompt's embedding, padded with zeros, [m d_text]; None for an instruction a sample.
+    `slots` latents at the noise level follow a clean frame, 0 for a frame that has that level itself. The
+    outputs of the blocks `earlier` are read too.
     """
 
     cosine: Tensor
@@ -251,7 +288,7 @@ class FixedTransformer(nn.Module):
     def __init__(
         self,
         transformer: Any,
-        prompt: Tensor,
+        prompt: Tensor | None,
         noise_level: float,
         size: tuple[int, int],
         slots: int = 0,
@@ -263,21 +300,23 @@ class FixedTransformer(nn.Module):
         self.patch: tuple[int, int] = tuple(embed.kernel_size[1:])
         self.weight, self.bias = embed.weight, embed.bias
         self.earlier = tuple(earlier)
-        text, padding = embed_prompt(transformer, prompt)
+        self.embed_text = transformer.condition_embedder.text_embedder
+        text = None if prompt is None else embed_prompt(transformer, prompt)
+        device = self.weight.device
         modulation, levels = constant_modulation(transformer, noise_level), None
         if slots:
             modulation = torch.stack([constant_modulation(transformer, 0.0), modulation])
             count = (size[0] // self.patch[0]) * (size[1] // self.patch[1])
-            levels = (torch.arange((1 + slots) * count, device=prompt.device) >= count).long()
+            levels = (torch.arange((1 + slots) * count, device=device) >= count).long()
         self.register_buffer("levels", levels)
         gate = torch.ones_like(modulation[..., 0, :])
         self.blocks = nn.ModuleList()
         for block in transformer.blocks:
-            fixed = FixedBlock(block, modulation, text, padding, gate, levels)
+            fixed = FixedBlock(block, modulation, text, gate, levels)
             self.blocks.append(fixed)
             gate = fixed.modulation[..., 5, :]
         self.register_buffer("exit_gate", gate)
-        latent = torch.empty(1, embed.in_channels, 1 + slots, *size, device=prompt.device)
+        latent = torch.empty(1, embed.in_channels, 1 + slots, *size, device=device)
         cosine, sine = rotary_tables(transformer, latent)
         self.register_buffer("cosine", cosine)
         self.register_buffer("sine", sine)
@@ -293,12 +332,26 @@ class FixedTransformer(nn.Module):
         patches = rearrange(video.to(self.dtype), "b z t (h q) (w r) -> b (t h w) (z q r)", q=q, r=r)
         return functional.linear(patches, self.weight.flatten(1), self.bias)
 
-    def run(self, tokens: Tensor, blocks: Sequence[Callable[..., tuple[Tensor, Tensor]]]) -> Tensor:
+    def embed_words(self, words: Words) -> tuple[Tensor, Tensor]:
+        """Return words after the text embedding, the padding's last, [b w+1 d], and their bias [b w+1]."""
+        text, count = words
+        embedded = self.embed_text(functional.pad(text.to(self.dtype), (0, 0, 0, 1)))
+        is_word = torch.arange(text.shape[1], device=text.device) < count[:, None]
+        bias = torch.zeros_like(is_word, dtype=torch.float32).masked_fill(~is_word, -math.inf)
+        return embedded, torch.cat([bias, (PROMPT_LENGTH - count).log()[:, None]], dim=1)
+
+    def run(
+        self,
+        tokens: Tensor,
+        blocks: Sequence[Callable[..., tuple[Tensor, Tensor]]],
+        words: Words | None = None,
+    ) -> Tensor:
         """Run the blocks, as they are or compiled, and join what is read, [b n d] -> [b n l*d]."""
+        given = () if words is None else (self.embed_words(words),)
         pending, tokens = tokens, torch.zeros_like(tokens)
         outputs = []
         for layer, block in enumerate(blocks):
-            tokens, pending = block(tokens, pending, (self.cosine, self.sine))
+            tokens, pending = block(tokens, pending, (self.cosine, self.sine), *given)
             if layer in self.earlier:
                 following: Any = self.blocks[layer + 1]
                 outputs.append(gated_sum(tokens, pending, by_token(following.entry_gate, self.levels)))
@@ -468,29 +521,11 @@ class FrameEncoder(nn.Module):
 # Both together
 
 
-def obstacle(prior: Any) -> str | None:
-    """Return why a `LatentWorldSimulator` has no fast form, or None if it has one."""
-    vae, transformer = prior.vae, prior.transformer
-    if (type(vae), type(transformer)) != (AutoencoderKLWan, WanTransformer3DModel):
-        return f"its networks are {type(vae).__name__} and {type(transformer).__name__}, not Wan's own"
-    if vae.use_tiling:
-        return "its autoencoder works in tiles"
-    if transformer.config.patch_size[0] != 1:
-        return f"its patches span {transformer.config.patch_size[0]} frames"
-    if transformer.config.added_kv_proj_dim is not None:
-        return "its transformer also attends to a reference image"
-    if prior.encode_words is not None:
-        return "its prompt is the instruction, which differs between samples"
-    return None
-
-
 class FastWan(nn.Module):
     """A Wan prior for one frame size, noise level and prompt; batches of any length.
 
-    Weights that the reductions do not change are shared with the prior, the others are copied.
-
-    Raises:
-        ValueError: If the prior has no fast form.
+    Weights that the reductions do not change are shared with the prior, the others are copied. `wan.obstacle`
+    says which priors have a fast form.
     """
 
     mean: Tensor
@@ -499,19 +534,15 @@ class FastWan(nn.Module):
     @torch.no_grad()
     def __init__(self, prior: Any) -> None:
         super().__init__()
-        reason = obstacle(prior)
-        if reason is not None:
-            raise ValueError(
-                f"prior.engine=fast: this prior has no fast form: {reason}. Take prior.engine=plain."
-            )
         self.noise_level: float = prior.noise_level
         self.slots: int = prior.slots
         self.frame: tuple[int, int] = prior.input_size
         scale = prior.vae.spatial_compression_ratio
         size = (self.frame[0] // scale, self.frame[1] // scale)
         self.encoder = FrameEncoder(prior.vae)
+        prompt = prior.prompt[0] if prior.encode_words is None else None
         self.transformer = FixedTransformer(
-            prior.transformer, prior.prompt[0], self.noise_level, size, self.slots, prior.layers[:-1]
+            prior.transformer, prompt, self.noise_level, size, self.slots, prior.layers[:-1]
         )
         self.latent: tuple[int, ...] = (len(prior.latents_mean), 1 + self.slots, *size)
         self.register_buffer("mean", prior.latents_mean[:, 0])
@@ -519,7 +550,9 @@ class FastWan(nn.Module):
         self.requires_grad_(False).eval()
 
     @torch.no_grad()
-    def forward(self, frames: Tensor, noise: Tensor, noise_level: float) -> Tensor:
+    def forward(
+        self, frames: Tensor, noise: Tensor, noise_level: float, words: Words | None = None
+    ) -> Tensor:
         """Return features of single frames, [n 3 h w] float32 in [0, 1] -> [n d gh gw] in the prior's type.
 
         With k slots they are those of the frames and their slots, [n 1+k d gh gw]. `noise` is standard
@@ -529,7 +562,7 @@ class FastWan(nn.Module):
             ValueError: If shape, type, device or noise level are not those it was built for.
         """
         self.check(frames, noise, noise_level)
-        return self.to_grid(self.run_blocks(self.embed(frames, noise)))
+        return self.to_grid(self.run_blocks(self.embed(frames, noise), words))
 
     def embed(self, frames: Tensor, noise: Tensor) -> Tensor:
         """Map frames to the transformer's first tokens, [n 3 h w] -> [n m d]."""
@@ -545,9 +578,9 @@ class FastWan(nn.Module):
         slots = (1 - self.noise_level) * clean + self.noise_level * noise[..., 1:, :, :]
         return self.transformer.embed(torch.cat([clean, slots], dim=2))
 
-    def run_blocks(self, tokens: Tensor) -> Tensor:
+    def run_blocks(self, tokens: Tensor, words: Words | None = None) -> Tensor:
         """Run the transformer's blocks, [n m d] -> [n m d]."""
-        return self.transformer.run(tokens, list(self.transformer.blocks))
+        return self.transformer.run(tokens, list(self.transformer.blocks), words)
 
     def to_grid(self, tokens: Tensor) -> Tensor:
         """[n m d] -> [n d gh gw], or with slots [n t d gh gw]."""
@@ -624,30 +657,46 @@ class CapturedWan:
     cuBLAS: the compiler's own, tuned for two minutes, were slower.
     """
 
-    def __init__(self, fast: FastWan, frames: Tensor, noise: Tensor, plan: Plan | None = None) -> None:
+    def __init__(
+        self,
+        fast: FastWan,
+        frames: Tensor,
+        noise: Tensor,
+        plan: Plan | None = None,
+        words: Words | None = None,
+    ) -> None:
         fast.check(frames, noise, fast.noise_level)
         self.fast, self.batch, self.plan = fast, len(frames), plan or Plan()
         self._frames = frames.clone()
         self._noise = noise.expand(len(frames), *fast.latent).clone()
+        self._words = None if words is None else (words[0].clone(), words[1].clone())
         compiled: dict[str, Any] = {"fullgraph": True, "dynamic": False}
         self._encode = torch.compile(fast.encoder, **compiled)
         self._embed = torch.compile(fast.embed_means, **compiled)
         self._blocks: list[Any] = [torch.compile(block, **compiled) for block in fast.transformer.blocks]
-        self._graph, self._features = capture(lambda: self._run(self._frames, self._noise), self.plan)
+        self._graph, self._features = capture(
+            lambda: self._run(self._frames, self._noise, self._words), self.plan
+        )
 
     @torch.no_grad()
-    def __call__(self, frames: Tensor, noise: Tensor, noise_level: float) -> Tensor:
+    def __call__(
+        self, frames: Tensor, noise: Tensor, noise_level: float, words: Words | None = None
+    ) -> Tensor:
         """Replay the graph; as `FastWan.forward`, for batches of the captured length only."""
         self._check(frames, noise, noise_level)
         self._frames.copy_(frames)
         self._noise.copy_(noise)
+        for held, new in zip(self._words or (), words or (), strict=True):
+            held.copy_(new)
         self._graph.replay()
         return self._features.clone()
 
-    def run_nested(self, frames: Tensor, noise: Tensor, noise_level: float) -> Tensor:
+    def run_nested(
+        self, frames: Tensor, noise: Tensor, noise_level: float, words: Words | None = None
+    ) -> Tensor:
         """Run as a call, but without the graph, so that a larger graph can capture it."""
         self._check(frames, noise, noise_level)
-        return self._run(frames, noise)
+        return self._run(frames, noise, words)
 
     def embed(self, frames: Tensor, noise: Tensor) -> Tensor:
         """Map frames to the transformer's first tokens, [n 3 h w] -> [n m d]."""
@@ -655,14 +704,15 @@ class CapturedWan:
         means = parts[0] if len(parts) == 1 else torch.cat(parts)
         return self._embed(means, noise.expand(len(frames), *self.fast.latent).contiguous())
 
-    def run_blocks(self, tokens: Tensor) -> Tensor:
+    def run_blocks(self, tokens: Tensor, words: Words | None = None) -> Tensor:
         """Run the compiled blocks, [n m d] -> [n m d]."""
         run, blocks = self.fast.transformer.run, self._blocks
-        parts = [run(part, blocks) for part in tokens.split(self.plan.read_at_once or len(tokens))]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        if words is not None or self.plan.read_at_once is None:
+            return run(tokens, blocks, words)
+        return torch.cat([run(part, blocks) for part in tokens.split(self.plan.read_at_once)])
 
-    def _run(self, frames: Tensor, noise: Tensor) -> Tensor:
-        return self.fast.to_grid(self.run_blocks(self.embed(frames, noise)))
+    def _run(self, frames: Tensor, noise: Tensor, words: Words | None = None) -> Tensor:
+        return self.fast.to_grid(self.run_blocks(self.embed(frames, noise), words))
 
     def _check(self, frames: Tensor, noise: Tensor, noise_level: float) -> None:
         self.fast.check(frames, noise, noise_level)
@@ -691,54 +741,3 @@ def capture(run: Callable[[], Tensor], plan: Plan | None = None) -> tuple[torch.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             result = run()
     return graph, result
-
-
-# The choice
-
-
-class Engine:
-    """Runs the reductions of a prior, captured for the first batch size on CUDA.
-
-    With `strict` other batch sizes are refused. Otherwise they run the same reductions uncompiled, so that no
-    call but the first waits for a compiler.
-    """
-
-    def __init__(self, prior: Any, strict: bool) -> None:
-        self.fast = FastWan(prior)
-        self.latent = self.fast.latent
-        self.nested = False  # a graph cannot be replayed while a larger one is captured
-        self.captured: CapturedWan | None = None
-        self._strict = strict
-
-    def __call__(self, frames: Tensor, noise: Tensor, noise_level: float) -> Tensor:
-        """Return features as `FastWan.forward`."""
-        run: Callable[[Tensor, Tensor, float], Tensor] = self.fast
-        if frames.is_cuda:
-            if self.captured is None:
-                logger.info("Building the prior for batches of %d frames; this takes a while.", len(frames))
-                self.captured = CapturedWan(self.fast, frames, noise)
-            if self._strict or len(frames) == self.captured.batch:
-                run = self.captured.run_nested if self.nested else self.captured
-        return run(frames, noise, noise_level)
-
-
-def make_engine(prior: Any, engine: str) -> Engine | None:
-    """Return the engine of a `LatentWorldSimulator` for `plain`, `fast` or `auto`; None is the plain path.
-
-    Raises:
-        ValueError: If `fast` is configured and the prior has no fast form.
-    """
-    if engine == "plain":
-        return None
-    reason = obstacle(prior)
-    if engine == "auto" and reason is not None:
-        logger.info("prior.engine=auto takes the plain path: %s.", reason)
-        return None
-    made = Engine(prior, strict=engine == "fast")
-    logger.info(
-        "prior.engine=%s: exact reductions for frames of %dx%d, noise level %g.",
-        engine,
-        *made.fast.frame,
-        made.fast.noise_level,
-    )
-    return made
