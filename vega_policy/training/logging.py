@@ -270,10 +270,11 @@ def _describe_run(config: TrainConfig, step: int, data: str) -> dict[str, Any]:
     policy, machine, code = config.vega, hardware(), code_revision()
     prior = policy.prior
     changed = ", with changed files" if code["changed"] else ""
+    clip = "" if prior.clip == "frame" else f"clip {prior.clip}, "
     return {
         "dataset": data,
         "cameras": ", ".join(policy.image_features),
-        "prior": f"{prior.name}, clip {prior.clip}, layer {prior.layer}, noise level {prior.noise_level}, "
+        "prior": f"{prior.name}, {clip}layer {prior.layer}, noise level {prior.noise_level}, "
         f"fingerprint {prior.fingerprint}",
         "fusion": policy.fusion.name,
         "backbone": policy.backbone.name,
