@@ -31,6 +31,23 @@ def from_config[T](cls: type[T], node: Mapping[str, Any]) -> T:
         raise ValueError(f"Config: {cause or error}") from error
 
 
+def check_numbers(config: Any, prefix: str, **bounds: str) -> None:
+    """Refuse fields of a dataclass outside an interval such as `[0, 1)`, NaN included; None passes.
+
+    Raises:
+        ValueError: Names the field as `prefix` and its name, the interval and the value.
+    """
+    for name, interval in bounds.items():
+        value = getattr(config, name)
+        if value is None:
+            continue
+        low, high = (float(bound) for bound in interval[1:-1].split(","))
+        is_above = value >= low if interval[0] == "[" else value > low
+        is_below = value <= high if interval[-1] == "]" else value < high
+        if not (is_above and is_below):
+            raise ValueError(f"{prefix}{name}: expected a number in {interval}; got {value}.")
+
+
 def check_fields(cls: type, node: Mapping[str, Any], path: str = "") -> None:
     """Refuse unknown and missing fields.
 

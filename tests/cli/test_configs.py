@@ -30,6 +30,8 @@ from vega_policy.cli import (
 )
 from vega_policy.cli.commands import train
 from vega_policy.configuration_vega import VegaConfig
+from vega_policy.data.dataset import DatasetConfig
+from vega_policy.deployment.server import ServerSettings
 from vega_policy.model.config import (
     BASES,
     FUSIONS,
@@ -41,7 +43,7 @@ from vega_policy.model.config import (
 )
 from vega_policy.priors import PRIORS
 from vega_policy.training.checkpoint import FREE_TO_CHANGE
-from vega_policy.training.config import GROUPS, decode, encode, from_hydra
+from vega_policy.training.config import GROUPS, SimulationConfig, decode, encode, from_hydra
 
 REPOSITORY = Path(__file__).parents[2]
 CONFIGS = REPOSITORY / "configs"
@@ -215,6 +217,31 @@ def test_instructions_in_any_script_and_with_any_mark_can_be_given_without_quote
         *given[2:],
     ]
     assert run(DATASET, *quoted[:1]).dataset.task == "把红色方块放进盒子里"
+
+
+OUT_OF_RANGE = {
+    FusionConfig: {"layers": 0, "heads": 0},
+    BackboneConfig: {"width": 0, "heads": -6, "depth": -1, "latents": 0, "lora_rank": -1, "dropout": 1.0},
+    ActionHeadConfig: {"width": 0, "heads": 0, "depth": -1, "steps": 0, "time_power": 0.0, "dropout": -0.1}
+    | {"prefix_steps": -1, "prefix_dropout": 1.0},
+    VegaConfig: {"optimizer_lr": -1e-4, "scheduler_warmup_steps": -1, "scheduler_decay_steps": 0},
+    DatasetConfig: {"workers": -1, "frame_stride": 0, "held_out": 1.0, "hue": 0.6},
+    SimulationConfig: {"videos": -1, "every": -1},
+    ServerSettings: {"port": 70_000, "sessions": 0, "idle_seconds": 0.0, "grace_seconds": float("inf")},
+}
+NEEDED = {DatasetConfig: {"repo_id": "a/b"}, VegaConfig: {"device": "cpu"}}
+
+
+@pytest.mark.parametrize("part", OUT_OF_RANGE, ids=lambda part: part.__name__)
+def test_numbers_out_of_range_are_refused_under_their_field_and_none_is_nan(part):
+    given = NEEDED.get(part, {})
+    part(**given)
+    wrong = OUT_OF_RANGE[part] | {
+        field.name: float("nan") for field in fields(part) if isinstance(field.default, float)
+    }
+    for name, value in wrong.items():
+        with pytest.raises(ValueError, match=rf"{name}\b.* got {value}"):
+            part(**given, **{name: value})
 
 
 def test_a_saved_config_gives_the_same_run():

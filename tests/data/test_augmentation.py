@@ -214,7 +214,7 @@ def test_a_cache_of_features_is_refused(cached):
     ):
         DatasetConfig(repo_id="tests/synthetic", cache="ram", cached=cached, shift=4)
     assert DatasetConfig(repo_id="tests/synthetic", cached=cached, shift=4).shift == 4  # decoded on the way
-    with pytest.raises(ValueError, match=r"dataset\.shift must be at least 0"):
+    with pytest.raises(ValueError, match=r"dataset\.shift: expected a number in \[0, inf\)"):
         DatasetConfig(repo_id="tests/synthetic", shift=-1)
 
 
@@ -222,9 +222,9 @@ def test_a_cache_of_features_is_refused(cached):
     ("fields", "message"),
     [
         ({"cache": "ram", "hue": 0.1}, r"dataset\.hue=0\.1 needs frames.*Take \[frames\]"),
-        ({"brightness": 1.0}, r"dataset\.brightness: expected a fraction in \[0, 1\); got 1\.0"),
-        ({"state_dropout": -0.1}, r"dataset\.state_dropout: expected a fraction in \[0, 1\)"),
-        ({"hue": 0.6}, r"dataset\.hue: expected a fraction in \[0, 0\.5\]; got 0\.6"),
+        ({"brightness": 1.0}, r"dataset\.brightness: expected a number in \[0, 1\); got 1\.0"),
+        ({"state_dropout": -0.1}, r"dataset\.state_dropout: expected a number in \[0, 1\)"),
+        ({"hue": 0.6}, r"dataset\.hue: expected a number in \[0, 0\.5\]; got 0\.6"),
     ],
 )
 def test_impossible_augmentation_is_refused(fields, message):
@@ -233,5 +233,5 @@ def test_impossible_augmentation_is_refused(fields, message):
 
 
 def test_a_head_dropout_of_one_is_refused():
-    with pytest.raises(ValueError, match=r"head\.dropout: expected a probability in \[0, 1\)"):
+    with pytest.raises(ValueError, match=r"head\.dropout: expected a number in \[0, 1\)"):
         ActionHeadConfig(dropout=1.0)

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from tests.training_runs import tiny_run
-from vega_policy.cli.commands import evaluate_offline
+from vega_policy.cli.commands import compare, evaluate_offline
 from vega_policy.data.dataset import read_table
-from vega_policy.evaluation.open_loop import measure
+from vega_policy.evaluation.open_loop import compare_open_loop, measure
 from vega_policy.training.train import train
 
 
@@ -44,6 +44,31 @@ def test_a_checkpoint_is_measured_on_the_episodes_that_its_run_held_out(root, tm
     report = json.loads((tmp_path / "report" / "open_loop.json").read_text())
     assert len(report["policy"]) == 7
     assert (tmp_path / "report" / "open_loop.png").stat().st_size > 10_000
+    errors = np.array(list(report["by_episode"].values()))
+    assert errors.shape == (2, 7)
+    compare.main([str(tmp_path / "report")] * 2)
+    assert "over 18 chunks of 2 episodes" in capsys.readouterr().out
+
+
+def write_errors(folder, by_episode, **changed):
+    policy = np.mean(by_episode, axis=0).tolist()
+    report = {"joints": ["pan", "lift"], "chunks": 6, "policy": policy}
+    report |= {"last_action": [2.0, 2.0], "mean_action": [3.0, 3.0], **changed}
+    report["by_episode"] = {str(number): errors for number, errors in enumerate(by_episode)}
+    folder.mkdir()
+    (folder / "open_loop.json").write_text(json.dumps(report))
+    return folder
+
+
+def test_two_policies_are_compared_on_the_same_episodes_with_students_interval(tmp_path):
+    first = write_errors(tmp_path / "first", [[1.0, 2.0], [3.0, 2.0], [5.0, 2.0]])
+    second = write_errors(tmp_path / "second", [[2.0, 1.0], [2.0, 1.0], [2.0, 1.0]])
+    lines = compare_open_loop(first, second).splitlines()
+    assert lines[1].split() == ["pan", "3", "2", "+1", "[-3.968,", "+5.968]"]  # 1 +- 4.303 * 2 / sqrt(3)
+    assert lines[2].split()[:4] == ["lift", "2", "1", "+1"]
+    other = write_errors(tmp_path / "other", [[1.0, 2.0]], last_action=[2.0, 2.5])
+    with pytest.raises(ValueError, match=r"other recorded actions \(last_action differs\).*same root"):
+        compare_open_loop(first, other)
 
 
 def test_a_run_that_held_out_nothing_names_what_to_give(root, tmp_path):

@@ -41,6 +41,13 @@ def test_frames_of_any_size_become_tokens_of_both_streams_and_a_gate(encoder, sh
     assert ((output.gate > 0) & (output.gate < 1)).all()
 
 
+def test_cameras_of_several_sizes_are_given_by_name(encoder):
+    wide, square = torch.rand(2, 3, 48, 96), torch.rand(2, 3, 64, 64)
+    tokens = encoder({"front": wide, "wrist": square}).tokens
+    torch.testing.assert_close(tokens[:, :1], encoder(wide).tokens)
+    torch.testing.assert_close(tokens[:, 1:], encoder(square).tokens)
+
+
 def test_bytes_and_their_fractions_have_the_same_tokens(encoder):
     frames = torch.randint(0, 256, (1, 2, 3, 64, 64), dtype=torch.uint8)
     with torch.no_grad():

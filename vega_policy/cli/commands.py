@@ -176,6 +176,7 @@ def _connect_policy(server: Mapping[str, Any], folder: Path, *, device: str, act
         "vega-compare outputs/eval/A outputs/eval/B                two evaluations, task by task",
         "vega-compare assets/results/{wan_tiny,none}               policies, suite by suite and over seeds",
         "vega-compare outputs/eval/A outputs/eval/A second_ablation=blind",
+        "vega-compare outputs/open_loop/A outputs/open_loop/B      two of vega-eval-offline, joint by joint",
     ],
     node={
         "folders": "???",  # two or more evaluations or policies (<seed>/<suite> below); the last: reference
@@ -189,9 +190,12 @@ def _connect_policy(server: Mapping[str, Any], folder: Path, *, device: str, act
 def compare(config: DictConfig) -> str:
     """Compare evaluations of the same episodes: paired differences in success with intervals."""
     from vega_policy.evaluation import compare
+    from vega_policy.evaluation.open_loop import REPORT, compare_open_loop
     from vega_policy.run_dir import write_json
 
     folders = [Path(folder) for folder in config.folders]
+    if len(folders) == 2 and all((folder / REPORT).is_file() for folder in folders):
+        return compare_open_loop(*folders)
     if len(folders) < 2:
         raise ValueError(
             f"folders: expected at least two, got {len(folders)}. For an ablation of one evaluation give its "

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from vega_policy.config import check_numbers
 from vega_policy.data.dataset_files import (
     ACTION,
     FORMAT,
@@ -131,15 +132,9 @@ class DatasetConfig:
                 raise ValueError(f"dataset.{name}: expected one of {', '.join(known)}; got {value!r}.")
         if unknown := [stream for stream in self.cached if stream not in STREAMS]:
             raise ValueError(f"dataset.cached: expected one of {', '.join(STREAMS)}; got {unknown[0]!r}.")
-        for name in ("held_out", "brightness", "contrast", "saturation", "state_dropout"):
-            if not 0.0 <= (value := getattr(self, name)) < 1.0:
-                raise ValueError(f"dataset.{name}: expected a fraction in [0, 1); got {value}.")
-        if not 0.0 <= self.hue <= 0.5:
-            raise ValueError(f"dataset.hue: expected a fraction in [0, 0.5]; got {self.hue}.")
-        if self.frame_stride < 1:
-            raise ValueError(f"dataset.frame_stride must be at least 1; got {self.frame_stride}.")
-        if self.shift < 0:
-            raise ValueError(f"dataset.shift must be at least 0; got {self.shift}.")
+        fractions = ("held_out", "brightness", "contrast", "saturation", "state_dropout")
+        check_numbers(self, "dataset.", **dict.fromkeys(fractions, "[0, 1)"), hue="[0, 0.5]")
+        check_numbers(self, "dataset.", frame_stride="[1, inf)", shift="[0, inf)", workers="[0, inf)")
         self._check_frames_are_cached()
         self._check_mixture()
 

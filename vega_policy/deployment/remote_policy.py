@@ -26,6 +26,7 @@ from lerobot.utils.constants import ACTION, OBS_STATE
 from torch import Tensor, nn
 
 from vega_policy.checkpoints import UnsafeCheckpointError
+from vega_policy.config import check_numbers
 from vega_policy.deployment.client import RemotePolicy, ServerAddress
 from vega_policy.deployment.protocol import RTCContext, ServedDescription
 from vega_policy.evaluation.policies import ObservationBatch
@@ -47,6 +48,11 @@ class VegaRemoteConfig(PreTrainedConfig):
     seed: int = 0  # of the noise that chunks start from
     latency_steps: int = 0  # commands that are under way when a robot is observed; see docs/deploy.md
     rtc_config: ClassVar[Any] = None  # LeRobot's rollout sets it on the instance
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_numbers(self, "server.", timeout_seconds="(0, inf)", patience_seconds="[0, inf)")
+        check_numbers(self, "policy.", latency_steps="[0, inf)")
 
     def set_features(self, served: ServedDescription) -> None:
         """Fill in inputs and outputs of the served policy; the size of its frames is unknown."""

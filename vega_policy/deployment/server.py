@@ -37,6 +37,7 @@ from websockets.http11 import Response
 from websockets.typing import Subprotocol
 
 from vega_policy.checkpoints import find_checkpoint
+from vega_policy.config import check_numbers
 from vega_policy.deployment import protocol
 from vega_policy.deployment.protocol import FeatureKeys, MessageLimits, ProtocolError, RTCContext
 from vega_policy.evaluation.policies import (
@@ -92,6 +93,9 @@ class ServerSettings:
 
     def __post_init__(self) -> None:
         """Refuse settings that open the server to everybody, and half a TLS configuration."""
+        counts = dict.fromkeys(("sessions", "connections", "faults"), "[1, inf)")
+        seconds = dict.fromkeys(("handshake_seconds", "idle_seconds", "grace_seconds"), "(0, inf)")
+        check_numbers(self, "server.", port="[0, 65535]", **counts, **seconds)
         if not is_loopback(self.host) and self.token is None:
             raise ValueError(
                 f"a server on {self.host!r} can be reached from other machines and needs a token: give "

@@ -4,7 +4,8 @@ Each error is compared with that of two predictions that need no policy: the las
 dataset's mean action. A policy that does not beat them has not learned from its data.
 """
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from vega_policy.data.video import FrameRows
 from vega_policy.evaluation.policies import LeRobotChunkPolicy
 from vega_policy.run_dir import atomic_file, write_json
 
+REPORT = "open_loop.json"
+
 Predict = Callable[[Tensor], np.ndarray]
 """Rows of the table [b] -> actions in the dataset's units [b t a]."""
 
@@ -33,6 +36,7 @@ class OpenLoopErrors:
     policy: np.ndarray
     last_action: np.ndarray  # of repeating the action before the chunk
     mean_action: np.ndarray  # of the dataset's mean action
+    by_episode: Mapping[int, np.ndarray]  # of the policy
     frames: int
 
     def table(self) -> str:
@@ -116,11 +120,13 @@ def measure(predict: Predict, table: FrameTable, rows: Tensor, names: Sequence[s
     last = table.action[torch.where(same_episode, (rows - 1).clamp(min=0), rows)].numpy()[:, None]
     mean = table.action.mean(dim=0).numpy()
 
-    def error(guess: np.ndarray) -> np.ndarray:
-        return np.abs(guess - actions)[~is_pad].mean(axis=0)
+    def error(guess: np.ndarray, chosen: Any = slice(None)) -> np.ndarray:
+        return np.abs(guess - actions)[chosen][~is_pad[chosen]].mean(axis=0)
 
     labels = list(names) if names else [f"action[{entry}]" for entry in range(actions.shape[-1])]
-    return OpenLoopErrors(labels, error(predicted), error(last), error(mean), len(rows))
+    episode = table.episode[rows].numpy()
+    by_episode = {int(number): error(predicted, episode == number) for number in np.unique(episode)}
+    return OpenLoopErrors(labels, error(predicted), error(last), error(mean), by_episode, len(rows))
 
 
 def write_report(
@@ -133,7 +139,8 @@ def write_report(
     from matplotlib import pyplot as plt
 
     values = {name: getattr(errors, name).tolist() for name in ("policy", "last_action", "mean_action")}
-    write_json(folder / "open_loop.json", {"joints": list(errors.names), "chunks": errors.frames, **values})
+    values["by_episode"] = {str(number): error.tolist() for number, error in errors.by_episode.items()}
+    write_json(folder / REPORT, {"joints": list(errors.names), "chunks": errors.frames, **values})
     rows = table.rows_of([episode])
     starts = rows[::stride]
     predicted = predict(starts)[:, :stride]
@@ -150,6 +157,46 @@ def write_report(
     with atomic_file(folder / "open_loop.png") as draft:
         figure.savefig(draft, format="png", dpi=110, bbox_inches="tight")
     plt.close(figure)
+
+
+def compare_open_loop(first: Path, second: Path) -> str:
+    """Return a table of two evaluations of the same recorded frames: errors and paired differences.
+
+    The interval of a difference is Student's over episodes, whose frames are not independent.
+
+    Raises:
+        ValueError: If the evaluations are of other frames or joints.
+    """
+    one, other = (json.loads((folder / REPORT).read_text()) for folder in (first, second))
+    for field in ("joints", "chunks", "last_action", "mean_action"):
+        if one[field] != other[field]:
+            raise ValueError(
+                f"{first} and {second} are of other recorded actions ({field} differs). Evaluate both with "
+                "the same root and episodes, policies of one chunk_size: vega-eval-offline CHECKPOINT "
+                "root=FOLDER 'episodes=[...]'"
+            )
+    pairs = [np.array(list(report["by_episode"].values())) for report in (one, other)]  # [e a] each
+    width = max(len("joint"), *map(len, one["joints"]))
+    lines = [f"{'joint':{width}}  {'first':>10}  {'second':>10}  {'difference':>10}  95% interval"]
+    for entry, name in enumerate(one["joints"]):
+        errors = one["policy"][entry], other["policy"][entry]
+        row = f"{name:{width}}  {errors[0]:>10.4g}  {errors[1]:>10.4g}  {errors[0] - errors[1]:>+10.4g}"
+        lines.append(f"{row}  {_describe_interval(pairs[0][:, entry] - pairs[1][:, entry])}")
+    lines.append(
+        f"mean absolute error over {one['chunks']} chunks of {len(pairs[0])} episodes; first: {first}, "
+        f"second: {second}. The intervals know nothing of other training seeds."
+    )
+    return "\n".join(lines)
+
+
+def _describe_interval(differences: np.ndarray) -> str:
+    """Return the interval of the mean of differences [e], or why there is none."""
+    from scipy.stats import ttest_1samp
+
+    if len(differences) < 2:
+        return "(one episode)"
+    low, high = ttest_1samp(differences, 0.0).confidence_interval(0.95)
+    return f"[{low:+.4g}, {high:+.4g}]"
 
 
 def evaluate_open_loop(

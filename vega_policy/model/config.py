@@ -8,6 +8,8 @@ from collections.abc import Collection
 from dataclasses import dataclass, field, fields
 from importlib.metadata import entry_points
 
+from vega_policy.config import check_numbers
+
 STRIDE = 16
 """Pixels of a token of the compact backbone."""
 
@@ -150,10 +152,8 @@ class FusionConfig:
             raise ValueError(f"fusion.blend is 'raw', 'normalized' or 'residual'; got {self.blend!r}.")
         if not self.gate_lr_scale > 0:
             raise ValueError(f"fusion.gate_lr_scale must be above 0; got {self.gate_lr_scale}.")
-        if self.layers < 1 or self.heads < 1:
-            raise ValueError(
-                f"fusion.layers and fusion.heads must be at least 1; got {self.layers} and {self.heads}."
-            )
+        check_numbers(self, "fusion.", layers="[1, inf)", heads="[1, inf)", gate_bias="(-inf, inf)")
+        check_numbers(self, "fusion.", residual_scale="(-inf, inf)", context_scale="(-inf, inf)")
 
 
 @dataclass(frozen=True)
@@ -190,17 +190,15 @@ class BackboneConfig:
     gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
+        sizes = dict.fromkeys(("width", "heads", "latents", "lora_alpha"), "[1, inf)")
+        check_numbers(self, "backbone.", **sizes, depth="[0, inf)", lora_rank="[0, inf)", dropout="[0, 1)")
         if self.width % self.heads or self.width % 4:
             raise ValueError(
                 f"backbone.width must be a multiple of 4 and of backbone.heads; got width {self.width}, "
                 f"heads {self.heads}."
             )
-        if self.lora_rank < 0:
-            raise ValueError(f"backbone.lora_rank is 0 (no adapters) or more; got {self.lora_rank}.")
         if self.dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"backbone.dtype is float32, bfloat16 or float16; got {self.dtype!r}.")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"backbone.dropout: expected a probability in [0, 1); got {self.dropout}.")
         if self.name == "compact":
             self._check_compact()
 
@@ -239,19 +237,13 @@ class ActionHeadConfig:
     prefix_dropout: float = 0.5  # part of the training samples without a prefix
 
     def __post_init__(self) -> None:
+        check_numbers(self, "head.", width="[1, inf)", heads="[1, inf)", steps="[1, inf)", depth="[0, inf)")
+        check_numbers(self, "head.", time_power="(0, inf)", dropout="[0, 1)", prefix_dropout="[0, 1)")
+        check_numbers(self, "head.", prefix_steps="[0, inf)")
         if self.width % self.heads or self.width % 2:
             raise ValueError(
                 f"head.width must be even and a multiple of head.heads; got width {self.width}, "
                 f"heads {self.heads}."
-            )
-        if self.steps < 1:
-            raise ValueError(f"head.steps must be at least 1; got {self.steps}.")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"head.dropout: expected a probability in [0, 1); got {self.dropout}.")
-        if self.prefix_steps < 0 or not 0.0 <= self.prefix_dropout < 1.0:
-            raise ValueError(
-                f"head.prefix_steps must be at least 0 and head.prefix_dropout in [0, 1); got "
-                f"{self.prefix_steps} and {self.prefix_dropout}."
             )
 
 
@@ -302,6 +294,8 @@ class ModelConfig:
     forecast: ForecastConfig = field(default_factory=ForecastConfig)
 
     def __post_init__(self) -> None:
+        sizes = dict.fromkeys(("views", "action_dim", "chunk_size", "frame_size"), "[1, inf)")
+        check_numbers(self, "policy.", **sizes, state_dim="[0, inf)")
         if self.forecast.is_on and (self.backbone.name != "compact" or not self.backbone.sight):
             raise ValueError(
                 "policy.forecast predicts what the compact backbone's image encoder will see: it needs "

@@ -9,7 +9,7 @@ VEGA-3D (arXiv 2603.19235), in the paper's order:
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -42,6 +42,19 @@ class EncoderOutput:
     semantic: Tensor  # of the image encoder, projected, [b v n d]
     prior: Tensor | None  # of the prior, projected, [b v n d]; None with prior=none
     gate: Tensor | None  # weight of the semantic stream in [0, 1], [b v n]; None for a fusion without gate
+
+
+def _split_views(frames: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the frames of each camera."""
+    if isinstance(frames, Mapping):
+        return dict(frames)
+    if frames.ndim not in (4, 5, 6) or frames.shape[-3] != 3:
+        raise ValueError(
+            f"frames: expected [b 3 h w], [b v 3 h w] or [b v t 3 h w]; got shape {tuple(frames.shape)}."
+        )
+    if frames.ndim == 4:
+        return {"view frames": frames}
+    return {f"view {number}": view for number, view in enumerate(frames.unbind(dim=1))}
 
 
 class VegaEncoder(nn.Module):
@@ -112,28 +125,24 @@ class VegaEncoder(nn.Module):
         )
         return VegaEncoder(config).eval()
 
-    def forward(self, frames: Tensor, instruction: list[str] | None = None) -> EncoderOutput:
+    def forward(
+        self, frames: Tensor | Mapping[str, Tensor], instruction: list[str] | None = None
+    ) -> EncoderOutput:
         """Encode frames.
 
         Args:
             frames: [b 3 h w], [b v 3 h w], or with a clip prior [b v t 3 h w]; uint8, or float in [0, 1].
-                They are stretched to `config.frame_size`.
+                They are stretched to `config.frame_size`. Or v cameras by name, [b 3 h w] or [b t 3 h w]
+                each, which may differ in size.
             instruction: b sentences, for a fusion that reads them.
 
         Raises:
             TypeError: If frames are neither uint8 nor floating-point.
             ValueError: If a shape or a value is not that of frames, or a needed instruction is missing.
         """
-        if frames.ndim not in (4, 5, 6) or frames.shape[-3] != 3:
-            raise ValueError(
-                f"frames: expected [b 3 h w], [b v 3 h w] or [b v t 3 h w]; got shape {tuple(frames.shape)}."
-            )
-        views = {"frames": frames} if frames.ndim == 4 else dict(enumerate(frames.unbind(dim=1)))
-        stacked = stack_views(
-            {f"view {name}": view for name, view in views.items()}, self.config.frame_size, self.config.resize
-        )
-        sentences = instruction or [""] * len(frames)
-        state = torch.zeros(len(frames), 1, device=frames.device)
+        stacked = stack_views(_split_views(frames), self.config.frame_size, self.config.resize)
+        sentences = instruction or [""] * len(stacked)
+        state = torch.zeros(len(stacked), 1, device=stacked.device)
         observation = Observation(stacked, state, sentences)
         if instruction is None and self.prior is not None and self.fusion.reads_instruction:
             raise ValueError(

@@ -55,7 +55,7 @@ class SimulationConfig:
     tasks: str = "envs.tasks"
 
     def __post_init__(self) -> None:
-        for name, least in (("every", 0), ("episodes_per_task", 1), ("processes", 1)):
+        for name, least in (("every", 0), ("episodes_per_task", 1), ("processes", 1), ("videos", 0)):
             _require_at_least(f"simulation.{name}", getattr(self, name), least)
 
 
