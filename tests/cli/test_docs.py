@@ -141,6 +141,21 @@ def test_every_page_starts_with_a_command():
             assert lines[0] == "```bash", page.name
 
 
+def test_every_row_of_the_robustness_page_names_a_test_that_exists():
+    """A name is a part of the test's name; the file before it is the one that the section names, if none."""
+    page, default = (REPOSITORY / "docs" / "robustness.md").read_text(), ""
+    for line in page.splitlines():
+        if line.startswith("Tests without a file"):
+            default = line.partition("](../")[2].partition(")")[0]
+        elif line.startswith("| ") and not line.startswith("| input"):
+            named = re.findall(r"`([^`]+)`", line.rpartition(" | ")[2])
+            assert named, line
+            for name in named:
+                file, colon, part = name.partition(": ") if ".py" in name else (default, ": ", name)
+                (path,) = REPOSITORY.glob(f"tests/**/{Path(file).name}")
+                assert not colon or re.search(rf"def test_\w*{part}", path.read_text()), name
+
+
 DEMO = "outputs/demo/train/checkpoints/last/pretrained_model"
 
 

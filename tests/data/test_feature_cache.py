@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 from dataclasses import replace
 from functools import partial
@@ -180,6 +181,19 @@ def test_decoding_processes_need_shared_memory_for_their_batches(loaded, monkeyp
     monkeypatch.setattr("vega_policy.data.loader.free_space", lambda path: 65536)
     with pytest.raises(ValueError, match=r"workers=2 needs about \d+ bytes of shared memory.*has 65536 free"):
         next(videos.stream(ShuffledRows(data.rows, 5, seed=0), 0))
+
+
+def test_videos_that_are_replaced_under_the_same_names_are_another_cache(root, tmp_path):
+    copy = shutil.copytree(root, tmp_path / "copy")
+    config = tiny_run(copy, tmp_path / "run")
+    before = load_data(config).parts[0]
+    policy = VegaPolicy(config.vega)
+    old = cache_streams(before, policy)
+    assert cache_streams(load_data(config).parts[0], policy) == old
+    first, second = (next((copy / "videos" / camera).rglob("*.mp4")) for camera in CAMERAS)
+    shutil.copy(second, first)
+    new = cache_streams(load_data(config).parts[0], policy)
+    assert not {stream.folder for stream in old} & {stream.folder for stream in new}
 
 
 def test_a_missing_stream_is_added_to_a_cache(loaded, tmp_path):

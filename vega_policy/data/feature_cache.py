@@ -33,6 +33,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vega_policy.data.dataset_files import hash_bytes
+from vega_policy.data.video import MeanFrames
 from vega_policy.model.config import BackboneConfig, PriorConfig
 from vega_policy.model.observation import stack_views
 from vega_policy.model.vega import VegaModel
@@ -499,29 +500,6 @@ def pick_instants(clips: Clips, kept: Tensor) -> Clips:
         start += length
         if chosen.any():
             yield {camera: frames[chosen] for camera, frames in clip.items()}
-
-
-class MeanFrames:
-    """Running mean of each camera's frames.
-
-    Attributes:
-        sums: Sum of the frames by camera, int64 [3 h w].
-    """
-
-    def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-        self._count = 0
-
-    def add(self, frames: dict[str, Tensor]) -> None:
-        """Add frames by camera, uint8 [t 3 h w]."""
-        for camera, clip in frames.items():
-            total = clip.sum(dim=0, dtype=torch.int32).long()  # a seventh of int64's time, and exact
-            self.sums[camera] = self.sums[camera] + total if camera in self.sums else total
-        self._count += len(next(iter(frames.values())))
-
-    def result(self) -> dict[str, Tensor]:
-        """Return each camera's mean frame, float32 [3 h w] in [0, 1]."""
-        return {camera: (total / (255 * self._count)).float() for camera, total in self.sums.items()}
 
 
 @torch.no_grad()

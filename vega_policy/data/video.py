@@ -22,7 +22,6 @@ from torch.utils.data import Dataset
 
 from vega_policy.data.dataset import FrameTable, LocalDataset
 from vega_policy.data.dataset_files import DatasetError, list_files
-from vega_policy.data.feature_cache import MeanFrames
 from vega_policy.provenance import available_cores
 
 STRETCH = 128  # time steps read at once, a multiple of `feature_cache.BATCH`
@@ -59,6 +58,29 @@ def sampled_mean_frames(dataset: LocalDataset, cameras: list[str], backend: str)
     for clips in frames_in_order(dataset, cameras, backend, episodes):
         mean.add(clips)
     return mean.result()
+
+
+class MeanFrames:
+    """Running mean of each camera's frames.
+
+    Attributes:
+        sums: Sum of the frames by camera, int64 [3 h w].
+    """
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self._count = 0
+
+    def add(self, frames: dict[str, Tensor]) -> None:
+        """Add frames by camera, uint8 [t 3 h w]."""
+        for camera, clip in frames.items():
+            total = clip.sum(dim=0, dtype=torch.int32).long()  # a seventh of int64's time, and exact
+            self.sums[camera] = self.sums[camera] + total if camera in self.sums else total
+        self._count += len(next(iter(frames.values())))
+
+    def result(self) -> dict[str, Tensor]:
+        """Return each camera's mean frame, float32 [3 h w] in [0, 1]."""
+        return {camera: (total / (255 * self._count)).float() for camera, total in self.sums.items()}
 
 
 def _in_parallel(jobs: Iterator[Callable[[], Clips]], workers: int, ahead: int) -> Iterator[Clips]:
