@@ -40,6 +40,7 @@ from tests.pretraining_runs import TINY, write_prompts, write_shards
 from tests.synthetic_dataset import REPO_ID, write_dataset
 from tests.training_runs import saved_weights, tiny_policy
 from vega_policy.cli import Command, commands, render
+from vega_policy.data import feature_cache
 from vega_policy.evaluation import evaluate  # noqa: F401
 from vega_policy.evaluation.episodes import read_episodes
 from vega_policy.modeling_vega import VegaPolicy
@@ -128,12 +129,13 @@ class Decoding(Training):
 
 
 class Cache(Training):
-    """The three streams of 450 frames, and a single step; a stream is complete or absent."""
+    """The three streams of 450 frames, and a single step; a build goes on after its recorded episodes."""
 
     STEPS = 1
 
     def __init__(self, inputs: Path) -> None:
         self.data = write_dataset(inputs / "data", lengths=(90,) * 5)
+        feature_cache.RECORD_EVERY = 0.0  # after each episode
 
     def arguments(self, output: Path) -> list[str]:
         return [*super().arguments(output), "dataset.cached=[frames,semantic,prior]"]
@@ -142,7 +144,11 @@ class Cache(Training):
         return digest_files(output.with_name(f"{output.name}-cache"))
 
     def finished(self, output: Path) -> int:
-        return len(list(output.parent.glob(f"{output.name}-cache/[a-z]*/manifest.json")))
+        cache = output.with_name(f"{output.name}-cache")
+        recorded = [
+            load_file(file)["episodes"] for file in cache.glob("*.building/notes/*/[a-z]*.safetensors")
+        ]
+        return 5 * len(list(cache.glob("[a-z]*/manifest.json"))) + sum(map(len, recorded))
 
 
 class Evaluation:
