@@ -234,6 +234,26 @@ def test_a_killed_build_continues_after_the_episodes_that_it_recorded(loaded, tm
     assert content(again) == content(whole)
 
 
+@pytest.mark.parametrize("step", ["shutil.rmtree", "complete_folder"])
+def test_a_build_that_is_killed_while_it_is_completed_encodes_nothing_again(
+    loaded, tmp_path, monkeypatch, step
+):
+    _, policy, data = loaded
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    build(policy, data, whole)
+
+    def die(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(f"vega_policy.data.feature_cache.{step}", die)
+        with pytest.raises(KeyboardInterrupt):
+            build(policy, data, again)
+    assert not list(again.glob("*[0-9a-f]/manifest.json"))
+    build(policy, data, again, read=refuse_to_read)
+    assert content(again) == content(whole)
+
+
 def test_parts_built_by_several_commands_are_the_cache_of_one(loaded, tmp_path):
     _, policy, data = loaded
     whole, parts = tmp_path / "whole", tmp_path / "parts"

@@ -47,6 +47,7 @@ from vega_policy.run_dir import (
     lock_folder,
     open_run,
     remove_partial,
+    write_text,
 )
 
 logger = logging.getLogger(__name__)
@@ -381,7 +382,10 @@ class _StreamDraft:
 
     def reload(self) -> set[int]:
         """Return the episodes that all parts together have finished."""
-        self._recorded = {one for record in self._records() for one in record["episodes"].tolist()}
+        done = [record["episodes"].tolist() for record in self._records()]
+        if (self._folder / MANIFEST).exists():
+            done = [range(len(self.lengths))]
+        self._recorded = {episode for part in done for episode in part}
         return self._recorded
 
     def _records(self) -> list[dict[str, Tensor]]:
@@ -423,21 +427,25 @@ class _StreamDraft:
         self._last = time.monotonic()
 
     def complete(self) -> None:
-        """Give the stream its final name if all episodes are finished."""
+        """Give the stream its final name if all episodes are finished.
+
+        The manifest says so in the draft too: a kill between the next steps loses nothing.
+        """
         if not self._folder.exists() or len(self.reload()) < len(self.lengths):
             return
-        records, cameras = self._records(), self.stream.key["cameras"]
-        totals = {
-            camera: torch.stack([record[camera] for record in records if camera in record]).sum(0)
-            for camera in cameras
-        }
-        mean = {camera: (total / (255 * self.starts[-1])).float() for camera, total in totals.items()}
-        save_file(mean, self._folder / MEAN_FRAMES)
-        key, dtype = self.stream.key, TYPES[self.stream.name]
-        manifest = {"key": key, "shape": list(self.row.shape), "dtype": str(dtype)}
-        (self._folder / MANIFEST).write_text(json.dumps(manifest, indent=2))
+        if not (self._folder / MANIFEST).exists():
+            records = self._records()
+            totals = {
+                camera: torch.stack([record[camera] for record in records if camera in record]).sum(0)
+                for camera in self.stream.key["cameras"]
+            }
+            mean = {camera: (total / (255 * self.starts[-1])).float() for camera, total in totals.items()}
+            save_file(mean, self._folder / MEAN_FRAMES)
+            manifest = {"key": self.stream.key, "shape": list(self.row.shape)}
+            manifest["dtype"] = str(TYPES[self.stream.name])
+            write_text(self._folder / MANIFEST, json.dumps(manifest, indent=2))
+        shutil.rmtree(self._notes)
         complete_folder(self._folder, self.root / self.stream.folder)
-        shutil.rmtree(self.root / self.stream.folder / self._notes.name)
 
 
 class FramesDraft:
