@@ -96,7 +96,6 @@ class VegaConfig(PreTrainedConfig):
     def _check_choices(self) -> None:
         rates = ("optimizer_lr", "optimizer_weight_decay", "optimizer_grad_clip_norm", "scheduler_decay_lr")
         check_numbers(self, "policy.", **dict.fromkeys((*rates, "scheduler_warmup_steps"), "[0, inf)"))
-        check_numbers(self, "policy.", scheduler_decay_steps="[1, inf)")
         if self.resize not in ("stretch", "pad"):
             raise ValueError(f"policy.resize: expected stretch or pad; got {self.resize!r}.")
         if self.frame_size < 1:

@@ -224,7 +224,7 @@ OUT_OF_RANGE = {
     BackboneConfig: {"width": 0, "heads": -6, "depth": -1, "latents": 0, "lora_rank": -1, "dropout": 1.0},
     ActionHeadConfig: {"width": 0, "heads": 0, "depth": -1, "steps": 0, "time_power": 0.0, "dropout": -0.1}
     | {"prefix_steps": -1, "prefix_dropout": 1.0},
-    VegaConfig: {"optimizer_lr": -1e-4, "scheduler_warmup_steps": -1, "scheduler_decay_steps": 0},
+    VegaConfig: {"optimizer_lr": -1e-4, "scheduler_warmup_steps": -1},
     DatasetConfig: {"workers": -1, "frame_stride": 0, "held_out": 1.0, "hue": 0.6},
     SimulationConfig: {"videos": -1, "every": -1},
     ServerSettings: {"port": 70_000, "sessions": 0, "idle_seconds": 0.0, "grace_seconds": float("inf")},
