@@ -65,7 +65,7 @@ def test_two_policies_are_compared_on_the_same_episodes_with_students_interval(t
     second = write_errors(tmp_path / "second", [[2.0, 1.0], [2.0, 1.0], [2.0, 1.0]])
     lines = compare_open_loop(first, second).splitlines()
     assert lines[1].split() == ["pan", "3", "2", "+1", "[-3.968,", "+5.968]"]  # 1 +- 4.303 * 2 / sqrt(3)
-    assert lines[2].split()[:4] == ["lift", "2", "1", "+1"]
+    assert lines[2].split() == ["lift", "2", "1", "+1", "[+1,", "+1]"]
     other = write_errors(tmp_path / "other", [[1.0, 2.0]], last_action=[2.0, 2.5])
     with pytest.raises(ValueError, match=r"other recorded actions \(last_action differs\).*same root"):
         compare_open_loop(first, other)

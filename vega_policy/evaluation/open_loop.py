@@ -191,12 +191,13 @@ def compare_open_loop(first: Path, second: Path) -> str:
 
 def _describe_interval(differences: np.ndarray) -> str:
     """Return the interval of the mean of differences [e], or why there is none."""
-    from scipy.stats import ttest_1samp
+    from scipy.stats import t
 
-    if len(differences) < 2:
+    count = len(differences)
+    if count < 2:
         return "(one episode)"
-    low, high = ttest_1samp(differences, 0.0).confidence_interval(0.95)
-    return f"[{low:+.4g}, {high:+.4g}]"
+    center, margin = differences.mean(), t.ppf(0.975, count - 1) * differences.std(ddof=1) / np.sqrt(count)
+    return f"[{center - margin:+.4g}, {center + margin:+.4g}]"
 
 
 def evaluate_open_loop(
