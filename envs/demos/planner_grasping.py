@@ -48,6 +48,7 @@ NEIGHBOURHOOD = 0.25  # m around an object that the hand can touch while graspin
 YAWS = np.deg2rad(np.arange(-75.0, 105.0, 2.5))
 MOST_YAW = float(YAWS.max())
 RIGHT_RIM_COST = 0.1  # so that equally good sides of a rim are not chosen by chance
+OTHER_SIDE_COST = 4.0  # of grasping a rim opposite to the requested side
 RIM_ANGLES = np.deg2rad(np.arange(0.0, 360.0, 10.0))
 CLOSING_STEPS = 11  # until the fingers press with full force
 OPENING_STEPS = 8
@@ -205,6 +206,7 @@ class GraspRequest:
     depth: float | None = None  # m below the top; None takes the kind's own
     kind: str | None = None  # one of `Grasp`'s; None: the first that fits, centre, handle, rim
     avoided: tuple[Array, ...] = ()  # offsets [2] of rim grasps that failed before
+    side: Array | None = None  # unit vector [2] from the middle of a rim to where it is best grasped
 
 
 def closing_axis(yaw: float) -> Array:
@@ -340,7 +342,10 @@ def rim_grasps(
             distance + 25 * max(0.0, distance - COMFORTABLE_REACH) + 10 * abs(point[2] - rim.middle[2])
         )
         reach_cost += 4.0 * sum(float(np.linalg.norm(offset - failed)) < 0.022 for failed in request.avoided)
-        reach_cost += RIGHT_RIM_COST * (offset[1] < 0)
+        if request.side is None:
+            reach_cost += RIGHT_RIM_COST * (offset[1] < 0)
+        else:
+            reach_cost += OTHER_SIDE_COST * (1 - float(offset @ request.side) / float(np.linalg.norm(offset)))
         yaw = middle_yaw + wrap(radial - np.pi / 2 - middle_yaw, np.pi)
         away = abs(yaw - request.yaw)
         if away > request.yaw_limit + 1e-6:

@@ -48,6 +48,7 @@ from envs.demos.planner_grasping import (
     CLOSING_STEPS,
     COMFORTABLE_REACH,
     OPENING_STEPS,
+    GraspRequest,
     Placement,
     Workcell,
     closing_axis,
@@ -77,7 +78,9 @@ BESIDE_PLATE = 0.015  # m that must be free beside a plate that is drawn
 CARRYING = Reach(0.006, 0.1, speed=0.6, noise_share=0.3)
 IN_BELOW = 0.01  # m by which LIBERO's own check reaches below a region
 STANDING = 0.04  # m above a region that separates objects on it from its own surface
-SHIFTING = 20.0  # rad of turning that a shift by one metre is as bad as
+SHIFTING = 20.0  # rad of turning that a shift by one metre is as bad as in a drawer,
+SHIFTING_OPEN = 4.0  # and in an open region
+OTHER_WAY = 1.0  # rad; turns to the right come after those to the left, so that alike scenes are solved alike
 DIRECTIONS = np.array([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
 JITTER = np.array([[0.0, 0.0, 0.0], [0.01, 0.0, 0.0], [-0.01, 0.0, 0.0], [0.0, 0.01, 0.0], [0.0, -0.01, 0.0]])
 WALL_GAP = 0.002  # m that stay free between an object and the walls of its drawer
@@ -85,6 +88,7 @@ BEFORE_DRAWER = 0.02  # m between an object and the drawer that is opened above 
 BESIDE_OTHERS = 0.01  # m that stay free between an object and its neighbours in an open region
 GRAZE = 0.001  # m; nearer than that, a lowered object touches what it passes
 SIDEWAYS = np.deg2rad([20, -20, 40, -40, 60, -60, 90, -90, 120, -120, 150, -150, 180])
+MOST_TURN = np.deg2rad(40.0)  # of an object above a drawer, which is grasped from the side that fits
 ANGLES = np.deg2rad(np.arange(0.0, 360.0, 15.0))
 
 
@@ -193,8 +197,9 @@ def put(cell: Workcell, name: str, target: str) -> Skill:
         return (yield from carry_flat(cell, body, region(cell, target).centre[:2]))
     if _is_chamber(cell, target):
         return (yield from insert(cell, body, target))
+    request = _request(cell, target)
     for _ in cell.attempts(CARRIES):
-        held = yield from grasp(cell, body)
+        held = yield from grasp(cell, body, request)
         if held is None:
             return False
         yield from slide_out(cell, body, down(held.yaw))
@@ -202,6 +207,20 @@ def put(cell: Workcell, name: str, target: str) -> Skill:
         if (yield from place(cell, body, down(held.yaw + turn), placement)):
             return True
     return False
+
+
+def _request(cell: Workcell, target: str) -> GraspRequest:
+    """Return the grasp for an object that goes to `target`: into a drawer the hand comes in from the side.
+
+    A hand is wide along its closing axis. Across the drawer it passes what protrudes above it, and the
+    object is not turned on the way.
+    """
+    if is_object(cell, target) or joint_of(cell, target) is None:
+        return GraspRequest()
+    outwards = Drawer(cell, target).outwards[:2]
+    across = np.array([-outwards[1], outwards[0]])
+    towards_robot = (cell.scene.position("robot0_base") - region(cell, target).centre)[:2] @ across
+    return GraspRequest(side=across if towards_robot > 0 else -across)
 
 
 def _is_flat(cloud: Array) -> bool:
@@ -231,9 +250,16 @@ def _free_placement(cell: Workcell, body: str, target: str, yaw: float) -> tuple
     fitting = _turn(cell, body, target, yaw)
     turns = [fitting]
     if not target.endswith(CONTAINER):
-        turns += [turn for turn in SIDEWAYS if abs(yaw + turn) < COMFORTABLE_YAW]
+        most = np.pi if joint_of(cell, target) is None else MOST_TURN
+        turns += [turn for turn in SIDEWAYS if abs(turn) <= most and abs(yaw + turn) < COMFORTABLE_YAW]
     ways = [(turn, shift) for turn in turns for shift in _shifts(cell, body, target)]
-    ways.sort(key=lambda way: abs(way[0] - fitting) + SHIFTING * float(np.linalg.norm(way[1])))
+    shifting = SHIFTING_OPEN if joint_of(cell, target) is None else SHIFTING
+
+    def departure(way: tuple[float, Array]) -> float:
+        turn = way[0] - fitting
+        return abs(turn) + OTHER_WAY * (turn < 0) + shifting * float(np.linalg.norm(way[1]))
+
+    ways.sort(key=departure)
     plain: dict[float, Placement] = {}
     best, fewest = (fitting, _placement(cell, body, target, yaw + fitting)), 2 * len(JITTER) + 1
     for turn, shift in ways:
