@@ -156,6 +156,16 @@ def test_a_rim_grasp_that_failed_is_not_the_first_choice_again():
     assert np.linalg.norm(second.offset - first.offset) > 0.022
 
 
+@pytest.mark.parametrize("bearing", [-20, 0, 20])
+def test_a_bowl_is_grasped_on_the_requested_side_wherever_it_stands(bearing):
+    side = np.array([-1.0, 0.0])
+    x, y = 0.5 * np.cos(np.deg2rad(bearing)), 0.5 * np.sin(np.deg2rad(bearing))
+    rim = find_rim(shifted(cylinder_surface(0.06, 0.03), x, y, 0.83), np.eye(3), np.array([x, y, 0.8]))
+    best = cheapest(rim_grasps(rim, 0.8, NOTHING, np.zeros(2), GraspRequest(side=side)))
+    assert best.offset @ side > 0.97 * np.linalg.norm(best.offset)
+    assert np.rad2deg(best.yaw) == pytest.approx(90, abs=15)
+
+
 def test_only_obstacles_beside_the_way_raise_it():
     points = np.array([[0.5, 0.05, 1.2], [0.5, 0.3, 2.0], [1.5, 0.0, 3.0]])
     assert corridor_top(points, [0, 0], [1, 0]) == pytest.approx(1.2)
