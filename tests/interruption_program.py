@@ -3,6 +3,8 @@
     python -m tests.interruption_program kill PROGRAM FOLDER COUNT    SIGKILL at random moments
     unshare --mount python -m tests.interruption_program fill PROGRAM FOLDER COUNT    full disks
     unshare --mount python -m tests.interruption_program protect PROGRAM FOLDER COUNT    a read-only disk
+    python -m tests.interruption_program misplace PROGRAM FOLDER COUNT    a file in its place
+    python -m tests.interruption_program twice PROGRAM FOLDER COUNT    two starts at once
     python -m tests.interruption_program fail PROGRAM FOLDER COUNT    as it is, where it cannot begin
 
 PROGRAM is a key of `PROGRAMS`. Prints a line of JSON. The parent imports everything once and forks, so that a
@@ -356,8 +358,8 @@ class Interrupter:
         self._context = multiprocessing.get_context("fork")
         self._log = folder / "log"
 
-    def start(self, output: Path) -> Any:
-        child = self._context.Process(target=attempt, args=(self.program, output, self._log))
+    def start(self, output: Path, log: Path | None = None) -> Any:
+        child = self._context.Process(target=attempt, args=(self.program, output, log or self._log))
         child.start()
         return child
 
@@ -428,12 +430,41 @@ class Interrupter:
             self.finish(straight, disk / "run")
 
     def protect(self, count: int) -> None:
-        """Run on a disk that cannot be written to."""
+        """Run on a disk that cannot be written to, then with such a disk for the cache alone."""
+        disk = self.folder / "disk"
+        for place in (disk, disk / "run-cache")[:count]:
+            place.mkdir()
+            with mounted(place, 2**20):
+                subprocess.run(["mount", "-o", "remount,ro", place], check=True)
+                self.fail(1)
+
+    def misplace(self, count: int) -> None:
+        """Run with a file in place of the output, then with one in place of the cache."""
         disk = self.folder / "disk"
         disk.mkdir()
-        with mounted(disk, 2**20):
-            subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
-            self.fail(count)
+        for place in (disk / "run", disk / "run-cache")[:count]:
+            place.write_text("somebody's")
+            self.fail(1)
+            assert place.read_text() == "somebody's"
+            place.unlink()
+
+    def twice(self, count: int) -> None:
+        """Start the command twice at once in one folder, COUNT times in all."""
+        straight, counts, logs = self.folder / "straight", self.counts, [self.folder / "log1", self._log]
+        assert self.run(straight) == ""
+        same = []
+        for counts.tried in range(1, count + 1):
+            output = self.folder / f"twice{counts.tried}"
+            children = [self.start(output, log) for log in logs]
+            for child in children:
+                child.join(600)
+            codes = [child.exitcode for child in children]
+            assert sorted(codes) == [0, 1], [log.read_text() for log in logs]
+            refusal = logs[codes.index(1)].read_text().strip().splitlines()[-1]
+            winner = children[codes.index(0)].pid
+            counts.messages.append(refusal.replace(str(output), "RUN").replace(str(winner), "WINNER"))
+            same.append(self.program.digest(output) == self.program.digest(straight))
+        counts.same = all(same)
 
     def fail(self, count: int) -> None:
         """Run where the command cannot begin."""
@@ -538,7 +569,8 @@ def main(arguments: Sequence[str]) -> None:
     Path(folder).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as inputs:
         interrupter = Interrupter(name, Path(folder).resolve(), Path(inputs))
-        actions = (interrupter.kill, interrupter.fill, interrupter.protect, interrupter.fail)
+        actions = (interrupter.kill, interrupter.fill, interrupter.protect, interrupter.misplace)
+        actions += (interrupter.twice, interrupter.fail)
         {action.__name__: action for action in actions}[how](int(count))
     interrupter.counts.seconds = round(time.monotonic() - start, 1)
     sys.stdout.write(json.dumps(asdict(interrupter.counts)) + "\n")

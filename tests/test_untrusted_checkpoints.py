@@ -3,16 +3,19 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
+from draccus.utils import DecodingError, ParsingError
 from lerobot.configs.policies import PreTrainedConfig
 from lerobot.policies.factory import get_policy_class
 from lerobot.processor import ProcessorStepRegistry
 
-from tests.evaluations import evaluation_config, save_checkpoint
+from tests.evaluations import evaluate, evaluation_config, save_checkpoint
 from tests.policies import tiny_config
 from tests.training_runs import tiny_policy, tiny_run
 from vega_policy.backbones.pretrained_vla import base_config
@@ -27,9 +30,11 @@ from vega_policy.checkpoints import (
 from vega_policy.deployment.deploy import read_rollout
 from vega_policy.deployment.remote_policy import VegaRemoteConfig
 from vega_policy.deployment.server import load_served_policy
-from vega_policy.evaluation.evaluate import evaluate_checkpoint
+from vega_policy.evaluation.evaluate import evaluate_checkpoint, trained_frames
+from vega_policy.evaluation.open_loop import read_recorded
 from vega_policy.evaluation.policies import load_lerobot_policy
 from vega_policy.modeling_vega import VegaPolicy
+from vega_policy.run_dir import OtherRunError
 from vega_policy.training.train import train
 
 
@@ -115,6 +120,87 @@ def test_a_flipped_byte_in_the_weights_is_noticed_without_the_runs_folder(valid,
     (folder / "model.safetensors").write_bytes(content)
     with pytest.raises(DamagedCheckpointError, match=r"downloaded is damaged: model\.safetensors is altered"):
         load(folder, tmp_path)
+
+
+@pytest.mark.parametrize("load", LOADERS.values(), ids=LOADERS.keys())
+def test_a_checkpoint_chooses_neither_a_server_nor_a_token_file(folder, tmp_path, load):
+    token = tmp_path / "token"
+    token.write_text("a-private-token-of-the-user-that-is-long-enough")
+    token.chmod(0o600)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        url = f"ws://127.0.0.1:{server.getsockname()[1]}"
+        set_type(folder, type="vega_remote", url=url, token_file=str(token))
+        with pytest.raises(UnsafeCheckpointError, match="token file of a policy server"):
+            load(folder, tmp_path)
+        server.setblocking(False)
+        with pytest.raises(BlockingIOError):  # nobody connected
+            server.accept()
+
+
+@pytest.fixture
+def attacker_module(tmp_path, monkeypatch):
+    """Name of a module that could be imported; importing it makes a file, whose path is yielded too."""
+    made = tmp_path / "imported"
+    source = f"import pathlib\npathlib.Path({str(made)!r}).touch()\n\ndef run(*_, **__): ...\n"
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "attacker_module.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path / "modules")
+    yield "attacker_module", made
+    assert not made.exists()
+    assert "attacker_module" not in sys.modules
+
+
+@pytest.mark.parametrize("separator", [".", ":"])
+@pytest.mark.parametrize("part", ["prior", "fusion", "backbone", "head", "base"])
+def test_the_name_of_a_part_is_a_key_and_no_module(folder, attacker_module, part, separator):
+    config = json.loads((folder / "config.json").read_text())
+    config[part]["name"] = f"{attacker_module[0]}{separator}run"
+    set_type(folder, **config)
+    with pytest.raises((ValueError, ParsingError), match=r"attacker_module|instantiate class BaseConfig"):
+        VegaPolicy.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("part", [None, "prior", "backbone"])
+@pytest.mark.parametrize("field", ["_target_", "class", "__class__", "auto_map"])
+def test_a_field_that_other_loaders_import_is_refused(folder, attacker_module, part, field):
+    config = json.loads((folder / "config.json").read_text())
+    (config if part is None else config[part])[field] = f"{attacker_module[0]}.run"
+    set_type(folder, **config)
+    with pytest.raises(DecodingError, match=field):
+        VegaPolicy.from_pretrained(folder)
+
+
+def test_names_in_the_config_of_a_run_are_not_imported(folder, root, tmp_path, attacker_module):
+    run, name = folder.parents[2], f"{attacker_module[0]}.run"
+    functions = {"make": name, "tasks": name, "_target_": name}
+    values = {"dataset": {"root": None, "_target_": name}, "simulation": functions, "environments": functions}
+    (run / "config.yaml").write_text(yaml.safe_dump(values))
+    assert trained_frames(folder)["rendering"] is None
+    with pytest.raises(ValueError, match="_target_"):
+        read_recorded(folder, None, None, None)
+    with pytest.raises(OtherRunError, match="_target_"):
+        train(tiny_run(root, run, resume=True))
+
+
+def test_yaml_of_a_run_makes_no_objects(folder, root, attacker_module):
+    run = folder.parents[2]
+    (run / "config.yaml").write_text(f"dataset: !!python/object/apply:{attacker_module[0]}.run []\n")
+    for read in (
+        lambda: trained_frames(folder),
+        lambda: read_recorded(folder, None, None, None),
+        lambda: train(tiny_run(root, run, resume=True)),
+    ):
+        with pytest.raises(yaml.YAMLError, match="could not determine a constructor"):
+            read()
+
+
+def test_functions_that_an_evaluations_folder_names_are_not_imported(tmp_path, attacker_module):
+    name, functions = f"{attacker_module[0]}.run", ("make", "tasks")
+    stored = {"environments": dict.fromkeys(functions, name), "_target_": name}
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "settings.json").write_text(json.dumps(stored))
+    with pytest.raises(OtherRunError, match=r"environments\.make \(stored: 'attacker_module\.run'"):
+        evaluate(tmp_path / "out")
 
 
 def test_a_run_that_starts_from_a_checkpoint_checks_it(folder, root, tmp_path):

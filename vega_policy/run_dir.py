@@ -18,7 +18,7 @@ import os
 import shutil
 import socket
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TextIO
@@ -183,9 +183,10 @@ def atomic_folder(target: Path) -> Iterator[Path]:
 
 
 def complete_folder(draft: Path, target: Path) -> None:
-    """Flush a draft folder to disk and rename it to `target`."""
+    """Flush a draft folder to disk and rename it to `target`, without the lock that it may hold."""
     for path in sorted(draft.rglob("*"), reverse=True):
         _sync(path)
+    (draft / LOCK).unlink(missing_ok=True)
     _sync(draft)
     draft.rename(target)
     _sync(target.parent)
@@ -273,6 +274,14 @@ def lock_folder(folder: Path, *, wait: bool = False) -> Iterator[None]:
             if not existed:
                 with suppress(OSError):  # it is not empty
                     folder.rmdir()
+
+
+def lock_draft(target: Path) -> AbstractContextManager[None]:
+    """Hold the lock of a folder that is only going to be written by `atomic_folder`, as `<target>.partial`.
+
+    Without it, a second process would delete the draft of the first one.
+    """
+    return lock_folder(target.with_name(f"{target.name}{_PARTIAL}"))
 
 
 def _open_lock(folder: Path, wait: bool) -> TextIO:

@@ -174,7 +174,7 @@ def _collect_states(settings: CollectionSettings, file: Path, processes: int) ->
         origin["versions"] = package_versions()
         episodes = [episode for job in jobs for episode in read_states(job.folder / STATES)]
         write_states(file, settings.suite, episodes, origin, threads=os.cpu_count() or 1)
-    shutil.rmtree(work)
+        shutil.rmtree(work)  # still locked
     return origin
 
 
@@ -247,6 +247,9 @@ def _assemble(
     """
     defaults = CollectionSettings(settings.suite).decisive()  # of fields that older datasets do not have
     finished = read_metadata(root)
+    if finished is None:
+        load_mujoco()  # reports a simulator that cannot run; a worker could only die of it
+        finished = read_metadata(root)  # that took a second, in which another start may have ended
     if finished is not None:
         check_same_settings(root, finished["settings"], settings.decisive(), defaults=defaults)
         logger.info("%s is complete, with these settings: nothing to collect", root)
@@ -254,7 +257,6 @@ def _assemble(
     require_folder(root)
     if root.exists() and any(root.iterdir()):
         raise FileExistsError(f"{root} holds files that this command did not write; choose another root")
-    load_mujoco()  # reports a simulator that cannot run; a worker could only die of it
     work = root.with_name(root.name + ".partial")
     with open_run(work, settings.decisive(), defaults=defaults):
         jobs = jobs_in(work)
@@ -269,7 +271,7 @@ def _assemble(
                 tasks = metadata["tasks"] if counts is None else counts
                 write_metadata(draft / DATASET, {**metadata, "tasks": tasks})
         (merged / DATASET).rename(root)
-    shutil.rmtree(work)
+        shutil.rmtree(work)  # still locked
     return read_metadata(root) or {}
 
 

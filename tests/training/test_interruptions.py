@@ -16,6 +16,7 @@ from vega_policy.training.train import train
 logger = logging.getLogger(__name__)
 REPOSITORY = Path(__file__).resolve().parents[2]
 RESUMABLE = ["training", "cache", "evaluation", "collection", "rendering", "features", "pretraining"]
+WITH_CACHE = ["training", "cache", "rendering"]
 NEED = r"(it needs (more than )?\d+ bytes, |takes about \d+ bytes, and )\d+ are free"
 
 
@@ -64,11 +65,30 @@ def test_a_full_disk_is_named_in_bytes_and_after_making_room_the_command_continu
 
 @pytest.mark.slow
 @pytest.mark.parametrize("program", [*RESUMABLE, "export"])
-def test_an_output_that_cannot_be_written_to_is_refused(tmp_path, program):
-    (message,) = run_program("protect", program, tmp_path, 1)["messages"]
-    assert re.match(
-        r"PermissionError: DISK.*can write to, got: Read-only file system\. Give another", message
-    )
+def test_an_output_or_a_cache_that_cannot_be_written_to_is_refused(tmp_path, program):
+    places = 2 if program in WITH_CACHE else 1
+    for message in run_program("protect", program, tmp_path, places)["messages"]:
+        assert re.match(
+            r"PermissionError: DISK.*can write to, got: Read-only file system\. Give another", message
+        ), message
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", [*RESUMABLE, "export"])
+def test_a_file_in_place_of_the_output_or_the_cache_is_named_and_kept(tmp_path, program):
+    places = ["run", "run-cache"] if program in WITH_CACHE else ["run"]
+    messages = run_program("misplace", program, tmp_path, len(places))["messages"]
+    for place, message in zip(places, messages, strict=True):
+        assert re.match(rf"(NotADirectoryError|FileExistsError): DISK/{place}\b", message), message
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", [*RESUMABLE, "export"])
+def test_of_two_starts_at_once_one_is_refused_and_the_other_ends_as_alone(tmp_path, program):
+    for message in run_program("twice", program, tmp_path, 2)["messages"]:
+        held = r"FolderInUseError: .* is in use by process WINNER on \S+ since 2"
+        done = "FileExistsError: RUN exists already"  # an export may end before the other one starts
+        assert re.match(f"{held}|{done}" if program == "export" else held, message), message
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ from vega_policy.run_dir import (
     drop_lines_after,
     flatten,
     is_disk_full,
+    lock_draft,
     lock_folder,
     open_run,
     point_link,
@@ -137,6 +138,19 @@ def test_a_lock_leaves_no_trace(tmp_path):
     with lock_folder(tmp_path):
         (tmp_path / "kept").touch()
     assert names(tmp_path) == ["kept"]
+
+
+def test_the_draft_of_a_folder_has_one_writer(tmp_path):
+    target = tmp_path / "export"
+    with (
+        lock_draft(target),
+        pytest.raises(FolderInUseError, match=rf"export\.partial is in use by process {os.getpid()} on"),
+        lock_draft(target),
+    ):
+        raise AssertionError
+    with lock_draft(target), atomic_folder(target) as draft:
+        (draft / "part").touch()
+    assert names(tmp_path) == ["export"]
 
 
 def test_the_same_settings_resume_and_the_folder_is_locked_meanwhile(tmp_path):

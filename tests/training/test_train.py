@@ -1,5 +1,6 @@
 """Training runs: exact resume, complete checkpoints, what learns and what does not, refused folders."""
 
+import errno
 import json
 import os
 import shutil
@@ -202,6 +203,33 @@ def test_a_second_start_is_refused_and_names_the_process_that_trains(root, tmp_p
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_folder_in_place_of_the_link_to_the_last_checkpoint_is_refused_before_the_first_step(
+    root, tmp_path, finished
+):
+    run = stopped_run(finished, tmp_path / "run")
+    (run / "checkpoints" / "last").unlink()
+    shutil.copytree(run / "checkpoints" / "000002", run / "checkpoints" / "last")
+    with pytest.raises(FileExistsError, match=r"last: expected a symbolic link or nothing, found a folder"):
+        train(tiny_run(root, run, resume=True, dataset=cache_of(finished)))
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["000002", "last"]
+    shutil.rmtree(run / "checkpoints" / "last")
+    resumed = train(tiny_run(root, run, resume=True, dataset=cache_of(finished)))
+    assert_bitwise_equal(finished / "checkpoints" / "last", resumed)
+
+
+def test_on_a_disk_without_links_a_run_is_trained_and_resumed(root, tmp_path, finished, monkeypatch, caplog):
+    def refuse(*arguments):
+        raise PermissionError(errno.EPERM, "Operation not permitted")  # as vfat answers
+
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+    cache = cache_of(finished)
+    train(tiny_run(root, tmp_path / "run", stop_after=2, dataset=cache))
+    resumed = train(tiny_run(root, tmp_path / "run", resume=True, dataset=cache))
+    assert_bitwise_equal(finished / "checkpoints" / "last", resumed)
+    assert sorted(path.name for path in resumed.parent.iterdir()) == ["000002", "000004"]
+    assert "This disk has no symbolic links" in caplog.text
+
+
 def rewrite_column(path, name, change):
     table = pq.read_table(path)
     values = change(table[name].to_pylist())
@@ -214,6 +242,11 @@ def rewrite_column(path, name, change):
 def change_actions(root):
     (path,) = (root / "data").rglob("*.parquet")
     rewrite_column(path, "action", lambda rows: [[row[0] + 1e-3, *row[1:]] for row in rows])
+
+
+def change_states(root):
+    (path,) = (root / "data").rglob("*.parquet")
+    rewrite_column(path, "observation.state", lambda rows: [*rows[1:], rows[0]])
 
 
 def change_statistics(root):
@@ -244,6 +277,7 @@ def test_a_run_does_not_resume_over_changed_data(root, tmp_path):
     for part, change in (
         (None, lambda root: None),
         ("actions", change_actions),
+        ("states", change_states),
         ("statistics", change_statistics),
         ("instructions", change_instructions),
         ("frames", change_frames),

@@ -113,10 +113,11 @@ def render_states(
 def _write_dataset(states: Any, plan: Any, values: list[dict[str, Any]], root: Path, repo_id: str) -> None:
     """Write the dataset unless it is there; another one is refused."""
     from vega_policy.data.dataset_files import LowDimensionalEpisode, write_state_dataset
-    from vega_policy.run_dir import atomic_folder
+    from vega_policy.run_dir import atomic_folder, lock_draft, require_folder
 
+    require_folder(root)
     if not root.exists():
-        with atomic_folder(root) as draft:
+        with lock_draft(root), atomic_folder(root) as draft:
             episodes = [LowDimensionalEpisode(**value) for value in values]
             write_state_dataset(draft, episodes, plan.features, fps=plan.fps, robot_type=plan.robot_type)
             states.write_origin(draft, plan, repo_id)

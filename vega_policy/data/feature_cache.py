@@ -487,7 +487,7 @@ def draft_frames(root: Path, stream: Stream, rows: int) -> Iterator[FramesDraft]
         save_file({name: mean[name].float().contiguous() for name in cameras}, folder / MEAN_FRAMES)
         manifest = {"key": stream.key, "shape": shape, "dtype": str(TYPES[stream.name])}
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=2))
-    complete_folder(folder, root / stream.folder)
+        complete_folder(folder, root / stream.folder)  # still locked: a second start must not resume it
     shutil.rmtree(root / stream.folder / draft.notes.name)
 
 

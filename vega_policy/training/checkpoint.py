@@ -49,6 +49,7 @@ from vega_policy.run_dir import (
     OtherRunError,
     atomic_folder,
     check_same_settings,
+    lock_draft,
     remove_partial,
     require_empty,
     write_text,
@@ -194,6 +195,7 @@ def export_policy(source: Path, target: Path, card: str | None = None) -> None:
 
     Raises:
         FileExistsError: If the target exists.
+        FolderInUseError: If another process exports to it.
         DamagedCheckpointError: If a file was altered.
     """
     check_checkpoint(source)
@@ -207,7 +209,7 @@ def export_policy(source: Path, target: Path, card: str | None = None) -> None:
         name: value.to(torch.bfloat16) if value.is_floating_point() else value
         for name, value in weights.items()
     }
-    with atomic_folder(target) as draft:
+    with lock_draft(target), atomic_folder(target) as draft:
         for path in source.iterdir():
             if path.is_file() and path.name not in (SAFETENSORS_SINGLE_FILE, CONFIG_NAME, CHECKSUMS):
                 shutil.copyfile(path, draft / path.name)
