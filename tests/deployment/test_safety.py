@@ -1,11 +1,13 @@
 """No command is outside the robot's limits, whatever a policy predicts."""
 
 import dataclasses
+import logging
 import math
 import os
 import signal
 import threading
 import time
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -24,6 +26,7 @@ from vega_policy.deployment.safety import (
     read_limits,
 )
 
+logger = logging.getLogger(__name__)
 PERIOD = 0.05
 JOINTS = (
     JointLimits("pan.pos", -1.5, 1.5, speed=2.0, acceleration=20.0, jump=1.0),
@@ -54,31 +57,58 @@ waits = st.sampled_from([0.0, 5e-324, 1e-12, 1e-6, 0.01, 0.049, 0.05, 0.051, 0.3
 clock_faults = st.sampled_from([-1e-6, -0.05, -3600.0, math.nan, -math.inf])
 
 
+streams = st.lists(st.tuples(actions, waits | clock_faults, st.booleans()), min_size=1, max_size=60)
+patience = st.sampled_from([10, 10**9])  # refusals in a row that stop the robot for good: soon, or never
+
+
 @settings(max_examples=150, deadline=None)
-@given(st.lists(st.tuples(actions, waits | clock_faults), min_size=1, max_size=60))
-def test_no_stream_of_actions_leads_outside_position_speed_or_acceleration(stream):
-    check_stream(stream)
+@given(streams, patience)
+def test_no_stream_of_actions_leads_outside_position_speed_or_acceleration(stream, refusals):
+    check_stream(stream, refusals)
 
 
 @pytest.mark.slow
-@settings(max_examples=5_000, deadline=None)
-@given(st.lists(st.tuples(actions, waits | clock_faults), min_size=1, max_size=60))
-def test_no_long_search_finds_a_command_outside_position_speed_or_acceleration(stream):
-    check_stream(stream)
+def test_no_long_search_finds_a_command_outside_position_speed_or_acceleration(caplog):
+    """Its figures are shown with `-o log_cli=true -o log_cli_level=INFO`."""
+    caplog.set_level(logging.ERROR, "vega_policy.deployment.safety")  # it logs each refusal
+    total = Counter()
+
+    @settings(max_examples=5_000, deadline=None, database=None)
+    @given(streams, patience)
+    def search(stream, refusals):
+        total.update(check_stream(stream, refusals))
+        total["streams"] += 1
+
+    search()
+    logger.info("%s", dict(total))
+    for kind in ("moved", "finite", "keys", "jump", "stale", "range", "speed", "stop"):
+        assert total[kind] > 100, kind  # the search reaches every branch
 
 
-def check_stream(stream):
-    """The camera, and with it the observation, is frozen; each wait is that of the clock before a command."""
-    safety = SafetyFilter(JOINTS, period=PERIOD)
+def check_stream(stream, refusals):
+    """Check every command, and return how often what happened.
+
+    Each step has an action, the wait of the clock before it, and whether the camera delivers: else its last
+    frame, and with it the observation's time, is frozen.
+    """
+    age = 0.5
+    safety = SafetyFilter(JOINTS, period=PERIOD, max_observation_age=age, refusals_to_stop=refusals)
     low, high, speed, acceleration = (
         np.array([vars(limit)[field] for limit in JOINTS])
         for field in ("low", "high", "speed", "acceleration")
     )
+    seen = Counter(commands=len(stream))
     clock, since, before, velocity = 0.0, None, np.array(list(START.values())), np.zeros(3)
-    for action, wait in stream:
+    safety.set_observation_time(clock)
+    for action, wait, delivers in stream:
         now = clock + wait
+        seen["clock without a number"] += not math.isfinite(now)
+        seen["clock backwards"] += now < clock
+        seen["clock stopped"] += now == clock
+        seen["camera frozen"] += not delivers
         clock = now if math.isfinite(now) else clock
-        safety.set_observation_time(now)
+        if delivers:
+            safety.set_observation_time(now)
         named = safety.command(action, START, now)
         command = np.array([named[limit.name] for limit in JOINTS])
         assert np.isfinite(command).all()
@@ -87,29 +117,43 @@ def check_stream(stream):
         if math.isnan(now) or dt < SHORTEST_STEP or now == -math.inf:
             assert (command == before).all()
             continue
+        seen["moved"] += bool((command != before).any())
         since = now
         new_velocity = (command - before) / dt
         assert (np.abs(new_velocity) <= speed + 1e-6).all()
         assert (np.abs(new_velocity - velocity) <= acceleration * dt + 1e-6).all()
         before, velocity = command, new_velocity
+    return seen + safety.counts
 
 
 @settings(max_examples=80, deadline=None)
 @given(
-    st.lists(st.tuples(*[near] * 4), min_size=1, max_size=40),
+    st.lists(st.tuples(*[near | numbers | denormals] * 4, st.booleans()), min_size=1, max_size=40),
     st.tuples(st.floats(-0.2, 0.2), st.floats(-0.2, 0.2), st.floats(0.7, 1.2)),
+    st.sampled_from([math.nan, math.inf, -math.inf]),
 )
-def test_no_displacement_leads_the_hand_further_out_of_its_box(stream, start):
-    safety = SafetyFilter(DELTAS, period=PERIOD, workspace=HAND)
+def test_no_displacement_leads_the_hand_further_out_of_its_box(stream, start, fault):
+    safety = SafetyFilter(DELTAS, period=PERIOD, workspace=HAND, refusals_to_stop=10**9)
     hand, now = np.array(start), 0.0
-    for values in stream:
+    for *values, fails in stream:
         now += PERIOD
-        observation = dict(zip(HAND.position, hand.tolist(), strict=True))
+        measured = [fault, *hand[1:].tolist()] if fails else hand.tolist()
+        observation = dict(zip(HAND.position, measured, strict=True))
         command = safety.command(dict(zip([j.name for j in DELTAS], values, strict=True)), observation, now)
         moved = hand + HAND.metres_per_unit * np.array([command[name] for name in HAND.action])
         assert (moved >= np.minimum(hand, HAND.low) - 1e-9).all()
         assert (moved <= np.maximum(hand, HAND.high) + 1e-9).all()
+        if fails:
+            assert moved[0] == hand[0]
         hand = moved
+
+
+def test_after_a_time_without_end_the_robot_stands_still():
+    safety = SafetyFilter(JOINTS, period=PERIOD)
+    first = safety.command(START | {"pan.pos": 0.25}, START, math.inf)
+    assert abs(first["pan.pos"] - START["pan.pos"]) <= 2.0 * PERIOD
+    for now in (0.0, 1.0, math.inf):
+        assert safety.command(START | {"pan.pos": 0.3}, START, now) == first
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
