@@ -7,14 +7,15 @@ STARTED := $(shell date +%s)
 # Containers often set it. Without bytecode, each process that a test starts would compile torch and LeRobot again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test check format lint types slow clean
+.PHONY: help demo test check format lint types slow audit clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    collect demonstrations, train, evaluate; prints where the video and the report lie"
 	@echo "make test    run the tests"
 	@echo "make check   format, lint, types, then the tests"
-	@echo "make slow    the tests that take minutes: LeRobot's command lines, an installed wheel"
+	@echo "make slow    the tests that take minutes: LeRobot's command lines, an installed wheel; then make audit"
+	@echo "make audit   known vulnerabilities of the pinned packages; needs PyPI's advisories"
 
 .venv/.installed: requirements.lock pyproject.toml
 	@command -v $(PYTHON) >/dev/null 2>&1 && $(PYTHON) -c "import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 12))" 2>/dev/null || { \
@@ -33,8 +34,13 @@ demo: .venv/.installed
 test: .venv/.installed
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
+# The audit is shown and does not fail the tests: an advisory may be newer than the lock, or out of reach.
 slow: .venv/.installed
 	@$(BIN)/python -m pytest -m slow
+	-@$(MAKE) --no-print-directory audit
+
+audit: .venv/.installed
+	$(BIN)/uvx pip-audit --strict --requirement requirements.lock --require-hashes --disable-pip
 
 # Pyright leaves a core free, on which Python compiles what the tests import.
 check: .venv/.installed

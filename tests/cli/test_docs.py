@@ -134,6 +134,42 @@ def test_readme_is_short_and_every_relative_link_resolves():
                 assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+def test_modules_tests_and_options_that_the_docs_name_exist():
+    found = 0
+    for page in PAGES:
+        for name in re.findall(r"`(tests/[\w/]+\.py)", page.read_text()):
+            assert (REPOSITORY / name).is_file(), f"{page.name}: {name}"
+        for command in re.findall(r"`([^`]*(?:pytest |TESTS |-m tests\.)[^`]*)`", page.read_text()):
+            words, found = shlex.split(command), found + 1
+            if (module := next((word for word in words if word.startswith("tests.")), None)) is not None:
+                program = (REPOSITORY / f"{module.replace('.', '/')}.py").read_text()
+                named = [word for word in words[words.index(module) + 1 :] if word.islower()]
+                assert all(word in program for word in named), command
+            files = [REPOSITORY / word for word in words if word.endswith(".py")]
+            assert all(file.is_file() for file in files), command
+            if "-k" in words:
+                tests = "".join(re.findall(r"def (test_\w+)", "".join(file.read_text() for file in files)))
+                chosen = words[words.index("-k") + 1].split(" or ")
+                assert all(word in tests for word in chosen), command
+    assert found > 5
+
+
+def test_everything_that_is_shipped_in_assets_has_an_origin_and_a_licence():
+    page = (REPOSITORY / "docs" / "security.md").read_text()
+    licences = dict(re.findall(r"^\| `(assets/[^`]+)` \| [^|]+ \| ([^|]+) \|$", page, re.MULTILINE))
+    assets = REPOSITORY / "assets"
+    collections = ("demonstrations", "policies")
+    shipped = [entry for entry in assets.iterdir() if entry.name not in collections]
+    shipped += [entry for name in collections for entry in (assets / name).iterdir()]
+    assert {f"{path.relative_to(REPOSITORY)}" for path in shipped} == set(licences)
+    for path in shipped:
+        card = path / "README.md"
+        stated = (
+            re.search(r"^license: *([\w.-]+[\w])", card.read_text(), re.I | re.M) if card.is_file() else None
+        )
+        assert stated is None or stated[1].lower() == licences[str(path.relative_to(REPOSITORY))].lower()
+
+
 def test_every_page_starts_with_a_command():
     for page in PAGES[1:]:
         if page.stem not in ("glossary", "results", "extend", "features"):
