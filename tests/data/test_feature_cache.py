@@ -387,7 +387,7 @@ def test_a_cached_future_is_the_live_one_of_each_frames_instruction(loaded, tmp_
 def test_fields_of_futures_leave_the_caches_of_other_clips_as_they_are(loaded):
     _, policy, _ = loaded
     (stream,) = streams(policy, ["prior"])
-    assert not {"future_slots", "slot_pool", "prompt"} & stream.key["prior"].keys()
+    assert not {"future_slots", "slot_pool", "prompt", "shuffle"} & stream.key["prior"].keys()
 
 
 def replace_config(config, **changed):

@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import CLIPVisionModel
 
-from tests.policies import batch, frames, tiny_config
+from tests.policies import CAMERAS, batch, frames, tiny_config
 from tests.tiny_wan import write_text_encoder
 from vega_policy.config import from_config
 from vega_policy.model.config import PriorConfig
 from vega_policy.model.fusion import SlotAttention
-from vega_policy.model.observation import resize
+from vega_policy.model.observation import Observation, resize
 from vega_policy.modeling_vega import VegaPolicy
 from vega_policy.priors import PRIORS, make_prior, resolve
 from vega_policy.priors import wan as wan_module
@@ -175,6 +175,17 @@ def test_attention_over_slots_is_trained_and_reads_every_slot():
     assert (features.grad.unflatten(-1, (3, 256)).norm(dim=-1) > 1e-6).all()
 
 
+def test_shuffled_features_in_training_are_those_of_another_sample():
+    torch.manual_seed(0)
+    model = VegaPolicy(tiny_config(PriorConfig(name="random", shuffle=True))).model
+    seen = batch()
+    frames_ = torch.stack([seen[key] for key in CAMERAS], dim=1)[:, :, None]
+    observation = Observation(frames_, seen["observation.state"], seen["task"])
+    own = model.eval().prior_tokens(observation)
+    assert not torch.allclose(own[0], own[1], atol=1e-3)
+    torch.testing.assert_close(model.train().prior_tokens(observation), own.flip(0))
+
+
 def test_slot_attention_is_softmax_attention_of_the_first_slot():
     torch.manual_seed(0)
     layer = SlotAttention(12, 3, 8)
@@ -240,7 +251,7 @@ def test_i2v_refuses_a_frame_alone_and_a_prior_of_one_layer_several(load):
 
 def test_the_shipped_prior_warns_that_it_has_not_learned_to_continue_a_frame(caplog, tmp_path):
     make_prior(PriorConfig(name="wan_tiny", clip="future"), GRID)
-    assert "their slots predict nothing that was learned" in caplog.text
+    assert "their slots are no trained prediction" in caplog.text
     caplog.clear()
     (tmp_path / wan_module.TRAINING).write_text('{"clips": {"frames": 9}}')
     wan_module.warn_of_training(tmp_path, 2)

@@ -45,6 +45,8 @@ class BasedModel(nn.Module):
 
     def __init__(self, config: "VegaConfig") -> None:
         super().__init__()
+        if config.prior.shuffle:
+            raise ValueError("prior.shuffle is a control of this package's own backbones. Take base=none.")
         if config.prior.clip in ("history", "views") or config.prior.prompt != "empty":
             raise ValueError(
                 f"prior.clip={config.prior.clip}, prior.prompt={config.prior.prompt}: a base embeds one "

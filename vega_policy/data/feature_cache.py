@@ -169,7 +169,8 @@ def _own_key(model: VegaModel, name: str) -> dict[str, Any]:
         prior = resolve(model.config.prior)
         config = asdict(prior) | {"fingerprint": model.prior.fingerprint}
         config["layer"] = list(prior.layer) if isinstance(prior.layer, tuple) else prior.layer
-        left_out = ["path", "revision", "engine"]  # the fingerprint says what was loaded, and engines agree
+        # the fingerprint says what was loaded, engines agree, and features are shuffled behind the cache
+        left_out = ["path", "revision", "engine", "shuffle"]
         if prior.clip != "future":
             left_out += ["future_slots", "slot_pool", "prompt"]
         elif prior.slot_pool != "mean":

@@ -42,6 +42,7 @@ class PriorConfig:
     # How the frame and its slots become one token a place: their `mean`, `concat` (the width multiplies), or
     # `attention` of the frame to all slots, which is trained.
     slot_pool: str = "concat"
+    shuffle: bool = False  # control: training gives each sample the features of another one of its batch
     prompt: str = "empty"  # of clip=future: `empty`, or the `instruction`, encoded as in the prior's training
     fingerprint: str | None = None  # hash over the weights, filled in by the policy; others are refused
     engine: str = (

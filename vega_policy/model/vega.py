@@ -208,6 +208,8 @@ class VegaEncoder(nn.Module):
         if self.prior is None:
             return None
         features = self.prior_features(observation, generator)
+        if self.config.prior.shuffle and self.training:
+            features = features.roll(1, dims=0)
         return self.project(rearrange(features, "b v d gh gw -> b v (gh gw) d"))
 
     def prior_features(self, observation: Observation, generator: torch.Generator | None = None) -> Tensor:

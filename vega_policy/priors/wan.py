@@ -521,8 +521,8 @@ def warn_of_training(folder: Path, slots: int) -> None:
     if not (folder / TRAINING).is_file():
         logger.warning(
             "prior.clip=future: the weights in %s were trained with one noise level for all latents of a "
-            "clip. A clean frame before noise is new to them, and their slots predict nothing that was "
-            "learned. Train them to continue a frame: vega-pretrain objective=image_to_video",
+            "clip. A clean frame before noise is new to them, so that their slots are no trained prediction. "
+            "Train them to continue a frame: vega-pretrain objective=image_to_video",
             folder,
         )
         return

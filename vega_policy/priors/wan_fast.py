@@ -337,7 +337,8 @@ class FixedTransformer(nn.Module):
         text, count = words
         embedded = self.embed_text(functional.pad(text.to(self.dtype), (0, 0, 0, 1)))
         is_word = torch.arange(text.shape[1], device=text.device) < count[:, None]
-        bias = torch.zeros_like(is_word, dtype=torch.float32).masked_fill(~is_word, -math.inf)
+        # finite, and no weight even so: kernels differ in how they treat infinity
+        bias = torch.zeros_like(is_word, dtype=torch.float32).masked_fill(~is_word, -3e4)
         return embedded, torch.cat([bias, (PROMPT_LENGTH - count).log()[:, None]], dim=1)
 
     def run(
