@@ -358,30 +358,27 @@ def test_a_cached_future_is_the_live_one_of_each_frames_instruction(loaded, tmp_
 
     monkeypatch.setattr("vega_policy.priors.wan._load_minilm", encoder)
     config, _, data = loaded
-    values = {"layer": 0, "clip": "future", "future_slots": 1}
-    folders = []
-    for prompt in ("empty", "instruction"):
-        prior = PriorConfig(name="wan_tiny_untrained", prompt=prompt, **values)
-        policy = VegaPolicy(replace_config(config.vega, prior=prior)).eval()
-        dataset = replace(config.dataset, cache_root=str(tmp_path), cached=["prior", "frames"])
-        part = replace(data.parts[0], config=dataset)
-        cached, _ = make_source(replace(config, dataset=dataset), policy, replace(data, parts=[part]), None)
-        batch = cached.batch(torch.tensor([3, 26, 11]))
-        assert len(set(batch["task"])) == 2
-        found = batch.pop("vega.prior")
-        assert found.shape == (3, 2, 2 * 256, 2, 2)
-        torch.testing.assert_close(
-            found.float(), policy.with_prior_features(batch)["vega.prior"], rtol=2**-7, atol=1e-2
-        )
-        folders.append(cache_streams(part, policy)[0].folder)
-    assert len({*folders}) == 2
-    pooled = {
-        slot_pool: streams(
-            VegaPolicy(replace_config(config.vega, prior=replace(prior, slot_pool=slot_pool))), ["prior"]
-        )
-        for slot_pool in ("concat", "attention", "mean")
-    }
-    assert pooled["concat"] == pooled["attention"] != pooled["mean"]
+    prior = PriorConfig(
+        name="wan_tiny_untrained", layer=0, clip="future", future_slots=1, prompt="instruction"
+    )
+    policy = VegaPolicy(replace_config(config.vega, prior=prior)).eval()
+    dataset = replace(config.dataset, cache_root=str(tmp_path), cached=["prior", "frames"])
+    part = replace(data.parts[0], config=dataset)
+    cached, _ = make_source(replace(config, dataset=dataset), policy, replace(data, parts=[part]), None)
+    batch = cached.batch(torch.tensor([3, 26, 11]))
+    assert len(set(batch["task"])) == 2
+    found = batch.pop("vega.prior")
+    assert found.shape == (3, 2, 2 * 256, 2, 2)
+    expected = policy.with_prior_features(batch)["vega.prior"]
+    torch.testing.assert_close(found.float(), expected, rtol=2**-7, atol=1e-2)
+
+    def folder(**changed):
+        policy.model.config = replace(policy.model.config, prior=replace(prior, **changed))
+        return cache_streams(part, policy)[0].folder
+
+    assert (tmp_path / folder()).is_dir()
+    assert folder() == folder(slot_pool="attention") == folder(shuffle=True) == folder(engine="plain")
+    assert len({folder(), folder(slot_pool="mean"), folder(prompt="empty"), folder(future_slots=2)}) == 4
 
 
 def test_fields_of_futures_leave_the_caches_of_other_clips_as_they_are(loaded):

@@ -208,9 +208,28 @@ CONTINUES = {
 }
 
 
-def test_a_run_that_continues_frames_resumes_bitwise_and_says_what_its_weights_have_learned(
-    trained, tmp_path, monkeypatch, caplog
-):
+def continuing(trained, folder, *stages):
+    """A run that starts from finished weights, keeps their autoencoder and learns to continue frames."""
+    return settings(folder, transformer=CONTINUES, stages=["transformer", *stages], start=str(trained))
+
+
+def test_a_run_that_continues_frames_says_what_its_weights_have_learned(trained, tmp_path, caplog):
+    folder = pretrain(continuing(trained, tmp_path, "report", "film"))
+    assert fingerprint_files(folder, ["vae"]) == fingerprint_files(trained, ["vae"])
+    rows = [json.loads(line) for line in (tmp_path / "transformer/metrics.jsonl").read_text().splitlines()]
+    assert all("loss_future" in row and "loss_clips" not in row for row in rows if "loss" in row)
+    assert {"held_out_future_1.0", "held_out_still_1.0"} <= set().union(*rows)
+    assert (tmp_path / "report" / "futures.mp4").stat().st_size
+    assert "a video in which nothing moves has" in (folder / "README.md").read_text()
+    read = PriorConfig(name="wan_tiny", path=str(folder), clip="future", future_slots=1)
+    assert make_prior(read, (2, 2))(torch.rand(1, 1, 1, 3, 32, 32)).shape == (1, 1, 2 * 24, 2, 2)
+    assert "no trained prediction" not in caplog.text
+    make_prior(replace(read, path=str(trained)), (2, 2))
+    assert "no trained prediction" in caplog.text
+
+
+@pytest.mark.slow
+def test_a_run_that_continues_frames_resumes_bitwise(trained, tmp_path, monkeypatch):
     update, made = trainer.StageTrainer.update, []
 
     def dying(self, loss):
@@ -219,32 +238,13 @@ def test_a_run_that_continues_frames_resumes_bitwise_and_says_what_its_weights_h
             raise KeyboardInterrupt
         return update(self, loss)
 
-    folders = []
-    for name in ("straight", "killed"):
-        stages = ["transformer", "report", "film"]
-        run = settings(tmp_path / name, transformer=CONTINUES, stages=stages, start=str(trained))
-        if name == "killed":
-            monkeypatch.setattr(trainer.StageTrainer, "update", dying)
-            with pytest.raises(KeyboardInterrupt):
-                pretrain(run)
-        folders.append(pretrain(run))
+    straight = pretrain(continuing(trained, tmp_path / "straight"))
+    monkeypatch.setattr(trainer.StageTrainer, "update", dying)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(continuing(trained, tmp_path / "killed"))
+    resumed = pretrain(continuing(trained, tmp_path / "killed"))
     assert made == [0, 1, 2, 2]
-    assert len({fingerprint_files(folder, ["transformer"]) for folder in folders}) == 1
-    assert {fingerprint_files(folder, ["vae"]) for folder in (*folders, trained)} == {
-        fingerprint_files(trained, ["vae"])
-    }
-    rows = [
-        json.loads(line) for line in (tmp_path / "killed/transformer/metrics.jsonl").read_text().splitlines()
-    ]
-    assert all("loss_future" in row and "loss_clips" not in row for row in rows if "loss" in row)
-    assert {"held_out_future_1.0", "held_out_still_1.0"} <= set().union(*rows)
-    assert (tmp_path / "straight" / "report" / "futures.mp4").stat().st_size
-    assert "a video in which nothing moves has" in (folders[0] / "README.md").read_text()
-    read = PriorConfig(name="wan_tiny", path=str(folders[0]), clip="future", future_slots=1)
-    assert make_prior(read, (2, 2))(torch.rand(1, 1, 1, 3, 32, 32)).shape == (1, 1, 2 * 24, 2, 2)
-    assert "no trained prediction" not in caplog.text
-    make_prior(replace(read, path=str(trained)), (2, 2))
-    assert "no trained prediction" in caplog.text
+    assert len({fingerprint_files(folder, ["transformer"]) for folder in (straight, resumed)}) == 1
 
 
 def test_the_prior_reads_a_future_as_it_was_trained(trained):
