@@ -118,7 +118,7 @@ class Attacker:
 
     def __init__(self, port, certificate=None):
         self.url = f"{'ws' if certificate is None else 'wss'}://localhost:{port}/v1"
-        self.tls = trust(certificate)
+        self.tls, self.aborter = trust(certificate), Aborter(port, certificate)
         self.connection = None
         self.sent = self.closed = 0
 
@@ -135,6 +135,15 @@ class Attacker:
         except ConnectionClosed:
             self.connection, self.closed = None, self.closed + 1
         self.sent += 1
+
+    def send_too_large(self):
+        """From one thread: cut off while one thread writes and another reads, a TLS client can crash."""
+        with socket.create_connection(("127.0.0.1", self.aborter.port), timeout=20) as plain_connection:
+            connection = self.aborter.handshake(plain_connection)
+            with contextlib.suppress(ConnectionError, ssl.SSLError):
+                connection.sendall(binary_frame(bytes(9 * 2**20)))
+            connection.close()
+        self.sent, self.closed = self.sent + 1, self.closed + 1
 
     def corrupt(self, message):
         if isinstance(message, bytes | str):
@@ -170,7 +179,7 @@ def attack(port, messages, certificate=None):
         if turn < len(CORPUS):
             attacker.send(CORPUS[turn])
         elif turn < 50 and attacker.sent % 400 < 100:
-            attacker.send(bytes(9 * 2**20))
+            attacker.send_too_large()
         elif turn < 75:
             attacker.send((int(rng.integers(3000)), rng.bytes(int(rng.integers(1, 9)))))
         else:
@@ -281,6 +290,11 @@ UPGRADE = (
 )
 
 
+def binary_frame(message):
+    """Return a WebSocket frame with a mask of zeros."""
+    return b"\x82\xff" + struct.pack(">Q", len(message)) + bytes(4) + message
+
+
 class Aborter:
     """Opens connections to a server and hangs up at every stage, half of the times with a TCP reset."""
 
@@ -323,7 +337,7 @@ class Aborter:
         """Send a request and do not wait for the answer."""
         connection = self.handshake(connection)
         message = protocol.encode_request(bytes(16), Request(0, observations(side=64), None, None))
-        frame = b"\x82\xff" + struct.pack(">Q", len(message)) + bytes(4) + message
+        frame = binary_frame(message)
         connection.sendall(frame[: int(len(frame) * part)])
         return connection
 
