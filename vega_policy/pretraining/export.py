@@ -71,7 +71,7 @@ def write_rest(folder: Path, prompt: Tensor, shift: float) -> None:
 
 
 def write_training(folder: Path, settings: PretrainSettings) -> None:
-    """Write beside the weights that they continue a frame, which `prior.clip=future` asks for."""
+    """Write beside the weights that they continue a frame, which `prior.clip=future` needs."""
     learned = asdict(settings.transformer) | {"learning": asdict(settings.transformer.learning)}
     write_json(folder / TRAINING, {"transformer": learned, "clips": settings.clips.order})
 
