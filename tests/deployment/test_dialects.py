@@ -3,8 +3,13 @@
 import asyncio
 import io
 import itertools
+import json
+import logging
 import re
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -18,6 +23,7 @@ from websockets.sync.client import connect
 from tests.policy_servers import TOKEN, ArithmeticPolicy, address, limits, running, write_certificate
 from vega_policy.deployment.client import RemotePolicy
 from vega_policy.deployment.protocol import FeatureKeys
+from vega_policy.deployment.server import load_served_policy
 from vega_policy.evaluation.policies import ObservationBatch, PolicyDescription
 
 DROID = PolicyDescription(
@@ -348,10 +354,12 @@ def test_a_vla_eval_observation_is_refused_with_one_error(payload, message):
         assert harness.act(vla_eval_observation(kind="JPEG")).shape == (7,)
 
 
-def test_a_harness_that_builds_a_simulator_between_two_messages_stays_connected(monkeypatch):
-    def impatient(*arguments, ping_interval=20, **options):
-        return serve(*arguments, ping_interval=ping_interval and 0.05, ping_timeout=0.05, **options)
+def impatient(*arguments, ping_interval=20, **options):
+    """Serve with 0.05 s instead of 20 s between pings, if there are any, and 0.05 s for their answers."""
+    return serve(*arguments, ping_interval=ping_interval and 0.05, ping_timeout=0.05, **options)
 
+
+def test_a_harness_that_builds_a_simulator_between_two_messages_stays_connected(monkeypatch):
     async def play(port):
         url = f"ws://127.0.0.1:{port}"
         async with connect_async(url, compression=None, proxy=None, ping_interval=None) as connection:
@@ -363,3 +371,70 @@ def test_a_harness_that_builds_a_simulator_between_two_messages_stays_connected(
     monkeypatch.setattr("vega_policy.deployment.server.serve", impatient)
     with running(dialect="vla_eval") as (_, port):
         assert asyncio.run(play(port))["type"] == "action"
+
+
+def test_vla_eval_client_gets_the_actions_of_our_own_client_bit_for_bit(monkeypatch):
+    client = pytest.importorskip("vla_eval.connection")
+
+    async def play(port, observations):
+        actions = []
+        async with client.Connection(f"ws://127.0.0.1:{port}", max_retries=1) as connection:
+            for observation in observations:
+                image, wrist, state, prompt = observation.values()
+                images = {"agentview": image, "wrist": wrist}
+                time.sleep(0.3)  # a simulator's step in vla-eval's event loop
+                reply = await connection.act({"images": images, "states": state, "task_description": prompt})
+                actions.append(reply["actions"])
+        return actions
+
+    monkeypatch.setattr("vega_policy.deployment.server.serve", impatient)
+    observations = [libero(seed) for seed in range(4)]
+    with running(dialect="vla_eval") as (_, port):
+        actions = asyncio.run(play(port, observations))
+        own = RemotePolicy(address(port))
+        # 2 actions of each chunk are executed, so that every second observation is answered from the last one
+        chunks = [own.chunk(batch_of(observation), None)[0, :2] for observation in observations[::2]]
+    np.testing.assert_array_equal(actions, np.concatenate(chunks))
+
+
+def run_vla_eval(port, folder, **entry):
+    """Play vla-eval's LIBERO benchmark with its own command; return its summary and an episode's steps."""
+    entry = {"benchmark": "vla_eval.benchmarks.libero.benchmark:LIBEROBenchmark", "max_tasks": 1} | entry
+    server = {"url": f"ws://127.0.0.1:{port}", "timeout": 300}
+    config = {"server": server, "output_dir": str(folder), "benchmarks": [entry]}
+    (folder / "libero.yaml").write_text(json.dumps(config))
+    command = [sys.executable, "-m", "vla_eval.cli.main", "run", "--config", folder / "libero.yaml"]
+    outcome = subprocess.run(
+        [*command, "--no-docker", "-y"], capture_output=True, text=True, timeout=600, check=False
+    )
+    printed = outcome.stdout + outcome.stderr
+    assert outcome.returncode == 0, printed[-5000:]
+    logging.getLogger(__name__).info("%s", printed)
+    (summary,) = [json.loads(path.read_text()) for path in folder.glob("*_aggregate.json")]
+    (steps,) = [path.read_text().splitlines() for path in folder.rglob("*.jsonl")]
+    return summary, [json.loads(line) for line in steps]
+
+
+@pytest.mark.slow
+def test_vla_eval_plays_its_libero_benchmark_with_the_actions_of_our_own_client(tmp_path, monkeypatch):
+    pytest.importorskip("vla_eval")
+    policy, predicted = load_served_policy(Path("libero"), device="cpu"), []
+    predict, executed = policy.chunk, policy.description.action_steps
+    policy.chunk = lambda batch, *rest: predicted.append(batch) or predict(batch, *rest)
+    monkeypatch.setattr("vega_policy.deployment.server.serve", impatient)
+    with running(policy, dialect="vla_eval", idle_seconds=600.0) as (_, port):
+        summary, steps = run_vla_eval(
+            port, tmp_path, episodes_per_task=1, max_steps=12, params={"suite": "libero_object", "seed": 7}
+        )
+        observed = list(predicted)
+        own = RemotePolicy(address(port, timeout_seconds=60.0))
+        actions = np.concatenate([own.chunk(batch, None)[0, :executed] for batch in observed])[: len(steps)]
+    (episode,) = summary["tasks"][0]["episodes"]
+    assert (summary["num_episodes_total"], summary["num_errors"], episode["steps"]) == (1, 0, 12)
+    assert "success" in episode["metrics"]
+    assert observed[0].instructions == [summary["tasks"][0]["task"]]
+    # The harness opens or closes the gripper entirely; it executes the rest as received.
+    actions[:, 6] = np.where(actions[:, 6] < 0, -1, 1)
+    np.testing.assert_array_equal([step["action"] for step in steps], actions)
+    # The state after the last action of the first chunk is the one that the second chunk was predicted from.
+    np.testing.assert_array_equal(np.float32(steps[executed - 1]["state"]), observed[1].state[0])
