@@ -108,6 +108,11 @@ def test_the_script_prints_a_table_of_the_method(monkeypatch, capsys):
     assert "prior wan2.1_t2v_1.3b, published: vae 126,892,531, transformer 1,418,996,800" in shown
 
 
+def test_the_script_needs_no_dataset(monkeypatch, capsys):
+    run_script(monkeypatch, "prior=none", "backbone.pretrained=false")
+    assert "head flow" in capsys.readouterr().out
+
+
 def test_the_script_counts_no_published_network_where_a_prior_comes_from_a_seed(monkeypatch, capsys):
     run_script(monkeypatch, "experiment=demo", "prior=random", "backbone.pretrained=false")
     shown = capsys.readouterr().out

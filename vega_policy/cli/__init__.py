@@ -51,6 +51,7 @@ class Command:
         node: Fields with their defaults where no YAML file holds them; `defaults` names groups.
         positional: Fields that arguments without `=` fill in this order; a name that ends in `...` takes all
             further ones as a list.
+        optional: Fields without a default that the command does without.
     """
 
     run: Callable[[DictConfig], str | None]
@@ -58,6 +59,7 @@ class Command:
     examples: Sequence[str] = ()
     node: dict[str, Any] | None = None
     positional: Sequence[str] = ()
+    optional: Sequence[str] = ()
 
     def main(self, arguments: Sequence[str] | None = None) -> None:
         """Compose the config of a command line, the program's own by default, and run."""
@@ -134,7 +136,7 @@ class Command:
     def _run(self, config: DictConfig) -> None:
         sweep = HydraConfig.get().mode is RunMode.MULTIRUN
         try:
-            refuse_missing_fields(config)
+            refuse_missing_fields(config, self.optional)
             message = self.run(config)
         except KeyboardInterrupt:
             sys.exit("Interrupted. The same command resumes from what is finished.")
@@ -234,13 +236,15 @@ def _quoted(value: str) -> str:
     return f"'{escaped}'"
 
 
-def refuse_missing_fields(config: DictConfig) -> None:
+def refuse_missing_fields(config: DictConfig, optional: Sequence[str] = ()) -> None:
     """End the program if a field without a default, such as an evaluation's checkpoint, has no value.
+
+    Those that are `optional` may have none.
 
     Raises:
         SystemExit: With the message.
     """
-    missing = sorted(OmegaConf.missing_keys(config))
+    missing = sorted(set(OmegaConf.missing_keys(config)) - set(optional))
     if OmegaConf.select(config, "dataset.mixture") and "dataset.repo_id" in missing:
         missing.remove("dataset.repo_id")  # the entries name their datasets
     if missing:

@@ -66,7 +66,15 @@ SIZES = {"views": 2, "state_dim": 8, "action_dim": 7}
 """Sizes of LIBERO's data, for the model that `inspect` builds."""
 
 
-@partial(Command, config="train", examples=["vega-inspect experiment=libero_wan +views=1 +state_dim=6"])
+@partial(
+    Command,
+    config="train",
+    examples=[
+        "vega-inspect                                              the defaults",
+        "vega-inspect experiment=libero_wan +views=1 +state_dim=6",
+    ],
+    optional=["dataset.repo_id"],
+)
 def inspect(config: DictConfig) -> str:
     """List parameters, memory, tokens and FLOPs of each part of a policy; no weights are needed."""
     from vega_policy.benchmarks import table
