@@ -46,9 +46,7 @@ PUSH_GAP, PUSH_DEPTH = 0.03, 0.035  # m before a vessel's wall; m below its rim
 GRIP_DEPTH = 0.014  # m below the rim
 INSIDE = 0.025  # m that the origin of a thing must be inside of its region
 DOOR_SHUT = 0.003  # rad from the closed door; LIBERO calls 0.005 closed
-WIDE = (
-    2.03  # rad of 2.09; a microwave draws its door from 1.3 to 2.09, and less than 1.9 hinders a leaning hand
-)
+WIDE = 2.03  # rad; doors are drawn from 1.3 to their limit of 2.09, so that nearly every one is pushed
 LEAD = 0.25  # rad that the pushing hand aims ahead of the door
 SIDES = tuple(
     np.array(side) for side in ((0.0, -1.0, 0.0), (0.0, 1.0, 0.0), (-1.0, 0.0, 0.0), (1.0, 0.0, 0.0))

@@ -78,8 +78,8 @@ BESIDE_PLATE = 0.015  # m that must be free beside a plate that is drawn
 CARRYING = Reach(0.006, 0.1, speed=0.6, noise_share=0.3)
 IN_BELOW = 0.01  # m by which LIBERO's own check reaches below a region
 STANDING = 0.04  # m above a region that separates objects on it from its own surface
-SHIFTING = 20.0  # rad of turning that a shift by one metre is as bad as in a drawer,
-SHIFTING_OPEN = 4.0  # and in an open region
+SHIFTING = 20.0  # rad of turning that a shift by one metre is as bad as, in a drawer
+SHIFTING_OPEN = 4.0  # the same in an open region
 OTHER_WAY = 1.0  # rad; turns to the right come after those to the left, so that alike scenes are solved alike
 DIRECTIONS = np.array([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
 JITTER = np.array([[0.0, 0.0, 0.0], [0.01, 0.0, 0.0], [-0.01, 0.0, 0.0], [0.0, 0.01, 0.0], [0.0, -0.01, 0.0]])
@@ -249,11 +249,11 @@ def _free_placement(cell: Workcell, body: str, target: str, yaw: float) -> tuple
     """
     fitting = _turn(cell, body, target, yaw)
     turns = [fitting]
+    in_drawer = joint_of(cell, target) is not None
+    most, shifting = (MOST_TURN, SHIFTING) if in_drawer else (np.pi, SHIFTING_OPEN)
     if not target.endswith(CONTAINER):
-        most = np.pi if joint_of(cell, target) is None else MOST_TURN
         turns += [turn for turn in SIDEWAYS if abs(turn) <= most and abs(yaw + turn) < COMFORTABLE_YAW]
     ways = [(turn, shift) for turn in turns for shift in _shifts(cell, body, target)]
-    shifting = SHIFTING_OPEN if joint_of(cell, target) is None else SHIFTING
 
     def departure(way: tuple[float, Array]) -> float:
         turn = way[0] - fitting
@@ -270,10 +270,8 @@ def _free_placement(cell: Workcell, body: str, target: str, yaw: float) -> tuple
                 plain[turn] = replace(plain[turn], xy=plain[turn].xy - (turned.min(0) + turned.max(0)) / 2)
         shifted = replace(plain[turn], xy=plain[turn].xy + shift)
         touched = _touching(cell, body, yaw, turn, shifted)
-        in_the_way = _overhung(cell, body, target, turn, shifted) or _crowded(
-            cell, body, target, turn, shifted
-        )
-        touched += len(JITTER) * in_the_way
+        obstacles = _overhung if in_drawer else _crowded
+        touched += len(JITTER) * obstacles(cell, body, target, turn, shifted)
         if touched < fewest:
             best, fewest = (turn, shifted), touched
         if not touched:
@@ -303,8 +301,6 @@ def _footprint(cell: Workcell, body: str, turn: float) -> Array:
 
 def _overhung(cell: Workcell, body: str, target: str, turn: float, placement: Placement) -> bool:
     """Return whether `body` would meet what protrudes above the drawer `target` on its way down into it."""
-    if is_object(cell, target) or joint_of(cell, target) is None:
-        return False
     footprint = _footprint(cell, body, turn)
     obstacles = cell.scene.obstacles((body, Drawer(cell, target).body))
     above_it = obstacles[obstacles[:, 2] > placement.support + IN_BELOW, :2] - placement.xy
@@ -314,7 +310,7 @@ def _overhung(cell: Workcell, body: str, target: str, turn: float, placement: Pl
 
 def _crowded(cell: Workcell, body: str, target: str, turn: float, placement: Placement) -> bool:
     """Return whether `body` in the open region `target` would meet another object, such as a plate's edge."""
-    if is_object(cell, target) or target.endswith(CONTAINER) or joint_of(cell, target) is not None:
+    if is_object(cell, target) or target.endswith(CONTAINER):
         return False
     bodies = [body_of(cell, name) for name in cell.env.objects_dict]
     standing = np.concatenate(

@@ -50,8 +50,7 @@ def test_twenty_kills_change_no_bit_and_lose_nothing_that_was_finished(tmp_path,
     counts = run_program("kill", program, tmp_path, 20)
     assert counts["in_write"] > 0
     if program == "collection":
-        # Rendered from the same states, a few pixels at edges differ; the cause was not found.
-        assert counts["pixels"]["differing"] <= 1e-4 * counts["pixels"]["of"]
+        assert counts["pixels"]["by"] <= 1  # a renderer may round a pixel after other frames otherwise
 
 
 @pytest.mark.slow
