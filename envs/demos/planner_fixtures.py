@@ -26,7 +26,10 @@ from envs.demos.planner_arm import (
 from envs.demos.planner_grasping import (
     ABOVE_GRASP,
     CLOSING_STEPS,
+    HANDLE,
+    HANDLE_REACH,
     OPENING_STEPS,
+    Rim,
     Workcell,
     closing_axis,
     descend,
@@ -44,6 +47,8 @@ KNOB_TURN = 1.2  # rad; the stove is on from 0.5
 LEAN = np.deg2rad(50)  # flat enough to stay below the roof, steep enough to reach over a rim
 PUSH_GAP, PUSH_DEPTH = 0.03, 0.035  # m before a vessel's wall; m below its rim
 GRIP_DEPTH = 0.014  # m below the rim
+HANDLE_GAP = 0.01  # m from a vessel's wall to what counts as its handle
+HANDLE_GRIP = 0.012  # m from the outer end of a handle to the grip point
 INSIDE = 0.025  # m that the origin of a thing must be inside of its region
 DOOR_SHUT = 0.003  # rad from the closed door; LIBERO calls 0.005 closed
 WIDE = 2.03  # rad; doors are drawn from 1.3 to their limit of 2.09, so that nearly every one is pushed
@@ -267,14 +272,13 @@ def resting_place(cloud: Array, chamber: Region, inwards: Array) -> Array:
 
 
 def insert(cell: Workcell, body: str, chamber_name: str) -> Skill:
-    """Take a vessel by the side of its rim with a leaning hand and bring it in through the open front."""
+    """Take a vessel by its handle or rim with a leaning hand and bring it in through the open front."""
     fixture = cell.env.object_sites_dict[chamber_name].parent_name
     yield from _open_wide(cell, fixture)
     chamber, walls = region(cell, chamber_name), cell.scene.cloud(f"{fixture}_main")
     inwards = -open_side(walls, chamber)
     rotation = leaning(inwards, LEAN)
-    side = _side_near_robot(cell, body, rotation[:, 0])
-    held = yield from _grasp_leaning(cell, body, rotation, side)
+    held = yield from _grasp_leaning(cell, body, rotation)
     if not held:
         return False
     inside = resting_place(walls, chamber, inwards)
@@ -315,14 +319,41 @@ def _side_near_robot(cell: Workcell, body: str, across: Array) -> float:
     return 1.0 if float(towards @ across) > 0 else -1.0
 
 
-def _grasp_leaning(cell: Workcell, body: str, rotation: Array, first_side: float) -> Skill:
-    """Pinch the wall of a vessel beside its middle; True if it comes along."""
-    across = rotation[:, 0]
+def facing_handle(cloud: Array, rim: Rim, rotation: Array) -> Array | None:
+    """Return where a hand of this `rotation` [3 3] grips a handle that points at it [3], or None without one.
+
+    `cloud` [n 3] is the vessel, `rim` its rim. Fingers that close around a handle have centimetres to spare
+    on both sides, fingers around a wall only millimetres.
+    """
+    across, outwards = rotation[:, 0], np.array([*-rotation[:2, 2], 0.0])
+    outwards /= np.linalg.norm(outwards)
+    relative = cloud - rim.middle
+    out = relative @ outwards
+    handle = relative[out > float(np.linalg.norm(rim.points[0] - rim.middle)) + HANDLE_GAP]
+    if not len(handle) or extents(handle[:, :2], across[:2])[0] > HANDLE:
+        return None
+    aside = extents(handle[:, :2], across[:2])[1]
+    grip = rim.middle + (out.max() - HANDLE_GRIP) * outwards + aside * across
+    grip[2] += handle[:, 2].max() - HANDLE_REACH
+    return grip
+
+
+def _leaning_grip(cell: Workcell, body: str, rotation: Array, attempt: int) -> Array:
+    """Return where to pinch a vessel [3]: its handle, else its wall at the side near the robot."""
+    cloud, across = cell.scene.cloud(body), rotation[:, 0]
+    rim = find_rim(cloud, cell.scene.rotation(body), cell.scene.position(body))
+    handle = facing_handle(cloud, rim, rotation)
+    if handle is not None and not attempt:
+        return handle
+    side = _side_near_robot(cell, body, across) * (-1.0 if attempt else 1.0)
+    radius = float(np.linalg.norm(rim.points[0] - rim.middle))
+    return rim.middle + side * radius * across + GRIP_DEPTH * rotation[:, 2]
+
+
+def _grasp_leaning(cell: Workcell, body: str, rotation: Array) -> Skill:
+    """Pinch a vessel with a leaning hand; True if it comes along."""
     for attempt in cell.attempts(2):
-        side = -first_side if attempt else first_side
-        rim = find_rim(cell.scene.cloud(body), cell.scene.rotation(body), cell.scene.position(body))
-        radius = float(np.linalg.norm(rim.points[0] - rim.middle))
-        grip = rim.middle + side * radius * across + GRIP_DEPTH * rotation[:, 2]
+        grip = _leaning_grip(cell, body, rotation, attempt)
         ready = grip - 0.09 * rotation[:, 2]
         yield from transit(cell, above(ready, 0.02), rotation, OPEN, clearance=0.03)
         yield from cell.arm.approach(grip, rotation, OPEN, Reach(0.005, 0.06, speed=0.5, noise_share=0.3))

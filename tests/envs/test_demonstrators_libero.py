@@ -10,8 +10,8 @@ import envs
 from envs.base import EVALUATION_SEED
 from envs.demos import DemonstrationOptions, demonstrate
 from envs.demos.planner_arm import about_z, leaning, pointing
-from envs.demos.planner_fixtures import INSIDE, Region, open_side, resting_place
-from envs.demos.planner_grasping import box_surface
+from envs.demos.planner_fixtures import INSIDE, LEAN, Region, facing_handle, open_side, resting_place
+from envs.demos.planner_grasping import box_surface, cylinder_surface, find_rim
 from envs.demos.shards import Demonstrator, record
 from envs.demos.tasks import achieve_goals, clearance, fitting_turn, open_fingers, shared_spot
 
@@ -84,6 +84,28 @@ def test_a_mug_rests_on_the_floor_between_the_walls_just_inside_the_region():
     chamber = Region(np.zeros(3), np.array([0.12, 0.08, 0.08]))
     place = resting_place(microwave(), chamber, np.array([0.0, 1.0, 0.0]))
     np.testing.assert_allclose(place, [(-0.14 + 0.06) / 2, -0.08 + INSIDE, -0.07], atol=1e-9)
+
+
+def mug(turn):
+    """A mug of 10 cm with a handle that ends 7.5 cm from its middle, towards -y turned by `turn` rad."""
+    handle = box_surface(np.array([0.009, 0.015, 0.03])) - np.array([0.0, 0.06, 0.0])
+    return np.concatenate([cylinder_surface(0.05, 0.05), handle @ about_z(turn).T])
+
+
+@pytest.mark.parametrize("turn", [0.0, 0.2, -0.2])
+def test_a_leaning_hand_grips_the_handle_that_points_at_it(turn):
+    cloud, hand = mug(turn), leaning(np.array([0.0, 1.0, 0.0]), LEAN)
+    grip = facing_handle(cloud, find_rim(cloud, np.eye(3), np.zeros(3)), hand)
+    assert grip is not None
+    around = cloud[np.linalg.norm(cloud - grip, axis=1) < 0.02]
+    assert np.ptp(np.sign(around[:, 0] - grip[0])) == 2.0  # something to pinch from both sides
+    np.testing.assert_allclose(grip[1:], [-0.063, 0.01], atol=0.01)
+
+
+@pytest.mark.parametrize("turn", [np.pi / 2, np.pi])
+def test_a_handle_that_points_elsewhere_is_left_alone(turn):
+    cloud, hand = mug(turn), leaning(np.array([0.0, 1.0, 0.0]), LEAN)
+    assert facing_handle(cloud, find_rim(cloud, np.eye(3), np.zeros(3)), hand) is None
 
 
 def test_a_goal_without_a_skill_is_refused_with_the_known_ones():
