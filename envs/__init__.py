@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 from typing import TYPE_CHECKING
 
@@ -70,6 +69,6 @@ def _family(suite: str) -> str:
     for module, names in FAMILIES.items():
         if suite in names:
             return module
-    near = difflib.get_close_matches(suite, suite_names(), n=5, cutoff=0.4)
-    hint = f"did you mean {' or '.join(near)}? " if near else ""
-    raise ValueError(f"unknown suite {suite!r}; {hint}Known suites: {', '.join(suite_names())}")
+    from vega_policy.config import unknown_name  # slow to import, and rarely needed
+
+    raise unknown_name("suite", suite, suite_names(), near=5)

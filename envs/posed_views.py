@@ -24,6 +24,7 @@ import envs
 from envs.demos import demonstrate
 from envs.rendering import UNSEEN_GROUP, apply_profile, load_mujoco, profile
 from envs.robosuite import COLLISION_GROUP, PandaEnv
+from vega_policy.config import check_choices
 from vega_policy.data.scenes import NO_OBJECT, Scene, SceneObject, Views, save_scene
 from vega_policy.run_dir import atomic_file
 
@@ -100,9 +101,7 @@ class SceneSpec:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, known in (("layout", LAYOUTS), ("shots", tuple(SHOTS))):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name}: expected one of {', '.join(known)}; got {getattr(self, name)!r}")
+        check_choices(self, "", layout=LAYOUTS, shots=SHOTS)
         if not self.tasks or self.count < 1 or self.views < 2:
             raise ValueError(
                 f"expected a task, a scene and two views at least; got tasks {self.tasks}, count "

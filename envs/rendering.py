@@ -47,7 +47,9 @@ PROFILES = {
 def profile(name: str) -> Profile:
     """Return a rendering profile by name; a ValueError lists the known ones."""
     if name not in PROFILES:
-        raise ValueError(f"unknown rendering profile {name!r}; known: {', '.join(PROFILES)}")
+        from vega_policy.config import unknown_name  # slow to import, and rarely needed
+
+        raise unknown_name("rendering profile", name, PROFILES)
     return PROFILES[name]
 
 

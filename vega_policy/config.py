@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import MISSING, fields, is_dataclass
+from math import inf
 from typing import Any, get_type_hints
 
 import draccus
@@ -45,7 +46,38 @@ def check_numbers(config: Any, prefix: str, **bounds: str) -> None:
         is_above = value >= low if interval[0] == "[" else value > low
         is_below = value <= high if interval[-1] == "]" else value < high
         if not (is_above and is_below):
-            raise ValueError(f"{prefix}{name}: expected a number in {interval}; got {value}.")
+            expected = (
+                f"at least {low:g}" if interval.startswith("[") and high == inf else f"a number in {interval}"
+            )
+            raise ValueError(f"{prefix}{name}: expected {expected}; got {value}.")
+
+
+def check_choice(path: str, value: Any, known: Collection[Any]) -> None:
+    """Refuse a value that is none of the known ones.
+
+    Raises:
+        ValueError: Names the field, the known values and the value.
+    """
+    if value not in known:
+        listed = ", ".join("null" if one is None else str(one) for one in known)
+        raise ValueError(f"{path}: expected one of {listed}; got {value!r}.")
+
+
+def check_choices(config: Any, prefix: str, **known: Collection[Any]) -> None:
+    """Refuse fields of a dataclass that have none of their known values.
+
+    Raises:
+        ValueError: As `check_choice`; the field is `prefix` and its name.
+    """
+    for name, values in known.items():
+        check_choice(prefix + name, getattr(config, name), values)
+
+
+def unknown_name(kind: str, name: str, known: Collection[str], near: int = 1) -> ValueError:
+    """Return the error for a name that is none of the known ones, with up to `near` similar ones."""
+    close = difflib.get_close_matches(name, known, n=near, cutoff=0.4 if near > 1 else 0.6)
+    hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+    return ValueError(f"Unknown {kind} {name!r}.{hint} Known: {', '.join(known)}.")
 
 
 def check_fields(cls: type, node: Mapping[str, Any], path: str = "") -> None:
@@ -84,10 +116,7 @@ def _check_nested(cls: Any, value: Any, path: str) -> None:
     if cls in (int, float):
         _check_number(cls, value, path)
     if isinstance(cls, type) and issubclass(cls, draccus.ChoiceRegistry):
-        choices = cls.get_known_choices()
-        if value.get("type") not in choices:
-            known = ", ".join(sorted(choices))
-            raise ValueError(f"{path}.type: expected one of {known}; got {value.get('type')!r}.")
+        check_choice(f"{path}.type", value.get("type"), sorted(cls.get_known_choices()))
         rest = {name: kept for name, kept in value.items() if name != "type"}
         check_fields(cls.get_choice_class(value["type"]), rest, f"{path}.")
     elif isinstance(cls, type) and is_dataclass(cls):

@@ -11,8 +11,9 @@ from lerobot.configs.types import NormalizationMode
 from lerobot.optim.optimizers import AdamWConfig
 from lerobot.optim.schedulers import CosineDecayWithWarmupSchedulerConfig
 
-from vega_policy.config import check_numbers
+from vega_policy.config import check_choices, check_numbers
 from vega_policy.model.config import (
+    RESIZES,
     ActionHeadConfig,
     BackboneConfig,
     BaseConfig,
@@ -96,10 +97,8 @@ class VegaConfig(PreTrainedConfig):
     def _check_choices(self) -> None:
         rates = ("optimizer_lr", "optimizer_weight_decay", "optimizer_grad_clip_norm", "scheduler_decay_lr")
         check_numbers(self, "policy.", **dict.fromkeys((*rates, "scheduler_warmup_steps"), "[0, inf)"))
-        if self.resize not in ("stretch", "pad"):
-            raise ValueError(f"policy.resize: expected stretch or pad; got {self.resize!r}.")
-        if self.frame_size < 1:
-            raise ValueError(f"policy.frame_size must be at least 1 pixel; got {self.frame_size}.")
+        check_choices(self, "policy.", resize=RESIZES)
+        check_numbers(self, "policy.", frame_size="[1, inf)")
         if self.base.name != "none" and self.forecast.is_on:
             raise ValueError("policy.forecast is for the compact backbone, not for a base. Take base=none.")
         if self.base.name != "none" and self.use_relative_actions:

@@ -266,7 +266,7 @@ def test_fields_that_may_change_on_resuming_exist():
         ("dataset.cache=memory", r"dataset\.cache: expected one of none, disk, ram, gpu; got 'memory'"),
         ("dataset.cached=[prior,semantics]", r"dataset\.cached: expected one of .*; got 'semantics'"),
         ("steps=many", r"steps.*'many'"),
-        ("steps=0", r"steps must be at least 1; got 0"),
+        ("steps=0", r"steps: expected at least 1; got 0"),
         ("policy.type=vegan", r"policy\.type: expected one of .*vega.*; got 'vegan'"),
         ("prior.noise_level=1.5", r"noise_level.*\[0, 1\].*1\.5"),
     ],
@@ -366,7 +366,7 @@ def test_an_unknown_field_is_refused_with_the_near_one_and_the_known_ones():
     [
         ("steps=abc", r"^steps: expected a whole number; got 'abc'"),
         ("seed=null", r"^seed: expected a whole number; got null"),
-        ("policy.frame_size=0", r"policy\.frame_size must be at least 1 pixel; got 0"),
+        ("policy.frame_size=0", r"policy\.frame_size: expected at least 1; got 0"),
         ("policy.device=quantum", r"policy\.device: this machine has cpu.*got 'quantum'"),
         ("dataset.video_backend=opencv", r"dataset\.video_backend: expected one of pyav, torchcodec"),
         (

@@ -214,7 +214,7 @@ def test_a_cache_of_features_is_refused(cached):
     ):
         DatasetConfig(repo_id="tests/synthetic", cache="ram", cached=cached, shift=4)
     assert DatasetConfig(repo_id="tests/synthetic", cached=cached, shift=4).shift == 4  # decoded on the way
-    with pytest.raises(ValueError, match=r"dataset\.shift: expected a number in \[0, inf\)"):
+    with pytest.raises(ValueError, match=r"dataset\.shift: expected at least 0"):
         DatasetConfig(repo_id="tests/synthetic", shift=-1)
 
 

@@ -170,7 +170,7 @@ def test_a_benchmark_resumes_with_raw_episodes_and_a_plot(tmp_path):
 
 
 def test_unknown_methods_and_policies_without_real_time_chunking_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"methods: expected some of naive, .*; got fast"):
+    with pytest.raises(ValueError, match=r"methods: expected one of naive, .*; got 'fast'"):
         Cell("fast", 0, 0)
     with pytest.raises(ValueError, match="at least 0"):
         Cell("naive", -1, 0)

@@ -269,7 +269,7 @@ def test_a_demonstrator_that_never_succeeds_is_an_error(tmp_path, monkeypatch):
         ({"episodes_per_task": 2000, "episodes_per_shard": 1}, "suffice for 1000 episodes"),
         ({"episodes_per_task": 1, "episodes_per_shard": 1, "skip": 1000}, "suffice for 1000 episodes"),
         ({"skip": 5, "episodes_per_shard": 10}, "skip to be a multiple of episodes_per_shard"),
-        ({"rendering": "quick"}, "unknown rendering profile 'quick'"),
+        ({"rendering": "quick"}, "Unknown rendering profile 'quick'"),
         ({"video": "gif"}, "unknown video 'gif'; known: lossless, h264"),
     ],
 )

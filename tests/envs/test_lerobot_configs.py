@@ -115,5 +115,5 @@ def test_libero_is_rolled_out_from_its_official_states_by_lerobots_seeds():
 
 
 def test_an_unknown_task_is_refused_with_near_names():
-    with pytest.raises(ValueError, match="unknown suite 'lift_wyde'; did you mean lift_wide"):
+    with pytest.raises(ValueError, match=r"Unknown suite 'lift_wyde'. Did you mean 'lift_wide'"):
         make_env(config(task="lift_wyde"))

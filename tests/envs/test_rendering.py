@@ -196,7 +196,7 @@ def test_missing_egl_is_reported_with_the_packages_to_install(monkeypatch):
 
 
 def test_unknown_profiles_and_tiny_frames_are_refused():
-    with pytest.raises(ValueError, match="unknown rendering profile 'quick'; known: full, fast"):
+    with pytest.raises(ValueError, match=r"Unknown rendering profile 'quick'. Known: full, fast"):
         envs.make("lift", 0, rendering="quick")
     with pytest.raises(ValueError, match="at least 8 pixels, got 4"):
         envs.make("lift", 0, frame_size=4)

@@ -196,7 +196,7 @@ def test_the_robosuite_suite_holds_every_task_and_each_is_a_suite_too():
 
 
 def test_an_unknown_suite_is_refused_with_near_names():
-    with pytest.raises(ValueError, match=r"unknown suite 'lift_wyde'; did you mean lift_wide"):
+    with pytest.raises(ValueError, match=r"Unknown suite 'lift_wyde'. Did you mean 'lift_wide'"):
         envs.make("lift_wyde", 0)
 
 

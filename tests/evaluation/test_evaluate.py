@@ -361,7 +361,7 @@ def test_a_bad_chunk_is_refused(tmp_path, spoil, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"ablations": ("blnd",)}, "did you mean blind"),
+        ({"ablations": ("blnd",)}, "Did you mean 'blind'"),
         ({"ablations": ()}, "one or more"),
         ({"batch_size": 0}, "batch_size of at least 1, got 0"),
         ({"tasks": (0, 4)}, r"index \[4\].*0 near, 1 far"),

@@ -173,9 +173,9 @@ def test_l1_regression_trains_a_policy_and_the_state_can_be_kept_from_it():
 
 
 def test_an_unknown_expert_and_bad_sizes_are_refused():
-    with pytest.raises(ValueError, match=r"Unknown head 'flw'. Known: flow"):
+    with pytest.raises(ValueError, match=r"Unknown head 'flw'. Did you mean 'flow'\? Known: flow"):
         head(name="flw")
-    with pytest.raises(ValueError, match=r"head.steps: expected a number in \[1, inf\); got 0"):
+    with pytest.raises(ValueError, match=r"head.steps: expected at least 1; got 0"):
         ActionHeadConfig(steps=0)
 
 

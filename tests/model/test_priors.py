@@ -149,7 +149,9 @@ def test_a_prior_layer_outside_the_network_is_refused(wan_checkpoint):
 
 def test_a_prior_noise_level_outside_zero_to_one_is_refused():
     for level in (-0.1, 1.2):
-        with pytest.raises(ValueError, match=rf"noise_level .* got {level}"):
+        with pytest.raises(
+            ValueError, match=rf"prior\.noise_level: expected a number in \[0, 1\]; got {level}"
+        ):
             PriorConfig(noise_level=level)
 
 

@@ -226,9 +226,9 @@ def test_the_slots_of_a_future_are_pure_noise_by_default_and_layers_may_be_a_lis
         ({"name": "svd"}, "'svd' cannot, since its reading of a frame followed by noise is not implemented"),
         ({"name": "wan_tiny", "layer": (5, 2)}, r"different layers in rising order; got \[5, 2\]"),
         ({"name": "wan_tiny", "layer": (2, 8)}, r"blocks 0 to 7; got \(2, 8\)"),
-        ({"name": "wan_tiny", "future_slots": 0}, "future_slots must be at least 1; got 0"),
-        ({"name": "wan_tiny", "slot_pool": "max"}, "'mean', 'concat' or 'attention'; got 'max'"),
-        ({"name": "wan_tiny", "prompt": "task"}, "'empty' or 'instruction'; got 'task'"),
+        ({"name": "wan_tiny", "future_slots": 0}, "future_slots: expected at least 1; got 0"),
+        ({"name": "wan_tiny", "slot_pool": "max"}, "expected one of mean, concat, attention; got 'max'"),
+        ({"name": "wan_tiny", "prompt": "task"}, "expected one of empty, instruction; got 'task'"),
         (
             {"name": "wan_tiny", "prompt": "instruction", "clip": "frame"},
             "needs prior.clip=future; got prior.clip=frame",

@@ -107,7 +107,7 @@ def test_a_device_that_does_not_exist_is_refused(name, monkeypatch):
     ("policy", "run", "message"),
     [
         ({}, {"precision": "bf16"}, r"precision=bf16 needs a GPU; policy\.device is cpu"),
-        ({"frame_size": 0}, {}, r"policy\.frame_size must be at least 1"),
+        ({"frame_size": 0}, {}, r"policy\.frame_size: expected at least 1; got 0"),
         (
             {"frame_size": 32},
             {"dataset": {"mixture": [], "root": None}},
@@ -118,7 +118,7 @@ def test_a_device_that_does_not_exist_is_refused(name, monkeypatch):
             {"tracking": "mlflow"},
             r"tracking: expected one of none, tensorboard, trackio, wandb; got 'mlflow'",
         ),
-        ({"resize": "crop"}, {}, r"policy\.resize: expected stretch or pad; got 'crop'"),
+        ({"resize": "crop"}, {}, r"policy\.resize: expected one of stretch, pad; got 'crop'"),
     ],
 )
 def test_choices_that_cannot_work_are_refused(root, tmp_path, policy, run, message):

@@ -3,10 +3,10 @@
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from difflib import get_close_matches
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol
 
+from vega_policy.config import unknown_name
 from vega_policy.model.config import BackboneConfig
 
 if TYPE_CHECKING:
@@ -90,9 +90,7 @@ def make_backbone(config: BackboneConfig, state_dim: int, views: int, frame_size
         FileNotFoundError: If weights are missing.
     """
     if config.name not in BACKBONES:
-        near = get_close_matches(config.name, BACKBONES, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"Unknown backbone {config.name!r}.{hint} Known: {', '.join(sorted(BACKBONES))}.")
+        raise unknown_name("backbone", config.name, sorted(BACKBONES))
     entry = BACKBONES[config.name]
     if entry.terms is not None:
         logger.warning("The weights of the backbone %r have terms of use: %s.", config.name, entry.terms)

@@ -16,6 +16,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from vega_policy.cli import Command, generated_groups
+from vega_policy.config import check_choice
 
 logger = logging.getLogger(__name__)
 
@@ -618,8 +619,7 @@ def benchmark(config: DictConfig) -> str:
 
     from vega_policy.benchmarks import PARTS, benchmark, device_name, summarize, table, write
 
-    if config.part not in (*PARTS, *DEPLOYMENT):
-        raise ValueError(f"part: expected one of {', '.join((*PARTS, *DEPLOYMENT))}; got {config.part!r}.")
+    check_choice("part", config.part, (*PARTS, *DEPLOYMENT))
     options = SimpleNamespace(**OmegaConf.to_container(config, resolve=True))  # pyright: ignore[reportCallIssue]
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     for group in ("prior", "backbone", "head"):

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from vega_policy.config import check_numbers
+from vega_policy.config import check_choice, check_choices, check_numbers
 from vega_policy.data.dataset_files import (
     ACTION,
     FORMAT,
@@ -126,12 +126,9 @@ class DatasetConfig:
     collect_command: str | None = None
 
     def __post_init__(self) -> None:
-        choices = {"cache": _CACHES, "video_backend": _BACKENDS, "stats": _STATISTICS}
-        for name, known in choices.items():
-            if (value := getattr(self, name)) not in known:
-                raise ValueError(f"dataset.{name}: expected one of {', '.join(known)}; got {value!r}.")
-        if unknown := [stream for stream in self.cached if stream not in STREAMS]:
-            raise ValueError(f"dataset.cached: expected one of {', '.join(STREAMS)}; got {unknown[0]!r}.")
+        check_choices(self, "dataset.", cache=_CACHES, video_backend=_BACKENDS, stats=_STATISTICS)
+        for stream in self.cached:
+            check_choice("dataset.cached", stream, STREAMS)
         fractions = ("held_out", "brightness", "contrast", "saturation", "state_dropout")
         check_numbers(self, "dataset.", **dict.fromkeys(fractions, "[0, 1)"), hue="[0, 0.5]")
         check_numbers(self, "dataset.", frame_stride="[1, inf)", shift="[0, inf)", workers="[0, inf)")

@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from matplotlib.figure import Figure
 
+from vega_policy.config import check_choice, check_numbers
 from vega_policy.deployment.client import PolicyClient, ServerAddress
 from vega_policy.deployment.protocol import ProtocolError, RTCContext
 from vega_policy.deployment.server import ServedCheckpoint
@@ -57,10 +58,8 @@ class Cell:
     under_way: int  # control steps from sending a command to its execution
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ValueError(f"methods: expected some of {', '.join(METHODS)}; got {self.method}")
-        if min(self.delay, self.under_way) < 0:
-            raise ValueError(f"expected delay and under_way of at least 0, got {self}")
+        check_choice("methods", self.method, METHODS)
+        check_numbers(self, "", delay="[0, inf)", under_way="[0, inf)")
 
 
 class DelayedPlan:

@@ -5,7 +5,6 @@ An ablation is a function `(policy, checkpoint) -> policy`; to add one, give it 
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from einops import rearrange
 from safetensors.numpy import load_file
 from torch import Tensor
 
+from vega_policy.config import unknown_name
 from vega_policy.evaluation.policies import (
     ChunkPolicy,
     LeRobotChunkPolicy,
@@ -49,9 +49,7 @@ def check_ablations(names: Sequence[str]) -> None:
     """
     for name in names:
         if name not in ABLATIONS:
-            close = difflib.get_close_matches(name, ABLATIONS, n=3)
-            hint = f"did you mean {' or '.join(close)}? " if close else ""
-            raise ValueError(f"unknown ablation {name!r}; {hint}Known ablations: {', '.join(ABLATIONS)}")
+            raise unknown_name("ablation", name, ABLATIONS, near=3)
     if not names or len(set(names)) < len(names):
         raise ValueError(f"expected one or more different ablations, got {list(names)}")
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
+from vega_policy.config import unknown_name
 from vega_policy.model.config import ActionHeadConfig, ForecastConfig
 from vega_policy.model.layers import Attention, KVCache, Mlp, sinusoid
 
@@ -404,7 +405,7 @@ def make_action_head(config: ActionHeadConfig, context_width: int, chunk_size: i
         ValueError: If the name is unknown.
     """
     if config.name not in ACTION_HEADS:
-        raise ValueError(f"Unknown head {config.name!r}. Known: {', '.join(sorted(ACTION_HEADS))}.")
+        raise unknown_name("head", config.name, sorted(ACTION_HEADS))
     return ACTION_HEADS[config.name](config, context_width, chunk_size, action_dim)
 
 

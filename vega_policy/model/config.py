@@ -8,13 +8,17 @@ from collections.abc import Collection
 from dataclasses import dataclass, field, fields
 from importlib.metadata import entry_points
 
-from vega_policy.config import check_numbers
+from vega_policy.config import check_choices, check_numbers, unknown_name
 
 STRIDE = 16
 """Pixels of a token of the compact backbone."""
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """Linear layers of a decoder block under the names that Llama, Gemma and Qwen share."""
+
+DTYPES = ("float32", "bfloat16", "float16")
+RESIZES = ("stretch", "pad")
+"""How frames of another shape become square."""
 
 
 @dataclass(frozen=True)
@@ -50,38 +54,30 @@ class PriorConfig:
     )
 
     def __post_init__(self) -> None:
-        if self.clip not in ("frame", "history", "views", "future"):
-            raise ValueError(f"prior.clip is 'frame', 'history', 'views' or 'future'; got {self.clip!r}.")
+        clips, engines = ("frame", "history", "views", "future"), ("plain", "fast", "auto")
+        check_choices(
+            self, "prior.", clip=clips, noise=("fixed", "fresh"), engine=engines, dtype=(None, *DTYPES)
+        )
+        check_choices(
+            self, "prior.", slot_pool=("mean", "concat", "attention"), prompt=("empty", "instruction")
+        )
+        check_numbers(self, "prior.", noise_level="[0, 1]", future_slots="[1, inf)")
         self._check_future()
         if self.clip_frames < 1 or self.clip_frames % 4 != 1:
             raise ValueError(
                 "prior.clip_frames is 1 + 4k (1, 5, 9, ...), as video autoencoders require; got "
                 f"{self.clip_frames}."
             )
-        if self.noise_level is not None and not 0.0 <= self.noise_level <= 1.0:
-            raise ValueError(f"prior.noise_level lies in [0, 1]; got {self.noise_level}.")
-        if self.noise not in ("fixed", "fresh"):
-            raise ValueError(f"prior.noise is 'fixed' or 'fresh'; got {self.noise!r}.")
-        if self.engine not in ("plain", "fast", "auto"):
-            raise ValueError(f"prior.engine is 'plain', 'fast' or 'auto'; got {self.engine!r}.")
         if self.engine == "fast" and self.clip in ("history", "views"):
             raise ValueError(
                 f"prior.engine={self.engine} reads single frames; prior.clip={self.clip} needs "
                 "prior.engine=auto or plain."
             )
-        if self.dtype not in (None, "float32", "bfloat16", "float16"):
-            raise ValueError(f"prior.dtype is float32, bfloat16, float16 or null; got {self.dtype!r}.")
 
     def _check_future(self) -> None:
         layers = self.layers
         if isinstance(self.layer, tuple) and (not layers or sorted(set(layers)) != list(layers)):
             raise ValueError(f"prior.layer: expected different layers in rising order; got {list(layers)}.")
-        if self.future_slots < 1:
-            raise ValueError(f"prior.future_slots must be at least 1; got {self.future_slots}.")
-        if self.slot_pool not in ("mean", "concat", "attention"):
-            raise ValueError(f"prior.slot_pool is 'mean', 'concat' or 'attention'; got {self.slot_pool!r}.")
-        if self.prompt not in ("empty", "instruction"):
-            raise ValueError(f"prior.prompt is 'empty' or 'instruction'; got {self.prompt!r}.")
         if self.prompt == "instruction" and self.clip != "future":
             raise ValueError(
                 f"prior.prompt=instruction describes what happens next: it needs prior.clip=future; got "
@@ -149,12 +145,10 @@ class FusionConfig:
     heads: int = 8  # of cross-attention; divides the token width
 
     def __post_init__(self) -> None:
-        if self.blend not in ("raw", "normalized", "residual"):
-            raise ValueError(f"fusion.blend is 'raw', 'normalized' or 'residual'; got {self.blend!r}.")
-        if not self.gate_lr_scale > 0:
-            raise ValueError(f"fusion.gate_lr_scale must be above 0; got {self.gate_lr_scale}.")
-        check_numbers(self, "fusion.", layers="[1, inf)", heads="[1, inf)", gate_bias="(-inf, inf)")
-        check_numbers(self, "fusion.", residual_scale="(-inf, inf)", context_scale="(-inf, inf)")
+        check_choices(self, "fusion.", blend=("raw", "normalized", "residual"))
+        check_numbers(self, "fusion.", layers="[1, inf)", heads="[1, inf)", gate_lr_scale="(0, inf]")
+        finite = dict.fromkeys(("gate_bias", "residual_scale", "context_scale"), "(-inf, inf)")
+        check_numbers(self, "fusion.", **finite)
 
 
 @dataclass(frozen=True)
@@ -198,8 +192,7 @@ class BackboneConfig:
                 f"backbone.width must be a multiple of 4 and of backbone.heads; got width {self.width}, "
                 f"heads {self.heads}."
             )
-        if self.dtype not in ("float32", "bfloat16", "float16"):
-            raise ValueError(f"backbone.dtype is float32, bfloat16 or float16; got {self.dtype!r}.")
+        check_choices(self, "backbone.", dtype=DTYPES)
         if self.name == "compact":
             self._check_compact()
 
@@ -260,16 +253,15 @@ class ForecastConfig:
     heads: int = 4
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.weight < float("inf"):
-            raise ValueError(f"forecast.weight: expected a number of at least 0; got {self.weight}.")
+        check_numbers(self, "forecast.", weight="[0, inf)", depth="[1, inf)", heads="[1, inf)")
         if not self.steps or min(self.steps) < 1 or len(set(self.steps)) < len(self.steps):
             raise ValueError(
                 f"forecast.steps: expected different numbers of control steps; got {list(self.steps)}."
             )
-        if self.width % self.heads or self.depth < 1:
+        if self.width % self.heads:
             raise ValueError(
-                "forecast.width must be a multiple of forecast.heads and forecast.depth at least 1; got "
-                f"width {self.width}, heads {self.heads}, depth {self.depth}."
+                f"forecast.width must be a multiple of forecast.heads; got width {self.width}, heads "
+                f"{self.heads}."
             )
 
     @property
@@ -308,8 +300,7 @@ class ModelConfig:
                 f"head.prefix_steps must be below chunk_size ({self.chunk_size}); got "
                 f"{self.head.prefix_steps}."
             )
-        if self.resize not in ("stretch", "pad"):
-            raise ValueError(f"policy.resize: expected stretch or pad; got {self.resize!r}.")
+        check_choices(self, "policy.", resize=RESIZES)
         if not self.backbone.sight and self.prior.name != "none":
             raise ValueError(
                 f"backbone.sight=false removes all vision, but prior={self.prior.name} reads the frames. "
@@ -348,8 +339,6 @@ class BaseConfig:
 
     def __post_init__(self) -> None:
         if self.name != "none" and self.name not in BASES:
-            raise ValueError(f"Unknown base {self.name!r}. Known: none, {', '.join(BASES)}.")
-        if self.tune not in TUNES:
-            raise ValueError(f"base.tune is one of {', '.join(TUNES)}; got {self.tune!r}.")
-        if self.lora_rank < 1:
-            raise ValueError(f"base.lora_rank must be at least 1; got {self.lora_rank}.")
+            raise unknown_name("base", self.name, ["none", *BASES])
+        check_choices(self, "base.", tune=TUNES)
+        check_numbers(self, "base.", lora_rank="[1, inf)")

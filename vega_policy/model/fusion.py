@@ -5,13 +5,13 @@ semantic stream; its scene code mixes LayerNorm-ed streams (`normalized`), its s
 near the semantic stream (`residual`).
 """
 
-from difflib import get_close_matches
 from importlib import import_module
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from vega_policy.config import unknown_name
 from vega_policy.model.config import FUSIONS, FusionConfig
 from vega_policy.model.layers import Attention, Mlp, grid_positions
 
@@ -38,9 +38,7 @@ def make_fusion(width: int, config: FusionConfig, grid: tuple[int, int]) -> nn.M
         ValueError: If the name is unknown, or a size does not fit.
     """
     if config.name not in FUSIONS:
-        near = get_close_matches(config.name, FUSIONS, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"Unknown fusion {config.name!r}.{hint} Known: {', '.join(sorted(FUSIONS))}.")
+        raise unknown_name("fusion", config.name, sorted(FUSIONS))
     module, name = FUSIONS[config.name].split(":")
     return getattr(import_module(module), name)(width, config, grid)
 

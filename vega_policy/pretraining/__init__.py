@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from vega_policy.config import check_choices
+
 STAGES = ("prompts", "clips", "vae", "transformer", "report", "film")
 
 
@@ -144,5 +146,4 @@ class PretrainSettings:
         unknown = [stage for stage in self.stages if stage not in STAGES]
         if unknown or not self.stages:
             raise ValueError(f"stages: expected some of {', '.join(STAGES)}; got {self.stages}")
-        if self.precision not in ("no", "bf16"):
-            raise ValueError(f"precision: expected no or bf16; got {self.precision!r}")
+        check_choices(self, "", precision=("no", "bf16"))

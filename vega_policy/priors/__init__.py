@@ -2,10 +2,10 @@
 
 import logging
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any, Protocol
 
+from vega_policy.config import unknown_name
 from vega_policy.model.config import PriorConfig, registered_elsewhere
 
 if TYPE_CHECKING:  # the registry is read by `--help`, which must not load torch
@@ -146,9 +146,7 @@ def resolve(config: PriorConfig) -> PriorConfig:
     if config.name == "none":
         return config
     if config.name not in PRIORS:
-        near = get_close_matches(config.name, PRIORS, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"Unknown prior {config.name!r}.{hint} Known: none, {', '.join(sorted(PRIORS))}.")
+        raise unknown_name("prior", config.name, ["none", *sorted(PRIORS)])
     entry = PRIORS[config.name]
     if config.clip == "future" and not entry.future:
         refuse_future(config.name, entry)

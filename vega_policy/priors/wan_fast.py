@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from vega_policy.config import check_choices, check_numbers
 from vega_policy.priors.base import PROMPT_LENGTH
 
 Rotary = tuple[Tensor, Tensor]
@@ -639,11 +640,8 @@ class Plan:
     attention: str = "cudnn"  # the kernel of `ATTENTION` that is tried first
 
     def __post_init__(self) -> None:
-        if self.attention not in ATTENTION:
-            raise ValueError(f"attention is one of {', '.join(ATTENTION)}; got {self.attention!r}.")
-        for count in (self.encode_at_once, self.read_at_once):
-            if count is not None and count < 1:
-                raise ValueError(f"At least one frame is taken at once; got {count}.")
+        check_choices(self, "", attention=ATTENTION)
+        check_numbers(self, "", encode_at_once="[1, inf)", read_at_once="[1, inf)")
 
     @property
     def kernels(self) -> list[SDPBackend]:

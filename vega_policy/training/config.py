@@ -11,7 +11,7 @@ import torch
 from lerobot.configs import NormalizationMode, PreTrainedConfig
 from omegaconf import DictConfig, OmegaConf
 
-from vega_policy.config import from_config
+from vega_policy.config import check_choice, check_choices, check_numbers, from_config
 from vega_policy.configuration_vega import VegaConfig
 from vega_policy.data.dataset import DatasetConfig
 
@@ -55,8 +55,8 @@ class SimulationConfig:
     tasks: str = "envs.tasks"
 
     def __post_init__(self) -> None:
-        for name, least in (("every", 0), ("episodes_per_task", 1), ("processes", 1), ("videos", 0)):
-            _require_at_least(f"simulation.{name}", getattr(self, name), least)
+        check_numbers(self, "simulation.", every="[0, inf)", videos="[0, inf)")
+        check_numbers(self, "simulation.", episodes_per_task="[1, inf)", processes="[1, inf)")
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class TrackerConfig:
     mode: str = "online"  # or `offline`, of W&B
 
     def __post_init__(self) -> None:
-        _require_one_of("tracker.mode", self.mode, ("online", "offline"))
+        check_choices(self, "tracker.", mode=("online", "offline"))
 
 
 @dataclass(frozen=True)
@@ -144,9 +144,7 @@ class TrainConfig:
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
 
     def __post_init__(self) -> None:
-        _require_one_of("precision", self.precision, ("no", "bf16"))
-        _require_one_of("sharding", self.sharding, ("none", "full"))
-        _require_one_of("tracking", self.tracking, TRACKERS)
+        check_choices(self, "", precision=("no", "bf16"), sharding=("none", "full"), tracking=TRACKERS)
         if self.tracking != "none" and find_spec(self.tracking) is None:
             raise ValueError(f"tracking={self.tracking}: not installed. Run: pip install {self.tracking}")
         size, shift = getattr(self.policy, "frame_size", None), self.dataset.shift
@@ -156,13 +154,10 @@ class TrainConfig:
             )
         if self.compile and self.sharding != "none":
             raise ValueError(f"compile=true needs sharding=none; got sharding={self.sharding}.")
-        if not 0.0 <= self.average_decay < 1.0:
-            raise ValueError(f"average_decay: expected a value in [0, 1); got {self.average_decay}.")
         counts = ("steps", "batch_size", "accumulate", "log_every", "save_every", "evaluate_every")
-        for name in (*counts, "shards", "max_skipped_steps", "keep_last", "held_out_frames"):
-            if getattr(self, name) is not None:
-                _require_at_least(name, getattr(self, name), 1)
-        _require_at_least("keep_best", self.keep_best, 0)
+        counts += ("shards", "max_skipped_steps", "keep_last", "held_out_frames")
+        check_numbers(self, "", **dict.fromkeys(counts, "[1, inf)"), keep_best="[0, inf)")
+        check_numbers(self, "", average_decay="[0, 1)", stop_after="[0, inf)")
         self._check_shards()
         if self.policy.push_to_hub and not self.policy.repo_id:
             raise ValueError(
@@ -171,8 +166,6 @@ class TrainConfig:
 
     def _check_shards(self) -> None:
         """Refuse parts of a cache that do not exist, and training from a part of one."""
-        if self.stop_after is not None:
-            _require_at_least("stop_after", self.stop_after, 0)
         if self.shards > 1 and self.stop_after != 0:
             raise ValueError("shards divides the building of the cache. Add stop_after=0, or set shards=1.")
         if not 0 <= self.shard < self.shards:
@@ -218,7 +211,7 @@ def from_hydra(config: DictConfig) -> TrainConfig:
     assert isinstance(values, dict)
     check_device(values["policy"].get("device"))
     for kind, mode in (values["policy"].get("normalization_mapping") or {}).items():
-        _require_one_of(f"policy.normalization_mapping.{kind}", mode, tuple(NormalizationMode.__members__))
+        check_choice(f"policy.normalization_mapping.{kind}", mode, NormalizationMode.__members__)
     return decode({str(key): value for key, value in values.items()})
 
 
@@ -266,13 +259,3 @@ def defaults(config: Any) -> dict[str, Any]:
         elif one.default_factory is not MISSING:
             found[one.name] = one.default_factory()
     return found
-
-
-def _require_one_of(name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ValueError(f"{name}: expected one of {', '.join(known)}; got {value!r}.")
-
-
-def _require_at_least(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}; got {value}.")
