@@ -32,6 +32,7 @@ from envs.demos.planner_grasping import (
     Rim,
     Workcell,
     closing_axis,
+    comfortable_yaw,
     descend,
     extents,
     find_rim,
@@ -40,6 +41,8 @@ from envs.demos.planner_grasping import (
 
 OPEN_FULLY = 0.155  # m
 OPEN_TO_FILL = 0.125  # m; a drawer pulled out farther blocks the hand that fills it
+WIDENED = 0.157  # m; LIBERO's drawers stop at 0.16
+HOOK_GAP, HOOK_DEPTH = 0.03, 0.02  # m from a drawer's front, and below its edge, to fingers that draw it
 SHUT = 0.0005  # m past zero
 PUSHING_PITCH = np.deg2rad(35)
 BAR_DEPTH = 0.017  # m from the frontmost point of a drawer that belongs to the bar of its handle
@@ -121,7 +124,8 @@ class Drawer:
         joint = joint_of(cell, region_name)
         if match is None or joint is None:
             raise ValueError(f"expected the region of a cabinet's drawer, got {region_name!r}")
-        self.body = f"{match[1]}_cabinet_{match[2]}"
+        self._drawers = f"{match[1]}_cabinet_"
+        self.body = f"{self._drawers}{match[2]}"
         self.joint = joint
         self._cell = cell
 
@@ -142,6 +146,29 @@ class Drawer:
     def opening(self) -> float:
         """How far the drawer is pulled out (m)."""
         return -joint_position(self._cell, self.joint)
+
+    @property
+    def has_others_above(self) -> bool:
+        """Whether handles of other drawers protrude above it."""
+        scene = self._cell.scene
+        others = (f"{self._drawers}{level}" for level in ("top", "middle", "bottom"))
+        return any(scene.bottom(other) > scene.bottom(self.body) for other in others if other in scene)
+
+
+def widen_drawer(cell: Workcell, region_name: str) -> Skill:
+    """Put open fingers behind the front of an open drawer and draw it out as far as it goes.
+
+    Half open, it leaves what is lowered into it millimetres between its front and the handles above.
+    """
+    drawer, inside = Drawer(cell, region_name), region(cell, region_name)
+    outwards = drawer.outwards
+    behind = inside.centre + (float(np.abs(outwards) @ inside.half_extents) - HOOK_GAP) * outwards
+    behind[2] = cell.scene.top(drawer.body) - HOOK_DEPTH
+    rotation = down(comfortable_yaw(float(np.arctan2(outwards[1], outwards[0]))))
+    yield from transit(cell, above(behind, ABOVE_GRASP), rotation, OPEN, clearance=0.03)
+    yield from descend(cell, behind, rotation)
+    yield from _pull(cell, drawer, rotation, WIDENED, OPEN)
+    return (yield from cell.arm.move(above(cell.arm.position, 0.10), rotation, OPEN, CLEARING))
 
 
 def open_drawer(cell: Workcell, region_name: str, opening: float = OPEN_FULLY) -> Skill:
@@ -166,7 +193,7 @@ def open_drawer(cell: Workcell, region_name: str, opening: float = OPEN_FULLY) -
     return drawer.opening >= opening
 
 
-def _pull(cell: Workcell, drawer: Drawer, rotation: Array, opening: float) -> Skill:
+def _pull(cell: Workcell, drawer: Drawer, rotation: Array, opening: float, gripper: float = CLOSED) -> Skill:
     """Draw the hand along the slide, 3 cm ahead of where it is, until the drawer is out."""
     start, outwards = cell.arm.position, drawer.outwards
     for _ in range(80):
@@ -174,7 +201,7 @@ def _pull(cell: Workcell, drawer: Drawer, rotation: Array, opening: float) -> Sk
             return True
         drawn = max(0.0, float((cell.arm.position - start) @ outwards))
         goal = start + (drawn + 0.03) * outwards
-        yield Command(cell.arm.command(goal, rotation, CLOSED), PRECISE.noise_share)
+        yield Command(cell.arm.command(goal, rotation, gripper), PRECISE.noise_share)
     return False
 
 

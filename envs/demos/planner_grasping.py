@@ -219,6 +219,12 @@ def side_axis(yaw: float) -> Array:
     return np.array([np.cos(yaw), np.sin(yaw)])
 
 
+def comfortable_yaw(yaw: float) -> float:
+    """Return the yaw (rad) of the same hand, which looks alike every half turn, in the middle of `YAWS`."""
+    middle = float(YAWS.max() + YAWS.min()) / 2
+    return middle + wrap(yaw - middle, np.pi)
+
+
 def extents(points: Array, axis: Array) -> tuple[float, float]:
     """Return the width (m) and middle (m) of points [n 2] projected on a unit vector [2]."""
     along = points @ axis
@@ -333,7 +339,6 @@ def rim_grasps(
     [2] the robot's (m).
     """
     depth = RIM_REACH if request.depth is None else request.depth
-    middle_yaw = float(YAWS.max() + YAWS.min()) / 2
     for point in rim.points:
         offset = (point - rim.middle)[:2]
         radial = np.arctan2(offset[1], offset[0])
@@ -346,7 +351,7 @@ def rim_grasps(
             reach_cost += RIGHT_RIM_COST * (offset[1] < 0)
         else:
             reach_cost += OTHER_SIDE_COST * (1 - float(offset @ request.side) / float(np.linalg.norm(offset)))
-        yaw = middle_yaw + wrap(radial - np.pi / 2 - middle_yaw, np.pi)
+        yaw = comfortable_yaw(radial - np.pi / 2)
         away = abs(yaw - request.yaw)
         if away > request.yaw_limit + 1e-6:
             continue

@@ -42,6 +42,7 @@ from envs.demos.planner_fixtures import (
     open_drawer,
     region,
     turn_knob,
+    widen_drawer,
 )
 from envs.demos.planner_grasping import (
     ABOVE_GRASP,
@@ -129,9 +130,11 @@ def _achieve(cell: Workcell, goal: Goal) -> Skill:
 
 
 def _make_room(cell: Workcell, name: str, target: str) -> Skill:
-    """Open the drawer that an object is to be put into, if it is not open enough."""
-    if joint_of(cell, target) is None or holds(cell, ("open", target)):
+    """Open the drawer that an object is to be put into, if it is not open, or wider below other drawers."""
+    if joint_of(cell, target) is None:
         return True
+    if holds(cell, ("open", target)):
+        return not Drawer(cell, target).has_others_above or (yield from widen_drawer(cell, target))
     yield from pull_from_below(cell, body_of(cell, name), target, OPEN_TO_FILL)
     return (yield from open_drawer(cell, target, OPEN_TO_FILL))
 

@@ -10,8 +10,18 @@ import envs
 from envs.base import EVALUATION_SEED
 from envs.demos import DemonstrationOptions, demonstrate
 from envs.demos.planner_arm import about_z, leaning, pointing
-from envs.demos.planner_fixtures import INSIDE, LEAN, Region, facing_handle, open_side, resting_place
-from envs.demos.planner_grasping import box_surface, cylinder_surface, find_rim
+from envs.demos.planner_fixtures import (
+    INSIDE,
+    LEAN,
+    WIDENED,
+    Drawer,
+    Region,
+    facing_handle,
+    open_side,
+    resting_place,
+    widen_drawer,
+)
+from envs.demos.planner_grasping import Workcell, box_surface, cylinder_surface, find_rim
 from envs.demos.shards import Demonstrator, record
 from envs.demos.tasks import achieve_goals, clearance, fitting_turn, open_fingers, shared_spot
 
@@ -126,6 +136,20 @@ def test_a_goal_without_a_skill_is_refused_with_the_known_ones():
 def test_a_task_that_needs_a_way_around_is_demonstrated_from_an_official_state(suite, task):
     env = envs.make(suite, task, render=False)
     assert record(env, EVALUATION_SEED, Demonstrator(), initial_state=0) is not None
+    env.close()
+
+
+@pytest.mark.slow
+def test_a_bottom_drawer_that_stands_half_open_is_drawn_out_as_far_as_it_goes():
+    env = envs.make("libero_10", 3, render=False)
+    env.reset_blindly(seed=0)
+    cell = Workcell.of(env.raw)
+    drawer = Drawer(cell, "white_cabinet_1_bottom_region")
+    assert drawer.opening < 0.15
+    for command in widen_drawer(cell, "white_cabinet_1_bottom_region"):
+        env.step_blindly(command.action.astype(np.float32))
+        cell.scene.refresh()
+    assert drawer.opening > WIDENED
     env.close()
 
 
