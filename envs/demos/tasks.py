@@ -81,6 +81,7 @@ IN_BELOW = 0.01  # m by which LIBERO's own check reaches below a region
 STANDING = 0.04  # m above a region that separates objects on it from its own surface
 SHIFTING = 20.0  # rad of turning that a shift by one metre is as bad as, in a drawer
 SHIFTING_OPEN = 4.0  # the same in an open region
+QUARTER = np.deg2rad(90.0)
 OTHER_WAY = 1.0  # rad; turns to the right come after those to the left, so that alike scenes are solved alike
 DIRECTIONS = np.array([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
 JITTER = np.array([[0.0, 0.0, 0.0], [0.01, 0.0, 0.0], [-0.01, 0.0, 0.0], [0.0, 0.01, 0.0], [0.0, -0.01, 0.0]])
@@ -258,9 +259,15 @@ def _free_placement(cell: Workcell, body: str, target: str, yaw: float) -> tuple
         turns += [turn for turn in SIDEWAYS if abs(turn) <= most and abs(yaw + turn) < COMFORTABLE_YAW]
     ways = [(turn, shift) for turn in turns for shift in _shifts(cell, body, target)]
 
+    standing = _neighbours(cell, body, target)
+
     def departure(way: tuple[float, Array]) -> float:
-        turn = way[0] - fitting
-        return abs(turn) + OTHER_WAY * (turn < 0) + shifting * float(np.linalg.norm(way[1]))
+        turn, shifted = way[0] - fitting, float(np.linalg.norm(way[1]))
+        if not len(standing) or not (turn or shifted):
+            return abs(turn) + OTHER_WAY * (turn < 0) + shifting * shifted
+        # One way beside a neighbour: a quarter turn takes the wide hand along it, as far away as possible.
+        away = float(np.linalg.norm(standing - region(cell, target).centre[:2] - way[1], axis=1).min())
+        return np.pi + abs(turn - QUARTER) - shifting * away
 
     ways.sort(key=departure)
     plain: dict[float, Placement] = {}
@@ -311,14 +318,27 @@ def _overhung(cell: Workcell, body: str, target: str, turn: float, placement: Pl
     return clearance(thinned(footprint), thinned(above_it)) < GRAZE
 
 
+def _others(cell: Workcell, body: str) -> Array:
+    """Return the points [n 2] of the other objects."""
+    bodies = [body_of(cell, name) for name in cell.env.objects_dict]
+    return np.concatenate(
+        [cell.scene.cloud(other)[:, :2] for other in bodies if other != body] or [np.zeros((0, 2))]
+    )
+
+
+def _neighbours(cell: Workcell, body: str, target: str) -> Array:
+    """Return the points [n 2] of other objects around an open region that is for `body` alone, else none."""
+    shared = sum(wanted[-1] == target for wanted in goals(cell)) > 1
+    if shared or is_object(cell, target) or target.endswith(CONTAINER) or joint_of(cell, target) is not None:
+        return np.zeros((0, 2))
+    return _others(cell, body)
+
+
 def _crowded(cell: Workcell, body: str, target: str, turn: float, placement: Placement) -> bool:
     """Return whether `body` in the open region `target` would meet another object, such as a plate's edge."""
     if is_object(cell, target) or target.endswith(CONTAINER):
         return False
-    bodies = [body_of(cell, name) for name in cell.env.objects_dict]
-    standing = np.concatenate(
-        [cell.scene.cloud(other)[:, :2] for other in bodies if other != body] or [np.zeros((0, 2))]
-    )
+    standing = _others(cell, body)
     return clearance(thinned(_footprint(cell, body, turn)), thinned(standing - placement.xy)) < BESIDE_OTHERS
 
 
