@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -11,7 +12,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from envs.base import Task, global_seed
+from envs.base import LAYOUTS, Task, global_seed
 from envs.rendering import quiet_import
 from envs.robosuite import PandaEnv, load_robosuite
 
@@ -57,7 +58,8 @@ class LiberoEnv(PandaEnv):
 
     Each episode begins with 10 idle steps that do not count. `reset(options={"initial_state": k})` starts it
     from official state k; without, the seed draws the objects. The poses of fixtures (cabinet, stove,
-    rack) belong to no official state: the seed draws them in either case.
+    rack) belong to no official state: the seed draws them in either case. `{"layout": "random"}` then moves
+    the objects (`envs.layouts`), each by at most `layout_radius` metres.
 
     Images are mirrored left to right: LIBERO's have the lowest row first, and policies trained on it rotate
     that by 180 degrees. Observations are of the present state; LIBERO's own lag by one substep of 2 ms.
@@ -100,14 +102,32 @@ class LiberoEnv(PandaEnv):
                 raise ValueError(
                     f"{self.task.name} has the official initial states 0 to {len(states) - 1}, got {official}"
                 )
-        self._gripper.current_action = np.zeros_like(self._gripper.current_action)
-        with global_seed(seed):
-            self._draw()
-        self._resumes = False
-        if official is not None:
-            self.raw.sim.set_state_from_flattened(official_states(self.task)[official])
-            self.raw.sim.forward()
-            self.raw._post_process()
+
+        def start(reset_seed: int, arrange: Callable[[], None] | None = None) -> None:
+            self._gripper.current_action = np.zeros_like(self._gripper.current_action)
+            with global_seed(reset_seed):
+                self._draw()
+            self._resumes = False
+            if official is not None:
+                self.raw.sim.set_state_from_flattened(official_states(self.task)[official])
+                self.raw.sim.forward()
+                self.raw._post_process()
+            self._idle()
+            if arrange is not None:
+                arrange()
+                self._idle()
+
+        layout = options.get("layout", "standard")
+        if layout not in LAYOUTS:
+            raise ValueError(f"layout: expected one of {', '.join(LAYOUTS)}; got {layout!r}.")
+        if layout == "standard":
+            start(seed)
+        else:
+            from envs.layouts import draw_layout  # loads the planners, which a standard reset does without
+
+            draw_layout(self, seed, start, options.get("layout_radius", np.inf))
+
+    def _idle(self) -> None:
         for _ in range(IDLE_STEPS):
             self._advance(IDLE)
 

@@ -22,7 +22,7 @@ from typing import Any, Self
 from tqdm import tqdm
 
 import envs
-from envs.base import DEMONSTRATION_SEEDS, EVALUATION_SEED, ManipulationEnv, Task
+from envs.base import DEMONSTRATION_SEEDS, EVALUATION_SEED, LAYOUTS, ManipulationEnv, Task
 from envs.demos.shards import (
     CODECS,
     DATASET,
@@ -70,6 +70,7 @@ class CollectionSettings:
     repo_id: str = "vega/demonstrations"  # LeRobot's name for the dataset
     video: str = "lossless"  # key of `envs.demos.shards.CODECS`
     format: str = "lerobot"  # or "states": one file of simulator states, without frames
+    layouts: str = "standard"  # or "random": LIBERO's objects anywhere in reach
 
     def __post_init__(self) -> None:
         profile(self.rendering)
@@ -77,6 +78,13 @@ class CollectionSettings:
             raise ValueError(f"unknown format {self.format!r}; known: lerobot, states")
         if self.video not in CODECS:
             raise ValueError(f"unknown video {self.video!r}; known: {', '.join(CODECS)}")
+        if self.layouts not in LAYOUTS:
+            raise ValueError(f"layouts: expected one of {', '.join(LAYOUTS)}; got {self.layouts!r}.")
+        if self.layouts != "standard" and self.suite not in envs.LIBERO_SUITES:
+            raise ValueError(
+                f"layouts={self.layouts}: expected one of the suites {', '.join(envs.LIBERO_SUITES)}; "
+                f"got {self.suite!r}. Leave layouts out."
+            )
         for name in ("episodes_per_task", "episodes_per_shard"):
             if vars(self)[name] < 1:
                 raise ValueError(f"expected {name} of at least 1, got {vars(self)[name]}")
@@ -105,6 +113,7 @@ class CollectionSettings:
             "repo_id",
             "video",
             "format",
+            "layouts",
         )
         return cls.stored({**config["env"], **{name: config[name] for name in names}})
 
@@ -428,7 +437,7 @@ def _successes(job: Job, env: ManipulationEnv, report: Report) -> Iterator[Recor
     found = attempts = 0
     seeds = job.seeds[: MAX_ATTEMPTS * job.episodes]
     for seed in seeds:
-        recording = record(env, seed, job.settings.demonstrator)
+        recording = record(env, seed, job.settings.demonstrator, layout=job.settings.layouts)
         attempts += 1
         if recording is not None:
             yield replace(recording, attempts=attempts)
@@ -484,7 +493,7 @@ def _collect_in_worker(job: Job) -> ShardSummary:
 
 
 SUCCESS_SEED = DEMONSTRATION_SEEDS.stop - 10_000  # collections begin at the other end
-DECISIVE_MODULES = ("base.py", "libero.py", "metaworld.py", "robosuite.py")
+DECISIVE_MODULES = ("base.py", "layouts.py", "libero.py", "metaworld.py", "robosuite.py")
 """Modules that decide an episode's outcome, besides the demonstrators."""
 
 

@@ -23,6 +23,7 @@ DOWN = np.array([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, -1.0]])
 LINKS = ("robot0_link", "robot0_right_hand", "gripper0_right_gripper")  # fingers touch what they grasp
 PREDICTION_ITERATIONS = 25
 DAMPING = 1e-3
+JOINT_MARGIN, REACHED = 0.05, 0.01  # rad from a joint's limit; m of error of a predicted posture
 POSTURE_GAIN = 0.3  # of the pull towards the first posture, which the controller's null space has too
 START_ITERATIONS = 30
 MISSED_SHIFT = ((-0.04, -0.04, 0.04), (0.04, 0.04, 0.14))  # m from its centre: least and largest x, y, z
@@ -268,6 +269,18 @@ class ArmClearance:
             for own, other in (pair, pair[::-1])
             if own.startswith(LINKS) and not other.startswith(("robot0", "gripper0", "mount0"))
         }
+
+    def reaches(self, position: Array, rotation: Array) -> bool:
+        """Return whether the arm gets the grip site to a pose without bending a joint to its limit."""
+        scratch = self._scratch
+        scratch.qpos[:] = self._live.qpos
+        low, high = self._model.jnt_range[self._model.dof_jntid[self._speeds]].T
+        for _ in range(PREDICTION_ITERATIONS):
+            self._step_towards(position, rotation)
+            bent = scratch.qpos[self._joints]
+            scratch.qpos[self._joints] = np.clip(bent, low + JOINT_MARGIN, high - JOINT_MARGIN)
+        self._mujoco.mj_kinematics(self._model, scratch)
+        return bool(np.linalg.norm(position - scratch.site_xpos[self._site]) < REACHED)
 
     def _step_towards(self, position: Array, rotation: Array) -> None:
         """One damped least-squares step, with the preferred posture as the second aim."""

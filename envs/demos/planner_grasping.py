@@ -162,8 +162,14 @@ class Scene:
 
     def obstacles(self, excluded: Collection[str] = ()) -> Array:
         """Return points [n 3] on all bodies except robot, supports and the `excluded` ones."""
-        clouds = [self.cloud(body) for body in self._geoms if not self._passes(body, excluded)]
+        clouds = list(self.standing(excluded))
         return np.concatenate(clouds) if clouds else np.zeros((0, 3))
+
+    def standing(self, excluded: Collection[str] = ()) -> Iterator[Array]:
+        """Yield points [n 3] on each of the bodies that `obstacles` joins."""
+        for body in self._geoms:
+            if not self._passes(body, excluded):
+                yield self.cloud(body)
 
     @staticmethod
     def _passes(body: str, excluded: Collection[str]) -> bool:

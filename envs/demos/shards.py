@@ -93,16 +93,22 @@ class ShardSummary:
 
 
 def record(
-    env: ManipulationEnv, seed: int, demonstrator: Demonstrator, *, initial_state: int | None = None
+    env: ManipulationEnv,
+    seed: int,
+    demonstrator: Demonstrator,
+    *,
+    initial_state: int | None = None,
+    layout: str = "standard",
 ) -> Recording | None:
     """Roll out one demonstration without rendering; return None unless its last step is a success.
 
     The seed decides the whole episode. `initial_state` is an official initial state, to measure a
-    demonstrator; never for training data.
+    demonstrator; never for training data. `layout` is one of `envs.base.LAYOUTS`.
     """
     rng = np.random.default_rng((seed, DEMONSTRATOR_STREAM))
     noise = demonstrator.noise if rng.random() < demonstrator.noisy_fraction else 0.0
-    env.reset_blindly(seed=seed, options=None if initial_state is None else {"initial_state": initial_state})
+    options: dict[str, Any] = {} if initial_state is None else {"initial_state": initial_state}
+    env.reset_blindly(seed=seed, options=options if layout == "standard" else {**options, "layout": layout})
     states, actions, noisy, success = [], [], [], False
     for executed, clean in demonstrate(env, rng=rng, noise=noise, options=demonstrator.options):
         states.append(env.simulator_state())  # after the first action is planned, which may move the start

@@ -49,7 +49,9 @@ from envs.demos.planner_grasping import (
     CLOSING_STEPS,
     COMFORTABLE_REACH,
     OPENING_STEPS,
+    Grasp,
     GraspRequest,
+    NoGraspError,
     Placement,
     Workcell,
     closing_axis,
@@ -58,6 +60,7 @@ from envs.demos.planner_grasping import (
     grasp,
     near,
     place,
+    plan_grasp,
     release,
     side_axis,
     transit,
@@ -75,6 +78,7 @@ CARRIES = 2  # an object that slips out of the hand on the way is grasped again 
 AT_GOAL = 0.025  # m; LIBERO's own limit is 0.04
 LOST = 0.04  # m between a plate's edge and the hand that should hold it
 RIM_GRIP, FLAT_LIFT = 0.010, 0.035  # m above the lowest point of a plate; m that its rim is lifted
+DRAWN_AWAY = 0.10  # m that a plate may be drawn away from the robot
 BESIDE_PLATE = 0.015  # m that must be free beside a plate that is drawn
 CARRYING = Reach(0.006, 0.1, speed=0.6, noise_share=0.3)
 IN_BELOW = 0.01  # m by which LIBERO's own check reaches below a region
@@ -85,6 +89,7 @@ QUARTER = np.deg2rad(90.0)
 OTHER_WAY = 1.0  # rad; turns to the right come after those to the left, so that alike scenes are solved alike
 DIRECTIONS = np.array([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
 JITTER = np.array([[0.0, 0.0, 0.0], [0.01, 0.0, 0.0], [-0.01, 0.0, 0.0], [0.0, 0.01, 0.0], [0.0, -0.01, 0.0]])
+HOVER = 0.10  # m above what something is put on or into, where the hand has to get
 WALL_GAP = 0.002  # m that stay free between an object and the walls of its drawer
 BEFORE_DRAWER = 0.02  # m between an object and the drawer that is opened above it
 BESIDE_OTHERS = 0.01  # m that stay free between an object and its neighbours in an open region
@@ -211,6 +216,51 @@ def put(cell: Workcell, name: str, target: str) -> Skill:
         if (yield from place(cell, body, down(held.yaw + turn), placement)):
             return True
     return False
+
+
+def unreachable(cell: Workcell, goal: Goal) -> str:
+    """Return why the arm cannot take what a predicate names or bring it there; empty where nothing is known.
+
+    Nothing moves: it is a check of a scene before an episode. What is pushed in is not checked.
+    """
+    if goal[0] not in ("on", "in"):
+        return ""
+    _, name, target = goal
+    body = body_of(cell, name)
+    if is_object(cell, target) or target.endswith(CONTAINER):
+        owner = target if is_object(cell, target) else cell.env.object_sites_dict[target].parent_name
+        support = body_of(cell, owner)
+        over = np.array([*cell.scene.position(support)[:2], cell.scene.top(support) + HOVER])
+        if not cell.clearance.reaches(over, down(0.0)):
+            return f"the hand does not reach over {owner}"
+    if _is_flat(cell.scene.cloud(body)) and not is_object(cell, target):
+        return _undrawable(cell, body, region(cell, target).centre[:2])
+    if _is_chamber(cell, target):
+        return ""
+
+    def is_blocked(planned: Grasp) -> bool:
+        return bool(cell.clearance.touched(planned.position, down(planned.yaw)) - {body})
+
+    try:
+        planned = plan_grasp(cell.scene, body, _request(cell, target), is_blocked)
+    except NoGraspError as error:
+        return str(error)
+    if is_blocked(planned):
+        return f"the arm touches something at every grasp of {name}"
+    if not cell.clearance.reaches(planned.position, down(planned.yaw)):
+        return f"the hand does not reach {name}"
+    return ""
+
+
+def _undrawable(cell: Workcell, body: str, xy: Array) -> str:
+    """Return why a plate cannot be drawn to `xy` [2] at the first try; empty where it can."""
+    rim = cell.scene.bottom(body) + RIM_GRIP
+    if _flat_lift(cell, body, xy, rim) > FLAT_LIFT:
+        return f"something stands in the way of {body}"
+    base, start = cell.scene.position("robot0_base")[:2], cell.scene.position(body)[:2]
+    if np.linalg.norm(xy - base) > np.linalg.norm(start - base) + DRAWN_AWAY:
+        return f"{body} would be pushed away from the robot"  # its far edge catches on the table
+    return ""
 
 
 def _request(cell: Workcell, target: str) -> GraspRequest:

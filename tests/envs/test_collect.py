@@ -255,7 +255,7 @@ def test_a_worker_that_dies_costs_no_more_than_its_shard(root, tmp_path, caplog)
 
 
 def test_a_demonstrator_that_never_succeeds_is_an_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(collection, "record", lambda env, seed, demonstrator: None)
+    monkeypatch.setattr(collection, "record", lambda env, seed, demonstrator, **options: None)
     monkeypatch.setattr(collection, "MAX_ATTEMPTS", 4)
     with pytest.raises(RuntimeError, match=r"demonstrations of lift_wide.* 0 of 4 episodes \(seeds 0 to 3\)"):
         collect(SETTINGS, tmp_path / "none", processes=1)

@@ -1,0 +1,264 @@
+"""Random layouts of LIBERO: what moves with what, what stays true, and how far official states are away."""
+
+import re
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import envs
+from envs import layouts
+from envs.base import EVALUATION_SEED
+from envs.demos import DemonstrationOptions
+from envs.demos.collect import CollectionSettings, collect
+from envs.demos.planner_fixtures import body_of, goals, holds
+from envs.demos.planner_grasping import Workcell
+from envs.demos.render import render_episode
+from envs.demos.shards import Demonstrator, Recording, record, write_state_shard
+from envs.demos.states import read_states
+from envs.demos.tasks import clearance
+from envs.layouts import GAP, Relation, find_groups, holds_for_one, in_view, outline
+from envs.libero import official_states, problem_file
+
+RANDOM = {"layout": "random"}
+ONCE = Demonstrator(noise=0.2, options=DemonstrationOptions(retries=False))
+
+
+@pytest.fixture(scope="module")
+def cans():
+    """libero_object 0: seven objects, one of them the basket, on the floor."""
+    env = envs.make("libero_object", 0, frame_size=32, rendering="fast")
+    yield env
+    env.close()
+
+
+@pytest.fixture(scope="module")
+def bowls():
+    """libero_spatial 0: the bowl between the plate and the ramekin, another bowl, cabinet and stove."""
+    env = envs.make("libero_spatial", 0, render=False)
+    yield env
+    env.close()
+
+
+def positions(env):
+    return {name: env.data.body(one.root_body).xpos[:2].copy() for name, one in env.raw.objects_dict.items()}
+
+
+def problem_of(suite, index):
+    """Return what `find_groups` reads of LIBERO's environment, without a simulator."""
+    from libero.libero.envs.bddl_utils import robosuite_parse_problem
+
+    task = envs.tasks(suite)[index]
+    parsed = robosuite_parse_problem(str(problem_file(suite, task.name)))
+    names = [name for kind in parsed["objects"].values() for name in kind]
+    workspace = next(name for name in parsed["fixtures"] if name.endswith(("table", "floor")))
+    workspace = parsed["fixtures"][workspace][0]
+    sites = {f"{name}_contain_region": SimpleNamespace(parent_name=name) for name in names}
+    fields = {"parsed_problem": parsed, "objects_dict": dict.fromkeys(names), "object_sites_dict": sites}
+    return SimpleNamespace(workspace_name=workspace, **fields), task.instruction
+
+
+@pytest.mark.parametrize(
+    ("suite", "index", "together", "staying"),
+    [
+        ("libero_object", 0, [], []),
+        ("libero_spatial", 0, [{"akita_black_bowl_1", "plate_1", "glazed_rim_porcelain_ramekin_1"}], []),
+        ("libero_spatial", 2, [], ["akita_black_bowl_1"]),  # from table center
+        (
+            "libero_spatial",
+            3,
+            [{"akita_black_bowl_1", "cookies_1"}],
+            ["akita_black_bowl_2"],
+        ),  # one on the other
+        ("libero_spatial", 7, [], ["akita_black_bowl_1", "akita_black_bowl_2"]),  # both on fixtures
+        ("libero_goal", 1, [], []),
+        ("libero_10", 4, [{"plate_1", "plate_2"}], []),  # the left plate, the right plate
+        ("libero_10", 5, [], []),
+        ("libero_10", 6, [], ["plate_1"]),  # the goal beside it is a fixed region of the table
+        ("libero_10", 8, [], []),  # both moka pots: no relation tells them apart
+    ],
+)
+def test_what_the_instruction_relates_moves_as_one_and_what_stands_on_fixtures_stays(
+    suite, index, together, staying
+):
+    raw, instruction = problem_of(suite, index)
+    groups, _ = find_groups(raw, instruction)
+    assert [{*group.members} for group in groups if len(group.members) > 1] == together, instruction
+    moving = {name for group in groups for name in group.members}
+    assert {*raw.objects_dict} - moving == {*staying}
+
+
+def test_sides_are_not_mirrored_and_other_relations_are():
+    plates = [group for group in find_groups(*problem_of("libero_10", 4))[0] if len(group.members) > 1]
+    assert not plates[0].is_mirrored
+    bowl = [group for group in find_groups(*problem_of("libero_spatial", 0))[0] if len(group.members) > 1]
+    assert bowl[0].is_mirrored
+
+
+def test_a_layout_depends_on_the_seed_alone_and_changes_no_standard_reset(cans):
+    cans.reset_blindly(seed=4)
+    standard = cans.simulator_state()
+    cans.reset_blindly(seed=4, options=RANDOM)
+    first = cans.simulator_state()
+    assert not np.array_equal(positions(cans)["basket_1"], standard)
+    cans.reset_blindly(seed=5, options=RANDOM)
+    assert not np.array_equal(first, cans.simulator_state())
+    cans.reset_blindly(seed=4, options=RANDOM)
+    assert np.array_equal(first, cans.simulator_state())
+    cans.reset_blindly(seed=4)
+    assert np.array_equal(standard, cans.simulator_state())
+
+
+def test_objects_stand_apart_in_view_and_the_task_is_not_done(cans):
+    spread = []
+    for seed in range(6):
+        cans.reset_blindly(seed=seed, options=RANDOM)
+        cell = Workcell.of(cans.raw)
+        bodies = {name: body_of(cell, name) for name in cans.raw.objects_dict}
+        shapes = {name: outline(cell.scene.cloud(body)) for name, body in bodies.items()}
+        for name, shape in shapes.items():
+            others = np.concatenate([other for key, other in shapes.items() if key != name])
+            assert clearance(shape, others) > GAP - 0.005, (seed, name)
+            assert in_view(cans, cell.scene.position(bodies[name])), (seed, name)
+        assert not any(holds(cell, goal) for goal in goals(cell))
+        spread.append(positions(cans)["alphabet_soup_1"])
+    assert np.ptp(spread, axis=0).min() > 0.2  # m; a standard reset moves it by 5 cm at most
+
+
+def test_fixtures_stay_and_only_one_bowl_is_between_plate_and_ramekin(bowls):
+    bowls.reset_blindly(seed=3)
+    fixtures = [bowls.model.body_pos[body].copy() for body in bowls._fixtures]
+    for seed in (3, 1000):  # in the reset of seed 1000 the bowl falls on the ramekin and rolls away
+        bowls.reset_blindly(seed=seed, options=RANDOM)
+        place = positions(bowls)
+        middle = (place["plate_1"] + place["glazed_rim_porcelain_ramekin_1"]) / 2
+        meant, other = (np.linalg.norm(place[f"akita_black_bowl_{k}"] - middle) for k in (1, 2))
+        assert meant < 0.1
+        assert other > meant + 0.1
+        if seed == 3:
+            assert np.array_equal(fixtures, [bowls.model.body_pos[body] for body in bowls._fixtures])
+
+
+def test_a_relation_holds_for_the_nearest_object_alone(bowls):
+    bowls.reset_blindly(seed=3, options=RANDOM)
+    cell = Workcell.of(bowls.raw)
+    relation = Relation("akita_black_bowl_1", ("akita_black_bowl_2",), ("plate_1",))
+    plate = positions(bowls)["plate_1"]
+
+    def holds_with(meant, other):
+        """Put the bowls so far (m) to the left and to the right of the plate."""
+        for name, away in (("akita_black_bowl_1", meant), ("akita_black_bowl_2", -other)):
+            bowls.data.joint(f"{name}_joint0").qpos[:2] = plate + np.array([0.0, away])
+        cell.scene.refresh()
+        return holds_for_one(cell, relation)
+
+    assert holds_with(meant=0.1, other=0.3)
+    assert not holds_with(meant=0.1, other=0.12), "the other bowl is next to the plate, too"
+    assert not holds_with(meant=0.3, other=0.9), "the bowl is not next to the plate"
+
+
+def test_an_unreachable_draw_is_drawn_again_and_never_forever(cans, monkeypatch):
+    faults = iter(["too far"])
+    monkeypatch.setattr(layouts, "unreachable", lambda cell, goal: next(faults, ""))
+    cans.reset_blindly(seed=4, options=RANDOM)
+    second = cans.simulator_state()
+    monkeypatch.setattr(layouts, "unreachable", lambda cell, goal: "")
+    cans.reset_blindly(seed=4, options=RANDOM)
+    assert not np.array_equal(second, cans.simulator_state())
+    monkeypatch.setattr(layouts, "unreachable", lambda cell, goal: "too far")
+    monkeypatch.setattr(layouts, "MAX_DRAWS", 1)
+    with pytest.raises(RuntimeError, match=r"none of 1 random layouts.*seed 4.*too far"):
+        cans.reset_blindly(seed=4, options=RANDOM)
+
+
+def test_objects_stay_within_a_radius_of_where_they_were(cans):
+    cans.reset_blindly(seed=EVALUATION_SEED, options={"initial_state": 3})
+    before = positions(cans)
+    cans.reset_blindly(seed=EVALUATION_SEED, options={"initial_state": 3, **RANDOM, "layout_radius": 0.1})
+    ways = [np.linalg.norm(place - before[name]) for name, place in positions(cans).items()]
+    assert 0.02 < max(ways) < 0.1 + 0.01
+
+
+def test_an_unknown_layout_and_another_family_are_refused(cans):
+    with pytest.raises(ValueError, match="layout: expected one of standard, random; got 'mirrored'"):
+        cans.reset_blindly(seed=0, options={"layout": "mirrored"})
+    with pytest.raises(ValueError, match="layouts: expected one of standard, random; got 'mirrored'"):
+        CollectionSettings("libero_object", layouts="mirrored")
+    with pytest.raises(
+        ValueError, match=r"layouts=random: expected one of the suites libero_spatial.*got 'lift'"
+    ):
+        CollectionSettings("lift", layouts="random")
+
+
+def test_states_of_a_random_layout_render_after_a_standard_reset(cans, tmp_path):
+    cans.reset_blindly(seed=2, options=RANDOM)
+    seen = [frame.transpose(2, 0, 1) for frame in cans.observe()["pixels"].values()]
+    actions = np.zeros((3, 7), np.float32)
+    recording = Recording(2, np.repeat(cans.simulator_state()[None], 3, axis=0), actions, executed=actions)
+    write_state_shard(tmp_path / "shard", cans, recording)
+    (episode,) = read_states(tmp_path / "shard" / "states.safetensors")
+    cans.reset_blindly(seed=77)
+    rendered = render_episode(cans, episode, stride=len(episode))[0]
+    assert np.abs(rendered.astype(int) - np.stack(seen)).max() <= 1
+
+
+def test_a_collection_of_other_layouts_is_refused_by_name(tmp_path):
+    settings = CollectionSettings(
+        "libero_object", tasks=(0,), episodes_per_task=1, format="states", demonstrator=ONCE, layouts="random"
+    )
+    metadata = collect(settings, tmp_path / "object", processes=1)
+    assert metadata["settings"]["layouts"] == "random"
+    with pytest.raises(ValueError, match=r"layouts \(stored: 'random', received: 'standard'\)"):
+        collect(replace(settings, layouts="standard"), tmp_path / "object", processes=1)
+
+
+def official_positions(suite, index, env):
+    """Return where the objects of `env` are in a suite's official states, [50 n 2]."""
+    task = envs.tasks(suite)[index]
+    texts = [problem_file(one.suite, one.name).read_text() for one in (task, env.task)]
+    names = [re.findall(r"\(:objects(.*?)\(:obj_of", text, re.DOTALL)[0].split() for text in texts]
+    assert names[0] == names[1]
+    starts = [env.model.joint(one.joints[0]).qposadr[0] for one in env.raw.objects_dict.values()]
+    return np.stack([official_states(task)[:, 1 + start : 3 + start] for start in starts], axis=1)
+
+
+@pytest.mark.parametrize("fixture", ["cans", "bowls"])
+def test_no_layout_is_an_official_state(fixture, request, capsys):
+    """The distance of two layouts is that of the object that differs most."""
+    env, least = request.getfixturevalue(fixture), {}
+    base = env.task.suite
+    official = {suite: official_positions(suite, 0, env) for suite in (base, f"{base}_swap")}
+    for seed in range(8):
+        env.reset_blindly(seed=seed, options=RANDOM)
+        here = np.stack([*positions(env).values()])
+        for suite, states in official.items():
+            away = np.linalg.norm(states - here, axis=-1).max(axis=1).min()
+            least[suite] = min(least.get(suite, np.inf), float(away))
+    with capsys.disabled():
+        for suite, away in least.items():
+            print(f"\nnearest of 8 random layouts to an official state of {suite} 0: {100 * away:.1f} cm")  # noqa: T201
+    assert min(least.values()) > 0.02
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("suite", "index"),
+    [
+        (suite, index)
+        for suite, pair in (
+            ("libero_object", (0, 3)),
+            ("libero_spatial", (0, 1)),
+            ("libero_goal", (1, 5)),
+            ("libero_10", (0, 4)),
+        )
+        for index in pair
+    ],
+)
+def test_the_planners_solve_random_layouts_at_the_first_try(suite, index, capsys):
+    env = envs.make(suite, index, render=False)
+    solved = sum(record(env, 1000 * episode, ONCE, layout="random") is not None for episode in range(6))
+    env.close()
+    with capsys.disabled():
+        print(f"\n{suite} {index}: {solved} of 6")  # noqa: T201
+    assert solved >= 3
