@@ -17,9 +17,14 @@ from vega_policy.benchmarks import (
     table,
     write,
 )
-from vega_policy.benchmarks import model as prior_part
-from vega_policy.benchmarks.model import RandomWan, benchmark_any_prior, benchmark_policy, benchmark_prior
-from vega_policy.benchmarks.train import benchmark_train
+from vega_policy.benchmarks import parts as prior_part
+from vega_policy.benchmarks.parts import (
+    RandomWan,
+    benchmark_any_prior,
+    benchmark_policy,
+    benchmark_prior,
+    benchmark_train,
+)
 from vega_policy.cli.commands import benchmark
 from vega_policy.model import compilation as captured
 from vega_policy.model.compilation import CapturedControlStep

@@ -12,7 +12,7 @@ import pytest
 import envs
 from envs import rendering
 from vega_policy.benchmarks import rendering_gain
-from vega_policy.benchmarks.train import benchmark_simulate
+from vega_policy.benchmarks.parts import benchmark_simulate
 
 SIZE = 96
 

@@ -220,7 +220,7 @@ def benchmark(part: str, options: Any, device: torch.device) -> Iterator[dict[st
         ValueError: If a size is not HEIGHTxWIDTH in multiples of 16, or a path, case or variant is unknown.
     """
     if part == "prior":
-        from vega_policy.benchmarks.model import WAN, benchmark_any_prior, benchmark_prior, parse_path
+        from vega_policy.benchmarks.parts import WAN, benchmark_any_prior, benchmark_prior, parse_path
 
         released = ["released"] if device.type == "cuda" else []
         paths = options.paths or [*released, "all_blocks", "early_stop", "fast"]
@@ -231,20 +231,20 @@ def benchmark(part: str, options: Any, device: torch.device) -> Iterator[dict[st
             return benchmark_any_prior(options.prior, device, sizes, options.frames, options.seconds)
         return benchmark_prior(options.prior, device, sizes, options.frames, paths, options.seconds)
     if part == "policy":
-        from vega_policy.benchmarks.model import benchmark_policy
+        from vega_policy.benchmarks.parts import benchmark_policy
 
         return benchmark_policy(model_config(options), device, options.seconds)
     if part == "train":
-        from vega_policy.benchmarks.train import benchmark_train
+        from vega_policy.benchmarks.parts import benchmark_train
 
         variants = options.variants or (["eager", "compiled"] if device.type == "cuda" else ["eager"])
         config, cases = model_config(options), tuple(options.cases)
         return benchmark_train(config, device, options.batch, options.seconds, cases, tuple(variants))
     if part == "dataset":
-        from vega_policy.benchmarks.train import benchmark_dataset
+        from vega_policy.benchmarks.parts import benchmark_dataset
 
         return benchmark_dataset(options, device, options.seconds)
-    from vega_policy.benchmarks.train import benchmark_simulate
+    from vega_policy.benchmarks.parts import benchmark_simulate
 
     return benchmark_simulate(options.suites, options.frame_size, options.seconds)
 
