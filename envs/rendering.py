@@ -196,6 +196,11 @@ class CameraRig:
             frames = np.flip(frames, [axis + 1 for axis in self._flipped])
             yield frames.reshape(len(batch), len(self.cameras), *frames.shape[1:])
 
+    def upload_textures(self, indices: Iterable[int]) -> None:
+        """Have the next frames show what the model's textures hold now."""
+        if self._screen is not None:
+            self._screen.upload_textures(indices)
+
     def close(self) -> None:
         """Free the rendering context now: left to the interpreter's exit, it ends in an EGL traceback."""
         if self._screen is not None:
@@ -261,6 +266,12 @@ class _Screen:
     def make_current(self) -> None:
         """Make this screen's context the one that OpenGL draws into."""
         self._context.make_current()
+
+    def upload_textures(self, indices: Iterable[int]) -> None:
+        """Copy textures of the model into the context."""
+        self.make_current()
+        for index in indices:
+            self._mujoco.mjr_uploadTexture(self._model, self._buffer, index)
 
     def enqueue(self, data: MjData, camera: int) -> None:
         """Render a camera without waiting for its pixels; the context must be current."""

@@ -15,7 +15,7 @@ import numpy as np
 from lerobot.robots.robot import Robot
 from lerobot.utils.errors import DeviceAlreadyConnectedError, DeviceNotConnectedError
 
-from envs.config_sim_robot import VegaSimConfig
+from envs.lerobot_configs import VegaSimConfig
 
 STATE_NAMES = ("x.pos", "y.pos", "z.pos", "rx.pos", "ry.pos", "rz.pos", "finger1.pos", "finger2.pos")
 """Entries of the state: the hand's position (m) and axis-angle (rad) in the world, the fingers' positions."""

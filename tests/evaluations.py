@@ -94,6 +94,7 @@ def evaluation_config(checkpoint, output_dir, *overrides):
                 "env.frame_size=32",
                 "environments.make=tests.point_world.make_without_torch",
                 "environments.tasks=tests.point_world.tasks",
+                "environments.prompts=tests.point_world.prompts",
                 "device=cpu",
                 "episodes_per_task=3",
                 "batch_size=3",

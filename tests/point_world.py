@@ -33,6 +33,12 @@ def tasks(suite):
     return [Task(suite, index, name, f"go to the {name} goal", HORIZON) for index, name in enumerate(names)]
 
 
+def prompts(suite, axis, strength):
+    if axis not in ("light", "layout"):
+        raise ValueError(f"perturbation: expected one of light, layout; got {axis!r}.")
+    return [task.instruction for task in tasks(suite)]
+
+
 class PointWorld:
     """State [point 2, goal 2]; frames show the goal as one bright pixel; the state shows the point alone."""
 
@@ -46,6 +52,8 @@ class PointWorld:
         rng = np.random.default_rng((seed, self.task.index, (options or {}).get("initial_state", 0)))
         self._steps, self._point = 0, rng.uniform(-0.2, 0.2, 2)
         self._goal = rng.uniform(-1, 1, 2) * (1.0 if self.task.name == "far" else 0.7)
+        if (options or {}).get("perturbation") == "layout":
+            self._goal = self._goal.clip(-0.5, 0.5) + 0.5 * options["perturbation_strength"]
         return self.observe(), {"is_success": False}
 
     def step_blindly(self, action):

@@ -13,7 +13,7 @@ import pytest
 from lerobot.robots import RobotConfig, make_robot_from_config
 from lerobot.utils.errors import DeviceNotConnectedError
 
-from envs.config_sim_robot import VegaSimConfig
+from envs.lerobot_configs import VegaSimConfig
 from envs.sim_robot import ACTION_NAMES, STATE_NAMES, VegaSim
 from envs.sim_robot_process import WallClockRobot
 from vega_policy.deployment.rtc import LAST_COMMAND
@@ -228,7 +228,7 @@ def test_the_hand_follows_commands_and_holds_without_them(sim):
 CLIENT = """
 import sys, time
 from pathlib import Path
-from envs.config_sim_robot import VegaSimConfig
+from envs.lerobot_configs import VegaSimConfig
 from envs.sim_robot import ACTION_NAMES, VegaSim
 robot = VegaSim(VegaSimConfig(frame_size=64, log_file=Path(sys.argv[1])))
 robot.connect()

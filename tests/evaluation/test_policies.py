@@ -16,6 +16,7 @@ from tests.evaluations import STATISTICS, evaluation_config, noise_for, observe,
 from tests.point_world import CAMERA
 from tests.policies import CAMERAS, tiny_config
 from vega_policy.checkpoints import find_checkpoint
+from vega_policy.evaluation.compare import compare_runs, comparison_notes
 from vega_policy.evaluation.episodes import read_episodes
 from vega_policy.evaluation.evaluate import evaluate_checkpoint
 from vega_policy.evaluation.policies import (
@@ -24,6 +25,7 @@ from vega_policy.evaluation.policies import (
     describe,
     load_lerobot_policy,
 )
+from vega_policy.evaluation.report import format_perturbations
 from vega_policy.model.config import PriorConfig
 from vega_policy.modeling_vega import VegaPolicy
 from vega_policy.run_dir import OtherRunError
@@ -183,6 +185,36 @@ def test_several_suites_share_the_simulators_and_have_a_folder_each(act, tmp_pat
         evaluate_checkpoint(evaluation_config(act, tmp_path / suite, f"env.suite={suite}"))
         assert read_episodes(tmp_path / "both" / suite) == read_episodes(tmp_path / suite)
         assert both[suite]["settings"]["suite"] == suite
+
+
+def test_perturbations_are_paired_with_none_by_initial_state_and_share_a_table(act, tmp_path):
+    axes = "env.perturbation=[none,light,layout]"
+    summaries = evaluate_checkpoint(evaluation_config(act, tmp_path / "all", axes))
+    assert list(summaries) == [f"two_points/{axis}" for axis in ("none", "light", "layout")]
+    rows = {axis: read_episodes(tmp_path / "all" / axis) for axis in ("none", "light", "layout")}
+    for axis, results in rows.items():
+        assert {result.perturbation for result in results} == {axis}
+        assert [(result.key, result.seed) for result in results] == [(r.key, r.seed) for r in rows["none"]]
+    hashes = {axis: [result.initial_hash for result in results] for axis, results in rows.items()}
+    assert hashes["none"] == hashes["light"] != hashes["layout"]
+    pair = summaries["two_points/layout"]["against_none"]
+    shares = [np.mean([result.success for result in rows[axis]]) for axis in ("layout", "none")]
+    assert pair["difference"] == pytest.approx(shares[0] - shares[1])
+    folders = tmp_path / "all" / "none", tmp_path / "all" / "layout"
+    assert compare_runs(*folders)["all"]["difference"] == -pair["difference"]
+    assert any("perturbation: first none, second layout" in note for note in comparison_notes(*folders))
+    table = format_perturbations(summaries).splitlines()
+    assert [line.split()[0] for line in table] == ["perturbation", "none", "light", "layout"]
+    assert "(+0.0 [" in table[2]
+    page = (tmp_path / "all" / "report.html").read_text()
+    for axis in rows:
+        assert f"starts/two_points_{axis}.png" in page
+        assert (tmp_path / "all" / "starts" / f"two_points_{axis}.png").is_file()
+    alone = evaluate_checkpoint(evaluation_config(act, tmp_path / "alone"))["two_points"]
+    assert read_episodes(tmp_path / "alone") == rows["none"]
+    assert "perturbation" not in alone["settings"]
+    with pytest.raises(ValueError, match="perturbation: expected one of light, layout; got 'fog'"):
+        evaluate_checkpoint(evaluation_config(act, tmp_path / "fog", "env.perturbation=fog"))
 
 
 def test_the_command_evaluates_a_checkpoint_and_its_blind_ablation(act, tmp_path):

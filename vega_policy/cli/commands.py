@@ -115,7 +115,7 @@ def evaluate(config: DictConfig) -> str:
     logger.info("evaluating %s in %s", config.checkpoint, config.env.suite)
     from vega_policy.evaluation.evaluate import USUAL_FRAMES, evaluate_checkpoint
     from vega_policy.evaluation.policies import load_lerobot_policy
-    from vega_policy.evaluation.report import format_summary
+    from vega_policy.evaluation.report import format_perturbations, format_summary
 
     values = plain(config)
     is_local = values["server"]["url"] is None
@@ -125,6 +125,8 @@ def evaluate(config: DictConfig) -> str:
     usual = generated_groups()["env"].get(first, USUAL_FRAMES)
     summaries = evaluate_checkpoint(values, load_policy, usual)
     lines = [f"{suite}\n{format_summary(summary)}" for suite, summary in summaries.items()]
+    if not isinstance(values["env"]["perturbation"], str):
+        lines.append(format_perturbations(summaries))
     return "\n\n".join([*lines, f"reports: {config.output_dir}"])
 
 

@@ -28,7 +28,7 @@ from vega_policy.evaluation.stats import (
 )
 from vega_policy.run_dir import SETTINGS
 
-CONDITIONS = ("frame_size", "rendering", "action_steps")
+CONDITIONS = ("frame_size", "rendering", "action_steps", "perturbation", "perturbation_strength")
 """Settings that change what a policy observes or how often it is called, but no initial state."""
 
 LIBERO = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
@@ -120,7 +120,8 @@ def _differing_conditions(
     found: dict[str, list[str]] = {}
     for place, settings in pairs.items():
         for name in CONDITIONS if all(settings) else ():
-            values = ["not recorded" if of.get(name) is None else of[name] for of in settings]
+            missing = "none" if name.startswith("perturbation") else "not recorded"
+            values = [missing if of.get(name) is None else of[name] for of in settings]
             if values[0] != values[1]:
                 sides = ", ".join(f"{side} {value}" for side, value in zip(names, values, strict=True))
                 found.setdefault(f"Evaluated differently, {name}: {sides}", []).append(place)
@@ -163,7 +164,8 @@ def _require_same_episodes(
             "the same suite, tasks and episodes_per_task, to the end"
         )
     for a, b in zip(one, two, strict=True):
-        if (a.seed, a.initial_hash) != (b.seed, b.initial_hash):
+        alike = a.initial_hash == b.initial_hash or a.perturbation != b.perturbation  # some move what starts
+        if a.seed != b.seed or not alike:
             raise UnpairedRunsError(
                 f"{place}episode {a.index} of {a.task} did not start alike: seed {a.seed}, state "
                 f"{a.initial_hash} in the first run, seed {b.seed}, state {b.initial_hash} in the second; "

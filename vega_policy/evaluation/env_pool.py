@@ -110,8 +110,13 @@ class WorkerPool:
             if connection in ready:
                 yield worker.number, self._report(worker)
 
-    def render(self, jobs: list[tuple[EpisodeSpec, np.ndarray]], *, frame_size: int) -> list[np.ndarray]:
-        """Render the simulator states [t n] of episodes in parallel, one uint8 [t h w 3] for each job."""
+    def render(
+        self, jobs: Sequence[tuple[EpisodeSpec, np.ndarray | None]], *, frame_size: int
+    ) -> list[np.ndarray]:
+        """Render the simulator states [t n] of episodes in parallel, one uint8 [t h w 3] for each job.
+
+        Without states, the start of the episode is rendered.
+        """
         arguments = self._factory.arguments(render=True, frame_size=frame_size)
         return self._map(
             "render", [{"spec": spec, "states": states, "arguments": arguments} for spec, states in jobs]

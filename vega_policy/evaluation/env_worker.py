@@ -33,6 +33,7 @@ class EpisodeSpec(TypedDict):
     task_index: int
     seed: int
     initial_state: int | None  # index of an official initial state; None: the seed alone decides
+    options: NotRequired[dict[str, Any]]  # further ones of the reset, such as its perturbation
     start: NotRequired[np.ndarray]  # simulator state float64 [n] that replaces the one after the reset
 
 
@@ -107,7 +108,8 @@ class TaskEnv:
         """Start an episode and return its first observation."""
         self.build(spec["suite"], spec["task_index"])
         official = spec["initial_state"]
-        options = {} if official is None else {"initial_state": official}
+        options: dict[str, Any] = {} if official is None else {"initial_state": official}
+        options |= spec.get("options", {})
         observation = self.environment.reset(seed=spec["seed"], options=options)[0]
         if "start" not in spec:
             return observation
@@ -225,13 +227,15 @@ class Worker:
         outcome = self._runner.execute(actions)["outcome"]
         return outcome is not None and outcome["success"]
 
-    def render(self, spec: EpisodeSpec, states: np.ndarray, arguments: dict[str, Any]) -> np.ndarray:
-        """Render states [t n] of an episode, uint8 [t h w 3]."""
+    def render(self, spec: EpisodeSpec, states: np.ndarray | None, arguments: dict[str, Any]) -> np.ndarray:
+        """Render states [t n] of an episode, or its start alone, uint8 [t h w 3]."""
         if self._renderer is None or self._renderer[0] != arguments:
             self._renderer = (arguments, TaskEnv(self._make, arguments))
         env = self._renderer[1]
         # A state does not contain all that a reset draws: LIBERO draws the poses of fixtures there.
         env.begin(spec)
+        if states is None:
+            return env.environment.render()[None]
         frames = []
         for state in states:
             env.environment.restore(state)

@@ -78,6 +78,8 @@ class Episode:
     index: int  # within the task, from 0
     seed: int  # of the reset
     initial_state: int | None  # index of an official initial state; None: the seed alone decides
+    perturbation: str = "none"  # axis along which the environment changes it
+    perturbation_strength: float = 0.5
 
     @property
     def key(self) -> EpisodeKey:
@@ -96,12 +98,16 @@ class Episode:
 
     def spec(self) -> EpisodeSpec:
         """Return what a worker needs to run the episode."""
-        return {
+        spec: EpisodeSpec = {
             "suite": self.suite,
             "task_index": self.task_index,
             "seed": self.seed,
             "initial_state": self.initial_state,
         }
+        if self.perturbation != "none":
+            names = ("perturbation", "perturbation_strength")
+            spec["options"] = {name: getattr(self, name) for name in names}
+        return spec
 
 
 @dataclass(frozen=True)
@@ -119,6 +125,7 @@ class EpisodeResult:
     policy_calls: int  # predicted chunks
     initial_hash: str  # short SHA-256 of the simulator state after the reset
     final_hash: str  # of the last simulator state
+    perturbation: str = "none"  # axis along which the environment changed it
 
     @property
     def key(self) -> EpisodeKey:
@@ -145,7 +152,13 @@ def select_tasks(tasks: Sequence[TaskDescription], indices: Sequence[int] | None
 
 
 def plan_episodes(
-    tasks: Sequence[TaskDescription], episodes_per_task: int, seed: int, *, official_states: bool
+    tasks: Sequence[TaskDescription],
+    episodes_per_task: int,
+    seed: int,
+    *,
+    official_states: bool,
+    perturbation: str = "none",
+    perturbation_strength: float = 0.5,
 ) -> list[Episode]:
     """Return all episodes of an evaluation, task by task; different seeds share none.
 
@@ -154,6 +167,8 @@ def plan_episodes(
         episodes_per_task: 1 to `EPISODES_PER_SEED`.
         seed: Seed of the evaluation, at least 0.
         official_states: Whether episode i starts from the suite's official initial state i.
+        perturbation: Axis along which the environment changes every episode.
+        perturbation_strength: How much, in (0, 1].
 
     Raises:
         ValueError: If there is no task, a number is out of range, or official states are missing.
@@ -173,7 +188,12 @@ def plan_episodes(
         _require_official_states(tasks, episodes_per_task)
     first = FIRST_SEED + seed * EPISODES_PER_SEED
     return [
-        Episode(task.suite, task.name, task.index, index, first + index, index if official_states else None)
+        Episode(
+            *(task.suite, task.name, task.index, index, first + index),
+            initial_state=index if official_states else None,
+            perturbation=perturbation,
+            perturbation_strength=perturbation_strength,
+        )
         for task in tasks
         for index in range(episodes_per_task)
     ]
@@ -366,7 +386,9 @@ def read_episodes(folder: Path) -> list[EpisodeResult]:
             f"{path} does not exist: {folder} {found}; evaluate first: "
             f"scripts/eval_policy.py checkpoint=... output_dir={folder}"
         )
-    return [EpisodeResult(**row) for row in pyarrow.parquet.read_table(path, schema=_SCHEMA).to_pylist()]
+    rows = pyarrow.parquet.read_table(path, schema=_SCHEMA).to_pylist()
+    # Tables from before there were perturbations have no such column, which reads as null.
+    return [EpisodeResult(**{**row, "perturbation": row["perturbation"] or "none"}) for row in rows]
 
 
 def read_conditions(folder: Path) -> dict[str, Any]:

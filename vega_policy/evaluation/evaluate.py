@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -35,8 +36,15 @@ from vega_policy.evaluation.policies import (
     choose_device,
     load_lerobot_policy,
 )
-from vega_policy.evaluation.report import choose_episodes, render_videos, summarize, write_report
+from vega_policy.evaluation.report import (
+    choose_episodes,
+    render_videos,
+    summarize,
+    write_perturbation_report,
+    write_report,
+)
 from vega_policy.evaluation.rollout import FinishedEpisode, Rollout, Schedule
+from vega_policy.evaluation.stats import paired_difference
 from vega_policy.run_dir import write_json
 
 logger = logging.getLogger(__name__)
@@ -66,6 +74,8 @@ class EvaluationSettings:
     videos: int = 3  # number of successes and of failures that are rendered to videos
     video_frame_size: int = 256  # pixels
     latency_calls: int = 20  # timed policy calls with a single observation
+    perturbation: str = "none"  # axis along which the environments change every episode
+    perturbation_strength: float = 0.5  # in (0, 1]
 
     def __post_init__(self) -> None:
         check_ablations(self.ablations)
@@ -76,6 +86,8 @@ class EvaluationSettings:
     def decisive(self) -> dict[str, Any]:
         """Return the settings that influence results and so must not change when an evaluation resumes."""
         free = {"latency_calls"} if self.mixes_rows else {"latency_calls", "processes"}
+        if self.perturbation == "none":  # as evaluations from before there were any
+            free |= {"perturbation", "perturbation_strength"}
         return {name: value for name, value in asdict(self).items() if name not in free}
 
     @property
@@ -90,7 +102,11 @@ def default_batch_size(device: str) -> int:
 
 
 def read_settings(
-    config: Mapping[str, Any], suite: str, tasks: Sequence[TaskDescription], device: str
+    config: Mapping[str, Any],
+    suite: str,
+    tasks: Sequence[TaskDescription],
+    device: str,
+    perturbation: str = "none",
 ) -> EvaluationSettings:
     """Return the settings of a composed configs/eval.yaml in a suite, given all its tasks.
 
@@ -105,6 +121,8 @@ def read_settings(
         ablations=(ablations,) if isinstance(ablations, str) else tuple(ablations),
         official_states=all(task.official_states for task in tasks) if official is None else official,
         batch_size=config["batch_size"] or default_batch_size(device),
+        perturbation=perturbation,
+        perturbation_strength=config["env"]["perturbation_strength"],
         **{name: config[name] for name in numbers},
     )
 
@@ -136,7 +154,6 @@ def evaluate_checkpoint(
         WorkerError: If a simulator failed.
     """
     environment, functions = config["env"], config["environments"]
-    suites = [environment["suite"]] if isinstance(environment["suite"], str) else environment["suite"]
     device = choose_device(config["device"])
     checkpoint = find_checkpoint(Path(config["checkpoint"]))
     check_checkpoint(checkpoint)
@@ -148,24 +165,66 @@ def evaluate_checkpoint(
         "device": device,
         **frames,
     }
-    shard = Shard(config["shard"], config["shards"])
-    evaluations: dict[str, Evaluation] = {}
-    for suite in suites:
-        tasks, folder = resolve(functions["tasks"])(suite), Path(config["output_dir"])
-        folder = folder if len(suites) == 1 else folder / suite
-        settings = read_settings(config, suite, tasks, device)
-        evaluations[suite] = Evaluation(settings, tasks, folder, provenance, shard)
-        logger.info("%s: %d of %d episodes left", folder, *evaluations[suite].count_episodes())
+    evaluations = _open_evaluations(config, provenance)
     left = sum(evaluation.count_episodes()[0] for evaluation in evaluations.values())
-    logger.info("loading %s on %s, environments of %s", checkpoint, device, ", ".join(suites))
+    logger.info("loading %s on %s, environments of %s", checkpoint, device, ", ".join(evaluations))
     factory = EnvironmentFactory(functions["make"], **frames)
     with WorkerPool(factory, min(config["processes"], max(left, 1))) as pool:
-        first = evaluations[suites[0]]
+        first = next(iter(evaluations.values()))
         first.prepare(pool)
         policy = load_policy(checkpoint, device=device, action_steps=config["action_steps"])
         names = first.settings.ablations
         policies = {name: apply_ablation(name, policy, checkpoint) for name in names}
-        return {suite: evaluation.run(policies, pool) for suite, evaluation in evaluations.items()}
+        summaries = {name: evaluation.run(policies, pool) for name, evaluation in evaluations.items()}
+        if len(_listed(environment["perturbation"])) > 1 and config["shards"] == 1:
+            _compare_perturbations(evaluations, summaries, pool, Path(config["output_dir"]))
+        return summaries
+
+
+def _listed(value: str | Sequence[str]) -> list[str]:
+    return [value] if isinstance(value, str) else list(value)
+
+
+def _open_evaluations(config: Mapping[str, Any], provenance: dict[str, Any]) -> dict[str, Evaluation]:
+    """Open the evaluation of each suite and perturbation, by suite, or by "suite/perturbation" of several.
+
+    Each has a folder of its own, if there are several.
+    """
+    environment, functions = config["env"], config["environments"]
+    suites, axes = _listed(environment["suite"]), _listed(environment["perturbation"])
+    evaluations: dict[str, Evaluation] = {}
+    for suite, axis in product(suites, axes):
+        tasks = resolve(functions["tasks"])(suite)
+        settings = read_settings(config, suite, tasks, provenance["device"], axis)
+        prompts = [task.instruction for task in tasks]
+        if axis != "none":
+            prompts = resolve(functions["prompts"])(suite, axis, settings.perturbation_strength)
+        folder = Path(config["output_dir"], *[suite] * (len(suites) > 1), *[axis] * (len(axes) > 1))
+        name = suite if len(axes) == 1 else f"{suite}/{axis}"
+        shard = Shard(config["shard"], config["shards"])
+        evaluations[name] = Evaluation(settings, tasks, folder, provenance, shard, prompts)
+        logger.info("%s: %d of %d episodes left", folder, *evaluations[name].count_episodes())
+    return evaluations
+
+
+def _compare_perturbations(
+    evaluations: Mapping[str, Evaluation],
+    summaries: Mapping[str, dict[str, Any]],
+    pool: WorkerPool,
+    folder: Path,
+) -> None:
+    """Pair each perturbation with none by initial state, in its summary, and write a report over all."""
+    for name, evaluation in evaluations.items():
+        settings, summary = evaluation.settings, summaries[name]
+        unperturbed = evaluations.get(f"{settings.suite}/none")
+        if settings.perturbation != "none" and unperturbed is not None:
+            summary["against_none"] = paired_difference(evaluation.successes(), unperturbed.successes())
+            write_json(evaluation.path / SUMMARY_FILE, summary)
+    specs = [evaluation.episodes[0].spec() for evaluation in evaluations.values()]
+    size = next(iter(evaluations.values())).settings.video_frame_size
+    frames = pool.render([(spec, None) for spec in specs], frame_size=size)
+    starts = {name: frame[0] for name, frame in zip(evaluations, frames, strict=True)}
+    write_perturbation_report(folder, summaries, starts)
 
 
 def choose_frames(
@@ -220,6 +279,7 @@ class Evaluation:
         folder: Path,
         provenance: dict[str, Any],
         shard: Shard | None = None,
+        prompts: Sequence[str] | None = None,
     ) -> None:
         """Open or begin an evaluation; its folder stays locked until `run` returns.
 
@@ -229,12 +289,12 @@ class Evaluation:
             folder: Output folder; may hold an unfinished evaluation with the same settings.
             provenance: What else decides the results (checkpoint, device, rendering, ...), as JSON values.
             shard: The part that is run here, in a folder of its own; None runs all.
+            prompts: All instructions that an episode may have; None: those of the tasks.
 
         Raises:
             OtherRunError: If the folder holds something else.
             FolderInUseError: If another process evaluates into it.
-            ValueError: If a task index does not exist, a number is out of range, or an ablation cannot be
-                run in shards.
+            ValueError: If a task index or a number is out of range, or an ablation cannot be run in shards.
         """
         self.settings = settings
         self.episodes = plan_episodes(
@@ -242,6 +302,8 @@ class Evaluation:
             settings.episodes_per_task,
             settings.seed,
             official_states=settings.official_states,
+            perturbation=settings.perturbation,
+            perturbation_strength=settings.perturbation_strength,
         )
         self._shard = shard or Shard()
         if self._shard.count > 1 and settings.mixes_rows:
@@ -249,15 +311,15 @@ class Evaluation:
                 f"the ablations {list(settings.ablations)} exchange features between the rows of a batch and "
                 "cannot be run in shards; evaluate them with shards=1"
             )
-        self._instructions = [task.instruction for task in tasks]
+        self._instructions = [task.instruction for task in tasks] if prompts is None else list(prompts)
         self._groups = {task.name: task.group for task in tasks}
         path, decisive = self._shard.folder(folder), {**provenance, **settings.decisive()}
         self._folder = EvaluationFolder(path, decisive, kept_videos=settings.videos)
         if self._shard.count == 1:
             self._folder.gather_shards(settings.ablations[0])
         for ablation in settings.ablations:
-            finished = len(self._folder.results(ablation))
-            if not ABLATIONS[ablation].rows_independent and finished < len(self.episodes):
+            is_part = len(self._folder.results(ablation)) < len(self.episodes)
+            if is_part and not ABLATIONS[ablation].rows_independent:
                 self._folder.discard(ablation)
         self._started = 0.0
 
@@ -265,6 +327,15 @@ class Evaluation:
         """Return how many episodes are left to run here, over all ablations, and of how many."""
         left = sum(len(self._missing(ablation)) for ablation in self.settings.ablations)
         return left, len(self._here) * len(self.settings.ablations)
+
+    @property
+    def path(self) -> Path:
+        """Folder of the results."""
+        return self._folder.path
+
+    def successes(self) -> list[bool]:
+        """Return the successes under the first ablation, in order of task and episode."""
+        return [result.success for result in self._folder.results(self.settings.ablations[0])]
 
     def prepare(self, pool: WorkerPool) -> None:
         """Start to build the simulators that are needed first, while the caller loads the policy."""
@@ -383,7 +454,7 @@ class Evaluation:
 
 def _result(ablation: str, end: FinishedEpisode) -> EpisodeResult:
     episode, outcome = asdict(end.episode), end.outcome
-    del episode["initial_state"]
+    del episode["initial_state"], episode["perturbation_strength"]
     return EpisodeResult(
         ablation=ablation,
         **episode,

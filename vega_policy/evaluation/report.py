@@ -152,6 +152,58 @@ def write_report(folder: Path, summary: dict[str, Any], videos: Sequence[Video])
     write_text(folder / REPORT_FILE, render_report(title, sections))
 
 
+def _by_perturbation(summaries: Mapping[str, dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Return a table: a line for each perturbation, success in each suite and the difference to none."""
+    numbers = {
+        (s["settings"].get("perturbation", "none"), s["settings"]["suite"]): s for s in summaries.values()
+    }
+    axes, suites = (list(dict.fromkeys(key[part] for key in numbers)) for part in (0, 1))
+    rows = []
+    for axis in axes:
+        of = [numbers[axis, suite] for suite in suites]
+        cells = [f"{_percent(one['success_rate'])}{_difference(one)}" for one in of]
+        mean = _percent(float(np.mean([one["success_rate"] for one in of])))
+        rows.append([axis, *cells, *([mean] if len(suites) > 1 else [])])
+    return ["perturbation", *suites, *(["mean"] if len(suites) > 1 else [])], rows
+
+
+def _difference(summary: dict[str, Any]) -> str:
+    pair = summary.get("against_none")
+    return "" if pair is None else f" ({100 * pair['difference']:+.1f} {_interval(pair)})"
+
+
+def format_perturbations(summaries: Mapping[str, dict[str, Any]]) -> str:
+    """Return one table of all perturbations and suites; differences are paired with none by initial state."""
+    header, rows = _by_perturbation(summaries)
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        for row in [header, *rows]
+    ]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def write_perturbation_report(
+    folder: Path, summaries: Mapping[str, dict[str, Any]], starts: Mapping[str, np.ndarray]
+) -> None:
+    """Write report.html over several perturbations, with a frame [h w 3] of the start under each."""
+    figures = []
+    for name, frame in starts.items():
+        path = folder / "starts" / f"{name.replace('/', '_')}.png"
+        write_bytes(path, imageio.imwrite("<bytes>", frame, extension=".png"))
+        figures.append(Figure(name, image=os.path.relpath(path, folder)))
+    first = next(iter(summaries.values()))["settings"]
+    text = (
+        f"Success and, in brackets, the difference to none with its 95% interval, paired by initial state; "
+        f"strength {max(s['settings'].get('perturbation_strength', 0) for s in summaries.values())}."
+    )
+    sections = [
+        Section("", [Table(*_by_perturbation(summaries)), Paragraph(text, "quiet")]),
+        Section("The first episode's start", [Gallery(figures)]),
+    ]
+    write_text(folder / REPORT_FILE, render_report(f"{first['checkpoint']}: perturbations", sections))
+
+
 def _headline(summary: dict[str, Any]) -> list[Block]:
     policy = f"policy {summary['policy']}, prior {summary['prior']}"
     if summary["ablation"] != "none":

@@ -1,6 +1,5 @@
 """LeRobot imports this module by the distribution's name; it registers policy, environments and robot."""
 
-import envs.config_sim_robot
 import envs.lerobot_configs
 import vega_policy.configuration_vega
 
