@@ -52,6 +52,7 @@ BEFORE = 0.98  # share of the way from the camera to a point at which something 
 MOVED, TILTED = 0.01, 0.1  # m, rad: what moves by more while it comes to rest does not stand
 BEFORE_DRAWER = 0.10  # m before a drawer that is pulled out
 BESIDE_KNOB = 0.07  # m around a knob that a hand turns
+SHAPELESS = 0.05  # m around the origin of an object whose shape is not known
 GRID = 0.01  # m between points inside an outline
 SIDES = re.compile(r"\b(left|right|front|back|middle)\b")
 
@@ -120,10 +121,14 @@ class Layout:
         self._env.refresh()
         cell = Workcell.of(raw)
         groups, self._relation = find_groups(raw, self._env.task.instruction)
+        shapeless = [name for name in raw.objects_dict if body_of(cell, name) not in cell.scene]
+        groups = [group for group in groups if not {*group.members} & {*shapeless}]
         away = [body_of(cell, name) for group in groups for name in group.members]
         away.append(f"{raw.workspace_name}_col")  # a table whose body is not named like one
         taken = [outline(cloud) for cloud in cell.scene.standing(away)]
         taken += [outline(points) for points in kept_free(cell)]
+        for name in shapeless:  # no shape of it is known: it stays, and all else stays away
+            taken.append(outline(_around(cell.scene.position(body_of(cell, name))[None, :2], SHAPELESS)))
         order = [groups[index] for index in self._rng.permutation(len(groups))]
         for group in sorted(order, key=lambda group: (not group.is_wanted, -len(group.members))):
             placed = self._place_group(cell, group, taken)

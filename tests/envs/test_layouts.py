@@ -213,6 +213,22 @@ def test_a_collection_of_other_layouts_is_refused_by_name(tmp_path):
         collect(replace(settings, layouts="standard"), tmp_path / "object", processes=1)
 
 
+@pytest.mark.slow
+def test_an_object_whose_shape_is_not_known_stays_and_the_others_keep_away():
+    env = envs.make(
+        "libero_90", 60, render=False
+    )  # its salad dressing collides as shapes that are not sampled
+    env.reset_blindly(seed=0)
+    before = positions(env)
+    env.reset_blindly(seed=0, options=RANDOM)
+    after = positions(env)
+    env.close()
+    dressing = after.pop("new_salad_dressing_1")
+    np.testing.assert_allclose(dressing, before["new_salad_dressing_1"], atol=1e-3)
+    assert min(np.linalg.norm(place - dressing) for place in after.values()) > 0.08
+    assert max(np.linalg.norm(place - before[name]) for name, place in after.items()) > 0.1
+
+
 def official_positions(suite, index, env):
     """Return where the objects of `env` are in a suite's official states, [50 n 2]."""
     task = envs.tasks(suite)[index]
