@@ -1,4 +1,5 @@
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -18,6 +19,7 @@ from vega_policy.priors import FORMER_WEIGHTS, PRIORS, has_trained_weights, make
 from vega_policy.priors.base import empty_prompt
 from vega_policy.priors.baselines import FeatureWriter
 from vega_policy.priors.wan import encode_empty_prompt
+from vega_policy.run_dir import OtherRunError
 
 GRID = (4, 4)
 
@@ -320,6 +322,30 @@ def test_shards_of_other_frames_or_of_another_model_are_not_resumed(tmp_path, mo
         again.skip(exported_frames(seed=seed))
 
 
+def export_again(folder, *shards, model="stand-in"):
+    """Compare a folder with shards of frames, as a second start of the same export does."""
+    writer = FeatureWriter(folder, model)
+    for frames in shards:
+        assert writer.skip(frames)
+    writer.close()
+    return writer
+
+
+def test_a_complete_export_of_features_is_compared_and_kept(tmp_path):
+    write(tmp_path / "features")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "features").iterdir()}
+    frames = exported_frames()
+    assert export_again(tmp_path / "features", frames[:2], frames[2:]).was_complete
+    refused = "complete export of other frames"
+    with pytest.raises(OtherRunError, match=f"{refused}.*shard-00002.safetensors is missing"):
+        export_again(tmp_path / "features", frames[:2], frames[2:], frames[:2])
+    with pytest.raises(OtherRunError, match=rf"{refused}.*its manifest\.json differs"):
+        export_again(tmp_path / "features", frames[:2])
+    with pytest.raises(OtherRunError, match=r"shard-00000.* of other frames or of another model"):
+        export_again(tmp_path / "features", frames[:2], frames[2:], model="another")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "features").iterdir()} == before
+
+
 def opened(folder, **config):
     return make_prior(PriorConfig(name="precomputed", path=str(folder), **config), GRID)
 
@@ -356,8 +382,10 @@ def test_folders_that_a_precomputed_prior_cannot_use_are_refused(tmp_path):
         make_prior(PriorConfig(name="precomputed"), GRID)
     with pytest.raises(ValueError, match="single layer 0; got 1"):
         opened(tmp_path / "coarse", layer=1)
-    with pytest.raises(ValueError, match=r"expected an empty or new folder, found manifest\.json"):
-        FeatureWriter(tmp_path / "coarse", "again")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("somebody's")
+    with pytest.raises(ValueError, match=r"expected an empty or new folder, found notes\.txt"):
+        FeatureWriter(tmp_path / "mine", "again")
     with pytest.raises(ValueError, match=r"expected features \[n v d gh gw\]"):
         FeatureWriter(tmp_path / "new", "flat").add(exported_frames(), torch.zeros(3, 2, 9))
     with pytest.raises(ValueError, match="no frames were given"):
@@ -391,3 +419,44 @@ def test_the_export_command_writes_what_a_policy_with_a_precomputed_prior_trains
     loss, _ = policy({**batch(1), **views})
     loss.backward()
     assert loss.isfinite()
+
+
+KILLED_AFTER_THE_MANIFEST = """
+import os, signal, sys
+from vega_policy.cli.commands import export_features
+from vega_policy.priors.baselines import FeatureWriter
+close = FeatureWriter.close
+def close_and_die(self):
+    close(self)
+    os.kill(os.getpid(), signal.SIGKILL)
+if sys.argv.pop() == "killed":
+    FeatureWriter.close = close_and_die
+export_features.main()
+"""
+
+
+@pytest.mark.slow
+def test_an_export_that_is_killed_after_its_manifest_is_complete_and_the_same_command_says_so(tmp_path):
+    write_dataset(tmp_path / "data", lengths=(3, 2), use_videos=False)
+    (tmp_path / "stand_in.py").write_text(STAND_IN)
+    options = [f"repo_id={REPO_ID}", "root=data", "output=features", "frame_size=64", "batch_size=2"]
+
+    def start(end):
+        command = [
+            sys.executable,
+            "-c",
+            KILLED_AFTER_THE_MANIFEST,
+            "stand_in:load",
+            *options,
+            "device=cpu",
+            end,
+        ]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False)
+
+    assert start("killed").returncode == -signal.SIGKILL
+    assert (tmp_path / "features" / ".lock").is_file()
+    before = {path.name: path.read_bytes() for path in (tmp_path / "features").glob("[a-z]*")}
+    done = start("whole")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("features: features (complete before, compared)\n")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "features").iterdir()} == before

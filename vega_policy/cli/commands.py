@@ -397,7 +397,7 @@ def export_features(config: DictConfig) -> str:
                     with torch.no_grad():
                         writer.add(frames, encode(frames))
         writer.close()
-    return f"features: {config.output}"
+    return f"features: {config.output}{' (complete before, compared)' if writer.was_complete else ''}"
 
 
 @partial(

@@ -37,7 +37,14 @@ from vega_policy.priors.base import (
     refuse_noise,
 )
 from vega_policy.priors.unet import latent_mean
-from vega_policy.run_dir import atomic_file, remove_partial, require_empty, require_folder, write_json
+from vega_policy.run_dir import (
+    OtherRunError,
+    atomic_file,
+    remove_partial,
+    require_empty,
+    require_folder,
+    write_json,
+)
 
 CELL = 16
 """Pixels of a frame for each token of the backbone, as with the diffusion priors."""
@@ -228,18 +235,21 @@ def signature(frames: Tensor) -> Tensor:
 class FeatureWriter:
     """Writes the features of `model` to a folder, shard by shard; `close` completes it with a manifest.
 
-    In a folder without a manifest, `skip` finds the shards that an interrupted writer has left.
+    `skip` finds the shards that an earlier writer has left. A complete folder is only compared, shard by shard,
+    so that a writer that was killed after its manifest can be started again.
 
     Raises:
-        OtherRunError: If the folder is complete, or holds other files.
+        OtherRunError: If the folder holds other files.
     """
 
     def __init__(self, folder: Path, model: str) -> None:
         require_folder(folder)
-        require_empty(folder, may_hold=[path.name for path in folder.glob("shard-*.safetensors")])
+        shards = [path.name for path in folder.glob("shard-*.safetensors")]
+        require_empty(folder, may_hold=[*shards, MANIFEST])
         folder.mkdir(parents=True, exist_ok=True)
         remove_partial(folder)
         self._folder, self._model = folder, model
+        self.was_complete = (folder / MANIFEST).is_file()
         self._rows: list[int] = []
         self._shape: tuple[int, ...] | None = None
         self._frame_size = 0
@@ -248,16 +258,17 @@ class FeatureWriter:
         """Return whether the next shard is there already; then it need not be added.
 
         Raises:
-            ValueError: If it is of other frames or of another model.
+            OtherRunError: If it is of other frames or of another model, or missing in a complete folder.
         """
         path = self._folder / SHARD.format(len(self._rows))
         if not path.is_file():
+            self._require_incomplete(f"{path} is missing")
             return False
         with safe_open(path, "pt") as file:
             model = (file.metadata() or {}).get("model")
         held = load_file(path)
         if model != self._model or not torch.equal(held["signature"], signature(frames).cpu()):
-            raise ValueError(
+            raise OtherRunError(
                 f"{path} holds features of other frames or of another model ({model}). Delete {self._folder} "
                 "or name another folder."
             )
@@ -292,13 +303,23 @@ class FeatureWriter:
         self._rows.append(len(frames))
 
     def close(self) -> None:
-        """Write the manifest; refuse a folder without features."""
+        """Write the manifest, or compare it; refuse a folder without features."""
         if self._shape is None:
             raise ValueError(f"Nothing to write into {self._folder}: no frames were given.")
         views, width, *grid = self._shape
         manifest = {"format": FORMAT, "model": self._model, "frame_size": self._frame_size}
         manifest |= {"views": views, "width": width, "grid": grid, "rows": self._rows}
-        write_json(self._folder / MANIFEST, manifest)
+        if not self.was_complete:
+            write_json(self._folder / MANIFEST, manifest)
+        elif json.loads((self._folder / MANIFEST).read_text()) != manifest:
+            self._require_incomplete(f"its {MANIFEST} differs from {manifest}")
+
+    def _require_incomplete(self, difference: str) -> None:
+        if self.was_complete:
+            raise OtherRunError(
+                f"{self._folder} is a complete export of other frames, or a damaged one: {difference}. Delete "
+                "it or name another folder."
+            )
 
 
 class PrecomputedPrior(nn.Module):
