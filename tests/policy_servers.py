@@ -69,10 +69,10 @@ def limits(**changes):
 
 
 @contextlib.contextmanager
-def running(policy=None, **settings):
+def running(policy=None, kind=ServerSettings, **settings):
     """Yield a server and its port; it is shut down afterwards, and that must succeed."""
     settings = {"port": 0, "limits": limits(), "grace_seconds": 5.0} | settings
-    server = PolicyServer(policy or ArithmeticPolicy(), ServerSettings(**settings))
+    server = PolicyServer(policy or ArithmeticPolicy(), kind(**settings))
     loop, stop, ready, ports = asyncio.new_event_loop(), asyncio.Event(), threading.Event(), []
 
     def started(port):

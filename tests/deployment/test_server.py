@@ -341,5 +341,40 @@ def test_with_tls_only_clients_that_trust_the_certificate_connect(tmp_path):
             PolicyClient(ServerAddress(f"wss://127.0.0.1:{port}", timeout_seconds=5)).connect()
         with pytest.raises(PolicyUnavailableError):
             PolicyClient(ServerAddress(f"ws://127.0.0.1:{port}", timeout_seconds=5)).connect()
+        for file in (key, tmp_path / "missing.pem"):
+            with pytest.raises(
+                ValueError, match=f"{file}: expected a PEM file with the certificate to trust"
+            ):
+                PolicyClient(ServerAddress(f"wss://127.0.0.1:{port}", ca_file=file)).connect()
     with pytest.raises(ValueError, match="expected a ws://"):
         PolicyClient(ServerAddress("http://127.0.0.1:1")).connect()
+
+
+def test_a_request_that_is_too_large_for_the_server_is_refused_before_it_is_sent():
+    with running(limits=limits(message_bytes=5000)) as (_, port):
+        remote = RemotePolicy(address(port), patience_seconds=0.0)
+        with pytest.raises(
+            ProtocolError, match=r"the request has \d+ bytes, ws://.* takes 5000: send smaller"
+        ):
+            remote.chunk(observations(side=32), noises())
+        assert remote.chunk(observations(side=16), noises()).shape == (1, 4, 7)
+
+
+class ManyTickets(ServerSettings):
+    """TLS that keeps a client's receiving thread busy inside OpenSSL while its first request is sent."""
+
+    def tls(self):
+        context = super().tls()
+        context.num_tickets = 100
+        return context
+
+
+def test_with_tls_sending_and_receiving_do_not_disturb_each_other(tmp_path):
+    certificate, key = write_certificate(tmp_path)
+    with running(kind=ManyTickets, certificate=certificate, key=key) as (_, port):
+        trusting = ServerAddress(f"wss://127.0.0.1:{port}", ca_file=certificate, timeout_seconds=5)
+        for seed in range(50):
+            client = PolicyClient(trusting)
+            expected = ArithmeticPolicy().chunk(observations(seed=seed), noises())
+            np.testing.assert_array_equal(client.predict(observations(seed=seed), noises()).actions, expected)
+            client.close()

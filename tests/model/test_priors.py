@@ -325,8 +325,8 @@ def test_shards_of_other_frames_or_of_another_model_are_not_resumed(tmp_path, mo
 def export_again(folder, *shards, model="stand-in"):
     """Compare a folder with shards of frames, as a second start of the same export does."""
     writer = FeatureWriter(folder, model)
-    for frames in shards:
-        assert writer.skip(frames)
+    for shard in shards:
+        assert writer.skip(shard)
     writer.close()
     return writer
 

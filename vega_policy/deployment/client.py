@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import socket
 import ssl
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus, InvalidURI
@@ -36,6 +39,93 @@ class ServerAddress:
     token_file: Path | None = None  # readable by its owner only; None for a server without a token
     ca_file: Path | None = None  # PEM file with the certificate to trust; None trusts the system's
     timeout_seconds: float = 10.0  # for a connection, and for an answer
+
+
+class ClientTLSContext(ssl.SSLContext):
+    """TLS settings for `websockets.sync`, which reads and writes one connection from two threads.
+
+    OpenSSL forbids that: connections end for no reason, or the process crashes.
+    """
+
+    def __new__(cls, ca_file: Path | None) -> ClientTLSContext:
+        """Trust the certificates of a PEM file only; without one, the system's.
+
+        Raises:
+            ValueError: If the file is missing or holds no certificate.
+        """
+        context = super().__new__(cls, ssl.PROTOCOL_TLS_CLIENT)
+        if ca_file is None:
+            context.load_default_certs()
+            return context
+        try:
+            context.load_verify_locations(ca_file)
+        except OSError as error:
+            raise ValueError(
+                f"{ca_file}: expected a PEM file with the certificate to trust: {error.strerror or error}"
+            ) from error
+        return context
+
+    def wrap_socket(self, sock: socket.socket, *_: Any, **options: Any) -> ssl.SSLSocket:  # pyright: ignore
+        """Return an encrypted connection after its handshake."""
+        return cast(ssl.SSLSocket, _TLSConnection(self, sock, options["server_hostname"]))
+
+
+class _TLSConnection:
+    """A socket's methods, encrypted; OpenSSL's object is used by one thread at a time."""
+
+    def __init__(self, context: ssl.SSLContext, plain: socket.socket, server_hostname: str) -> None:
+        self._plain = plain
+        self._received, self._encrypted = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._tls = context.wrap_bio(self._received, self._encrypted, server_hostname=server_hostname)
+        self._using = threading.Lock()  # the three objects above
+        self._sending = threading.Lock()  # the socket, so that records stay in order; taken before `_using`
+        finished = False
+        while not finished:
+            try:
+                self._tls.do_handshake()
+                finished = True
+            except ssl.SSLWantReadError:
+                self._flush()
+                self._receive()
+        self._flush()
+
+    def __getattr__(self, name: str) -> Any:
+        """Take names, timeouts and the end of a connection from the socket."""
+        return getattr(self._plain, name)
+
+    def recv(self, size: int) -> bytes:
+        """Wait for data; empty at the end that the peer announced, an SSLEOFError at any other end."""
+        while True:
+            with self._using:
+                try:
+                    return self._tls.read(size)
+                except ssl.SSLWantReadError:
+                    answer = self._encrypted.pending
+                except ssl.SSLZeroReturnError:
+                    return b""
+            if answer:  # to an update of keys
+                self._flush()
+            self._receive()
+
+    def sendall(self, data: bytes) -> None:
+        """Send all data."""
+        with self._using:
+            self._tls.write(data)  # memory takes all of it
+        self._flush()
+
+    def _receive(self) -> None:
+        data = self._plain.recv(2**16)  # without a lock: it may wait
+        with self._using:
+            if data:
+                self._received.write(data)
+            else:
+                self._received.write_eof()
+
+    def _flush(self) -> None:
+        with self._sending:
+            with self._using:
+                data = self._encrypted.read()
+            self._plain.sendall(data)
 
 
 class PolicyClient:
@@ -97,15 +187,22 @@ class PolicyClient:
 
         Raises:
             PolicyUnavailableError: If the connection broke or no answer came in time; a retry may succeed.
-            ProtocolError: If the server refused the request.
+            ProtocolError: If the request is too large, or the server refused it.
         """
         hello = self.connect()
         connection = self._connection
         assert connection is not None
         self._sequence += 1
+        request = protocol.encode_request(hello.session, Request(self._sequence, batch, noise, rtc))
+        if len(request) > hello.limits.message_bytes:  # the server would hang up, and a retry would not help
+            most = hello.limits.message_bytes
+            raise protocol.ProtocolError(
+                "malformed",
+                f"the request has {len(request)} bytes, {self._address.url} takes {most}: "
+                "send smaller frames, or start the server with a larger server.limits.message_bytes",
+            )
         try:
-            request = Request(self._sequence, batch, noise, rtc)
-            connection.send(protocol.encode_request(hello.session, request))
+            connection.send(request)
             answer = connection.recv(timeout=self._address.timeout_seconds)
         except (OSError, TimeoutError, ConnectionClosed) as error:
             self.close()  # a late answer would be read as that to the next request
@@ -130,8 +227,7 @@ class PolicyClient:
     def _tls(self) -> ssl.SSLContext | None:
         if not self._address.url.startswith("wss://"):
             return None
-        ca_file = self._address.ca_file
-        return ssl.create_default_context(cafile=None if ca_file is None else str(ca_file))
+        return ClientTLSContext(self._address.ca_file)
 
 
 class RemotePolicy:

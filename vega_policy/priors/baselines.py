@@ -235,8 +235,8 @@ def signature(frames: Tensor) -> Tensor:
 class FeatureWriter:
     """Writes the features of `model` to a folder, shard by shard; `close` completes it with a manifest.
 
-    `skip` finds the shards that an earlier writer has left. A complete folder is only compared, shard by shard,
-    so that a writer that was killed after its manifest can be started again.
+    `skip` finds the shards that an earlier writer has left. A complete folder is only compared, so that a
+    writer that was killed after its manifest can be started again.
 
     Raises:
         OtherRunError: If the folder holds other files.
@@ -317,8 +317,8 @@ class FeatureWriter:
     def _require_incomplete(self, difference: str) -> None:
         if self.was_complete:
             raise OtherRunError(
-                f"{self._folder} is a complete export of other frames, or a damaged one: {difference}. Delete "
-                "it or name another folder."
+                f"{self._folder} is a complete export of other frames, or a damaged one: {difference}. "
+                "Delete it or name another folder."
             )
 
 
