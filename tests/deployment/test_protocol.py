@@ -61,17 +61,28 @@ def test_hello_and_replies_arrive_as_they_were_sent():
     assert protocol.decode_hello(protocol.encode(hello)) == hello
     assert hello.policy.policy == ArithmeticPolicy.description
     answer = protocol.encode(ActionsMessage(3, Array.pack(noises(2), "<f4"), 0.5, 0.75))
-    reply = protocol.decode_answer(answer, 3)
+    reply = protocol.decode_answer(answer, 3, 2, SERVED)
     np.testing.assert_array_equal(reply.actions, noises(2))
     assert (reply.model_seconds, reply.server_seconds) == (0.5, 0.75)
     with pytest.raises(ProtocolError, match="too fast") as error:
-        protocol.decode_answer(protocol.encode(ErrorMessage(3, "rate", "too fast")), 3)
+        protocol.decode_answer(protocol.encode(ErrorMessage(3, "rate", "too fast")), 3, 2, SERVED)
     assert error.value.code == "rate"
     with pytest.raises(ProtocolError, match="expected the answer to 4, got that to 3"):
-        protocol.decode_answer(answer, 4)
+        protocol.decode_answer(answer, 4, 2, SERVED)
     for broken in (answer[:-1], answer.replace(b"sequence", b"sequenza"), pack({"type": "actions"})):
         with pytest.raises(ProtocolError):
-            protocol.decode_answer(broken, 3)
+            protocol.decode_answer(broken, 3, 2, SERVED)
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 4, 7), (2, 1, 7), (2, 1025, 7), (2, 4, 6), (2, 4, 8), (2, 4), (0, 4, 7)]
+)
+def test_actions_that_are_not_those_of_the_policy_are_refused(shape):
+    answer = protocol.encode(ActionsMessage(3, Array.pack(np.zeros(shape), "<f4"), 0.5, 0.75))
+    with pytest.raises(
+        ProtocolError, match=r"actions: expected the shape \[\(2, 2\), \(2, 1024\), \(7, 7\)\]"
+    ):
+        protocol.decode_answer(answer, 3, 2, SERVED)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The policy server: authentication, limits, reconnection and shutdown."""
 
+import contextlib
 import http.client
 import logging
 import select
@@ -348,6 +349,37 @@ def test_with_tls_only_clients_that_trust_the_certificate_connect(tmp_path):
                 PolicyClient(ServerAddress(f"wss://127.0.0.1:{port}", ca_file=file)).connect()
     with pytest.raises(ValueError, match="expected a ws://"):
         PolicyClient(ServerAddress("http://127.0.0.1:1")).connect()
+
+
+def test_a_server_that_drips_its_tls_handshake_does_not_hold_the_client_longer_than_its_timeout(tmp_path):
+    certificate, _ = write_certificate(tmp_path)
+    header = b"\x16\x03\x03\x40\x00"  # of a record of 16 KiB
+
+    def drip():
+        connection, _ = listener.accept()
+        with connection, contextlib.suppress(OSError):
+            for byte in header + bytes(200):
+                connection.sendall(bytes([byte]))
+                time.sleep(0.1)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        dripping = threading.Thread(target=drip)
+        dripping.start()
+        url, start = f"wss://127.0.0.1:{listener.getsockname()[1]}", time.monotonic()
+        with pytest.raises(PolicyUnavailableError, match="timed out"):
+            PolicyClient(ServerAddress(url, ca_file=certificate, timeout_seconds=1)).connect()
+        assert time.monotonic() - start < 3
+        dripping.join()
+
+
+def test_a_token_that_goes_to_another_machine_without_tls_is_warned_of(tmp_path, caplog):
+    token = address(1, tmp_path, TOKEN).token_file
+    for url in ("ws://127.0.0.1:1", "ws://localhost:1", "wss://gpu.lab:1"):
+        PolicyClient(ServerAddress(url, token_file=token))
+    PolicyClient(ServerAddress("ws://gpu.lab:1"))
+    assert not caplog.records
+    PolicyClient(ServerAddress("ws://gpu.lab:1", token_file=token))
+    assert "ws://gpu.lab:1: without TLS the token and all frames can be read" in caplog.text
 
 
 def test_a_request_that_is_too_large_for_the_server_is_refused_before_it_is_sent():

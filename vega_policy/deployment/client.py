@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
+from urllib.parse import urlsplit
 
 import numpy as np
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus, InvalidURI
@@ -79,15 +80,20 @@ class _TLSConnection:
         self._tls = context.wrap_bio(self._received, self._encrypted, server_hostname=server_hostname)
         self._using = threading.Lock()  # the three objects above
         self._sending = threading.Lock()  # the socket, so that records stay in order; taken before `_using`
-        finished = False
-        while not finished:
+        self._shake_hands(plain.gettimeout())
+
+    def _shake_hands(self, timeout: float | None) -> None:
+        end = None if timeout is None else time.monotonic() + timeout  # of all messages, not of each
+        while True:
             try:
                 self._tls.do_handshake()
-                finished = True
+                self._flush()
+                return
             except ssl.SSLWantReadError:
                 self._flush()
-                self._receive()
-        self._flush()
+            if end is not None:
+                self._plain.settimeout(max(end - time.monotonic(), 1e-3))
+            self._receive()
 
     def __getattr__(self, name: str) -> Any:
         """Take names, timeouts and the end of a connection from the socket."""
@@ -134,6 +140,9 @@ class PolicyClient:
     def __init__(self, address: ServerAddress) -> None:
         self._address = address
         self._token = read_token(address.token_file)
+        host = urlsplit(address.url).hostname or ""
+        if not (self._token is None or address.url.startswith("wss://") or protocol.is_loopback(host)):
+            logger.warning("%s: without TLS the token and all frames can be read on the network", address.url)
         self._connection: ClientConnection | None = None
         self._hello: Hello | None = None
         self._first: ServedDescription | None = None
@@ -207,7 +216,7 @@ class PolicyClient:
         except (OSError, TimeoutError, ConnectionClosed) as error:
             self.close()  # a late answer would be read as that to the next request
             raise PolicyUnavailableError(f"{self._address.url} did not answer: {error}") from error
-        return protocol.decode_answer(answer, self._sequence)
+        return protocol.decode_answer(answer, self._sequence, len(batch.instructions), hello.policy)
 
     def close(self) -> None:
         """End the session, if there is one."""

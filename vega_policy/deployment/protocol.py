@@ -22,6 +22,7 @@ to the policy's; a request has one row.
 from __future__ import annotations
 
 import io
+import ipaddress
 import re
 import stat
 import struct
@@ -205,6 +206,16 @@ class Reply(NamedTuple):
     server_seconds: float
 
 
+def is_loopback(host: str) -> bool:
+    """Whether an address is reachable from this machine only; of names, only `localhost` is."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
 def encode(message: Schema) -> bytes:
     """Encode a message."""
     return msgspec.msgpack.encode(message)
@@ -274,19 +285,20 @@ def decode_request(
     return Request(message.sequence, ObservationBatch(frames, state, message.instructions), noise, rtc)
 
 
-def decode_answer(data: bytes | str, sequence: int) -> Reply:
-    """Decode the answer to a request.
+def decode_answer(data: bytes | str, sequence: int, rows: int, served: ServedDescription) -> Reply:
+    """Decode the answer to a request of `rows` observations.
 
     Raises:
-        ProtocolError: If the server reported an error (with its code), or the answer is not to that request.
+        ProtocolError: If the server reported an error (with its code), or the answer is not to that request,
+            or of another shape than the policy's.
     """
     answer: ActionsMessage | ErrorMessage = _decode(data, ActionsMessage | ErrorMessage)
     if isinstance(answer, ErrorMessage):
         raise ProtocolError(answer.code, f"the server refused: {answer.message}")
     if answer.sequence != sequence:
         raise ProtocolError("malformed", f"expected the answer to {sequence}, got that to {answer.sequence}")
-    axis = (1, 1024)
-    actions = answer.actions.unpack("<f4", (axis, axis, axis), "actions")
+    shape = (rows, (served.action_steps, 1024), served.action_size)
+    actions = answer.actions.unpack("<f4", shape, "actions")
     return Reply(actions, answer.model_seconds, answer.server_seconds)
 
 

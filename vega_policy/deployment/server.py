@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
-import ipaddress
 import json
 import logging
 import math
@@ -96,7 +95,7 @@ class ServerSettings:
         counts = dict.fromkeys(("sessions", "connections", "faults"), "[1, inf)")
         seconds = dict.fromkeys(("handshake_seconds", "idle_seconds", "grace_seconds"), "(0, inf)")
         check_numbers(self, "server.", port="[0, 65535]", **counts, **seconds)
-        if not is_loopback(self.host) and self.token is None:
+        if not protocol.is_loopback(self.host) and self.token is None:
             raise ValueError(
                 f"a server on {self.host!r} can be reached from other machines and needs a token: give "
                 "token_file, or listen on 127.0.0.1"
@@ -138,16 +137,6 @@ def read_server_settings(config: dict[str, Any]) -> ServerSettings:
     return ServerSettings(
         **values, token=protocol.read_token(token_file), certificate=certificate, key=key, limits=limits
     )
-
-
-def is_loopback(host: str) -> bool:
-    """Whether an address is reachable from this machine only; of names, only `localhost` is."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def serve_forever(config: Any) -> None:
@@ -246,7 +235,7 @@ class PolicyServer:
             if self._keys is not None:
                 keys = f"{self._keys.required}, ignored: {sorted(self._keys.ignored)}"
                 logger.info("dialect %s at /, observations with the keys %s", settings.dialect, keys)
-            if tls is None and not is_loopback(settings.host):
+            if tls is None and not protocol.is_loopback(settings.host):
                 logger.warning("without TLS the token and all frames can be read on the network")
             if started is not None:
                 started(port)
