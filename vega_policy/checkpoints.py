@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from vega_policy import packaged_policies
-from vega_policy.run_dir import delete_folder, point_link, write_json
+from vega_policy.run_dir import DamagedFileError, delete_folder, point_link, read_json, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -112,12 +112,15 @@ def check_checkpoint(folder: Path) -> None:
         UnsafeCheckpointError: If the policy's type or a step of a processor is not on the list of those that
             load no code, or a state file is outside the folder; names it.
     """
+    for path in sorted(folder.glob("*.*")):
+        if path.suffix in (".json", ".safetensors") and not path.is_file():  # a pipe would block for ever
+            raise DamagedCheckpointError(f"{path}: expected a file; copy the checkpoint again.")
     require_intact(folder)
     for path in sorted(folder.glob("*.json")):
         try:
-            content = json.loads(path.read_text())
-        except ValueError as error:
-            raise DamagedCheckpointError(f"{path}: expected JSON, got {error}; copy it again.") from error
+            content = read_json(path, object)
+        except DamagedFileError as error:
+            raise DamagedCheckpointError(str(error)) from error
         if path.name == "config.json":
             _check_type(path, content)
         elif isinstance(content, dict) and isinstance(content.get("steps"), list):
@@ -299,7 +302,7 @@ def set_aside_after(run: Path, step: int) -> None:
 def read_scores(run: Path) -> Scores:
     """Return all measurements of a run by step."""
     path = run / SCORES
-    return {int(step): row for step, row in json.loads(path.read_text()).items()} if path.is_file() else {}
+    return {int(step): row for step, row in read_json(path).items()} if path.is_file() else {}
 
 
 def add_scores(run: Path, step: int, measured: dict[str, float]) -> None:

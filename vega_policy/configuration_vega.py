@@ -1,6 +1,5 @@
 """VegaConfig: the policy's configuration as LeRobot needs it."""
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,12 +21,13 @@ from vega_policy.model.config import (
     ModelConfig,
     PriorConfig,
 )
+from vega_policy.run_dir import read_json
 
 
 def read_rendering(root: Path) -> str | None:
     """Return the rendering profile of a dataset that this package's simulators made, None of another one."""
     origin = root / "meta" / "vega.json"
-    return json.loads(origin.read_text())["settings"].get("rendering") if origin.is_file() else None
+    return read_json(origin)["settings"].get("rendering") if origin.is_file() else None
 
 
 @PreTrainedConfig.register_subclass("vega")

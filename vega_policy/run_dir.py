@@ -40,6 +40,10 @@ class OtherRunError(ValueError):
     """The folder holds other files, or a run with other settings; the message names them."""
 
 
+class DamagedFileError(ValueError):
+    """A file holds something else than was written into it; the message names it."""
+
+
 class DiskFullError(RuntimeError):
     """A file could not be written for want of space; the message names the bytes needed and free."""
 
@@ -158,6 +162,23 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write a value as indented JSON atomically; its folder is made if missing."""
     write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def read_json(path: Path, kind: type = dict) -> Any:
+    """Return the content of a JSON file, an object by default.
+
+    Raises:
+        DamagedFileError: If the file holds something else.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise DamagedFileError(f"{path}: expected JSON, got {error}; restore it from a copy.") from error
+    if not isinstance(content, kind):
+        raise DamagedFileError(
+            f"{path}: expected a JSON {kind.__name__}, got {type(content).__name__}; restore it from a copy."
+        )
+    return content
 
 
 @contextmanager
@@ -337,7 +358,7 @@ def open_run(
     with lock_folder(folder):
         resumed = record.is_file()
         if resumed:
-            stored = json.loads(record.read_text())
+            stored = read_json(record)
             check_same_settings(folder, stored, settings, free_to_change=free_to_change, defaults=defaults)
         else:
             require_empty(folder, may_hold=may_hold)

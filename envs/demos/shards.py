@@ -23,7 +23,7 @@ import envs
 from envs.base import ManipulationEnv, Task
 from envs.demos import DemonstrationOptions, demonstrate
 from envs.demos.states import StateEpisode, write_states
-from vega_policy.run_dir import atomic_folder, write_json
+from vega_policy.run_dir import atomic_folder, read_json, write_json
 
 DEMONSTRATOR_STREAM = 1  # separates a demonstrator's random numbers from the reset's, which use the bare seed
 DATASET, STATES, MANIFEST = "dataset", "states.safetensors", "shard.json"
@@ -281,7 +281,7 @@ def _quiet_lerobot(*, bars: bool = False) -> Iterator[None]:
 
 def read_summary(folder: Path) -> ShardSummary:
     """Return the content of a whole shard."""
-    summary = json.loads((folder / MANIFEST).read_text())["summary"]
+    summary = read_json(folder / MANIFEST)["summary"]
     lists = {name: tuple(summary[name]) for name in ("seeds", "lengths")}
     return ShardSummary(summary["task"], attempts=summary["attempts"], **lists)
 
@@ -289,7 +289,7 @@ def read_summary(folder: Path) -> ShardSummary:
 def read_shard(folder: Path) -> ShardSummary | None:
     """Return the content of a shard, or None if it is missing or damaged; reads every byte (0.7 s/GB)."""
     try:
-        whole = json.loads((folder / MANIFEST).read_text())["files"] == _hashes(folder)
+        whole = read_json(folder / MANIFEST)["files"] == _hashes(folder)
         return read_summary(folder) if whole else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -340,7 +340,7 @@ def read_metadata(root: Path) -> dict[str, Any] | None:
     failures and demonstrations by name) and `episodes` (task, seed, length; in the dataset's order).
     """
     path = root / METADATA
-    return json.loads(path.read_text()) if path.is_file() else None
+    return read_json(path) if path.is_file() else None
 
 
 def collected_metadata(root: Path) -> dict[str, Any]:

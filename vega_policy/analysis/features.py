@@ -26,7 +26,7 @@ from vega_policy.priors import PRIORS, WAN, has_trained_weights, make_prior, res
 from vega_policy.priors.base import fingerprint_weights, locate, pool
 from vega_policy.priors.wan import LatentWorldSimulator
 from vega_policy.priors.wan_fast import FrameEncoder
-from vega_policy.run_dir import atomic_file
+from vega_policy.run_dir import atomic_file, read_json
 
 BATCH = 16  # frames encoded at once
 CACHE_VERSION = 1  # raised when a change of the code changes cached numbers
@@ -184,7 +184,7 @@ def wan_architecture(config: PriorConfig) -> dict[str, dict[str, Any]]:
     if config.path is None:
         return entry.architecture or {}
     folder = locate(config, ["vae", "transformer"], entry.advice)
-    parts = {name: json.loads((folder / name / "config.json").read_text()) for name in ("vae", "transformer")}
+    parts = {name: read_json(folder / name / "config.json") for name in ("vae", "transformer")}
     return {
         name: {key: value for key, value in part.items() if not key.startswith("_")}
         for name, part in parts.items()

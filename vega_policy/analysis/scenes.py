@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from torch.nn import functional
 
 from vega_policy.data.scenes import NO_OBJECT, Scene, Views
 from vega_policy.model.observation import resize
+from vega_policy.run_dir import read_json
 
 MIN_KNOWN = 0.1  # fraction of a token's pixels that need depth, as in VEGA-3D's released score
 
@@ -160,7 +160,7 @@ def read_folder(folder: Path, frame_size: int, max_frames: int = 32) -> Scene:
             f"{folder} has no {TRANSFORMS}; expected nerfstudio's layout: {TRANSFORMS} with fl_x, fl_y, cx, "
             "cy, w, h and frames of file_path, depth_file_path and transform_matrix"
         )
-    content = json.loads(path.read_text())
+    content = read_json(path)
     listed = content.get("frames", [])
     if not listed:
         raise ValueError(f"{path} lists no frames")

@@ -46,6 +46,7 @@ from vega_policy.run_dir import (
     free_space,
     lock_folder,
     open_run,
+    read_json,
     remove_partial,
     write_text,
 )
@@ -190,7 +191,7 @@ def open_stream(root: Path, stream: Stream, rows: int, place: torch.device | Non
     """
     folder = root / stream.folder
     advice = f"Delete {folder} to have it built again."
-    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest = read_json(folder / MANIFEST)
     if manifest["key"] != stream.key:
         differing = [name for name in stream.key if manifest["key"].get(name) != stream.key[name]]
         raise CacheError(f"{folder} was built from other inputs: {', '.join(differing)} differ. {advice}")

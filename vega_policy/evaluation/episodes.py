@@ -15,7 +15,7 @@ import pyarrow
 import pyarrow.parquet
 
 from vega_policy.evaluation.env_worker import EpisodeSpec
-from vega_policy.run_dir import SETTINGS, check_same_settings, open_run, write_bytes, write_text
+from vega_policy.run_dir import SETTINGS, check_same_settings, open_run, read_json, write_bytes, write_text
 
 FIRST_SEED = 1_000_000
 """Evaluation episodes are reset with seeds from here on; demonstrations use the seeds below."""
@@ -292,7 +292,7 @@ class EvaluationFolder:
         for path in sorted((self.path / SHARD_FOLDER).glob("*_of_*")):
             if not (path / EPISODES_FILE).is_file():
                 continue
-            check_same_settings(path, json.loads((path / SETTINGS).read_text()), self.settings)
+            check_same_settings(path, read_json(path / SETTINGS), self.settings)
             new = [result for result in read_episodes(path) if (result.ablation, result.key) not in known]
             if not new:
                 continue
@@ -326,7 +326,7 @@ class Progress:
     @classmethod
     def read(cls, path: Path) -> Progress:
         """Read what earlier starts recorded, if anything."""
-        return cls(**json.loads(path.read_text())) if path.is_file() else cls()
+        return cls(**read_json(path)) if path.is_file() else cls()
 
     def add(self, other: Progress) -> None:
         """Add the cost of another part of the evaluation."""
@@ -399,19 +399,7 @@ def read_conditions(folder: Path) -> dict[str, Any]:
     Raises:
         ValueError: If a file cannot be read.
     """
-    settings, summary = (_read_json(folder / name) for name in (SETTINGS, SUMMARY_FILE))
+    settings, summary = (
+        read_json(folder / name) if (folder / name).is_file() else {} for name in (SETTINGS, SUMMARY_FILE)
+    )
     return {**settings, **{name: summary[name] for name in ("action_steps",) if name in summary}}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        values = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} cannot be read: {error}; copy it again") from error
-    if not isinstance(values, dict):
-        raise ValueError(
-            f"{path} cannot be read: expected an object, got {type(values).__name__}; copy it again"
-        )
-    return values

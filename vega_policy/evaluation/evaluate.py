@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -45,7 +44,7 @@ from vega_policy.evaluation.report import (
 )
 from vega_policy.evaluation.rollout import FinishedEpisode, Rollout, Schedule
 from vega_policy.evaluation.stats import paired_difference
-from vega_policy.run_dir import write_json
+from vega_policy.run_dir import read_json, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -259,7 +258,7 @@ def trained_frames(checkpoint: Path) -> dict[str, Any]:
 
     Checkpoints from before the rendering was stored have it in the folder of the dataset, if that is there.
     """
-    config = json.loads((checkpoint / CONFIG_NAME).read_text())
+    config = read_json(checkpoint / CONFIG_NAME)
     features = (config.get("input_features") or {}).values()
     sides = {side for one in features if one["type"] == "VISUAL" for side in one["shape"][1:]}
     rendering, run = config.get("dataset_rendering"), checkpoint.resolve().parent.parent.parent

@@ -4,7 +4,6 @@ Each error is compared with that of two predictions that need no policy: the las
 dataset's mean action. A policy that does not beat them has not learned from its data.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from vega_policy.data.dataset import DatasetConfig, FrameTable, open_dataset, re
 from vega_policy.data.loader import VideoSource
 from vega_policy.data.video import FrameRows
 from vega_policy.evaluation.policies import LeRobotChunkPolicy
-from vega_policy.run_dir import atomic_file, write_json
+from vega_policy.run_dir import atomic_file, read_json, write_json
 
 REPORT = "open_loop.json"
 
@@ -167,7 +166,7 @@ def compare_open_loop(first: Path, second: Path) -> str:
     Raises:
         ValueError: If the evaluations are of other frames or joints.
     """
-    one, other = (json.loads((folder / REPORT).read_text()) for folder in (first, second))
+    one, other = (read_json(folder / REPORT) for folder in (first, second))
     for field in ("joints", "chunks", "last_action", "mean_action"):
         if one[field] != other[field]:
             raise ValueError(

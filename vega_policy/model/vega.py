@@ -8,7 +8,6 @@ VEGA-3D (arXiv 2603.19235), in the paper's order:
 """
 
 import copy
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from vega_policy.model.fusion import make_fusion, make_projector
 from vega_policy.model.observation import EncodedText, Observation, stack_views, to_float
 from vega_policy.priors import make_prior
 from vega_policy.priors.base import fingerprint_weights
+from vega_policy.run_dir import read_json
 
 PREFIX = "model."
 """Of the weights of a `VegaModel` in a policy's checkpoint."""
@@ -404,7 +404,7 @@ def _load_encoder(checkpoint: Path) -> VegaEncoder:
     """Return the encoder of a policy's checkpoint; its action head is not loaded."""
     folder = find_checkpoint(checkpoint)
     check_checkpoint(folder)
-    saved = json.loads((folder / "config.json").read_text())
+    saved = read_json(folder / "config.json")
     if saved.get("type") != "vega" or saved["base"]["name"] != "none":
         raise ValueError(
             f"{folder}: expected a checkpoint of type vega with base=none; got type={saved.get('type')}, "

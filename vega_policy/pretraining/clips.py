@@ -62,7 +62,7 @@ def open_shard(description: Path) -> ClipShard:
     Raises:
         DamagedClipsError: If its frames are not those that were written.
     """
-    note, path = json.loads(description.read_text()), description.with_suffix(".npy")
+    note, path = read_json(description), description.with_suffix(".npy")
     size = path.stat().st_size
     if size != note["bytes"]:
         raise DamagedClipsError(

@@ -51,7 +51,7 @@ from vega_policy.pretraining.clips import Clips, Loss, StepRandomness
 from vega_policy.pretraining.transformer import EMPTY, PromptTable, read_prompts, write_prompts
 from vega_policy.priors import PRIORS
 from vega_policy.priors.base import fingerprint_files
-from vega_policy.run_dir import atomic_folder, drop_lines_after, open_run, remove_partial
+from vega_policy.run_dir import atomic_folder, drop_lines_after, open_run, read_json, remove_partial
 
 METRICS = "metrics.jsonl"
 _KEPT = 2  # checkpoints of each training
@@ -344,7 +344,7 @@ def _by_index(tensors: list[Any]) -> dict[str, Tensor]:
 
 
 def _read_step(checkpoint: Path) -> int:
-    return json.loads((checkpoint / "step.json").read_text())["step"]
+    return read_json(checkpoint / "step.json")["step"]
 
 
 def learning_rate(settings: LearningSettings, step: int) -> float:

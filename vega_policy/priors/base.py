@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from vega_policy.model.config import PriorConfig
 from vega_policy.model.observation import check_frames, resize
 from vega_policy.priors import PriorEntry
-from vega_policy.run_dir import DiskFullError, atomic_file
+from vega_policy.run_dir import DiskFullError, atomic_file, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ def check_class(folder: Path, expected: str) -> None:
     Raises:
         ValueError: If the folder holds another architecture.
     """
-    config = json.loads((folder / "config.json").read_text())
+    config = read_json(folder / "config.json")
     found = config.get("_class_name") or ", ".join(config.get("architectures") or ["no class"])
     if found != expected:
         raise ValueError(f"{folder} holds {found}; this prior requires {expected}.")

@@ -11,7 +11,6 @@ Frames that were not exported have no features, so such a prior serves training 
 dataset, not a robot.
 """
 
-import json
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -40,6 +39,7 @@ from vega_policy.priors.unet import latent_mean
 from vega_policy.run_dir import (
     OtherRunError,
     atomic_file,
+    read_json,
     remove_partial,
     require_empty,
     require_folder,
@@ -311,7 +311,7 @@ class FeatureWriter:
         manifest |= {"views": views, "width": width, "grid": grid, "rows": self._rows}
         if not self.was_complete:
             write_json(self._folder / MANIFEST, manifest)
-        elif json.loads((self._folder / MANIFEST).read_text()) != manifest:
+        elif read_json(self._folder / MANIFEST) != manifest:
             self._require_incomplete(f"its {MANIFEST} differs from {manifest}")
 
     def _require_incomplete(self, difference: str) -> None:
@@ -332,7 +332,7 @@ class PrecomputedPrior(nn.Module):
     def __init__(self, folder: Path, grid: tuple[int, int]) -> None:
         """Raise a ValueError if the features are coarser than the grid (gh, gw), or of another format."""
         super().__init__()
-        self.manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+        self.manifest: dict[str, Any] = read_json(folder / MANIFEST)
         if self.manifest["format"] != FORMAT:
             raise ValueError(f"{folder} has format {self.manifest['format']}; this version reads {FORMAT}.")
         held = tuple(self.manifest["grid"])

@@ -4,7 +4,6 @@ Layers of both UNets: the output of down block 0 to 3 (3 is what enters the mid 
 the mid block. Everything behind the layer that is read is dropped.
 """
 
-import json
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,6 +24,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from vega_policy.model.config import PriorConfig
 from vega_policy.model.observation import resize
 from vega_policy.priors.base import BasePrior, check_layer, drop_modules, empty_prompt
+from vega_policy.run_dir import read_json
 
 FPS, MOTION_BUCKET, AUGMENTATION = 7, 127, 0.02
 """Conditions of Stable Video Diffusion, diffusers' defaults; the network takes FPS - 1."""
@@ -91,7 +91,7 @@ class StableDiffusion(UNetPrior):
     @classmethod
     def load_inputs(cls, config: PriorConfig, folder: Path, parts: dict[str, Any]) -> dict[str, Any]:
         """Load the empty prompt and the schedule."""
-        schedule = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+        schedule = read_json(folder / "scheduler" / "scheduler_config.json")
         fields = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
         scheduler = DDIMScheduler(**{key: schedule[key] for key in fields if key in schedule})
         width = parts["unet"].config.cross_attention_dim

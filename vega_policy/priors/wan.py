@@ -11,7 +11,6 @@ Networks are diffusers' own; blocks after the one that is read are dropped when 
 is the plain path; `wan_fast` computes the same features faster.
 """
 
-import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -41,6 +40,7 @@ from vega_policy.priors.base import (
     locate,
 )
 from vega_policy.priors.wan_fast import CapturedWan, FastWan, Words
+from vega_policy.run_dir import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -526,7 +526,7 @@ def warn_of_training(folder: Path, slots: int) -> None:
             folder,
         )
         return
-    learned = (json.loads((folder / TRAINING).read_text())["clips"]["frames"] - 1) // SPAN
+    learned = (read_json(folder / TRAINING)["clips"]["frames"] - 1) // SPAN
     if slots > learned:
         logger.warning(
             "prior.future_slots=%d: the weights in %s were trained on clips with %d slots; those behind are "

@@ -50,6 +50,7 @@ from vega_policy.run_dir import (
     atomic_folder,
     check_same_settings,
     lock_draft,
+    read_json,
     remove_partial,
     require_empty,
     write_text,
@@ -200,7 +201,7 @@ def export_policy(source: Path, target: Path, card: str | None = None) -> None:
     """
     check_checkpoint(source)
     weights = load_file(source / SAFETENSORS_SINGLE_FILE)
-    config = json.loads((source / CONFIG_NAME).read_text()) | {"device": None}  # where there is a GPU: that
+    config = read_json(source / CONFIG_NAME) | {"device": None}  # where there is a GPU: that
     packaged = _packaged_text_encoder(config, weights)
     if packaged is not None:
         config["backbone"]["text_encoder_fingerprint"] = packaged
@@ -237,7 +238,7 @@ def _packaged_text_encoder(config: dict[str, Any], weights: dict[str, Tensor]) -
 
 def read_step(checkpoint: Path) -> int:
     """Return the number of optimizer steps before a checkpoint."""
-    return json.loads((checkpoint / STATE / STEP).read_text())["step"]
+    return read_json(checkpoint / STATE / STEP)["step"]
 
 
 def load_raw_weights(checkpoint: Path, policy: VegaPolicy) -> None:
@@ -264,7 +265,7 @@ def load_training_state(checkpoint: Path, train_state: TrainState) -> None:
     load_optimizer_state(train_state.optimizer, state)
     shard_state(train_state.optimizer)
     load_scheduler_state(train_state.scheduler, state)
-    train_state.guard.restore(json.loads((state / STEP).read_text()))
+    train_state.guard.restore(read_json(state / STEP))
     train_state.step = read_step(checkpoint)
 
 
@@ -274,7 +275,7 @@ def check_origin(checkpoint: Path, origin: Origin) -> None:
     Raises:
         ValueError: Lists each difference.
     """
-    saved = json.loads((checkpoint / STATE / STEP).read_text())
+    saved = read_json(checkpoint / STATE / STEP)
     differing = [
         f"{name} was {saved.get(name)}, is {new}" for name, new in origin.items() if saved.get(name) != new
     ]

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from vega_policy.checkpoints import BEST, CHECKPOINTS, PRETRAINED, list_checkpoints, read_scores
 from vega_policy.evaluation.policies import checkpoint_fingerprint
 from vega_policy.provenance import code_revision, environment, hardware
-from vega_policy.run_dir import drop_lines_after, write_json, write_text
+from vega_policy.run_dir import drop_lines_after, read_json, write_json, write_text
 from vega_policy.training.checkpoint import CARD, METRICS, read_step
 from vega_policy.training.config import TrainConfig, encode
 
@@ -186,7 +186,7 @@ class Progress:
 def record_start(run: Path, step: int, processes: int) -> None:
     """Add this start, from `step` on, to the run's `provenance.json`."""
     path = run / PROVENANCE
-    starts = json.loads(path.read_text()) if path.is_file() else []
+    starts = read_json(path, list) if path.is_file() else []
     now = datetime.now(UTC).isoformat(timespec="seconds")
     start = {"time": now, "from_step": step, "processes": processes, "command": sys.argv, **environment()}
     write_json(path, [*starts, start])
@@ -300,7 +300,7 @@ def complete_card(folder: Path, evaluations: Sequence[Path]) -> str:
     card = (folder / CARD).read_text().replace("FOLDER/pretrained_model", "FOLDER").rstrip()
     run = folder.resolve().parents[2]
     if folder.name == PRETRAINED and (run / PROVENANCE).is_file():
-        starts = json.loads((run / PROVENANCE).read_text())
+        starts = read_json(run / PROVENANCE, list)
         commands = [shlex.join(["python", *start["command"]]) for start in starts]
         card += "\n".join(["\n\n## Training\n", "```bash", *commands, "```\n"])
         card += f"\n{training_minutes(run):.1f} minutes of optimizer steps.\n"
@@ -313,7 +313,7 @@ def complete_card(folder: Path, evaluations: Sequence[Path]) -> str:
 
 
 def _evaluation_row(folder: Path, mark: str) -> str:
-    summary = json.loads((folder / "summary.json").read_text())
+    summary = read_json(folder / "summary.json")
     settings = summary["settings"]
     if settings["checkpoint_sha256"] != mark:
         raise ValueError(
