@@ -6,6 +6,7 @@
     python -m tests.interruption_program misplace PROGRAM FOLDER COUNT    a file in its place
     python -m tests.interruption_program twice PROGRAM FOLDER COUNT    two starts at once
     python -m tests.interruption_program fail PROGRAM FOLDER COUNT    as it is, where it cannot begin
+    python -m tests.interruption_program damage PROGRAM FOLDER COUNT    a damaged file of a finished run
 
 PROGRAM is a key of `PROGRAMS`. Prints a line of JSON. The parent imports everything once and forks, so that a
 start costs a second. A disk is a tmpfs on FOLDER/disk that grows after each failure.
@@ -17,6 +18,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -466,6 +468,30 @@ class Interrupter:
             same.append(self.program.digest(output) == self.program.digest(straight))
         counts.same = all(same)
 
+    def damage(self, count: int) -> None:
+        """Damage one file of a finished result, start the command again, and note how it ended.
+
+        A message has the damaged file and the end of the log; an end without an error has no message.
+        """
+        straight, counts = self.folder / "straight", self.counts
+        assert self.run(straight) == ""
+        whole = [path for path in self.folder.glob("straight*") if path.name != "log"]
+        for counts.tried in range(1, count + 1):
+            for path in whole:
+                copy = self.folder / path.name.replace("straight", "damaged", 1)
+                shutil.rmtree(copy, ignore_errors=True)
+                shutil.copytree(path, copy, symlinks=True)
+            files = [path for path in self.folder.glob("damaged*/**/*") if path.is_file()]
+            file = self.moments.choice(sorted(path for path in files if not path.is_symlink()))
+            content = file.read_bytes()
+            damages = (b"", content[: len(content) // 2], b"[]\n", b"{}\n", self.moments.randbytes(200))
+            file.write_bytes(self.moments.choice(damages))
+            if self.run(self.folder / "damaged") != "":
+                *_, last = log = self._log.read_text().strip().splitlines()
+                kind = "traceback" if "Traceback (most recent call last):" in log else "message"
+                counts.messages.append(f"{kind} {file.relative_to(self.folder)}: {last}")
+        counts.same = True
+
     def fail(self, count: int) -> None:
         """Run where the command cannot begin."""
         for _ in range(count):
@@ -570,7 +596,7 @@ def main(arguments: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory() as inputs:
         interrupter = Interrupter(name, Path(folder).resolve(), Path(inputs))
         actions = (interrupter.kill, interrupter.fill, interrupter.protect, interrupter.misplace)
-        actions += (interrupter.twice, interrupter.fail)
+        actions += (interrupter.twice, interrupter.fail, interrupter.damage)
         {action.__name__: action for action in actions}[how](int(count))
     interrupter.counts.seconds = round(time.monotonic() - start, 1)
     sys.stdout.write(json.dumps(asdict(interrupter.counts)) + "\n")

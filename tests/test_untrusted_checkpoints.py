@@ -35,6 +35,7 @@ from vega_policy.evaluation.open_loop import read_recorded
 from vega_policy.evaluation.policies import load_lerobot_policy
 from vega_policy.modeling_vega import VegaPolicy
 from vega_policy.run_dir import OtherRunError
+from vega_policy.training.checkpoint import export_policy
 from vega_policy.training.train import train
 
 
@@ -270,11 +271,53 @@ def test_lerobots_commands_do_not_connect_where_a_checkpoint_points_them(folder)
         get_policy_class(config.type).from_pretrained(folder, config=config)
 
 
-def test_json_that_cannot_be_read_is_named(folder):
-    (folder / "policy_preprocessor.json").write_bytes(b"\xff{")
+@pytest.mark.parametrize("content", [b"\xff{", b"", b"[" * 100_000])
+def test_json_that_cannot_be_read_is_named(folder, content):
+    (folder / "policy_preprocessor.json").write_bytes(content)
     write_checksums(folder)
     with pytest.raises(DamagedCheckpointError, match=r"policy_preprocessor\.json: expected JSON"):
         check_checkpoint(folder)
+
+
+def test_an_export_of_a_checkpoint_publishes_no_file_that_a_link_in_it_points_to(folder, tmp_path):
+    (tmp_path / "id_rsa").write_text("secret")
+    (folder / "NOTICE").symlink_to(tmp_path / "id_rsa")
+    with pytest.raises(
+        UnsafeCheckpointError, match=r"NOTICE: expected a file of the checkpoint, got a link to"
+    ):
+        export_policy(folder, tmp_path / "exported")
+    assert not (tmp_path / "exported").exists()
+
+
+def make_pipe(path):
+    os.mkfifo(path)
+
+
+def make_dangling(path):
+    path.symlink_to("nothing.json")
+
+
+def make_loop(path):
+    path.symlink_to(path.name)
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, make_pipe, make_dangling, make_loop])
+@pytest.mark.parametrize("name", ["policy_preprocessor.json", "more.json"])
+def test_a_checkpoints_json_that_is_no_file_neither_blocks_nor_ends_in_a_traceback(folder, make, name):
+    (folder / name).unlink(missing_ok=True)
+    make(folder / name)
+    with pytest.raises(DamagedCheckpointError, match=rf"{name}"):
+        check_checkpoint(folder)
+
+
+def test_the_links_of_the_hubs_cache_are_files_of_the_checkpoint(folder, tmp_path):
+    snapshot = tmp_path / "models--org--name" / "snapshots" / "0123"
+    (blobs := snapshot.parents[1] / "blobs").mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for number, path in enumerate(sorted(folder.iterdir())):
+        shutil.copyfile(path, blobs / str(number))
+        (snapshot / path.name).symlink_to(f"../../blobs/{number}")
+    check_checkpoint(snapshot)
 
 
 def test_files_that_lerobot_and_the_hub_put_beside_the_weights_and_an_edited_card_pass(folder):

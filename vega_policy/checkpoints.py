@@ -12,6 +12,7 @@ This module imports no torch and no LeRobot; `vega_policy.training.checkpoint` w
 import hashlib
 import json
 import logging
+import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -110,13 +111,13 @@ def check_checkpoint(folder: Path) -> None:
     Raises:
         DamagedCheckpointError: See `require_intact`.
         UnsafeCheckpointError: If the policy's type or a step of a processor is not on the list of those that
-            load no code, or a state file is outside the folder; names it.
+            load no code, or a file is outside the folder; names it.
     """
-    for path in sorted(folder.glob("*.*")):
-        if path.suffix in (".json", ".safetensors") and not path.is_file():  # a pipe would block for ever
-            raise DamagedCheckpointError(f"{path}: expected a file; copy the checkpoint again.")
+    _refuse_links(folder.resolve())
     require_intact(folder)
     for path in sorted(folder.glob("*.json")):
+        if path.is_dir():
+            raise DamagedCheckpointError(f"{path}: expected a file, got a folder.")
         try:
             content = read_json(path, object)
         except DamagedFileError as error:
@@ -125,6 +126,20 @@ def check_checkpoint(folder: Path) -> None:
             _check_type(path, content)
         elif isinstance(content, dict) and isinstance(content.get("steps"), list):
             _check_steps(path, content["steps"])
+
+
+def _refuse_links(folder: Path) -> None:
+    """Refuse links that leave the folder, since an export would publish what they point to, and no files.
+
+    In the hub's cache, files are links to its `blobs`.
+    """
+    homes = [folder, *(parent.parent / "blobs" for parent in folder.parents if parent.name == "snapshots")]
+    for path in sorted(folder.iterdir()):
+        target = Path(os.path.realpath(path))
+        if not any(target.is_relative_to(home) for home in homes):
+            raise UnsafeCheckpointError(f"{path}: expected a file of the checkpoint, got a link to {target}.")
+        if not target.is_file() and not target.is_dir():  # a pipe would block for ever
+            raise DamagedCheckpointError(f"{path}: expected a file; copy the checkpoint again.")
 
 
 def _check_type(path: Path, content: Any) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from vega_policy import run_dir
 from vega_policy.run_dir import (
+    DamagedFileError,
     DiskFullError,
     FolderInUseError,
     OtherRunError,
@@ -198,6 +199,16 @@ def test_other_settings_are_refused_with_the_difference(settings, options, messa
         return
     with pytest.raises(OtherRunError, match=message):
         check_same_settings(Path("run"), stored, settings, **options)
+
+
+@pytest.mark.parametrize("content", [b"", b'{"a": ', b"[]", b"null", b"\xff\xfe", b"[" * 100_000])
+def test_settings_that_are_no_json_object_are_named(tmp_path, content):
+    (tmp_path / "settings.json").write_bytes(content)
+    with (
+        pytest.raises(DamagedFileError, match=r"settings\.json: expected .*JSON.*restore it from a copy"),
+        open_run(tmp_path, {}),
+    ):
+        pass
 
 
 def test_settings_are_named_by_dotted_path_and_sequences_are_values():
