@@ -18,6 +18,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from vega_policy import packaged_policies
 from vega_policy.run_dir import DamagedFileError, delete_folder, point_link, read_json, write_json
 
@@ -115,11 +117,17 @@ def check_checkpoint(folder: Path) -> None:
     """
     _refuse_links(folder.resolve())
     require_intact(folder)
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, "numpy"):  # reads the header alone
+                pass
+        except (SafetensorError, OSError) as error:
+            raise DamagedCheckpointError(f"{path}: expected tensors, got {error}; copy it again.") from error
     for path in sorted(folder.glob("*.json")):
         if path.is_dir():
             raise DamagedCheckpointError(f"{path}: expected a file, got a folder.")
         try:
-            content = read_json(path, object)
+            content = read_json(path, kind=object)
         except DamagedFileError as error:
             raise DamagedCheckpointError(str(error)) from error
         if path.name == "config.json":

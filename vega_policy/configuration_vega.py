@@ -27,7 +27,7 @@ from vega_policy.run_dir import read_json
 def read_rendering(root: Path) -> str | None:
     """Return the rendering profile of a dataset that this package's simulators made, None of another one."""
     origin = root / "meta" / "vega.json"
-    return read_json(origin)["settings"].get("rendering") if origin.is_file() else None
+    return read_json(origin, "settings")["settings"].get("rendering") if origin.is_file() else None
 
 
 @PreTrainedConfig.register_subclass("vega")

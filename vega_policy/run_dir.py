@@ -164,8 +164,8 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
-def read_json(path: Path, kind: type = dict) -> Any:
-    """Return the content of a JSON file, an object by default.
+def read_json(path: Path, *fields: str, kind: type = dict) -> Any:
+    """Return the content of a JSON file: an object with some fields, or another kind of value.
 
     Raises:
         DamagedFileError: If the file holds something else.
@@ -177,6 +177,10 @@ def read_json(path: Path, kind: type = dict) -> Any:
     if not isinstance(content, kind):
         raise DamagedFileError(
             f"{path}: expected a JSON {kind.__name__}, got {type(content).__name__}; restore it from a copy."
+        )
+    if missing := [field for field in fields if field not in content]:
+        raise DamagedFileError(
+            f"{path}: expected JSON with {', '.join(missing)}, got {sorted(content)}; restore it from a copy."
         )
     return content
 

@@ -24,6 +24,7 @@ from tqdm import tqdm
 import envs
 from envs.base import DEMONSTRATION_SEEDS, EVALUATION_SEED, LAYOUTS, ManipulationEnv, Task
 from envs.demos.shards import (
+    BLOCK,
     CODECS,
     DATASET,
     STATES,
@@ -85,6 +86,8 @@ class CollectionSettings:
                 f"layouts={self.layouts}: expected one of the suites {', '.join(envs.LIBERO_SUITES)}; "
                 f"got {self.suite!r}. Leave layouts out."
             )
+        if self.format == "lerobot" and self.frame_size <= BLOCK:
+            raise ValueError(f"expected frame_size above {BLOCK} for videos, got {self.frame_size}")
         for name in ("episodes_per_task", "episodes_per_shard"):
             if vars(self)[name] < 1:
                 raise ValueError(f"expected {name} of at least 1, got {vars(self)[name]}")

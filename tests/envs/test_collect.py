@@ -1,5 +1,6 @@
 """Collecting demonstrations: what the dataset holds; kills, damage and dying workers change nothing."""
 
+import io
 import json
 import logging
 import os
@@ -11,8 +12,10 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
+from lerobot.configs import RGBEncoderConfig
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from safetensors.numpy import load_file
 
@@ -22,7 +25,7 @@ from envs.base import DEMONSTRATION_SEEDS, EVALUATION_SEED
 from envs.demos import DemonstrationOptions
 from envs.demos import collect as collection
 from envs.demos.collect import CollectionSettings, Job, Workers, collect, context
-from envs.demos.shards import METADATA, Demonstrator, read_metadata, read_shard, record
+from envs.demos.shards import CODECS, METADATA, Demonstrator, read_metadata, read_shard, record
 
 SETTINGS = CollectionSettings(
     "lift_wide",
@@ -270,12 +273,30 @@ def test_a_demonstrator_that_never_succeeds_is_an_error(tmp_path, monkeypatch):
         ({"episodes_per_task": 1, "episodes_per_shard": 1, "skip": 1000}, "suffice for 1000 episodes"),
         ({"skip": 5, "episodes_per_shard": 10}, "skip to be a multiple of episodes_per_shard"),
         ({"rendering": "quick"}, "Unknown rendering profile 'quick'"),
+        ({"frame_size": 16}, "frame_size above 16 for videos, got 16"),
         ({"video": "gif"}, "unknown video 'gif'; known: lossless, h264"),
     ],
 )
 def test_settings_out_of_range_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         replace(SETTINGS, **change)
+
+
+@pytest.mark.parametrize("size", [17, 32, 64])
+def test_a_lossless_video_has_every_pixel_whenever_it_is_encoded(size):
+    frames = np.random.default_rng(0).integers(100, 130, (12, size, size, 3), dtype=np.uint8)
+    options = RGBEncoderConfig(**CODECS["lossless"]).get_codec_options(1, as_strings=True)
+    for _ in range(10):
+        with av.open(content := io.BytesIO(), "w", format="mp4") as video:
+            stream = video.add_stream("hevc", rate=20, options=options)
+            stream.width, stream.height, stream.pix_fmt = size, size, "gbrp"
+            for frame in frames:
+                video.mux(stream.encode(av.VideoFrame.from_ndarray(frame)))
+            video.mux(stream.encode())
+        content.seek(0)
+        with av.open(content) as video:
+            decoded = [frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)]
+        np.testing.assert_array_equal(np.stack(decoded), frames)
 
 
 def test_another_mujoco_is_one_error_and_not_the_death_of_workers(tmp_path, monkeypatch):

@@ -337,13 +337,29 @@ def test_a_complete_export_of_features_is_compared_and_kept(tmp_path):
     frames = exported_frames()
     assert export_again(tmp_path / "features", frames[:2], frames[2:]).was_complete
     refused = "complete export of other frames"
-    with pytest.raises(OtherRunError, match=f"{refused}.*shard-00002.safetensors is missing"):
+    with pytest.raises(OtherRunError, match=f"{refused}: it has 2 shards, and there are more frames"):
         export_again(tmp_path / "features", frames[:2], frames[2:], frames[:2])
     with pytest.raises(OtherRunError, match=rf"{refused}.*its manifest\.json differs"):
         export_again(tmp_path / "features", frames[:2])
     with pytest.raises(OtherRunError, match=r"shard-00000.* of other frames or of another model"):
         export_again(tmp_path / "features", frames[:2], frames[2:], model="another")
     assert {path.name: path.read_bytes() for path in (tmp_path / "features").iterdir()} == before
+
+
+@pytest.mark.parametrize("complete", [False, True])
+def test_a_damaged_shard_of_features_is_computed_again(tmp_path, complete):
+    expected = write(tmp_path / "features")
+    shard = tmp_path / "features" / "shard-00001.safetensors"
+    before = shard.read_bytes()
+    shard.write_bytes(before[: len(before) // 2])
+    if not complete:
+        (tmp_path / "features" / "manifest.json").unlink()
+    writer = FeatureWriter(tmp_path / "features", "stand-in")
+    assert writer.skip(exported_frames()[:2])
+    assert not writer.skip(exported_frames()[2:])
+    writer.add(exported_frames()[2:], expected[2:])
+    writer.close()
+    assert shard.read_bytes() == before
 
 
 def opened(folder, **config):

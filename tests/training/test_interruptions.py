@@ -49,8 +49,6 @@ def run_program(how, program, folder, count, mount="true", **environment):
 def test_twenty_kills_change_no_bit_and_lose_nothing_that_was_finished(tmp_path, program):
     counts = run_program("kill", program, tmp_path, 20)
     assert counts["in_write"] > 0
-    if program == "collection":
-        assert counts["pixels"]["by"] <= 1  # a renderer may round a pixel after other frames otherwise
 
 
 @pytest.mark.slow

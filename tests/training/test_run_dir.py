@@ -26,6 +26,7 @@ from vega_policy.run_dir import (
     lock_folder,
     open_run,
     point_link,
+    read_json,
     remove_partial,
     write_bytes,
     write_json,
@@ -209,6 +210,12 @@ def test_settings_that_are_no_json_object_are_named(tmp_path, content):
         open_run(tmp_path, {}),
     ):
         pass
+
+
+def test_json_without_a_field_is_named(tmp_path):
+    (tmp_path / "step.json").write_text('{"steps": 3}')
+    with pytest.raises(DamagedFileError, match=r"step\.json: expected JSON with step, got \['steps'\]"):
+        read_json(tmp_path / "step.json", "step")
 
 
 def test_settings_are_named_by_dotted_path_and_sequences_are_values():

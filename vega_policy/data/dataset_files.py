@@ -46,6 +46,29 @@ def read_json(path: Path) -> Any:
         raise DatasetError(f"{path} is no JSON ({error}). Collect or download the dataset again.") from error
 
 
+def read_info(root: Path) -> dict[str, Any]:
+    """Return `meta/info.json` of a dataset, with the fields that this package reads.
+
+    Raises:
+        DatasetError: If the file cannot be read, or names files outside the dataset.
+    """
+    path = root / "meta" / "info.json"
+    info = read_json(path)
+    features = info.get("features") if isinstance(info, dict) else None
+    kinds = features.values() if isinstance(features, dict) else [None]
+    described = all(isinstance(one, dict) and isinstance(one.get("dtype"), str) for one in kinds)
+    if not described or not isinstance(info.get("total_frames"), int):
+        raise DatasetError(
+            f"{path}: expected total_frames and features with a dtype each. Collect or download the dataset "
+            "again."
+        )
+    for field in ("data_path", "video_path"):
+        pattern = Path(str(info.get(field)))
+        if pattern.is_absolute() or ".." in pattern.parts:
+            raise DatasetError(f"{path}: expected {field} to be inside the dataset, got {str(pattern)!r}.")
+    return info
+
+
 def is_lfs_pointer(path: Path) -> bool:
     """Return whether a file is the pointer that Git leaves where Git LFS did not download."""
     with path.open("rb") as file:
@@ -63,7 +86,8 @@ def check_version(root: Path, repo_id: str) -> None:
     Raises:
         DatasetError: Names the command that converts it.
     """
-    version = str(read_json(root / "meta" / "info.json").get("codebase_version"))
+    info = read_json(root / "meta" / "info.json")
+    version = str(info.get("codebase_version") if isinstance(info, dict) else None)
     if version.startswith("v3."):
         return
     advice = "Update this package, or convert the dataset."
@@ -96,7 +120,7 @@ def find_damaged_files(root: Path) -> list[str]:
             findings.append(f"{name} is no whole Parquet file ({path.stat().st_size} bytes)")
             continue
         rows += held if name.parts[0] == "data" else 0
-    announced = read_json(root / "meta" / "info.json")["total_frames"]
+    announced = read_info(root)["total_frames"]
     if not findings and rows != announced:
         findings.append(f"data/ holds {rows} rows, meta/info.json announces {announced}")
     for path in list_files(root / "videos", ".mp4"):
@@ -125,7 +149,7 @@ def _is_whole(video: Path) -> bool:
 def fingerprint_frames(root: Path) -> dict[str, str]:
     """Return a hash of each part of a dataset on which cached frames and features depend."""
     info = root / "meta" / "info.json"
-    features = read_json(info)["features"].values()
+    features = read_info(root)["features"].values()
     stored_as = "data" if any(feature["dtype"] == "image" for feature in features) else "videos"
     files = [path for path in list_files(root / stored_as, "") if path.is_file()]
     episodes = list_files(root / "meta" / "episodes", ".parquet")

@@ -191,7 +191,7 @@ def open_stream(root: Path, stream: Stream, rows: int, place: torch.device | Non
     """
     folder = root / stream.folder
     advice = f"Delete {folder} to have it built again."
-    manifest = read_json(folder / MANIFEST)
+    manifest = read_json(folder / MANIFEST, "key")
     if manifest["key"] != stream.key:
         differing = [name for name in stream.key if manifest["key"].get(name) != stream.key[name]]
         raise CacheError(f"{folder} was built from other inputs: {', '.join(differing)} differ. {advice}")

@@ -19,9 +19,9 @@ from tqdm import tqdm
 
 from vega_policy.config import from_config
 from vega_policy.data.dataset import FrameTable, read_table
-from vega_policy.data.dataset_files import fingerprint_frames, read_json
+from vega_policy.data.dataset_files import fingerprint_frames, read_info
 from vega_policy.data.feature_cache import frames_stream, open_stream
-from vega_policy.run_dir import atomic_file, open_run, write_text
+from vega_policy.run_dir import atomic_file, open_run, read_json, write_text
 
 
 class DamagedClipsError(ValueError):
@@ -62,7 +62,7 @@ def open_shard(description: Path) -> ClipShard:
     Raises:
         DamagedClipsError: If its frames are not those that were written.
     """
-    note, path = read_json(description), description.with_suffix(".npy")
+    note, path = read_json(description, "bytes"), description.with_suffix(".npy")
     size = path.stat().st_size
     if size != note["bytes"]:
         raise DamagedClipsError(
@@ -220,14 +220,14 @@ class RenderedSource:
 
     def __init__(self, root: Path, spec: CutSpec) -> None:
         self._spec, self._name = spec, root.name
-        origin = read_json(root / "meta" / "vega.json")["settings"]
+        origin = read_json(root / "meta" / "vega.json", "settings")["settings"]
         self._stride: int = origin.get("frame_stride", 1)
         if self._stride > spec.every[1]:
             raise ValueError(
                 f"{root}: every {self._stride}-th state is rendered; clips.every allows {list(spec.every)} "
                 "control steps between two frames. Render more states, or give longer distances."
             )
-        features = read_json(root / "meta" / "info.json")["features"]
+        features = read_info(root)["features"]
         self._cameras = [name for name in features if name.startswith("observation.images.")]
         key = {"repo_id": origin["repo_id"], **fingerprint_frames(root)}
         stream = frames_stream(key, self._cameras, spec.frame_size, stride=self._stride)

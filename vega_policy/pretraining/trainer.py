@@ -344,7 +344,7 @@ def _by_index(tensors: list[Any]) -> dict[str, Tensor]:
 
 
 def _read_step(checkpoint: Path) -> int:
-    return read_json(checkpoint / "step.json")["step"]
+    return read_json(checkpoint / "step.json", "step")["step"]
 
 
 def learning_rate(settings: LearningSettings, step: int) -> float:

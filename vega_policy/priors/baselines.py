@@ -11,13 +11,14 @@ Frames that were not exported have no features, so such a prior serves training 
 dataset, not a robot.
 """
 
+import logging
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderKLWan
 from einops import rearrange, repeat
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
@@ -45,6 +46,8 @@ from vega_policy.run_dir import (
     require_folder,
     write_json,
 )
+
+logger = logging.getLogger(__name__)
 
 CELL = 16
 """Pixels of a frame for each token of the backbone, as with the diffusion priors."""
@@ -249,10 +252,16 @@ class FeatureWriter:
         folder.mkdir(parents=True, exist_ok=True)
         remove_partial(folder)
         self._folder, self._model = folder, model
-        self.was_complete = (folder / MANIFEST).is_file()
+        manifest = folder / MANIFEST
+        self._manifest: dict[str, Any] | None = read_json(manifest, "rows") if manifest.is_file() else None
         self._rows: list[int] = []
         self._shape: tuple[int, ...] | None = None
         self._frame_size = 0
+
+    @property
+    def was_complete(self) -> bool:
+        """Whether an earlier writer has completed the folder."""
+        return self._manifest is not None
 
     def skip(self, frames: Tensor) -> bool:
         """Return whether the next shard is there already; then it need not be added.
@@ -262,11 +271,16 @@ class FeatureWriter:
         """
         path = self._folder / SHARD.format(len(self._rows))
         if not path.is_file():
-            self._require_incomplete(f"{path} is missing")
+            if self._manifest is not None and len(self._rows) >= len(self._manifest["rows"]):
+                raise self._other(f"it has {len(self._rows)} shards, and there are more frames")
             return False
-        with safe_open(path, "pt") as file:
-            model = (file.metadata() or {}).get("model")
-        held = load_file(path)
+        try:
+            with safe_open(path, "pt") as file:
+                model = (file.metadata() or {}).get("model")
+            held = load_file(path)
+        except SafetensorError as error:
+            logger.warning("%s is damaged (%s) and computed again", path, error)
+            return False
         if model != self._model or not torch.equal(held["signature"], signature(frames).cpu()):
             raise OtherRunError(
                 f"{path} holds features of other frames or of another model ({model}). Delete {self._folder} "
@@ -309,17 +323,16 @@ class FeatureWriter:
         views, width, *grid = self._shape
         manifest = {"format": FORMAT, "model": self._model, "frame_size": self._frame_size}
         manifest |= {"views": views, "width": width, "grid": grid, "rows": self._rows}
-        if not self.was_complete:
+        if self._manifest is None:
             write_json(self._folder / MANIFEST, manifest)
-        elif read_json(self._folder / MANIFEST) != manifest:
-            self._require_incomplete(f"its {MANIFEST} differs from {manifest}")
+        elif self._manifest != manifest:
+            raise self._other(f"its {MANIFEST} differs from {manifest}")
 
-    def _require_incomplete(self, difference: str) -> None:
-        if self.was_complete:
-            raise OtherRunError(
-                f"{self._folder} is a complete export of other frames, or a damaged one: {difference}. "
-                "Delete it or name another folder."
-            )
+    def _other(self, difference: str) -> OtherRunError:
+        return OtherRunError(
+            f"{self._folder} is a complete export of other frames: {difference}. Delete it or name another "
+            "folder."
+        )
 
 
 class PrecomputedPrior(nn.Module):
@@ -332,7 +345,9 @@ class PrecomputedPrior(nn.Module):
     def __init__(self, folder: Path, grid: tuple[int, int]) -> None:
         """Raise a ValueError if the features are coarser than the grid (gh, gw), or of another format."""
         super().__init__()
-        self.manifest: dict[str, Any] = read_json(folder / MANIFEST)
+        self.manifest: dict[str, Any] = read_json(
+            folder / MANIFEST, "format", "grid", "width", "rows", "views", "frame_size"
+        )
         if self.manifest["format"] != FORMAT:
             raise ValueError(f"{folder} has format {self.manifest['format']}; this version reads {FORMAT}.")
         held = tuple(self.manifest["grid"])

@@ -238,7 +238,7 @@ def _packaged_text_encoder(config: dict[str, Any], weights: dict[str, Tensor]) -
 
 def read_step(checkpoint: Path) -> int:
     """Return the number of optimizer steps before a checkpoint."""
-    return read_json(checkpoint / STATE / STEP)["step"]
+    return read_json(checkpoint / STATE / STEP, "step")["step"]
 
 
 def load_raw_weights(checkpoint: Path, policy: VegaPolicy) -> None:

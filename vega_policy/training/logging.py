@@ -186,7 +186,7 @@ class Progress:
 def record_start(run: Path, step: int, processes: int) -> None:
     """Add this start, from `step` on, to the run's `provenance.json`."""
     path = run / PROVENANCE
-    starts = read_json(path, list) if path.is_file() else []
+    starts = read_json(path, kind=list) if path.is_file() else []
     now = datetime.now(UTC).isoformat(timespec="seconds")
     start = {"time": now, "from_step": step, "processes": processes, "command": sys.argv, **environment()}
     write_json(path, [*starts, start])
@@ -300,7 +300,7 @@ def complete_card(folder: Path, evaluations: Sequence[Path]) -> str:
     card = (folder / CARD).read_text().replace("FOLDER/pretrained_model", "FOLDER").rstrip()
     run = folder.resolve().parents[2]
     if folder.name == PRETRAINED and (run / PROVENANCE).is_file():
-        starts = read_json(run / PROVENANCE, list)
+        starts = read_json(run / PROVENANCE, kind=list)
         commands = [shlex.join(["python", *start["command"]]) for start in starts]
         card += "\n".join(["\n\n## Training\n", "```bash", *commands, "```\n"])
         card += f"\n{training_minutes(run):.1f} minutes of optimizer steps.\n"
@@ -313,7 +313,7 @@ def complete_card(folder: Path, evaluations: Sequence[Path]) -> str:
 
 
 def _evaluation_row(folder: Path, mark: str) -> str:
-    summary = read_json(folder / "summary.json")
+    summary = read_json(folder / "summary.json", "settings")
     settings = summary["settings"]
     if settings["checkpoint_sha256"] != mark:
         raise ValueError(
