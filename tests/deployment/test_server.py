@@ -3,6 +3,7 @@
 import contextlib
 import http.client
 import logging
+import re
 import select
 import socket
 import threading
@@ -349,6 +350,25 @@ def test_with_tls_only_clients_that_trust_the_certificate_connect(tmp_path):
                 PolicyClient(ServerAddress(f"wss://127.0.0.1:{port}", ca_file=file)).connect()
     with pytest.raises(ValueError, match="expected a ws://"):
         PolicyClient(ServerAddress("http://127.0.0.1:1")).connect()
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        "ws://",
+        "http://h:1",
+        "ws://h:x",
+        "ws://h:99999",
+        "ws://[::1",
+        "ws://h:0",
+        "ws://h#x",
+        "ws://" + "a" * 99,
+    ],
+)
+def test_what_is_no_address_of_a_server_is_named(url):
+    with pytest.raises(ValueError, match=rf"expected a ws:// or wss:// address, got '{re.escape(url)}'"):
+        PolicyClient(ServerAddress(url, timeout_seconds=2)).connect()
 
 
 def test_a_server_that_drips_its_tls_handshake_does_not_hold_the_client_longer_than_its_timeout(tmp_path):

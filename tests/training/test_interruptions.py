@@ -82,6 +82,13 @@ def test_a_file_in_place_of_the_output_or_the_cache_is_named_and_kept(tmp_path, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("program", [*RESUMABLE, "export"])
+def test_a_damaged_file_of_a_result_is_no_traceback(tmp_path, program):
+    messages = run_program("damage", program, tmp_path, 30)["messages"]
+    assert [message for message in messages if not message.startswith("message ")] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", [*RESUMABLE, "export"])
 def test_of_two_starts_at_once_one_is_refused_and_the_other_ends_as_alone(tmp_path, program):
     for message in run_program("twice", program, tmp_path, 2)["messages"]:
         held = r"FolderInUseError: .* is in use by process WINNER on \S+ since 2"

@@ -308,6 +308,21 @@ def test_a_run_from_before_a_field_existed_goes_on_with_its_default(root, tmp_pa
         train(tiny_run(root, tmp_path / "run", resume=True, dataset=cache_of(finished), compile=True))
 
 
+@pytest.mark.parametrize("wrote", ["write_text", "prune_checkpoints"])
+def test_a_start_that_was_killed_before_its_first_step_goes_on(root, tmp_path, monkeypatch, finished, wrote):
+    def die(*_, **__):
+        raise SystemExit
+
+    with monkeypatch.context() as killed:
+        killed.setattr(f"vega_policy.training.checkpoint.{wrote}", die)
+        with pytest.raises(SystemExit):
+            train(tiny_run(root, tmp_path / "run", resume=True))
+    (tmp_path / "run").mkdir(exist_ok=True)
+    (tmp_path / "run" / ".config.yaml.1.partial").touch()
+    resumed = train(tiny_run(root, tmp_path / "run", resume=True))
+    assert_bitwise_equal(finished / "checkpoints" / "last", resumed)
+
+
 def test_resuming_where_nothing_is_yet_starts_at_step_zero(root, tmp_path, finished):
     started = train(tiny_run(root, tmp_path / "new", resume=True))
     assert_bitwise_equal(finished / "checkpoints" / "last", started)

@@ -134,13 +134,26 @@ class _TLSConnection:
             self._plain.sendall(data)
 
 
+def _host(url: str) -> str:
+    """Return the host of an address; a ValueError if it is none."""
+    try:
+        parsed = urlsplit(url)
+        (parsed.hostname or "").encode("idna")
+        if parsed.scheme in ("ws", "wss") and parsed.hostname and parsed.port != 0:
+            return parsed.hostname
+        error = "no ws:// or wss://, host or port"
+    except ValueError as reason:
+        error = str(reason)
+    raise ValueError(f"expected a ws:// or wss:// address, got {url!r}: {error}")
+
+
 class PolicyClient:
     """Client of a policy server, one session at a time; not to be shared between threads."""
 
     def __init__(self, address: ServerAddress) -> None:
         self._address = address
         self._token = read_token(address.token_file)
-        host = urlsplit(address.url).hostname or ""
+        host = _host(address.url)
         if not (self._token is None or address.url.startswith("wss://") or protocol.is_loopback(host)):
             logger.warning("%s: without TLS the token and all frames can be read on the network", address.url)
         self._connection: ClientConnection | None = None
@@ -177,7 +190,7 @@ class PolicyClient:
                 self._check_same(hello.policy)
                 on_failure.pop_all()
         except InvalidURI as error:
-            raise ValueError(f"expected a ws:// or wss:// address, got {url!r}") from error
+            raise ValueError(f"expected a ws:// or wss:// address, got {url!r}: {error}") from error
         except InvalidStatus as error:
             if error.response.status_code == 401:
                 raise PermissionError(f"{url} does not accept the token of this client") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import hmac
 import json
 import logging
@@ -54,6 +55,7 @@ logger = logging.getLogger(__name__)
 
 MIN_TOKEN_LENGTH = 24
 _MOST_MESSAGES = 100
+_CLOSED_PER_COLLECTION = 100
 DEFAULT_LIMITS = MessageLimits(8 * 2**20, rows=16, frame_side=1280, requests_per_second=50.0)
 
 
@@ -239,6 +241,8 @@ class PolicyServer:
                 logger.warning("without TLS the token and all frames can be read on the network")
             if started is not None:
                 started(port)
+            gc.collect()
+            gc.freeze()  # what imports have made: collecting is a matter of milliseconds then
             with limited_logs("asyncio", "websockets.server", __name__):
                 await stop.wait()
                 await self._shut_down(server)
@@ -464,8 +468,18 @@ class _Listener(socket.socket):
     def __init__(self, host: str, port: int, most: int, on_refusal: Callable[[], None]) -> None:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         super().__init__(fileno=socket.create_server((host, port), family=family).detach())
-        self.open = 0
+        self.open = self._closed = 0
         self._most, self._on_refusal = most, on_refusal
+
+    def count_closed(self) -> None:
+        """Count a closed connection; collect garbage at times.
+
+        A TLS handshake that was cut off is a reference cycle with a buffer of 256 KiB.
+        """
+        self.open -= 1
+        self._closed += 1
+        if self._closed % _CLOSED_PER_COLLECTION == 0:
+            gc.collect()
 
     def accept(self) -> tuple[socket.socket, Any]:
         """Return a connection and its address; a ConnectionAbortedError where it was closed at once."""
@@ -486,7 +500,7 @@ class _CountedConnection(socket.socket):
 
     def close(self) -> None:
         if self._listener is not None:
-            self._listener.open -= 1
+            self._listener.count_closed()
             self._listener = None
         super().close()
 

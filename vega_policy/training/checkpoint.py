@@ -343,11 +343,12 @@ def claim_folder(config: TrainConfig, values: dict[str, Any], step: int) -> None
         step: Step that the run resumes from; later checkpoints are damaged ones.
     """
     folder = Path(config.output_dir)
-    (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
     remove_partial(folder)
     remove_partial(folder / CHECKPOINTS)
-    # Also of a run that resumes: its steps, or the place of its data, may be others now.
+    # Also of a run that resumes: its steps, or the place of its data, may be others now. It comes first: a
+    # folder without it, of a start that was killed, would be refused.
     write_text(folder / CONFIG, yaml.safe_dump(values | {"resume": False}, sort_keys=False))
+    (folder / CHECKPOINTS).mkdir(exist_ok=True)
     set_aside_after(folder, step)
     prune_checkpoints(folder, keep_last=None, keep_best=config.keep_best)
 
