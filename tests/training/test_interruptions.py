@@ -101,6 +101,7 @@ def test_of_two_starts_at_once_one_is_refused_and_the_other_ends_as_alone(tmp_pa
 def test_nothing_needs_a_home_that_can_be_written_to(tmp_path, program):
     home = tmp_path / "home"
     home.mkdir()
+    (tmp_path / "run").mkdir()
     mount = f"mount -t tmpfs tmpfs {home}; mount -o remount,ro {home}"
     run_program("kill", program, tmp_path / "run", 0, mount, HOME=str(home))
 
