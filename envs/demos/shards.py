@@ -12,6 +12,7 @@ import importlib.metadata
 import io
 import json
 import logging
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -281,6 +282,20 @@ def _quiet_lerobot(*, bars: bool = False) -> Iterator[None]:
         logging.disable(disabled)
 
 
+@contextlib.contextmanager
+def _datasets_cache(parent: Path) -> Iterator[None]:
+    """Let Hugging Face datasets cache below `parent` for a while: a home may be read-only or small."""
+    import datasets
+
+    before = datasets.config.HF_DATASETS_CACHE
+    with tempfile.TemporaryDirectory(dir=parent, prefix=".cache-") as folder:
+        datasets.config.HF_DATASETS_CACHE = folder
+        try:
+            yield
+        finally:
+            datasets.config.HF_DATASETS_CACHE = before
+
+
 def read_summary(folder: Path) -> ShardSummary:
     """Return the content of a whole shard."""
     summary = read_json(folder / MANIFEST)["summary"]
@@ -305,7 +320,10 @@ def merge_shards(folders: Sequence[Path], root: Path, repo_id: str) -> None:
     from lerobot.datasets.aggregate import aggregate_datasets
     from safetensors.numpy import load_file
 
-    with _quiet_lerobot(bars=True):  # LeRobot's merge_datasets, without decoding a frame of each shard
+    with (
+        _datasets_cache(root.parent),
+        _quiet_lerobot(bars=True),
+    ):  # LeRobot's merge_datasets, without decoding a frame of each shard
         roots = [folder / DATASET for folder in folders]
         aggregate_datasets(
             [repo_id] * len(roots),
