@@ -285,15 +285,15 @@ def _quiet_lerobot(*, bars: bool = False) -> Iterator[None]:
 @contextlib.contextmanager
 def _datasets_cache(parent: Path) -> Iterator[None]:
     """Let Hugging Face datasets cache below `parent` for a while: a home may be read-only or small."""
-    import datasets
+    from datasets import config
 
-    before = datasets.config.HF_DATASETS_CACHE
+    before = config.HF_DATASETS_CACHE
     with tempfile.TemporaryDirectory(dir=parent, prefix=".cache-") as folder:
-        datasets.config.HF_DATASETS_CACHE = folder
+        config.HF_DATASETS_CACHE = folder
         try:
             yield
         finally:
-            datasets.config.HF_DATASETS_CACHE = before
+            config.HF_DATASETS_CACHE = before
 
 
 def read_summary(folder: Path) -> ShardSummary:
