@@ -167,6 +167,10 @@ class ManipulationEnv(gymnasium.Env, abc.ABC):
         self._mujoco.mj_comPos(self.model, self.data)
         self._mujoco.mj_camlight(self.model, self.data)
 
+    def refresh_contacts(self) -> None:
+        """Find the contacts of the present poses."""
+        self._mujoco.mj_collision(self.model, self.data)
+
     def simulator_state(self) -> np.ndarray:
         """Return the physical state, float64 [n]; fixed bodies are placed by the episode's seed."""
         parts = self._state_parts

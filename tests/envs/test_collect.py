@@ -14,6 +14,8 @@ from pathlib import Path
 
 import av
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from lerobot.configs import RGBEncoderConfig
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
@@ -25,7 +27,17 @@ from envs.base import DEMONSTRATION_SEEDS, EVALUATION_SEED
 from envs.demos import DemonstrationOptions
 from envs.demos import collect as collection
 from envs.demos.collect import CollectionSettings, Job, Workers, collect, context
-from envs.demos.shards import CODECS, METADATA, Demonstrator, read_metadata, read_shard, record
+from envs.demos.shards import (
+    CODECS,
+    METADATA,
+    Demonstrator,
+    VisitedStates,
+    is_holding,
+    read_metadata,
+    read_shard,
+    record,
+)
+from envs.demos.states import read_states
 
 SETTINGS = CollectionSettings(
     "lift_wide",
@@ -257,6 +269,81 @@ def test_a_worker_that_dies_costs_no_more_than_its_shard(root, tmp_path, caplog)
         assert np.array_equal(load_file(job.folder / "states.safetensors")["episode_000000"], expected)
 
 
+def write_visits(folder, episodes, **settings):
+    """What `vega-eval keep_states=true` leaves of LiftWide; episodes are (seed, states [t n])."""
+    rows = [
+        {"suite": "lift_wide", "task_index": 0, "index": index, "seed": seed, "perturbation": "none"}
+        for index, (seed, _) in enumerate(episodes)
+    ]
+    (folder / "trajectories").mkdir(parents=True)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "episodes.parquet")
+    (folder / "settings.json").write_text(json.dumps({"official_states": False, **settings}))
+    for index, (_, states) in enumerate(episodes):
+        np.save(folder / "trajectories" / f"{index:05d}_000_failure.npy", states)
+    return folder
+
+
+def collect_command(arguments):
+    script = Path(__file__).parents[2] / "scripts" / "collect_demos.py"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [str(script), *arguments])
+        runpy.run_path(str(script), run_name="__main__")
+
+
+def test_a_demonstration_takes_over_where_a_policy_has_been(env, tmp_path):
+    shown = record(env, 7, Demonstrator())
+    held = [step for step, state in enumerate(shown.states) if (env.restore(state), is_holding(env))[1]]
+    assert held == list(range(held[0], len(shown.states)))  # from the grasp to the end
+    visited = VisitedStates(write_visits(tmp_path / "visits", [(7, shown.states)]))
+    begun = [record(env, seed, Demonstrator(), visited=visited) for seed in (1, 2, 3)]
+    assert {one.seed for one in begun} == {7}  # of the scene, which rendering resets
+    steps = [np.flatnonzero((shown.states == one.states[0]).all(axis=1)).item() for one in begun]
+    assert len(set(steps)) > 1
+    assert max(steps) < held[0]
+
+
+def test_a_collection_begins_in_visited_states_and_refuses_others_when_it_resumes(env, tmp_path):
+    shown = record(env, 7, Demonstrator())
+    visits = write_visits(tmp_path / "visits", [(7, shown.states[:5])])
+    arguments = [
+        *("env=lift_wide", "format=states", f"starts={visits}", "episodes_per_task=2", "processes=1"),
+        f"root={tmp_path / 'after'}",
+    ]
+    collect_command(arguments)
+    episodes = read_states(tmp_path / "after.safetensors")
+    assert [episode.seed for episode in episodes] == [7, 7]
+    for episode in episodes:
+        assert (shown.states[:5] == episode.initial).all(axis=1).any()
+    shutil.rmtree(visits)
+    write_visits(visits, [(8, shown.states[:5])])
+    with pytest.raises(SystemExit, match="starts_hash"):
+        collect_command(arguments)
+
+
+@pytest.mark.parametrize(
+    ("settings", "changed", "message"),
+    [
+        ({"official_states": True}, {}, "began in official initial states. Evaluate anew: vega-eval"),
+        ({}, {"perturbation": "camera"}, "were perturbed"),
+        ({}, {"suite": "stack"}, "has no states of lift_wide. Evaluate with keep_states=true"),
+    ],
+)
+def test_visits_that_teach_nothing_or_too_much_are_refused(env, tmp_path, settings, changed, message):
+    env.reset_blindly(seed=7)
+    folder = write_visits(tmp_path / "visits", [(7, env.simulator_state()[None])], **settings)
+    rows = pyarrow.parquet.read_table(folder / "episodes.parquet").to_pylist()
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_pylist([row | changed for row in rows]), folder / "episodes.parquet"
+    )
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        record(env, 1, Demonstrator(), visited=VisitedStates(folder))
+
+
+def test_starts_without_an_evaluation_say_how_to_make_one(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"holds no evaluation. Make one: vega-eval checkpoint="):
+        VisitedStates(tmp_path)
+
+
 def test_a_demonstrator_that_never_succeeds_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(collection, "record", lambda env, seed, demonstrator, **options: None)
     monkeypatch.setattr(collection, "MAX_ATTEMPTS", 4)
@@ -311,7 +398,7 @@ def test_tasks_outside_the_suite_are_refused(tmp_path):
         collect(replace(SETTINGS, tasks=(7,)), tmp_path / "none", processes=1)
 
 
-def test_the_script_skips_a_finished_dataset_and_reports_errors_in_one_line(root, monkeypatch, capsys):
+def test_the_script_skips_a_finished_dataset_and_reports_errors_in_one_line(root, capsys):
     arguments = [
         "env=lift_wide",
         f"root={root}",
@@ -320,13 +407,10 @@ def test_the_script_skips_a_finished_dataset_and_reports_errors_in_one_line(root
         "episodes_per_shard=1",
         "demonstrator.noise=0.2",
     ]
-    script = Path(__file__).parents[2] / "scripts" / "collect_demos.py"
-    monkeypatch.setattr(sys, "argv", [str(script), *arguments, "env.frame_size=32"])
-    runpy.run_path(str(script), run_name="__main__")
+    collect_command([*arguments, "env.frame_size=32"])
     printed = capsys.readouterr().out
     assert "nothing to collect" in printed
     assert "lift_wide: 3 demonstrations" in printed
-    monkeypatch.setattr(sys, "argv", [str(script), *arguments, "env.frame_size=64"])
     message = rf"^[^\n]*{root} holds a run with other settings: frame_size \(stored: 32[^\n]*$"
     with pytest.raises(SystemExit, match=message):
-        runpy.run_path(str(script), run_name="__main__")
+        collect_command([*arguments, "env.frame_size=64"])

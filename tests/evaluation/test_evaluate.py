@@ -81,6 +81,18 @@ class RowSeeker(GoalSeeker):
         return chunk.astype(np.float32)
 
 
+def test_the_states_of_all_episodes_are_kept_if_asked_for(tmp_path):
+    evaluate(tmp_path / "run", keep_states=True, videos=1)
+    assert len(list((tmp_path / "run" / "videos").glob("*.mp4"))) == 2
+    for result in read_episodes(tmp_path / "run"):
+        (path,) = (tmp_path / "run" / "trajectories").glob(
+            f"{result.index:05d}_{result.task_index:03d}_*.npy"
+        )
+        states = np.load(path)
+        assert len(states) == result.length + 1
+        assert [state_hash(states[0]), state_hash(states[-1])] == [result.initial_hash, result.final_hash]
+
+
 def test_results_depend_on_neither_processes_nor_timing_nor_padding(tmp_path):
     evaluate(tmp_path / "one", policy=RowSeeker())
     for processes in (2, 5):

@@ -244,13 +244,13 @@ class Shard:
 class EvaluationFolder:
     """An evaluation on disk, locked; opening it again with the same settings resumes it."""
 
-    def __init__(self, path: Path, settings: dict[str, Any], *, kept_videos: int = 0) -> None:
+    def __init__(self, path: Path, settings: dict[str, Any], *, kept: int | None = 0) -> None:
         """Open or begin an evaluation.
 
         Args:
             path: The folder.
             settings: All that decides the results, as JSON values.
-            kept_videos: Of how many successes and failures the simulator states are kept.
+            kept: Of how many successes and failures the simulator states are kept; None keeps all.
 
         Raises:
             OtherRunError: If the folder holds an evaluation with other settings, or other files.
@@ -262,7 +262,7 @@ class EvaluationFolder:
             lock.enter_context(open_run(path, self.settings, may_hold=[SHARD_FOLDER]))
             self._results = read_episodes(path) if (path / EPISODES_FILE).is_file() else []
             self.progress = Progress.read(path / PROGRESS_FILE)
-            self.trajectories = Trajectories(path / TRAJECTORY_FOLDER, kept_videos)
+            self.trajectories = Trajectories(path / TRAJECTORY_FOLDER, kept)
             self._lock = lock.pop_all()
 
     def results(self, ablation: str) -> list[EpisodeResult]:
@@ -341,13 +341,13 @@ class Progress:
 
 
 class Trajectories:
-    """Simulator states of the first successes and failures, kept to render their videos afterwards.
+    """Simulator states of the first successes and failures, to render their videos afterwards, or of all.
 
     "First" is by episode index across tasks, not by time, so that the choice is repeatable.
     """
 
-    def __init__(self, folder: Path, keep: int) -> None:
-        """Open the folder; of successes and of failures `keep` are kept each."""
+    def __init__(self, folder: Path, keep: int | None) -> None:
+        """Open the folder; of successes and of failures `keep` are kept each, all with None."""
         self._folder = folder
         self._keep = keep
 
@@ -358,6 +358,8 @@ class Trajectories:
         buffer = io.BytesIO()
         np.save(buffer, states)
         write_bytes(self._path(result), buffer.getvalue())
+        if self._keep is None:
+            return
         # Names begin with the episode's index, then the task's: their order is the order of choice.
         kind = self._path(result).stem.rpartition("_")[-1]
         for path in sorted(self._folder.glob(f"*_{kind}.npy"))[self._keep :]:

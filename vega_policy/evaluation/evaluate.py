@@ -73,6 +73,7 @@ class EvaluationSettings:
     videos: int = 3  # number of successes and of failures that are rendered to videos
     video_frame_size: int = 256  # pixels
     latency_calls: int = 20  # timed policy calls with a single observation
+    keep_states: bool = False  # of all episodes, not only of those with videos
     perturbation: str = "none"  # axis along which the environments change every episode
     perturbation_strength: float = 0.5  # in (0, 1]
 
@@ -87,6 +88,8 @@ class EvaluationSettings:
         free = {"latency_calls"} if self.mixes_rows else {"latency_calls", "processes"}
         if self.perturbation == "none":  # as evaluations from before there were any
             free |= {"perturbation", "perturbation_strength"}
+        if not self.keep_states:
+            free |= {"keep_states"}
         return {name: value for name, value in asdict(self).items() if name not in free}
 
     @property
@@ -113,7 +116,7 @@ def read_settings(
     suite have them; the batch size defaults by `device`.
     """
     ablations, indices, official = config["ablations"], config["tasks"], config["official_states"]
-    numbers = ("episodes_per_task", "seed", "processes", "videos", "video_frame_size", "latency_calls")
+    plain = ("episodes_per_task", "seed", "processes", "videos", "video_frame_size", "latency_calls")
     return EvaluationSettings(
         suite=suite,
         tasks=None if indices is None else tuple(indices),
@@ -122,7 +125,7 @@ def read_settings(
         batch_size=config["batch_size"] or default_batch_size(device),
         perturbation=perturbation,
         perturbation_strength=config["env"]["perturbation_strength"],
-        **{name: config[name] for name in numbers},
+        **{name: config[name] for name in (*plain, "keep_states")},
     )
 
 
@@ -313,7 +316,9 @@ class Evaluation:
         self._instructions = [task.instruction for task in tasks] if prompts is None else list(prompts)
         self._groups = {task.name: task.group for task in tasks}
         path, decisive = self._shard.folder(folder), {**provenance, **settings.decisive()}
-        self._folder = EvaluationFolder(path, decisive, kept_videos=settings.videos)
+        self._folder = EvaluationFolder(
+            path, decisive, kept=None if settings.keep_states else settings.videos
+        )
         if self._shard.count == 1:
             self._folder.gather_shards(settings.ablations[0])
         for ablation in settings.ablations:
@@ -376,7 +381,7 @@ class Evaluation:
         is_main = ablation == self.settings.ablations[0]
         pool.open(
             render=policy.reads_frames,
-            keep_states=is_main and self.settings.videos > 0,
+            keep_states=is_main and (self.settings.keep_states or self.settings.videos > 0),
             history=policy.description.history,
         )
         rollout = Rollout(
