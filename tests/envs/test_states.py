@@ -15,10 +15,10 @@ from vega_policy.run_dir import OtherRunError
 
 SHIPPED = Path(__file__).parents[2] / "assets" / "demonstrations" / "libero"
 DEMONSTRATIONS = {  # of each task, and the instants of all
-    "libero_spatial": ([25, 28, 29, 32, 48, 23, 30, 26, 33, 50], 39590),
-    "libero_object": ([33, 40, 35, 40, 34, 41, 37, 32, 38, 30], 46104),
-    "libero_goal": ([47, 43, 32, 30, 34, 28, 38, 39, 45, 42], 45545),
-    "libero_10": ([30, 34, 42, 27, 39, 50, 43, 38, 26, 20], 76579),
+    "libero_spatial": ([50, 48, 49, 52, 48, 48, 50, 51, 53, 50], 59198),
+    "libero_object": ([48, 40, 50, 40, 49, 41, 37, 32, 38, 50], 54359),
+    "libero_goal": ([47, 43, 52, 50, 49, 48, 53, 39, 45, 42], 60621),
+    "libero_10": ([50, 49, 42, 60, 39, 50, 60, 38, 51, 80], 128083),
 }
 
 
