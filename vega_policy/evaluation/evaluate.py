@@ -93,6 +93,11 @@ class EvaluationSettings:
         return {name: value for name, value in asdict(self).items() if name not in free}
 
     @property
+    def kept(self) -> int | None:
+        """Of how many successes and failures the simulator states are kept; None: of all episodes."""
+        return None if self.keep_states else self.videos
+
+    @property
     def mixes_rows(self) -> bool:
         """Whether an ablation exchanges features between the rows of a batch."""
         return not all(ABLATIONS[name].rows_independent for name in self.ablations)
@@ -316,9 +321,7 @@ class Evaluation:
         self._instructions = [task.instruction for task in tasks] if prompts is None else list(prompts)
         self._groups = {task.name: task.group for task in tasks}
         path, decisive = self._shard.folder(folder), {**provenance, **settings.decisive()}
-        self._folder = EvaluationFolder(
-            path, decisive, kept=None if settings.keep_states else settings.videos
-        )
+        self._folder = EvaluationFolder(path, decisive, kept=settings.kept)
         if self._shard.count == 1:
             self._folder.gather_shards(settings.ablations[0])
         for ablation in settings.ablations:
@@ -381,7 +384,7 @@ class Evaluation:
         is_main = ablation == self.settings.ablations[0]
         pool.open(
             render=policy.reads_frames,
-            keep_states=is_main and (self.settings.keep_states or self.settings.videos > 0),
+            keep_states=is_main and self.settings.kept != 0,
             history=policy.description.history,
         )
         rollout = Rollout(
