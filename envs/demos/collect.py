@@ -82,20 +82,12 @@ class CollectionSettings:
             raise ValueError(f"unknown format {self.format!r}; known: lerobot, states")
         if self.video not in CODECS:
             raise ValueError(f"unknown video {self.video!r}; known: {', '.join(CODECS)}")
-        if self.layouts not in LAYOUTS:
-            raise ValueError(f"layouts: expected one of {', '.join(LAYOUTS)}; got {self.layouts!r}.")
-        if self.layouts != "standard" and self.suite not in envs.LIBERO_SUITES:
-            raise ValueError(
-                f"layouts={self.layouts}: expected one of the suites {', '.join(envs.LIBERO_SUITES)}; "
-                f"got {self.suite!r}. Leave layouts out."
-            )
+        self._check_scenes()
         if self.format == "lerobot" and self.frame_size <= BLOCK:
             raise ValueError(f"expected frame_size above {BLOCK} for videos, got {self.frame_size}")
         for name in ("episodes_per_task", "episodes_per_shard"):
             if vars(self)[name] < 1:
                 raise ValueError(f"expected {name} of at least 1, got {vars(self)[name]}")
-        if self.starts is not None and self.layouts != "standard":
-            raise ValueError("starts: the evaluation decides the layouts. Leave layouts out.")
         if self.skip < 0 or (self.format != "states" and self.skip % self.episodes_per_shard):
             raise ValueError(
                 f"expected skip to be a multiple of episodes_per_shard={self.episodes_per_shard}, "
@@ -108,6 +100,17 @@ class CollectionSettings:
                 f"{self.episodes_per_shard}, got skip={self.skip} and "
                 f"episodes_per_task={self.episodes_per_task}"
             )
+
+    def _check_scenes(self) -> None:
+        if self.layouts not in LAYOUTS:
+            raise ValueError(f"layouts: expected one of {', '.join(LAYOUTS)}; got {self.layouts!r}.")
+        if self.layouts != "standard" and self.suite not in envs.LIBERO_SUITES:
+            raise ValueError(
+                f"layouts={self.layouts}: expected one of the suites {', '.join(envs.LIBERO_SUITES)}; "
+                f"got {self.suite!r}. Leave layouts out."
+            )
+        if self.starts is not None and self.layouts != "standard":
+            raise ValueError("starts: the evaluation decides the layouts. Leave layouts out.")
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> CollectionSettings:
