@@ -258,7 +258,7 @@ def test_auto_says_once_that_it_takes_the_fast_path(caplog):
 
 
 def test_an_unknown_engine_is_refused():
-    with pytest.raises(ValueError, match=r"'plain', 'fast' or 'auto'; got 'turbo'"):
+    with pytest.raises(ValueError, match=r"prior\.engine: expected one of plain, fast, auto; got 'turbo'"):
         PriorConfig(engine="turbo")
 
 
