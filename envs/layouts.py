@@ -57,6 +57,10 @@ GRID = 0.01  # m between points inside an outline
 SIDES = re.compile(r"\b(left|right|front|back|middle)\b")
 
 
+class NoLayoutError(RuntimeError):
+    """No random layout of a scene fits."""
+
+
 @dataclass(frozen=True)
 class Group:
     """Objects that move as one."""
@@ -91,7 +95,7 @@ def draw_layout(
         radius: How far (m) from where the reset put it an object may go.
 
     Raises:
-        RuntimeError: If none of `MAX_DRAWS` layouts fits.
+        NoLayoutError: If none of `MAX_DRAWS` layouts fits.
     """
     reason = ""
     for draw in range(MAX_DRAWS):
@@ -101,7 +105,7 @@ def draw_layout(
         reason = layout.fault()
         if not reason:
             return draw + 1
-    raise RuntimeError(
+    raise NoLayoutError(
         f"none of {MAX_DRAWS} random layouts of {env.task.name} with seed {seed} fits (the last: {reason}); "
         "use standard layouts for this task"
     )

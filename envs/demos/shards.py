@@ -24,7 +24,10 @@ import envs
 from envs.base import ManipulationEnv, Task
 from envs.demos import DemonstrationOptions, demonstrate
 from envs.demos.states import StateEpisode, write_states
+from envs.layouts import NoLayoutError
 from vega_policy.run_dir import atomic_folder, read_json, write_json
+
+logger = logging.getLogger(__name__)
 
 DEMONSTRATOR_STREAM = 1  # separates a demonstrator's random numbers from the reset's, which use the bare seed
 MOST_STARTS = 50  # states that are drawn until one has an empty hand
@@ -184,7 +187,11 @@ def record(
     else:
         options: dict[str, Any] = {} if initial_state is None else {"initial_state": initial_state}
         options |= {} if layout == "standard" else {"layout": layout}
-        env.reset_blindly(seed=seed, options=options)
+        try:
+            env.reset_blindly(seed=seed, options=options)
+        except NoLayoutError as error:  # counted as a failure of this seed
+            logger.info("%s", error)
+            return None
     states, actions, noisy, success = [], [], [], False  # no action where the task is done at the start
     for executed, clean in demonstrate(env, rng=rng, noise=noise, options=demonstrator.options):
         states.append(env.simulator_state())  # after the first action is planned, which may move the start
