@@ -74,6 +74,7 @@ class CollectionSettings:
     format: str = "lerobot"  # or "states": one file of simulator states, without frames
     layouts: str = "standard"  # or "random": LIBERO's objects anywhere in reach
     starts: str | None = None  # folder of an evaluation with the states of its episodes; see `VisitedStates`
+    starts_before: int | None = None  # steps of an episode in which they lie; None: anywhere
     starts_hash: str | None = None  # of these episodes, filled in
 
     def __post_init__(self) -> None:
@@ -111,6 +112,8 @@ class CollectionSettings:
             )
         if self.starts is not None and self.layouts != "standard":
             raise ValueError("starts: the evaluation decides the layouts. Leave layouts out.")
+        if self.starts_before is not None and (self.starts is None or self.starts_before < 1):
+            raise ValueError(f"starts_before: expected at least 1, and starts; got {self.starts_before}.")
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> CollectionSettings:
@@ -126,6 +129,7 @@ class CollectionSettings:
             "format",
             "layouts",
             "starts",
+            "starts_before",
         )
         values = {**config["env"], **{name: config[name] for name in names}}
         if values["starts"] is not None:
@@ -450,10 +454,11 @@ def _stored(job: Job, source: Path, env: ManipulationEnv, report: Report) -> Ite
 
 def _successes(job: Job, env: ManipulationEnv, report: Report) -> Iterator[Recording]:
     found = attempts = 0
-    visited = None if job.settings.starts is None else VisitedStates(Path(job.settings.starts))
+    settings = job.settings
+    visited = settings.starts and VisitedStates(Path(settings.starts), settings.starts_before)
     seeds = job.seeds[: MAX_ATTEMPTS * job.episodes]
     for seed in seeds:
-        options = {"layout": job.settings.layouts, "visited": visited}
+        options = {"layout": settings.layouts, "visited": visited}
         recording = record(env, seed, job.settings.demonstrator, **options)
         attempts += 1
         if recording is not None:

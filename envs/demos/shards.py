@@ -105,13 +105,17 @@ class VisitedStates:
     What a demonstrator does there shows how to go on after a policy's errors, which its own demonstrations
     never meet (DAgger; Ross et al., arXiv 1011.0686).
 
+    Args:
+        folder: The evaluation, with `keep_states=true`.
+        before: Take states of the first so many steps of an episode: lost hands are often beyond help later.
+
     Raises:
         FileNotFoundError: If the folder holds no evaluation with the states of its episodes.
         ValueError: If the episodes began in official initial states, which no training data may show, or were
             perturbed.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, before: int | None = None) -> None:
         import pyarrow.parquet
 
         table = folder / "episodes.parquet"
@@ -119,7 +123,8 @@ class VisitedStates:
         if not table.is_file():
             raise FileNotFoundError(f"starts: {folder} holds no evaluation. Make one: {how}")
         self.fingerprint = hashlib.sha256(table.read_bytes()).hexdigest()
-        self._folder, self._episodes = folder, pyarrow.parquet.read_table(table).to_pylist()
+        self._folder, self._before = folder, before
+        self._episodes = pyarrow.parquet.read_table(table).to_pylist()
         if json.loads((folder / "settings.json").read_text()).get("official_states"):
             raise ValueError(f"starts: {folder} began in official initial states. Evaluate anew: {how}")
         if any((episode.get("perturbation") or "none") != "none" for episode in self._episodes):
@@ -144,7 +149,7 @@ class VisitedStates:
             )
         for _ in range(MOST_STARTS):
             path = sorted(kept)[rng.integers(len(kept))]
-            states = np.load(path, mmap_mode="r")
+            states = np.load(path, mmap_mode="r")[: self._before]
             env.reset_blindly(seed=kept[path])  # places bodies that no simulator state holds
             env.restore(states[rng.integers(len(states))].copy())
             if not is_holding(env):

@@ -300,6 +300,8 @@ def test_a_demonstration_takes_over_where_a_policy_has_been(env, tmp_path):
     steps = [np.flatnonzero((shown.states == one.states[0]).all(axis=1)).item() for one in begun]
     assert len(set(steps)) > 1
     assert max(steps) < held[0]
+    early = VisitedStates(tmp_path / "visits", before=1)
+    assert np.array_equal(record(env, 1, Demonstrator(), visited=early).states[0], shown.states[0])
 
 
 def test_a_collection_begins_in_visited_states_and_refuses_others_when_it_resumes(env, tmp_path):
@@ -362,6 +364,7 @@ def test_a_demonstrator_that_never_succeeds_is_an_error(tmp_path, monkeypatch):
         ({"rendering": "quick"}, "Unknown rendering profile 'quick'"),
         ({"frame_size": 16}, "frame_size above 16 for videos, got 16"),
         ({"video": "gif"}, "unknown video 'gif'; known: lossless, h264"),
+        ({"starts_before": 5}, "starts_before: expected at least 1, and starts; got 5"),
     ],
 )
 def test_settings_out_of_range_are_refused(change, message):
