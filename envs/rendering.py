@@ -68,21 +68,49 @@ def load_mujoco() -> Any:
     """Import mujoco, set up for headless rendering unless the user chose otherwise with MUJOCO_GL.
 
     Raises:
-        RuntimeError: If mujoco is missing or of another version than the simulators need, or EGL is missing.
+        RuntimeError: If mujoco is missing or of another version than the simulators need, EGL is missing, or
+            the environment's variables name no back-end or device.
     """
     check_mujoco_version()
     if sys.platform == "linux":
         os.environ.setdefault("MUJOCO_GL", "egl")
     if _uses_egl():
         check_egl()
-    with quiet_import():
+    with explained_back_end(), quiet_import():
         import mujoco
         import mujoco.gl_context
-    if _uses_egl():  # mujoco keeps its own default if it was imported before EGL was chosen here
-        from mujoco.egl import GLContext
 
-        mujoco.GLContext = mujoco.gl_context.GLContext = GLContext
+        if _uses_egl():  # mujoco keeps its own default if it was imported before EGL was chosen here
+            from mujoco.egl import GLContext, egl_ext
+
+            mujoco.GLContext = mujoco.gl_context.GLContext = GLContext
+            if chosen := os.environ.get("MUJOCO_EGL_DEVICE_ID"):
+                _check_device(chosen, len(egl_ext.eglQueryDevicesEXT()))
     return mujoco
+
+
+def _check_device(chosen: str, count: int) -> None:
+    """Refuse a device that MuJoCo would refuse at the first frame, which may be in another process."""
+    if not (chosen.isdecimal() and int(chosen) < count):
+        raise ValueError(f"MUJOCO_EGL_DEVICE_ID: expected a number from 0 to {count - 1}")
+
+
+@contextmanager
+def explained_back_end() -> Iterator[None]:
+    """Turn errors of rendering back-ends, which are of many types, into one that names their settings.
+
+    Raises:
+        RuntimeError: Says what the variables are and what to do.
+    """
+    try:
+        yield
+    except Exception as error:
+        names = ("MUJOCO_GL", "MUJOCO_EGL_DEVICE_ID", "PYOPENGL_PLATFORM", "CUDA_VISIBLE_DEVICES")
+        chosen = ", ".join(f"{name}={os.environ[name]!r}" for name in names if name in os.environ)
+        raise RuntimeError(
+            f"rendering cannot start with {chosen or 'no variable set'} ({type(error).__name__}: {error}). "
+            "Expected MUJOCO_GL to be egl, osmesa or glfw; leave the other variables out, or try vega-doctor."
+        ) from error
 
 
 def _uses_egl() -> bool:
@@ -239,9 +267,10 @@ class _Screen:
         mujoco = load_mujoco()
         self._mujoco, self._model = mujoco, model
         model.vis.global_.offwidth = model.vis.global_.offheight = size  # the buffer has the frame's size
-        self._context = mujoco.GLContext(size, size)
-        self._context.make_current()
-        self._buffer = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_100)
+        with explained_back_end():
+            self._context = mujoco.GLContext(size, size)
+            self._context.make_current()
+            self._buffer = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_100)
         self._scene = mujoco.MjvScene(model, maxgeom=10_000)
         self._camera = mujoco.MjvCamera()
         self._camera.type = mujoco.mjtCamera.mjCAMERA_FIXED

@@ -112,8 +112,14 @@ def load_robosuite() -> ModuleType:
     """
     load_mujoco()
     chosen = os.environ.get("MUJOCO_GL")
-    with quiet_import():
-        import robosuite
+    try:
+        with quiet_import():
+            import robosuite
+    except AssertionError as error:  # it compares two variables when it is imported
+        raise RuntimeError(
+            f"robosuite: {error}; got MUJOCO_EGL_DEVICE_ID={os.environ.get('MUJOCO_EGL_DEVICE_ID')!r} and "
+            f"CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES')!r}. Leave the first one out."
+        ) from error
     if chosen is not None:
         os.environ["MUJOCO_GL"] = chosen  # robosuite's import sets it to EGL
 

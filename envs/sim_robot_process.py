@@ -101,13 +101,15 @@ class WallClockRobot:
         return self._is_closed or self.failure is not None
 
     def run(self) -> None:
-        """Step until closed; a failure's traceback is kept in `failure`."""
+        """Step until closed; what made it fail is kept in `failure`."""
         environment = None
         try:
             environment = self._make()
             self._run_episodes(environment)
-        except (RuntimeError, ValueError, OSError, ImportError):
-            self.failure = traceback.format_exc()
+        except (RuntimeError, ValueError, OSError, ImportError) as error:
+            from vega_policy import describe_error  # found only now: `main` sets the search path
+
+            self.failure = describe_error(error)
         finally:
             if not self._is_closed and self.failure is None:  # an unexpected type, a bug; it propagates
                 self.failure = traceback.format_exc()

@@ -7,7 +7,7 @@
 
 Everything is written beside its target, flushed to disk and renamed. Names of drafts start with a dot and end
 with `.partial`; `remove_partial` deletes those that a killed process left. A full disk is a `DiskFullError`
-wherever these functions write or hold a lock. This module imports no torch.
+wherever these functions write or hold a lock. Only `read_tensors` imports torch.
 """
 
 import errno
@@ -183,6 +183,21 @@ def read_json(path: Path, *fields: str, kind: type = dict) -> Any:
             f"{path}: expected JSON with {', '.join(missing)}, got {sorted(content)}; restore it from a copy."
         )
     return content
+
+
+def read_tensors(path: Path) -> dict[str, Any]:
+    """Return the tensors of a safetensors file by name.
+
+    Raises:
+        DamagedFileError: If the file holds something else; the library's own error does not name it.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise DamagedFileError(f"{path}: expected tensors, got {error}; restore it from a copy.") from error
 
 
 @contextmanager

@@ -315,12 +315,16 @@ def _write_dataset(
             encoder_queue_maxsize=env.task.horizon + 1,  # a full queue makes LeRobot drop frames
         )
         written = []
-        for recording in recordings:
-            for frame in dataset_frames(env, recording):
-                dataset.add_frame(frame)
-            dataset.save_episode()
-            written.append(recording)
-        dataset.finalize()
+        try:
+            for recording in recordings:
+                for frame in dataset_frames(env, recording):
+                    dataset.add_frame(frame)
+                dataset.save_episode()
+                written.append(recording)
+            dataset.finalize()
+        except BaseException:
+            dataset.clear_episode_buffer(delete_images=False)  # its encoders would wait for frames for ever
+            raise
     _check_videos(root, sum(len(recording.actions) for recording in written))
     return written
 

@@ -1,6 +1,7 @@
 """The composed configs: the default is the method, an ablation is one field, nothing leaks, no typo."""
 
 import copy
+import errno
 import runpy
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from vega_policy import resource
 from vega_policy.backbones import BACKBONES
 from vega_policy.cli import (
     Command,
+    check_cache_folders,
     generated_groups,
     group_options,
     refuse_missing_fields,
@@ -198,6 +200,30 @@ def test_an_error_of_a_library_keeps_its_traceback_and_one_of_ours_ends_in_a_lin
     exec(ours, module := {"__name__": "envs.example"})
     with pytest.raises(SystemExit, match=r"^RuntimeError: no room for the objects$"):
         main(module["run"])([])
+
+
+@pytest.mark.parametrize("name", ["HF_HOME", "HF_DATASETS_CACHE", "TORCH_HOME"])
+def test_a_cache_folder_that_cannot_exist_is_named_before_a_library_meets_it(monkeypatch, name):
+    monkeypatch.setattr(sys, "argv", ["command"])
+    monkeypatch.setenv(name, "/proc/nothing")
+    with pytest.raises(
+        SystemExit, match=rf"^ValueError: {name}: expected a folder .* got /proc/nothing \(No"
+    ):
+        Command(lambda config: "done", config="working", node={}).main([])
+
+
+def test_a_cache_folder_is_made_and_may_be_read_only(monkeypatch, tmp_path, capsys):
+    def read_only(path, **options):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(sys, "argv", ["command"])
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    command = Command(lambda config: "done", config="working", node={})
+    command.main([])
+    assert (tmp_path / "hub").is_dir()
+    monkeypatch.setattr(Path, "mkdir", read_only)
+    check_cache_folders()
+    assert capsys.readouterr().out == "done\n"
 
 
 def test_arguments_without_an_equals_sign_fill_fields_in_order():

@@ -8,6 +8,7 @@ import runpy
 import shutil
 import signal
 import sys
+import threading
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,8 +37,10 @@ from envs.demos.shards import (
     read_metadata,
     read_shard,
     record,
+    write_shard,
 )
 from envs.demos.states import read_states
+from vega_policy import is_own_error
 
 SETTINGS = CollectionSettings(
     "lift_wide",
@@ -387,6 +390,55 @@ def test_a_lossless_video_has_every_pixel_whenever_it_is_encoded(size):
         with av.open(content) as video:
             decoded = [frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)]
         np.testing.assert_array_equal(np.stack(decoded), frames)
+
+
+@pytest.mark.parametrize("device", ["99", "x"])
+def test_a_device_that_does_not_exist_ends_a_collection_before_its_workers_start(
+    tmp_path, monkeypatch, device
+):
+    monkeypatch.setenv("MUJOCO_EGL_DEVICE_ID", device)
+    with pytest.raises(RuntimeError, match=r"rendering cannot start with .*MUJOCO_EGL_DEVICE_ID"):
+        collect(SETTINGS, tmp_path / "none", processes=2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_in_the_middle_of_an_episode_stops_the_encoders(env, tmp_path, monkeypatch):
+    recording, observe, shown = record(env, 11, Demonstrator()), env.observe, []
+
+    def fails():
+        shown.append(None)
+        if len(shown) == 5:
+            raise RuntimeError("the driver was reset")
+        return observe()
+
+    monkeypatch.setattr(env, "observe", fails)
+    with pytest.raises(
+        RuntimeError, match="the driver was reset"
+    ) as failed:  # it holds the unfinished dataset
+        write_shard(tmp_path / "shard", env, [recording], SETTINGS.repo_id, "lossless")
+    assert failed.traceback
+    assert [thread for thread in threading.enumerate() if "Encoder" in type(thread).__name__] == []
+    assert not (tmp_path / "shard").exists()
+
+
+class SeedsWithoutDriver:
+    """Seeds of a worker process that cannot render."""
+
+    def __getitem__(self, chosen):
+        with rendering.explained_back_end():
+            raise AttributeError("no driver")
+
+
+@pytest.mark.slow
+def test_an_error_of_a_worker_ends_the_collection_with_its_message(tmp_path):
+    task = envs.tasks("lift_wide")[0]
+    jobs = [
+        Job(task, tmp_path / str(index), SETTINGS, episodes=1, seeds=SeedsWithoutDriver())
+        for index in range(4)
+    ]
+    with Workers(2, total=4) as workers, pytest.raises(RuntimeError, match="no driver") as failed:
+        workers.run(jobs)
+    assert is_own_error(failed.value)  # a command prints its message only
 
 
 def test_another_mujoco_is_one_error_and_not_the_death_of_workers(tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ import pytest
 
 import envs
 from envs import rendering
+from vega_policy import is_own_error
 from vega_policy.benchmarks import rendering_gain
 from vega_policy.benchmarks.parts import benchmark_simulate
 
@@ -193,6 +194,49 @@ def test_missing_egl_is_reported_with_the_packages_to_install(monkeypatch):
     monkeypatch.setattr(ctypes, "CDLL", missing)
     with pytest.raises(RuntimeError, match=r"libEGL\.so\.1.*apt-get install libegl1"):
         rendering.check_egl()
+
+
+@pytest.mark.parametrize("device", ["99", "-1", "x"])
+def test_a_device_that_does_not_exist_is_refused_before_anything_is_drawn(monkeypatch, device):
+    monkeypatch.setenv("MUJOCO_EGL_DEVICE_ID", device)
+    message = (
+        rf"rendering cannot start with .*'{device}'.*MUJOCO_EGL_DEVICE_ID: expected a number from 0 to \d"
+    )
+    with pytest.raises(RuntimeError, match=message) as refused:
+        rendering.load_mujoco()
+    assert is_own_error(refused.value)
+
+
+@pytest.mark.parametrize(
+    "variables", [{"MUJOCO_GL": "foo"}, {"MUJOCO_GL": "egl", "PYOPENGL_PLATFORM": "foo"}]
+)
+def test_a_back_end_that_does_not_exist_is_refused_with_the_variables_and_the_known_ones(variables):
+    script = "from envs.rendering import load_mujoco; load_mujoco()"
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, **variables},
+    )
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith("RuntimeError: rendering cannot start with MUJOCO_GL="), done.stderr
+    assert "'foo'" in line
+    assert "Expected MUJOCO_GL to be egl, osmesa or glfw" in line
+
+
+def test_a_driver_that_gives_no_context_is_one_error_of_ours(monkeypatch):
+    def broken(width, height):
+        raise AttributeError("'NoneType' object has no attribute 'eglQueryString'")
+
+    env = envs.make("lift", 0, frame_size=16)
+    monkeypatch.setattr("mujoco.egl.GLContext", broken)
+    with pytest.raises(
+        RuntimeError, match=r"rendering cannot start .*AttributeError: .*eglQueryString"
+    ) as failed:
+        env.reset(seed=0)
+    env.close()
+    assert is_own_error(failed.value)
 
 
 def test_unknown_profiles_and_tiny_frames_are_refused():

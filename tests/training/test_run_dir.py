@@ -27,6 +27,7 @@ from vega_policy.run_dir import (
     open_run,
     point_link,
     read_json,
+    read_tensors,
     remove_partial,
     write_bytes,
     write_json,
@@ -210,6 +211,14 @@ def test_settings_that_are_no_json_object_are_named(tmp_path, content):
         open_run(tmp_path, {}),
     ):
         pass
+
+
+@pytest.mark.parametrize("content", [b"", b"{}\n", b"\xff" * 200])
+def test_a_file_of_tensors_that_holds_none_is_named(tmp_path, content):
+    path = tmp_path / "average.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(DamagedFileError, match=r"average\.safetensors: expected tensors, got .*restore it"):
+        read_tensors(path)
 
 
 def test_json_without_a_field_is_named(tmp_path):

@@ -7,13 +7,15 @@ A prior, a fusion or a suite is registered in one place of the code. Its command
 from __future__ import annotations
 
 import difflib
+import errno
 import inspect
 import logging
+import os
 import sys
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import hydra
@@ -25,7 +27,7 @@ from hydra.errors import OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from vega_policy import resource
+from vega_policy import is_own_error, resource
 from vega_policy.analysis import SceneSettings
 from vega_policy.model.config import BASES, FUSIONS, BaseConfig, FusionConfig, PriorConfig
 from vega_policy.priors import PRIORS
@@ -137,6 +139,7 @@ class Command:
         sweep = HydraConfig.get().mode is RunMode.MULTIRUN
         try:
             refuse_missing_fields(config, self.optional)
+            check_cache_folders()
             message = self.run(config)
         except KeyboardInterrupt:
             sys.exit("Interrupted. The same command resumes from what is finished.")
@@ -193,10 +196,24 @@ def _paths(text: str) -> Iterator[tuple[str | None, str]]:
         yield ".".join(name for _, name in stack), line
 
 
-def is_own_error(error: BaseException) -> bool:
-    """Return whether the error was raised by this distribution's code, so that its message suffices."""
-    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    return frame.f_globals.get("__name__", "").partition(".")[0] in ("vega_policy", "envs")
+def check_cache_folders() -> None:
+    """Refuse variables that name cache folders which cannot exist; libraries fail of them when imported.
+
+    Raises:
+        ValueError: Names the variable.
+    """
+    for name in ("HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_LEROBOT_HOME", "TORCH_HOME"):
+        folder = os.environ.get(name)
+        try:
+            if folder:
+                Path(folder).expanduser().mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+                continue  # then nothing is cached, which is no error
+            raise ValueError(
+                f"{name}: expected a folder that exists or can be made, got {folder} ({error.strerror}). "
+                f"Give another folder, or unset {name}."
+            ) from error
 
 
 def with_positional(arguments: Sequence[str], fields: Sequence[str]) -> list[str]:

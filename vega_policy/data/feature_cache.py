@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -47,6 +47,7 @@ from vega_policy.run_dir import (
     lock_folder,
     open_run,
     read_json,
+    read_tensors,
     remove_partial,
     write_text,
 )
@@ -191,7 +192,7 @@ def open_stream(root: Path, stream: Stream, rows: int, place: torch.device | Non
     """
     folder = root / stream.folder
     advice = f"Delete {folder} to have it built again."
-    manifest = read_json(folder / MANIFEST, "key")
+    manifest = read_json(folder / MANIFEST, "key", "shape")
     if manifest["key"] != stream.key:
         differing = [name for name in stream.key if manifest["key"].get(name) != stream.key[name]]
         raise CacheError(f"{folder} was built from other inputs: {', '.join(differing)} differ. {advice}")
@@ -209,7 +210,7 @@ def open_stream(root: Path, stream: Stream, rows: int, place: torch.device | Non
 
 def open_mean_frames(root: Path, stream: Stream) -> dict[str, Tensor]:
     """Return each camera's mean frame over the dataset of a stream, float32 [3 h w] in [0, 1]."""
-    return load_file(root / stream.folder / MEAN_FRAMES)
+    return read_tensors(root / stream.folder / MEAN_FRAMES)
 
 
 def build_streams(
@@ -391,13 +392,13 @@ class _StreamDraft:
         return self._recorded
 
     def _records(self) -> list[dict[str, Tensor]]:
-        return [load_file(file) for file in sorted(self._notes.glob("*/*.safetensors"))]
+        return [read_tensors(file) for file in sorted(self._notes.glob("*/*.safetensors"))]
 
     @contextmanager
     def recording(self, part: str) -> Iterator[None]:
         """Open the file of rows; the finished episodes are recorded at the end too, also after an error."""
         self._note = self._notes / part / "finished.safetensors"
-        self._mine = load_file(self._note) if self._note.exists() else {"episodes": torch.empty(0).long()}
+        self._mine = read_tensors(self._note) if self._note.exists() else {"episodes": torch.empty(0).long()}
         with self._values.open("r+b") as self._file:
             try:
                 yield

@@ -25,7 +25,7 @@ _SECONDS_TO_CLOSE = 20.0
 
 
 class WorkerError(RuntimeError):
-    """A worker process failed; the message names its episode and holds its traceback."""
+    """A worker process failed; the message names its episode and the error."""
 
 
 @dataclass(frozen=True)

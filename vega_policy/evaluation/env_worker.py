@@ -17,7 +17,6 @@ import mmap
 import signal
 import sys
 import time
-import traceback
 from collections import deque
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -262,16 +261,17 @@ class Worker:
 def serve(connection: Connection, memory: mmap.mmap) -> None:
     """Answer requests `(method, arguments)` with `("done", result, seconds)` until the other side closes.
 
-    Methods without a result are not answered. An error is sent as `("failed", traceback, 0)` and ends the
+    Methods without a result are not answered. An error is sent as `("failed", description, 0)` and ends the
     process.
     """
-
-    def report(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-        connection.send(("failed", "".join(traceback.format_exception(kind, error, trace)), 0.0))
-
-    sys.excepthook = report
     search_path, make = connection.recv()
     sys.path[:] = search_path
+    from vega_policy import describe_error
+
+    def report(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        connection.send(("failed", describe_error(error), 0.0))
+
+    sys.excepthook = report
     worker = Worker(resolve(make), memory)
     try:
         while True:

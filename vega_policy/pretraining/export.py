@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from vega_policy.pretraining import PretrainSettings, ReportSettings
@@ -35,7 +35,7 @@ from vega_policy.pretraining.transformer import (
 )
 from vega_policy.priors.wan import TRAINING
 from vega_policy.provenance import hardware
-from vega_policy.run_dir import atomic_folder, write_bytes, write_json, write_text
+from vega_policy.run_dir import atomic_folder, read_tensors, write_bytes, write_json, write_text
 
 LARGEST = 24_000_000  # bytes that a shipped folder may have
 SHOWN, SAMPLES, FRAMES_PER_SECOND = 6, 4, 5
@@ -57,7 +57,7 @@ def load_weights(network: Any, path: Path) -> None:
     Raises:
         ValueError: If they are of another architecture.
     """
-    weights = load_file(path)
+    weights = read_tensors(path)
     shapes = {name: tuple(value.shape) for name, value in weights.items()}
     if shapes != {name: tuple(value.shape) for name, value in network.state_dict().items()}:
         raise ValueError(f"{path} holds another architecture than `prior`; give another start")

@@ -13,7 +13,7 @@ from einops import rearrange
 from huggingface_hub import snapshot_download
 from huggingface_hub.constants import HF_HOME
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from vega_policy.model.config import PriorConfig
 from vega_policy.model.observation import check_frames, resize
 from vega_policy.priors import PriorEntry
-from vega_policy.run_dir import DiskFullError, atomic_file, read_json
+from vega_policy.run_dir import DiskFullError, atomic_file, read_json, read_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -170,7 +170,7 @@ def empty_prompt(config: PriorConfig, folder: Path, width: int, encode: Callable
 def _load_prompt(path: Path, width: int) -> Tensor:
     if not path.is_file():
         raise FileNotFoundError(f"prior.prompt_file: {path} does not exist.")
-    prompt = load_file(path).get("prompt")
+    prompt = read_tensors(path).get("prompt")
     if prompt is None or prompt.ndim != 2 or prompt.shape[1] != width or len(prompt) > PROMPT_LENGTH:
         found = "no key `prompt`" if prompt is None else f"shape {tuple(prompt.shape)}"
         raise ValueError(

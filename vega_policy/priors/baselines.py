@@ -41,6 +41,7 @@ from vega_policy.run_dir import (
     OtherRunError,
     atomic_file,
     read_json,
+    read_tensors,
     remove_partial,
     require_empty,
     require_folder,
@@ -365,7 +366,7 @@ class PrecomputedPrior(nn.Module):
             for shard, count in zip(self._shards, self.manifest["rows"], strict=True)
             for row in range(count)
         ]
-        self._signatures = torch.cat([load_file(shard)["signature"] for shard in self._shards])
+        self._signatures = torch.cat([read_tensors(shard)["signature"] for shard in self._shards])
 
     @torch.no_grad()
     def forward(self, frames: Tensor, generator: torch.Generator | None = None) -> Tensor:
