@@ -174,13 +174,35 @@ def read_json(path: Path, *fields: str, kind: type = dict) -> Any:
         content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise DamagedFileError(f"{path}: expected JSON, got {error}; restore it from a copy.") from error
+    return _checked(path, content, "JSON", fields, kind)
+
+
+def read_yaml(path: Path, *fields: str) -> dict[str, Any]:
+    """Return the content of a YAML file: a mapping with some fields.
+
+    Raises:
+        DamagedFileError: If the file holds something else.
+    """
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_bytes())
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = str(error).splitlines()[0]
+        raise DamagedFileError(f"{path}: expected YAML, got {reason}; restore it from a copy.") from error
+    return _checked(path, content, "YAML", fields, dict)
+
+
+def _checked(path: Path, content: Any, format: str, fields: Iterable[str], kind: type) -> Any:
     if not isinstance(content, kind):
+        found = type(content).__name__
         raise DamagedFileError(
-            f"{path}: expected a JSON {kind.__name__}, got {type(content).__name__}; restore it from a copy."
+            f"{path}: expected a {format} {kind.__name__}, got {found}; restore it from a copy."
         )
     if missing := [field for field in fields if field not in content]:
         raise DamagedFileError(
-            f"{path}: expected JSON with {', '.join(missing)}, got {sorted(content)}; restore it from a copy."
+            f"{path}: expected {format} with {', '.join(missing)}, got {sorted(content)}; "
+            "restore it from a copy."
         )
     return content
 

@@ -28,6 +28,7 @@ from vega_policy.run_dir import (
     point_link,
     read_json,
     read_tensors,
+    read_yaml,
     remove_partial,
     write_bytes,
     write_json,
@@ -219,6 +220,18 @@ def test_a_file_of_tensors_that_holds_none_is_named(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(DamagedFileError, match=r"average\.safetensors: expected tensors, got .*restore it"):
         read_tensors(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"[]\n", b"a: [1", b"a: \xff\xfe", b"\x00\x9d" * 100])
+def test_yaml_that_is_no_mapping_is_named(tmp_path, content):
+    path = tmp_path / "config.yaml"
+    path.write_bytes(content)
+    with pytest.raises(DamagedFileError, match=r"config\.yaml: expected .*YAML.*restore it from a copy"):
+        read_yaml(path)
+    path.write_text("steps: 3\n")
+    assert read_yaml(path, "steps") == {"steps": 3}
+    with pytest.raises(DamagedFileError, match=r"expected YAML with dataset, got \['steps'\]"):
+        read_yaml(path, "dataset")
 
 
 def test_json_without_a_field_is_named(tmp_path):

@@ -264,14 +264,15 @@ def serve(connection: Connection, memory: mmap.mmap) -> None:
     Methods without a result are not answered. An error is sent as `("failed", description, 0)` and ends the
     process.
     """
-    search_path, make = connection.recv()
-    sys.path[:] = search_path
-    from vega_policy import describe_error
 
     def report(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        from vega_policy import describe_error  # not sooner: see the top of this file
+
         connection.send(("failed", describe_error(error), 0.0))
 
     sys.excepthook = report
+    search_path, make = connection.recv()
+    sys.path[:] = search_path
     worker = Worker(resolve(make), memory)
     try:
         while True:

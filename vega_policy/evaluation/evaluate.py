@@ -10,7 +10,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Protocol
 
-import yaml
 from huggingface_hub.constants import CONFIG_NAME
 from tqdm import tqdm
 
@@ -44,7 +43,7 @@ from vega_policy.evaluation.report import (
 )
 from vega_policy.evaluation.rollout import FinishedEpisode, Rollout, Schedule
 from vega_policy.evaluation.stats import paired_difference
-from vega_policy.run_dir import read_json, write_json
+from vega_policy.run_dir import read_json, read_yaml, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -271,7 +270,7 @@ def trained_frames(checkpoint: Path) -> dict[str, Any]:
     sides = {side for one in features if one["type"] == "VISUAL" for side in one["shape"][1:]}
     rendering, run = config.get("dataset_rendering"), checkpoint.resolve().parent.parent.parent
     if rendering is None and checkpoint.name == PRETRAINED and (run / "config.yaml").is_file():
-        root = yaml.safe_load((run / "config.yaml").read_text())["dataset"]["root"]
+        root = read_yaml(run / "config.yaml", "dataset")["dataset"]["root"]
         rendering = None if root is None else read_rendering(Path(root))
     return {"frame_size": sides.pop() if len(sides) == 1 else None, "rendering": rendering}
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor
 
 from vega_policy.config import from_config
@@ -19,7 +18,7 @@ from vega_policy.data.dataset import DatasetConfig, FrameTable, open_dataset, re
 from vega_policy.data.loader import VideoSource
 from vega_policy.data.video import FrameRows
 from vega_policy.evaluation.policies import LeRobotChunkPolicy
-from vega_policy.run_dir import atomic_file, read_json, write_json
+from vega_policy.run_dir import atomic_file, read_json, read_yaml, write_json
 
 REPORT = "open_loop.json"
 
@@ -62,7 +61,7 @@ def read_recorded(
         ValueError: If the checkpoint lies in no run and no dataset is given, or no episode was held out.
     """
     stored = checkpoint.resolve().parents[2] / "config.yaml"
-    values: dict[str, Any] = yaml.safe_load(stored.read_text())["dataset"] if stored.is_file() else {}
+    values: dict[str, Any] = read_yaml(stored, "dataset")["dataset"] if stored.is_file() else {}
     if values.get("mixture") and root is None and repo_id is None:
         names = ", ".join(entry["repo_id"] for entry in values["mixture"])
         raise ValueError(f"{checkpoint} learned from a mixture; give root=FOLDER of one of {names}.")

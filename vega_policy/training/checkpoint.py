@@ -49,8 +49,10 @@ from vega_policy.run_dir import (
     OtherRunError,
     atomic_folder,
     check_same_settings,
+    flatten,
     lock_draft,
     read_json,
+    read_yaml,
     remove_partial,
     require_empty,
     write_text,
@@ -325,11 +327,8 @@ def check_folder(config: TrainConfig) -> None:
         except OtherRunError as error:
             raise OtherRunError(_describe_content(folder)) from error
         return
-    stored = yaml.safe_load(saved.read_text())
-    free = FREE_TO_CHANGE
-    if (
-        stored.get("simulation", {}).get("every", 0) == 0
-    ):  # no evaluation yet that would have to be comparable
+    stored, free = read_yaml(saved), FREE_TO_CHANGE
+    if not flatten(stored).get("simulation.every"):  # no evaluation yet that would have to be comparable
         free = (*free, "simulation")
     check_same_settings(folder, stored, encode(config), free_to_change=free, defaults=defaults(config))
 

@@ -9,10 +9,9 @@ from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
-import yaml
 
 from vega_policy.checkpoints import read_scores
-from vega_policy.run_dir import flatten, write_json, write_text
+from vega_policy.run_dir import flatten, read_yaml, write_json, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +46,7 @@ def read_job(folder: Path) -> Job:
     config, metrics = folder / CONFIG, folder / METRICS
     if not config.is_file():
         return Job(folder, {}, {}, {})
-    settings = flatten(yaml.safe_load(config.read_text()))
+    settings = flatten(read_yaml(config))
     lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else []
     losses = [line["loss"] for line in lines if "loss" in line]
     scores = read_scores(folder)
