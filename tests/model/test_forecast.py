@@ -201,7 +201,7 @@ def test_forecasts_that_cannot_be_are_refused():
         ForecastConfig(steps=(4, 4))
     with pytest.raises(ValueError, match=r"forecast\.weight: .* got -1"):
         ForecastConfig(weight=-1)
-    with pytest.raises(ValueError, match=r"multiple of forecast\.heads .* width 18, heads 4"):
+    with pytest.raises(ValueError, match=r"multiple of forecast\.heads; got width 18, heads 4"):
         ForecastConfig(width=18)
     blind = dataclasses.replace(model_config("none").backbone, sight=False)
     with pytest.raises(ValueError, match=r"needs backbone=compact with .*sight=true.* sight=false"):

@@ -324,7 +324,9 @@ def test_a_prior_of_single_pictures_refuses_clips_and_names_those_that_read_them
         make_prior(PriorConfig(name="dinov3", clip="views"), GRID)
     with pytest.raises(ValueError, match=r"1 \+ 4k.*got 4"):
         PriorConfig(clip="history", clip_frames=4)
-    with pytest.raises(ValueError, match="'frame', 'history', 'views' or 'future'; got 'video'"):
+    with pytest.raises(
+        ValueError, match=r"prior\.clip: expected one of frame, history, views, future; got 'video'"
+    ):
         PriorConfig(clip="video")
 
 

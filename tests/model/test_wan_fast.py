@@ -307,7 +307,7 @@ def test_a_plan_names_its_attention_kernel_and_at_least_one_frame():
     assert len(set(Plan().kernels)) == 4
     with pytest.raises(ValueError, match="one of cudnn, flash, efficient, math; got 'sage'"):
         Plan(attention="sage")
-    with pytest.raises(ValueError, match="At least one frame is taken at once; got 0"):
+    with pytest.raises(ValueError, match="encode_at_once: expected at least 1; got 0"):
         Plan(encode_at_once=0)
 
 
