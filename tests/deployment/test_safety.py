@@ -58,7 +58,9 @@ clock_faults = st.sampled_from([-1e-6, -0.05, -3600.0, math.nan, -math.inf])
 
 
 streams = st.lists(st.tuples(actions, waits | clock_faults, st.booleans()), min_size=1, max_size=60)
-patience = st.sampled_from([10, 10**9])  # refusals in a row that stop the robot for good: soon, or never
+patience = st.sampled_from(
+    [3, 10, 10**9]
+)  # refusals in a row that stop the robot for good: soon, late, never
 
 
 @settings(max_examples=150, deadline=None)
