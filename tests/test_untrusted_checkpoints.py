@@ -34,7 +34,7 @@ from vega_policy.evaluation.evaluate import evaluate_checkpoint, trained_frames
 from vega_policy.evaluation.open_loop import read_recorded
 from vega_policy.evaluation.policies import load_lerobot_policy
 from vega_policy.modeling_vega import VegaPolicy
-from vega_policy.run_dir import OtherRunError
+from vega_policy.run_dir import DamagedFileError, OtherRunError
 from vega_policy.training.checkpoint import export_policy
 from vega_policy.training.train import train
 
@@ -191,7 +191,7 @@ def test_yaml_of_a_run_makes_no_objects(folder, root, attacker_module):
         lambda: read_recorded(folder, None, None, None),
         lambda: train(tiny_run(root, run, resume=True)),
     ):
-        with pytest.raises(yaml.YAMLError, match="could not determine a constructor"):
+        with pytest.raises(DamagedFileError, match="could not determine a constructor"):
             read()
 
 
