@@ -383,7 +383,7 @@ class Interrupter:
             child = self.start(target)
             if counts.tried % 2:
                 wait_for_draft(child, target, whole)
-                child.join(self.moments.uniform(0, 0.03))
+                child.join(self.moments.choice((0, self.moments.uniform(0, 0.03))))  # some writes are short
             else:
                 child.join(self.moments.uniform(0, whole))
             if child.exitcode is not None:
