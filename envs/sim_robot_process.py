@@ -107,7 +107,7 @@ class WallClockRobot:
             environment = self._make()
             self._run_episodes(environment)
         except (RuntimeError, ValueError, OSError, ImportError) as error:
-            from vega_policy import describe_error  # found only now: `main` sets the search path
+            from vega_policy.config import describe_error  # found only now: `main` sets the search path
 
             self.failure = describe_error(error)
         finally:

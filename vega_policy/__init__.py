@@ -5,8 +5,6 @@ does LeRobot's own plugin discovery. `VegaEncoder`, and the method itself (`mode
 require no LeRobot.
 """
 
-import re
-import traceback
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -42,26 +40,6 @@ def resource(name: str) -> Path:
         if path.is_dir():
             return path
     raise FileNotFoundError(f"no folder {name} in {PACKAGE} or {PACKAGE.parent}; install the package again.")
-
-
-def is_own_error(error: BaseException) -> bool:
-    """Return whether this distribution's code raised an error, so that its message suffices.
-
-    An error that a process pool brought from another process has its traceback as the text of its cause.
-    """
-    remote = re.findall(r'^  File "(.+?)", line', getattr(error.__cause__, "tb", ""), re.MULTILINE)
-    if remote:
-        origin = Path(remote[-1]).resolve()
-        return any(origin.is_relative_to(folder) for folder in (PACKAGE, PACKAGE.with_name("envs")))
-    names = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
-    return bool(names) and names[-1].partition(".")[0] in ("vega_policy", "envs")
-
-
-def describe_error(error: BaseException) -> str:
-    """Return the message of an error of this distribution, or the whole traceback of another one."""
-    if is_own_error(error):
-        return f"{type(error).__name__}: {error}"
-    return "".join(traceback.format_exception(error))
 
 
 def packaged_policies() -> dict[str, Path]:

@@ -1,15 +1,23 @@
-"""Decode plain nested values, such as a composed Hydra config, into nested frozen dataclasses."""
+"""Decode plain nested values, such as a composed Hydra config, into nested frozen dataclasses.
+
+Values that cannot be are refused in one way here, and errors of this distribution told from others.
+"""
 
 from __future__ import annotations
 
 import difflib
+import re
+import traceback
 from collections.abc import Collection, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from math import inf
+from pathlib import Path
 from typing import Any, get_type_hints
 
 import draccus
 from draccus.utils import DecodingError, ParsingError
+
+from vega_policy import PACKAGE
 
 
 def from_config[T](cls: type[T], node: Mapping[str, Any]) -> T:
@@ -124,3 +132,23 @@ def _check_nested(cls: Any, value: Any, path: str) -> None:
             known = ", ".join(field.name for field in fields(cls))
             raise ValueError(f"{path}: expected a group of fields ({known}); got {value!r}.")
         check_fields(cls, value, f"{path}.")
+
+
+def is_own_error(error: BaseException) -> bool:
+    """Return whether this distribution's code raised an error, so that its message suffices.
+
+    An error that a process pool brought from another process has its traceback as the text of its cause.
+    """
+    remote = re.findall(r'^  File "(.+?)", line', getattr(error.__cause__, "tb", ""), re.MULTILINE)
+    if remote:
+        origin = Path(remote[-1]).resolve()
+        return any(origin.is_relative_to(folder) for folder in (PACKAGE, PACKAGE.with_name("envs")))
+    names = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return bool(names) and names[-1].partition(".")[0] in ("vega_policy", "envs")
+
+
+def describe_error(error: BaseException) -> str:
+    """Return the message of an error of this distribution, or the whole traceback of another one."""
+    if is_own_error(error):
+        return f"{type(error).__name__}: {error}"
+    return "".join(traceback.format_exception(error))

@@ -40,7 +40,7 @@ from envs.demos.shards import (
     write_shard,
 )
 from envs.demos.states import read_states
-from vega_policy import is_own_error
+from vega_policy.config import is_own_error
 
 SETTINGS = CollectionSettings(
     "lift_wide",

@@ -11,9 +11,9 @@ import pytest
 
 import envs
 from envs import rendering
-from vega_policy import is_own_error
 from vega_policy.benchmarks import rendering_gain
 from vega_policy.benchmarks.parts import benchmark_simulate
+from vega_policy.config import is_own_error
 
 SIZE = 96
 

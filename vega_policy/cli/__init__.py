@@ -27,8 +27,9 @@ from hydra.errors import OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from vega_policy import is_own_error, resource
+from vega_policy import resource
 from vega_policy.analysis import SceneSettings
+from vega_policy.config import is_own_error
 from vega_policy.model.config import BASES, FUSIONS, BaseConfig, FusionConfig, PriorConfig
 from vega_policy.priors import PRIORS
 

@@ -266,7 +266,7 @@ def serve(connection: Connection, memory: mmap.mmap) -> None:
     """
 
     def report(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-        from vega_policy import describe_error  # not sooner: see the top of this file
+        from vega_policy.config import describe_error  # not sooner: see the top of this file
 
         connection.send(("failed", describe_error(error), 0.0))
 
