@@ -126,9 +126,9 @@ class VisitedStates:
         self._folder, self._before = folder, before
         self._episodes = pyarrow.parquet.read_table(table).to_pylist()
         if json.loads((folder / "settings.json").read_text()).get("official_states"):
-            raise ValueError(f"starts: {folder} began in official initial states. Evaluate anew: {how}")
+            raise ValueError(f"starts: {folder} began in official initial states. Evaluate again: {how}")
         if any((episode.get("perturbation") or "none") != "none" for episode in self._episodes):
-            raise ValueError(f"starts: the scenes of {folder} were perturbed. Evaluate anew: {how}")
+            raise ValueError(f"starts: the scenes of {folder} were perturbed. Evaluate again: {how}")
 
     def begin(self, env: ManipulationEnv, rng: np.random.Generator) -> int:
         """Put a state of the environment's task back whose hand holds nothing; return its episode's seed.

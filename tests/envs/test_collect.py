@@ -328,7 +328,7 @@ def test_a_collection_begins_in_visited_states_and_refuses_others_when_it_resume
 @pytest.mark.parametrize(
     ("settings", "changed", "message"),
     [
-        ({"official_states": True}, {}, "began in official initial states. Evaluate anew: vega-eval"),
+        ({"official_states": True}, {}, "began in official initial states. Evaluate again: vega-eval"),
         ({}, {"perturbation": "camera"}, "were perturbed"),
         ({}, {"suite": "stack"}, "has no states of lift_wide. Evaluate with keep_states=true"),
     ],
