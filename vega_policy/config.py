@@ -1,6 +1,6 @@
 """Decode plain nested values, such as a composed Hydra config, into nested frozen dataclasses.
 
-Values that cannot be are refused in one way here, and errors of this distribution are distinguished from others.
+Values that cannot be are refused in one way here, and errors of this distribution distinguished from others.
 """
 
 from __future__ import annotations
