@@ -78,6 +78,6 @@ def _family(suite: str) -> str:
     for module, names in FAMILIES.items():
         if suite in names:
             return module
-    from vega_policy.config import unknown_name  # slow to import, and rarely needed
+    from vega_policy.config import unknown_name  # needed by an error alone
 
     raise unknown_name("suite", suite, suite_names(), near=5)

@@ -47,7 +47,7 @@ PROFILES = {
 def profile(name: str) -> Profile:
     """Return a rendering profile by name; a ValueError lists the known ones."""
     if name not in PROFILES:
-        from vega_policy.config import unknown_name  # slow to import, and rarely needed
+        from vega_policy.config import unknown_name  # needed by an error alone
 
         raise unknown_name("rendering profile", name, PROFILES)
     return PROFILES[name]

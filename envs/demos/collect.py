@@ -46,6 +46,7 @@ from envs.demos.shards import (
 )
 from envs.demos.states import read_header, read_states, write_states
 from envs.rendering import load_mujoco, profile
+from vega_policy.config import check_choices, from_config
 from vega_policy.run_dir import atomic_folder, check_same_settings, open_run, require_folder, write_json
 
 logger = logging.getLogger(__name__)
@@ -79,10 +80,7 @@ class CollectionSettings:
 
     def __post_init__(self) -> None:
         profile(self.rendering)
-        if self.format not in ("lerobot", "states"):
-            raise ValueError(f"unknown format {self.format!r}; known: lerobot, states")
-        if self.video not in CODECS:
-            raise ValueError(f"unknown video {self.video!r}; known: {', '.join(CODECS)}")
+        check_choices(self, "", format=("lerobot", "states"), video=CODECS, layouts=LAYOUTS)
         self._check_scenes()
         if self.format == "lerobot" and self.frame_size <= BLOCK:
             raise ValueError(f"expected frame_size above {BLOCK} for videos, got {self.frame_size}")
@@ -103,8 +101,6 @@ class CollectionSettings:
             )
 
     def _check_scenes(self) -> None:
-        if self.layouts not in LAYOUTS:
-            raise ValueError(f"layouts: expected one of {', '.join(LAYOUTS)}; got {self.layouts!r}.")
         if self.layouts != "standard" and self.suite not in envs.LIBERO_SUITES:
             raise ValueError(
                 f"layouts={self.layouts}: expected one of the suites {', '.join(envs.LIBERO_SUITES)}; "
@@ -139,8 +135,6 @@ class CollectionSettings:
     @classmethod
     def stored(cls, values: Mapping[str, Any]) -> CollectionSettings:
         """Build settings from plain values such as those of `decisive`."""
-        from vega_policy.config import from_config  # loads LeRobot, which workers load themselves
-
         return from_config(cls, values)
 
     def decisive(self) -> dict[str, Any]:
@@ -455,7 +449,9 @@ def _stored(job: Job, source: Path, env: ManipulationEnv, report: Report) -> Ite
 def _successes(job: Job, env: ManipulationEnv, report: Report) -> Iterator[Recording]:
     found = attempts = 0
     settings = job.settings
-    visited = settings.starts and VisitedStates(Path(settings.starts), settings.starts_before)
+    visited = None
+    if settings.starts is not None:
+        visited = VisitedStates(Path(settings.starts), settings.starts_before)
     seeds = job.seeds[: MAX_ATTEMPTS * job.episodes]
     for seed in seeds:
         options = {"layout": settings.layouts, "visited": visited}

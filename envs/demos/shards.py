@@ -125,7 +125,7 @@ class VisitedStates:
         self.fingerprint = hashlib.sha256(table.read_bytes()).hexdigest()
         self._folder, self._before = folder, before
         self._episodes = pyarrow.parquet.read_table(table).to_pylist()
-        if json.loads((folder / "settings.json").read_text()).get("official_states"):
+        if read_json(folder / "settings.json").get("official_states"):
             raise ValueError(f"starts: {folder} began in official initial states. Evaluate again: {how}")
         if any((episode.get("perturbation") or "none") != "none" for episode in self._episodes):
             raise ValueError(f"starts: the scenes of {folder} were perturbed. Evaluate again: {how}")
@@ -137,24 +137,28 @@ class VisitedStates:
             FileNotFoundError: If there are no states of this task.
             RuntimeError: If the hand holds something in all states that were drawn.
         """
-        kept = {
-            path: episode["seed"]
+        seeds = {
+            episode["index"]: episode["seed"]
             for episode in self._episodes
             if (episode["suite"], episode["task_index"]) == (env.task.suite, env.task.index)
-            for path in self._folder.glob(f"trajectories/{episode['index']:05d}_{env.task.index:03d}_*.npy")
         }
-        if not kept:
+        kept = sorted(self._folder.glob(f"trajectories/*_{env.task.index:03d}_*.npy"))
+        if not (seeds and kept):
             raise FileNotFoundError(
                 f"starts: {self._folder} has no states of {env.task.name}. Evaluate with keep_states=true."
             )
         for _ in range(MOST_STARTS):
-            path = sorted(kept)[rng.integers(len(kept))]
+            path = kept[rng.integers(len(kept))]
+            seed = seeds[int(path.name.partition("_")[0])]
             states = np.load(path, mmap_mode="r")[: self._before]
-            env.reset_blindly(seed=kept[path])  # places bodies that no simulator state holds
+            env.reset_blindly(seed=seed)  # places bodies that no simulator state holds
             env.restore(states[rng.integers(len(states))].copy())
             if not is_holding(env):
-                return kept[path]
-        raise RuntimeError(f"starts: the hand holds something in {MOST_STARTS} states of {env.task.name}")
+                return seed
+        raise RuntimeError(
+            f"starts: the hand holds something in {MOST_STARTS} states of {env.task.name}. Give an "
+            "evaluation of more episodes, or another starts_before."
+        )
 
 
 def is_holding(env: ManipulationEnv) -> bool:

@@ -366,7 +366,7 @@ def test_a_demonstrator_that_never_succeeds_is_an_error(tmp_path, monkeypatch):
         ({"skip": 5, "episodes_per_shard": 10}, "skip to be a multiple of episodes_per_shard"),
         ({"rendering": "quick"}, "Unknown rendering profile 'quick'"),
         ({"frame_size": 16}, "frame_size above 16 for videos, got 16"),
-        ({"video": "gif"}, "unknown video 'gif'; known: lossless, h264"),
+        ({"video": "gif"}, "video: expected one of lossless, h264; got 'gif'"),
         ({"starts_before": 5}, "starts_before: expected at least 1, and starts; got 5"),
     ],
 )

@@ -189,7 +189,11 @@ def plan_episodes(
     first = FIRST_SEED + seed * EPISODES_PER_SEED
     return [
         Episode(
-            *(task.suite, task.name, task.index, index, first + index),
+            suite=task.suite,
+            task=task.name,
+            task_index=task.index,
+            index=index,
+            seed=first + index,
             initial_state=index if official_states else None,
             perturbation=perturbation,
             perturbation_strength=perturbation_strength,

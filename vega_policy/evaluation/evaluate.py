@@ -205,9 +205,10 @@ def _open_evaluations(config: Mapping[str, Any], provenance: dict[str, Any]) -> 
         prompts = [task.instruction for task in tasks]
         if axis != "none":
             prompts = resolve(functions["prompts"])(suite, axis, settings.perturbation_strength)
-        folder = Path(config["output_dir"], *[suite] * (len(suites) > 1), *[axis] * (len(axes) > 1))
+        parts = ([suite] if len(suites) > 1 else []) + ([axis] if len(axes) > 1 else [])
         name = suite if len(axes) == 1 else f"{suite}/{axis}"
         shard = Shard(config["shard"], config["shards"])
+        folder = Path(config["output_dir"], *parts)
         evaluations[name] = Evaluation(settings, tasks, folder, provenance, shard, prompts)
         logger.info("%s: %d of %d episodes left", folder, *evaluations[name].count_episodes())
     return evaluations
