@@ -67,9 +67,6 @@ class VegaEnv(EnvConfig):
         Args:
             n_envs: Copies of each task that are stepped together.
             use_async_envs: Whether each copy runs in its own process (with one copy there is none).
-
-        Raises:
-            ValueError: If the suite does not exist; the message lists the near names.
         """
         if self.task is None:
             raise ValueError(f"--env.task is missing; choose one of {', '.join(envs.suite_names())}")

@@ -42,7 +42,6 @@ def tasks(suite: str) -> list[Task]:
     """List the tasks of a suite, in the order of task ids.
 
     Raises:
-        RuntimeError: If the package is missing or of another version.
         FileNotFoundError: If a task of the suite has no official initial states.
     """
     return [

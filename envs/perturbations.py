@@ -60,11 +60,7 @@ ASIDES = (
 
 
 def check(axis: str, strength: float, suite: str) -> None:
-    """Refuse an axis or a strength that does not exist, or is not there for a suite.
-
-    Raises:
-        ValueError: Says what is expected.
-    """
+    """Refuse an axis or a strength that does not exist, or is not there for a suite."""
     from envs import LIBERO_SUITES
 
     if axis not in AXES:

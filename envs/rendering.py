@@ -65,12 +65,7 @@ def apply_profile(model: MjModel, chosen: Profile) -> None:
 
 
 def load_mujoco() -> Any:
-    """Import mujoco, set up for headless rendering unless the user chose otherwise with MUJOCO_GL.
-
-    Raises:
-        RuntimeError: If mujoco is missing or of another version than the simulators need, EGL is missing, or
-            the environment's variables name no back-end or device.
-    """
+    """Import mujoco, set up for headless rendering unless the user chose otherwise with MUJOCO_GL."""
     check_mujoco_version()
     if sys.platform == "linux":
         os.environ.setdefault("MUJOCO_GL", "egl")
@@ -97,11 +92,7 @@ def _check_device(chosen: str, count: int) -> None:
 
 @contextmanager
 def explained_back_end() -> Iterator[None]:
-    """Turn errors of rendering back-ends, which are of many types, into one that names their settings.
-
-    Raises:
-        RuntimeError: Says what the variables are and what to do.
-    """
+    """Turn errors of rendering back-ends, which are of many types, into one that names their settings."""
     try:
         yield
     except Exception as error:

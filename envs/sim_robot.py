@@ -79,7 +79,6 @@ class VegaSim(Robot):
 
         Raises:
             DeviceAlreadyConnectedError: If it runs already.
-            RuntimeError: If the simulator could not start; the message holds its reason.
         """
         if self.is_connected:
             raise DeviceAlreadyConnectedError("the simulated robot is connected already")
@@ -120,7 +119,6 @@ class VegaSim(Robot):
 
         Raises:
             DeviceNotConnectedError: If the simulator does not run.
-            ValueError: If the command has other entries, or values that are not finite.
         """
         if set(action) == set(STATE_NAMES):
             self._request("return", None)

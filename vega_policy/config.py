@@ -27,9 +27,6 @@ def from_config[T](cls: type[T], node: Mapping[str, Any]) -> T:
         cls: The dataclass. A field whose type is a draccus choice class (LeRobot's `PreTrainedConfig`) takes
             the class that its key `type` names.
         node: Resolved values, field by field. Fields with a default may be missing.
-
-    Raises:
-        ValueError: If a field is unknown or missing, or a value does not fit its field.
     """
     check_fields(cls, node)
     try:
@@ -41,11 +38,7 @@ def from_config[T](cls: type[T], node: Mapping[str, Any]) -> T:
 
 
 def check_numbers(config: Any, prefix: str, **bounds: str) -> None:
-    """Refuse fields of a dataclass outside an interval such as `[0, 1)`, NaN included; None passes.
-
-    Raises:
-        ValueError: Names the field as `prefix` and its name, the interval and the value.
-    """
+    """Refuse fields of a dataclass outside an interval such as `[0, 1)`, NaN included; None passes."""
     for name, interval in bounds.items():
         value = getattr(config, name)
         if value is None:
@@ -61,22 +54,14 @@ def check_numbers(config: Any, prefix: str, **bounds: str) -> None:
 
 
 def check_choice(path: str, value: Any, known: Collection[Any]) -> None:
-    """Refuse a value that is none of the known ones.
-
-    Raises:
-        ValueError: Names the field, the known values and the value.
-    """
+    """Refuse a value that is none of the known ones."""
     if value not in known:
         listed = ", ".join("null" if one is None else str(one) for one in known)
         raise ValueError(f"{path}: expected one of {listed}; got {value!r}.")
 
 
 def check_choices(config: Any, prefix: str, **known: Collection[Any]) -> None:
-    """Refuse fields of a dataclass that have none of their known values.
-
-    Raises:
-        ValueError: As `check_choice`; the field is `prefix` and its name.
-    """
+    """Refuse fields of a dataclass that have none of their known values."""
     for name, values in known.items():
         check_choice(prefix + name, getattr(config, name), values)
 
@@ -89,11 +74,7 @@ def unknown_name(kind: str, name: str, known: Collection[str], near: int = 1) ->
 
 
 def check_fields(cls: type, node: Mapping[str, Any], path: str = "") -> None:
-    """Refuse unknown and missing fields.
-
-    Raises:
-        ValueError: At the first such field, with its path; an unknown one with near and known names.
-    """
+    """Refuse unknown and missing fields."""
     types, known = get_type_hints(cls), [field.name for field in fields(cls) if field.init]
     for key in node:
         if key not in known:

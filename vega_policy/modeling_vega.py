@@ -42,7 +42,6 @@ class VegaPolicy(PreTrainedPolicy):
         **kwargs: Unused, LeRobot passes them.
 
     Raises:
-        ValueError: If the features or the configuration of a part cannot work.
         FileNotFoundError: If the prior's weights are missing.
     """
 
@@ -302,9 +301,6 @@ class VegaPolicy(PreTrainedPolicy):
         is guided step by step (Black et al., arXiv 2506.07339), the chunk of an L1 head is blended with the
         remaining actions, and a base does it its own way. The caller joins chunks by the number of
         executed actions.
-
-        Raises:
-            ValueError: If this policy cannot (see `supports_rtc`).
         """
         self._rtc_queue = None
         if config is not None and config.enabled and not self.supports_rtc():
@@ -357,7 +353,6 @@ class VegaPolicy(PreTrainedPolicy):
 
         Raises:
             DamagedCheckpointError: If its files are not those that its checksums list.
-            ValueError: If the policy leaves out a text encoder and the installed one differs.
             UnsafeCheckpointError: If its configuration or a processor beside it names code.
         """
         options = ("revision", "cache_dir", "force_download", "token", "local_files_only")

@@ -36,10 +36,6 @@ def to_observation(batch: dict[str, Any], config: VegaConfig) -> Observation:
             replaced by cached ones, `vega.frames` uint8 [b v 3 h w], or by features, `vega.semantic`
             [b v c gh gw] and `vega.prior` [b v d gh gw]; the task by `vega.words`, encoded text.
         config: The policy's configuration.
-
-    Raises:
-        ValueError: If a camera or the state is missing, or frames have another range or shape.
-        TypeError: If cached frames are not uint8.
     """
     semantic, prior, cached = (batch.get(f"vega.{name}") for name in ("semantic", "prior", "frames"))
     is_encoded = semantic is not None and (config.prior.name == "none" or prior is not None)

@@ -114,11 +114,7 @@ def free_space(path: Path) -> int:
 
 
 def check_space(path: Path, needed: int, what: str) -> None:
-    """Refuse to start where `what` of `needed` bytes does not fit.
-
-    Raises:
-        DiskFullError: If less is free.
-    """
+    """Refuse to start where `what` of `needed` bytes does not fit."""
     free = free_space(path)
     if free < needed:
         raise DiskFullError(
@@ -409,22 +405,14 @@ def open_run(
 
 
 def require_folder(folder: Path) -> None:
-    """Refuse a path that is a file, or leads through one; a missing one passes.
-
-    Raises:
-        NotADirectoryError: Names the file.
-    """
+    """Refuse a path that is a file, or leads through one; a missing one passes."""
     found = next((path for path in (folder, *folder.parents) if path.exists()), folder)
     if not found.is_dir() and found.exists():
         raise NotADirectoryError(f"{folder}: expected a folder, found the file {found}; give another path.")
 
 
 def require_empty(folder: Path, *, may_hold: Iterable[str] = ()) -> None:
-    """Refuse a folder that holds anything but a lock, drafts and the named entries; a missing one passes.
-
-    Raises:
-        OtherRunError: Lists what it holds.
-    """
+    """Refuse a folder that holds anything but a lock, drafts and the named entries; a missing one passes."""
     found = {entry.name for entry in folder.iterdir()} if folder.exists() else set()
     drafts = {name for name in found if name.startswith(".") and name.endswith(_PARTIAL)}
     if unexpected := sorted(found - drafts - {LOCK, *may_hold}):
@@ -450,9 +438,6 @@ def check_same_settings(
         settings: Settings of this start, nested.
         free_to_change: Dotted names that may differ, with all fields below them.
         defaults: Values of settings that runs from before a field existed had, nested.
-
-    Raises:
-        OtherRunError: Lists each difference.
     """
     received = flatten(settings)
     old = {name: value for name, value in flatten(defaults or {}).items() if name in received}

@@ -106,10 +106,6 @@ def demonstrate(
         noise: Stationary standard deviation of the action noise, in fractions of full scale [0, 1]; precise
             phases bear a third of it, the gripper none.
         options: None takes the defaults.
-
-    Raises:
-        ValueError: No demonstrator for this task, noise outside its range, or an option that this
-            demonstrator does not support.
     """
     options = options or DemonstrationOptions()
     walk = OrnsteinUhlenbeck(noise, options.noise_correlation, rng)

@@ -87,9 +87,6 @@ def plan_rendering(
 
     Returns:
         The plan, and `state` [t s], `action` [t a] and `instruction` of each episode.
-
-    Raises:
-        ValueError: If a file is no file of states, no episode is chosen, or cameras or robots differ.
     """
     if frame_stride < 1:
         raise ValueError(f"frame_stride must be at least 1; got {frame_stride}")
@@ -190,9 +187,6 @@ def render_frames(
         notes: Folder of the records.
         processes: Rendering processes; with 1, frames are rendered in this one.
         egl_devices: GPUs over which the processes are spread; none leaves the choice to MuJoCo.
-
-    Raises:
-        RuntimeError: If a rendering process dies.
     """
     if processes < 1:
         raise ValueError(f"expected at least 1 process, got {processes}")

@@ -71,9 +71,6 @@ def write_states(
         episodes: Demonstrations; those of one task keep their order.
         origin: How they were collected, JSON values.
         threads: Arrays compressed at once.
-
-    Raises:
-        ValueError: If a trajectory holds values that are not finite.
     """
     from safetensors.numpy import save
 
@@ -103,11 +100,7 @@ def write_states(
 
 
 def read_header(path: Path) -> dict[str, Any]:
-    """Return a file's `suite`, `origin` and `episodes` (task, seed, length, attempts).
-
-    Raises:
-        ValueError: If the file is no file of states, is damaged, or has another format.
-    """
+    """Return a file's `suite`, `origin` and `episodes` (task, seed, length, attempts)."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -124,11 +117,7 @@ def read_header(path: Path) -> dict[str, Any]:
 
 
 def read_states(path: Path, tasks: Sequence[int] | None = None) -> list[StateEpisode]:
-    """Read the demonstrations of some tasks (indices), or of all, in the order of the file.
-
-    Raises:
-        ValueError: If the file is no file of states, is damaged, or has another format.
-    """
+    """Read the demonstrations of some tasks (indices), or of all, in the order of the file."""
     from safetensors import safe_open
 
     header, episodes = read_header(path), []

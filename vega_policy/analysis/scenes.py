@@ -152,7 +152,6 @@ def read_folder(folder: Path, frame_size: int, max_frames: int = 32) -> Scene:
 
     Raises:
         FileNotFoundError: If `transforms.json`, or a file that it names, is missing.
-        ValueError: If frames lack depth or intrinsics, or are distorted.
     """
     path = folder / TRANSFORMS
     if not path.is_file():

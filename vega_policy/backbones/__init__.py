@@ -86,7 +86,6 @@ def make_backbone(config: BackboneConfig, state_dim: int, views: int, frame_size
     """Build the `Backbone` that a config names.
 
     Raises:
-        ValueError: If the name is unknown, or a size does not fit.
         FileNotFoundError: If weights are missing.
     """
     if config.name not in BACKBONES:

@@ -30,11 +30,7 @@ MAX_WORDS = 64
 
 
 class CompactBackbone(nn.Module):
-    """EfficientNet-Lite0 for frames, MiniLM for the instruction, a transformer trunk over all tokens.
-
-    Raises:
-        ValueError: If `frame_size` is not a multiple of the encoder's stride.
-    """
+    """EfficientNet-Lite0 for frames, MiniLM for the instruction, a transformer trunk over all tokens."""
 
     position: Tensor
     takes_grid_only = False
@@ -91,9 +87,6 @@ class CompactBackbone(nn.Module):
 
         Returns:
             Context [b s d] and its mask [b s] (True: may be read).
-
-        Raises:
-            ValueError: If the number of views is not that of the policy.
         """
         batch, views, m, _ = tokens.shape
         if views != len(self.view):
@@ -131,9 +124,6 @@ class ImageEncoder(nn.Module):
 
     Batch-norm statistics stay those of pre-training, in training too: batches of a robot's frames are far
     from independent, and averaged weights would need statistics of their own.
-
-    Raises:
-        ValueError: If timm does not know the name or the network has no stride of 16.
     """
 
     channels_last = False  # memory format on a CPU; a GPU always uses channels-last

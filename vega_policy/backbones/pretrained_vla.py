@@ -33,9 +33,6 @@ class BasedModel(nn.Module):
     The change by the fusion is scaled by one learned number that starts at zero, so that a new policy equals
     its base, bit by bit. The prior reads each image as the base's image encoder does: resized and padded by
     the base.
-
-    Raises:
-        ValueError: If the fusion or the prior's clips cannot work with a base.
     """
 
     base: Any
@@ -174,7 +171,6 @@ def base_config(config: "VegaConfig", folder: Path) -> Any:
     """Return the base's own configuration, with the features of a VEGA policy.
 
     Raises:
-        ValueError: If the folder holds a policy of another type or chunk length.
         UnsafeCheckpointError: If a processor beside it names code.
     """
     from lerobot.configs.policies import PreTrainedConfig
@@ -204,8 +200,6 @@ def load_base(config: "VegaConfig") -> tuple["PreTrainedPolicy", str]:
 
     Raises:
         FileNotFoundError: If files are missing.
-        ValueError: If the folder holds another policy, weights other than those of `base.fingerprint`, or
-            weights that the policy did not load.
     """
     from lerobot.policies.factory import get_policy_class
 
@@ -226,11 +220,7 @@ def load_base(config: "VegaConfig") -> tuple["PreTrainedPolicy", str]:
 
 @torch.no_grad()
 def check_loaded(policy: "PreTrainedPolicy", file: Path) -> None:
-    """Check that a policy holds the weights of a file: some loaders of LeRobot only print a warning.
-
-    Raises:
-        ValueError: If weights are missing or differ.
-    """
+    """Check that a policy holds the weights of a file: some loaders of LeRobot only print a warning."""
     stored = load_file(file)
     if policy.config.type != "smolvla":  # the pi policies rename what older versions wrote
         loader: Any = policy
@@ -292,11 +282,7 @@ def sharing_memory(model: nn.Module, names: Iterable[str]) -> set[str]:
 
 
 def refuse_misfits(policy: Any, saved: Set[str], file: str) -> None:
-    """Check that the saved names of a checkpoint's file are those of the weights that learn.
-
-    Raises:
-        RuntimeError: If some are missing or superfluous.
-    """
+    """Check that the saved names of a checkpoint's file are those of the weights that learn."""
     held = policy.state_dict()
     frozen = {f"model.{name}" for name in policy.model.frozen_names()}
     shared = sharing_memory(policy, saved)

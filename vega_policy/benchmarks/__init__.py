@@ -214,11 +214,7 @@ PARTS = ("prior", "policy", "train", "dataset", "simulate")
 
 
 def benchmark(part: str, options: Any, device: torch.device) -> Iterator[dict[str, Any]]:
-    """Measure one part of `PARTS` and yield its rows; `options` has the fields of the command.
-
-    Raises:
-        ValueError: If a size is not HEIGHTxWIDTH in multiples of 16, or a path, case or variant is unknown.
-    """
+    """Measure one part of `PARTS` and yield its rows; `options` has the fields of the command."""
     if part == "prior":
         from vega_policy.benchmarks.parts import WAN, benchmark_any_prior, benchmark_prior, parse_path
 

@@ -110,11 +110,7 @@ class Command:
         return {str(key): value for key, value in node.items()}
 
     def _refuse_unknown_fields(self, arguments: Sequence[str]) -> None:
-        """End the program if a field has no such name, as in `priro=none`; Hydra would suggest to add it.
-
-        Raises:
-            SystemExit: With the message.
-        """
+        """End the program if a field has no such name, as in `priro=none`; Hydra would suggest to add it."""
         if any(argument.startswith((*SEARCH_PATH_OPTIONS, "--config-name", "-cn")) for argument in arguments):
             return
         fields = self._fields()
@@ -198,11 +194,7 @@ def _paths(text: str) -> Iterator[tuple[str | None, str]]:
 
 
 def check_cache_folders() -> None:
-    """Refuse variables that name cache folders which cannot exist; libraries fail of them when imported.
-
-    Raises:
-        ValueError: Names the variable.
-    """
+    """Refuse variables that name cache folders which cannot exist; libraries fail of them when imported."""
     for name in ("HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_LEROBOT_HOME", "TORCH_HOME"):
         folder = os.environ.get(name)
         try:
@@ -218,11 +210,7 @@ def check_cache_folders() -> None:
 
 
 def with_positional(arguments: Sequence[str], fields: Sequence[str]) -> list[str]:
-    """Turn arguments without `=` into overrides of the given fields, in order.
-
-    Raises:
-        SystemExit: If there are more such arguments than fields.
-    """
+    """Turn arguments without `=` into overrides of the given fields, in order."""
     overrides, values = [], []
     for argument in arguments:
         is_value = fields and "=" not in argument and not argument.startswith(("-", "~", "+"))
@@ -258,9 +246,6 @@ def refuse_missing_fields(config: DictConfig, optional: Sequence[str] = ()) -> N
     """End the program if a field without a default, such as an evaluation's checkpoint, has no value.
 
     Those that are `optional` may have none.
-
-    Raises:
-        SystemExit: With the message.
     """
     missing = sorted(set(OmegaConf.missing_keys(config)) - set(optional))
     if OmegaConf.select(config, "dataset.mixture") and "dataset.repo_id" in missing:
@@ -273,11 +258,7 @@ def refuse_missing_fields(config: DictConfig, optional: Sequence[str] = ()) -> N
 
 
 def refuse_unknown_options(arguments: Sequence[str]) -> None:
-    """End the program if a group has no such option, as in `env=libero_spatail`; near ones are listed first.
-
-    Raises:
-        SystemExit: With the message.
-    """
+    """End the program if a group has no such option, as in `env=libero_spatail`; lists near ones first."""
     if any(argument.startswith(SEARCH_PATH_OPTIONS) for argument in arguments):
         return
     problems = [problem for override in _overrides(arguments) for problem in _unknown(override)]

@@ -31,11 +31,7 @@ def list_files(folder: Path, suffix: str) -> list[Path]:
 
 
 def read_json(path: Path) -> Any:
-    """Return the content of a JSON file, which may begin with a byte-order mark.
-
-    Raises:
-        DatasetError: If it is missing, a Git LFS pointer, or no JSON.
-    """
+    """Return the content of a JSON file, which may begin with a byte-order mark."""
     if not path.is_file():
         raise DatasetError(f"{path} is missing. Collect or download the dataset again.")
     if is_lfs_pointer(path):
@@ -47,11 +43,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_info(root: Path) -> dict[str, Any]:
-    """Return `meta/info.json` of a dataset, with the fields that this package reads.
-
-    Raises:
-        DatasetError: If the file cannot be read, or names files outside the dataset.
-    """
+    """Return `meta/info.json` of a dataset, with the fields that this package reads."""
     path = root / "meta" / "info.json"
     info = read_json(path)
     features = info.get("features") if isinstance(info, dict) else None
@@ -81,11 +73,7 @@ def lfs_advice(root: Path) -> str:
 
 
 def check_version(root: Path, repo_id: str) -> None:
-    """Refuse a dataset of another format than v3.
-
-    Raises:
-        DatasetError: Names the command that converts it.
-    """
+    """Refuse a dataset of another format than v3."""
     info = read_json(root / "meta" / "info.json")
     version = str(info.get("codebase_version") if isinstance(info, dict) else None)
     if version.startswith("v3."):
@@ -183,11 +171,7 @@ def _sample_file(path: Path) -> bytes:
 
 
 def read_episodes(root: Path) -> pd.DataFrame:
-    """Return the rows of `meta/episodes` in the order of episodes, without the episodes' statistics.
-
-    Raises:
-        DatasetError: If there are none.
-    """
+    """Return the rows of `meta/episodes` in the order of episodes, without the episodes' statistics."""
     files = list_files(root / "meta" / "episodes", ".parquet")
     if not files:
         raise DatasetError(
@@ -205,9 +189,6 @@ def read_tasks(root: Path) -> dict[int, str]:
     """Return the instructions by index, of `meta/tasks.parquet` in any of the forms that writers give it.
 
     The sentences are the table's index or a column `task`; other columns are ignored.
-
-    Raises:
-        DatasetError: If the file is missing or holds no sentences.
     """
     path = root / "meta" / "tasks.parquet"
     if not path.is_file():

@@ -236,9 +236,6 @@ def creates_scenes(robot: Mapping[str, Any]) -> bool:
 
     Args:
         robot: The fields of a file in configs/robot.
-
-    Raises:
-        ValueError: If `new_scenes` is missing, or true for another robot than `vega_sim`.
     """
     value = robot.get("new_scenes")
     if not isinstance(value, bool):

@@ -81,12 +81,6 @@ def deploy(config: Mapping[str, Any]) -> Deployment:
 
     Args:
         config: The composed configuration as plain values.
-
-    Raises:
-        PreflightError: If a check failed; nothing moved.
-        ValueError: If a setting is wrong.
-        FileNotFoundError: If the checkpoint does not exist.
-        ConnectionError: If the robot or the policy server is unreachable.
     """
     rollout = read_rollout(config)
     safety = read_safety(config)
@@ -111,11 +105,7 @@ def deploy(config: Mapping[str, Any]) -> Deployment:
 
 
 def _connect(rollout: RolloutConfig, shutdown: threading.Event, safety: SafetyFilter) -> RolloutContext:
-    """Return LeRobot's rollout with the robot connected.
-
-    Raises:
-        ImportError: If the software of the robot's motors is not installed; names the extra.
-    """
+    """Return LeRobot's rollout with the robot connected."""
     try:
         return build_rollout_context(rollout, shutdown, robot_action_processor=safe_action_pipeline(safety))
     except ImportError as error:
@@ -130,7 +120,6 @@ def read_rollout(config: Mapping[str, Any]) -> RolloutConfig:
     """Return LeRobot's configuration of a rollout.
 
     Raises:
-        ValueError: If neither or both of checkpoint and server are set.
         FileNotFoundError: If the checkpoint does not exist.
     """
     checkpoint, server = config["checkpoint"], config["server"]
@@ -168,11 +157,7 @@ def read_rollout(config: Mapping[str, Any]) -> RolloutConfig:
 
 
 def read_safety(config: Mapping[str, Any]) -> SafetyFilter:
-    """Return the safety layer that the robot's config describes.
-
-    Raises:
-        ValueError: If there are neither limits nor a dataset to measure them on, or limits are impossible.
-    """
+    """Return the safety layer that the robot's config describes."""
     settings, fps = config["robot"]["safety"], config["robot"]["fps"]
     box = settings["workspace"]
     workspace = None

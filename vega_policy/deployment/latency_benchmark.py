@@ -47,11 +47,7 @@ EPISODES_FILE, PLOT_FILE = "episodes.parquet", "latency.png"
 
 @dataclass(frozen=True)
 class Cell:
-    """One condition of the benchmark.
-
-    Raises:
-        ValueError: If the method is unknown, or a number is negative.
-    """
+    """One condition of the benchmark."""
 
     method: str
     delay: int  # control steps from an observation until its chunk arrives
@@ -139,7 +135,6 @@ def benchmark_latency(
 
     Raises:
         OtherRunError: If `output` holds a benchmark with other settings.
-        ValueError: If real-time chunking is requested of a policy that does not support it.
     """
     if not policy.supports_rtc and any(cell.method in ("lerobot", "rtc") for cell in cells):
         raise ValueError(f"methods: {policy.description.name} supports only naive, aligned and async")
@@ -229,7 +224,6 @@ def summarize_log(name: str, log: Path, episodes: int | None = None) -> Row:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it holds fewer than `episodes` (None uses all), or an older version wrote it.
     """
     if not log.exists():
         raise FileNotFoundError(f"no log of a simulated robot at {log}")

@@ -98,7 +98,6 @@ class VegaRemotePolicy(PreTrainedPolicy):
 
     Raises:
         PolicyUnavailableError: If the server is unreachable.
-        ValueError: If the served policy reads histories of frames.
     """
 
     config_class = VegaRemoteConfig  # pyright: ignore[reportAssignmentType]

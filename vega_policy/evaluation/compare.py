@@ -59,7 +59,6 @@ def compare_runs(
     Raises:
         FileNotFoundError: If a folder holds no finished episode.
         UnpairedRunsError: If they are not of the same episodes from the same initial states.
-        ValueError: If both are one folder under one ablation.
     """
     _require_distinct([first, second], [first_ablation, second_ablation])
     one, two = _read_ablation(first, first_ablation), _read_ablation(second, second_ablation)
@@ -197,7 +196,6 @@ def read_policies(folders: Sequence[Path], ablations: Sequence[str]) -> list[Pol
 
     Raises:
         FileNotFoundError: If a folder holds no evaluation.
-        ValueError: If two are one folder under one ablation; see `read_policy`.
     """
     _require_distinct(folders, ablations)
     names = [folder.resolve().name for folder in folders]
@@ -214,8 +212,6 @@ def read_policy(folder: Path, ablation: str, name: str) -> PolicyRuns:
 
     Raises:
         FileNotFoundError: If it holds no evaluation.
-        ValueError: If an evaluation lies elsewhere, cannot be read or is of another suite than its folder's
-            name, if two seeds are one and the same evaluation or of one checkpoint, or none has the ablation.
     """
     evaluations = evaluations_below(folder)
     if not evaluations:

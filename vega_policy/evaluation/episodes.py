@@ -138,11 +138,7 @@ _SCHEMA = pyarrow.schema([(field.name, _ARROW_TYPES[str(field.type)]) for field 
 
 
 def select_tasks(tasks: Sequence[TaskDescription], indices: Sequence[int] | None) -> list[TaskDescription]:
-    """Return the tasks with the given indices, in the suite's order; all of them for None.
-
-    Raises:
-        ValueError: If an index does not exist; lists the tasks.
-    """
+    """Return the tasks with the given indices, in the suite's order; all of them for None."""
     if indices is None:
         return list(tasks)
     if unknown := sorted(set(indices) - {task.index for task in tasks}):
@@ -169,9 +165,6 @@ def plan_episodes(
         official_states: Whether episode i starts from the suite's official initial state i.
         perturbation: Axis along which the environment changes every episode.
         perturbation_strength: How much, in (0, 1].
-
-    Raises:
-        ValueError: If there is no task, a number is out of range, or official states are missing.
     """
     if not tasks:
         raise ValueError("expected at least one task to evaluate on, got none")
@@ -219,11 +212,7 @@ def _require_official_states(tasks: Sequence[TaskDescription], episodes_per_task
 
 @dataclass(frozen=True)
 class Shard:
-    """Part `index`, from 0, of an evaluation in `count` parts.
-
-    Raises:
-        ValueError: If the index is not below the count.
-    """
+    """Part `index`, from 0, of an evaluation in `count` parts."""
 
     index: int = 0
     count: int = 1
@@ -401,9 +390,6 @@ def read_conditions(folder: Path) -> dict[str, Any]:
     """Return the settings of an evaluation; empty where its folder holds episodes alone.
 
     `action_steps` is taken from the summary if there is one: the settings hold null for the policy's own.
-
-    Raises:
-        ValueError: If a file cannot be read.
     """
     settings, summary = (
         read_json(folder / name) if (folder / name).is_file() else {} for name in (SETTINGS, SUMMARY_FILE)

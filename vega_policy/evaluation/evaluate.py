@@ -55,11 +55,7 @@ _SECONDS_BETWEEN_WRITES = 2.0  # of the table: writing it after every episode wo
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """Settings of an evaluation.
-
-    Raises:
-        ValueError: If an ablation is unknown, or a number is out of range.
-    """
+    """Settings of an evaluation."""
 
     suite: str
     tasks: tuple[int, ...] | None = None  # indices; None evaluates all tasks of the suite
@@ -155,8 +151,6 @@ def evaluate_checkpoint(
 
     Raises:
         FileNotFoundError: If the checkpoint, or a file that an ablation needs, does not exist.
-        ValueError: If a setting is wrong, the output folder holds something else, the checkpoint is damaged,
-            or the policy does not fit the environment.
         WorkerError: If a simulator failed.
     """
     environment, functions = config["env"], config["environments"]
@@ -301,7 +295,6 @@ class Evaluation:
         Raises:
             OtherRunError: If the folder holds something else.
             FolderInUseError: If another process evaluates into it.
-            ValueError: If a task index or a number is out of range, or an ablation cannot be run in shards.
         """
         self.settings = settings
         self.episodes = plan_episodes(
@@ -361,9 +354,6 @@ class Evaluation:
         Args:
             policies: The policy by ablation, in the order of the settings.
             pool: Workers.
-
-        Raises:
-            ValueError: If the policies are not those of the settings' ablations.
         """
         self._started = self._started or time.perf_counter()
         try:

@@ -118,11 +118,7 @@ class IncompatiblePolicyError(ValueError):
 def check_compatible(
     description: PolicyDescription, observation: EnvObservation, *, reads_frames: bool
 ) -> None:
-    """Refuse a policy that an environment has not the inputs for, or that has other actions.
-
-    Raises:
-        IncompatiblePolicyError: If cameras are missing, or the state or the action has another size.
-    """
+    """Refuse a policy that an environment has not the inputs for, or that has other actions."""
     frames = observation["frames"]
     if reads_frames and not set(description.cameras) <= set(lerobot_keys(frames)):
         raise IncompatiblePolicyError(
@@ -159,9 +155,6 @@ def stack_observations(rows: Sequence[EnvObservation | None], cameras: Sequence[
     Args:
         rows: Observation of each environment; at least one is not None.
         cameras: Camera keys to batch.
-
-    Raises:
-        ValueError: If every environment is idle.
     """
     sample = next((row for row in rows if row is not None), None)
     if sample is None:
@@ -226,7 +219,6 @@ def load_lerobot_policy(folder: Path, *, device: str, action_steps: int | None =
         action_steps: Actions executed of each chunk; None takes the policy's own `n_action_steps`.
 
     Raises:
-        ValueError: If the policy type is not registered, or the policy cannot be evaluated by chunks.
         DamagedCheckpointError: If its files are not those that its checksums list.
         UnsafeCheckpointError: If its configuration names code.
     """
@@ -261,9 +253,6 @@ class LeRobotChunkPolicy:
             preprocessor: Applied to observations.
             postprocessor: Applied to actions; brings them into the environment's units.
             action_steps: See `load_lerobot_policy`.
-
-        Raises:
-            ValueError: See `describe`.
         """
         self.policy = policy
         self.preprocessor = preprocessor
@@ -324,12 +313,7 @@ class LeRobotChunkPolicy:
 
 
 def describe(policy: PreTrainedPolicy, action_steps: int | None) -> PolicyDescription:
-    """Return what a policy was trained on, from its config.
-
-    Raises:
-        ValueError: If the policy reads several past observations, or the number of actions to execute is
-            unknown or below 1.
-    """
+    """Return what a policy was trained on, from its config."""
     config, fields = policy.config, vars(policy.config)
     if config.n_obs_steps != 1:
         raise ValueError(

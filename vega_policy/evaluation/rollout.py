@@ -117,9 +117,7 @@ class Rollout:
         """Run episodes of a suite, whose tasks have these instructions, and yield each one as it ends.
 
         Raises:
-            IncompatiblePolicyError: If the policy does not fit the environment.
             WorkerError: If a simulator failed.
-            ValueError: If the policy predicts too few, non-finite or wrongly shaped actions.
         """
         self.policy.reset(instructions)
         start, busy = time.perf_counter(), self.pool.busy_seconds

@@ -28,9 +28,6 @@ def compile_blocks(model: VegaModel, **options: Any) -> None:
     """Compile image encoder, projectors, fusion, trunk and head, each for the first shapes it is called with.
 
     Options are those of `torch.compile`.
-
-    Raises:
-        ValueError: If it is another backbone, or a base.
     """
     if not isinstance(model, VegaModel) or not isinstance(model.backbone, CompactBackbone):
         found = type(model.backbone if isinstance(model, VegaModel) else model).__name__
@@ -72,9 +69,6 @@ class CapturedControlStep:
     Small policies leave a GPU waiting for the host, which launches thousands of kernels per chunk; a graph
     launches them at once. Instructions are encoded when the graph is captured. The model is in evaluation
     mode.
-
-    Raises:
-        ValueError: If the model is not on a CUDA device or the observation has no frames.
     """
 
     @torch.no_grad()
@@ -93,11 +87,7 @@ class CapturedControlStep:
 
     @torch.no_grad()
     def __call__(self, observation: Observation, noise: Tensor) -> Tensor:
-        """Return a chunk of normalised actions, [b t a] -> [b t a].
-
-        Raises:
-            ValueError: If frames, state, noise or instruction differ from those of the capture.
-        """
+        """Return a chunk of normalised actions, [b t a] -> [b t a]."""
         pairs = ((self._frames, observation.frames), (self._state, observation.state), (self._noise, noise))
         shapes = [(tuple(held.shape), None if new is None else tuple(new.shape)) for held, new in pairs]
         if any(held != new for held, new in shapes) or list(observation.instruction) != self.instruction:

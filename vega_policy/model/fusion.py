@@ -32,11 +32,7 @@ class Fusion(Protocol):
 
 
 def make_fusion(width: int, config: FusionConfig, grid: tuple[int, int]) -> nn.Module:
-    """Build the `Fusion` that a config names, for tokens of a width on a grid (gh, gw).
-
-    Raises:
-        ValueError: If the name is unknown, or a size does not fit.
-    """
+    """Build the `Fusion` that a config names, for tokens of a width on a grid (gh, gw)."""
     if config.name not in FUSIONS:
         raise unknown_name("fusion", config.name, sorted(FUSIONS))
     module, name = FUSIONS[config.name].split(":")
@@ -51,11 +47,7 @@ def make_projector(prior: Any, width: int) -> nn.Module:
 
 
 class SlotAttention(nn.Module):
-    """The token of a frame attends to those of its future slots at the same place, then an MLP.
-
-    Raises:
-        ValueError: If the width is no multiple of the number of heads.
-    """
+    """The token of a frame attends to those of its future slots at the same place, then an MLP."""
 
     heads = 4
 
@@ -165,11 +157,7 @@ class InstructionGate(TokenGate):
         return [*super().gate_weights(), *self.instruction.parameters(), self.context_scale]
 
     def offset(self, context: Tensor | None) -> Tensor:
-        """Return the scaled scalar of the pooled instruction, [b d] -> [b 1 1].
-
-        Raises:
-            ValueError: If there is no instruction.
-        """
+        """Return the scaled scalar of the pooled instruction, [b d] -> [b 1 1]."""
         if context is None:
             raise ValueError("instruction_gate needs the pooled instruction as context; got none.")
         return self.context_scale * self.instruction(context)[:, None]
@@ -222,11 +210,7 @@ class SequenceConcat(PerTokenFusion):
 
 
 class CrossAttention(PerTokenFusion):
-    """Semantic tokens attend to prior tokens with 2D sine-cosine positions, in `config.layers` layers.
-
-    Raises:
-        ValueError: If the heads do not divide the width.
-    """
+    """Semantic tokens attend to prior tokens with 2D sine-cosine positions, in `config.layers` layers."""
 
     position: Tensor
 

@@ -60,10 +60,6 @@ class RTCQueueAdapter:
                 actions since the observation [1 t a].
             prev_chunk_left_over: Content of LeRobot's queue [t a], cut or padded with zeros to some length.
             **rtc: Passed to `predict`; LeRobot's `inference_delay` is not, since it is read off a clock.
-
-        Raises:
-            ValueError: If LeRobot requests chunks too early to tell which observation they rest on.
-            RuntimeError: If the queue holds other actions than it was given.
         """
         with self._lock:
             episode, given, is_settled = self._episode, self._given, self._is_settled

@@ -109,7 +109,6 @@ class VegaEncoder(nn.Module):
             frame_size: Side in pixels to which frames are resized.
 
         Raises:
-            ValueError: If a name or a size is unknown, or the checkpoint is damaged or of another kind.
             FileNotFoundError: If the checkpoint or weights are missing.
         """
         if checkpoint is not None:
@@ -135,10 +134,6 @@ class VegaEncoder(nn.Module):
                 They are stretched to `config.frame_size`. Or v cameras by name, [b 3 h w] or [b t 3 h w]
                 each, which may differ in size.
             instruction: b sentences, for a fusion that reads them.
-
-        Raises:
-            TypeError: If frames are neither uint8 nor floating-point.
-            ValueError: If a shape or a value is not that of frames, or a needed instruction is missing.
         """
         stacked = stack_views(_split_views(frames), self.config.frame_size, self.config.resize)
         sentences = instruction or [""] * len(stacked)
@@ -188,11 +183,7 @@ class VegaEncoder(nn.Module):
         return features if self.config.backbone.sight else torch.zeros_like(features)
 
     def _frames(self, observation: Observation, stream: str) -> Tensor:
-        """Return the frames for a stream.
-
-        Raises:
-            ValueError: If there are none, or they are no squares of the policy's size.
-        """
+        """Return the frames for a stream."""
         frames, side = observation.require_frames(stream), self.config.frame_size
         if frames.shape[-3:] != (3, side, side):
             raise ValueError(
@@ -290,11 +281,7 @@ class VegaModel(VegaEncoder):
         prior_generator: torch.Generator | None = None,
         future: FutureFrames | None = None,
     ) -> Tensor:
-        """Return the loss of each sample, [b]; in training mode with that of the forecast, by its weight.
-
-        Raises:
-            ValueError: If the forecast is trained and `future` is missing.
-        """
+        """Return the loss of each sample, [b]; in training mode with that of the forecast, by its weight."""
         context, mask, predicted = self._encode(observation, prior_generator)
         losses = self.head.loss(context, mask, actions, is_pad, noise, time)
         weight = self.config.forecast.weight
@@ -375,10 +362,6 @@ def load_weights(
     """Load a policy's weights, named `model.<name>`, into its model or encoder.
 
     An exported policy leaves out those of the packaged text encoder, with which the model was built.
-
-    Raises:
-        ValueError: If the installed text encoder is another, or, with `strict`, a weight is missing or
-            superfluous; names `source`.
     """
     held = {f"{PREFIX}{name}": name for name in model.state_dict()}
     model.load_state_dict({held.get(name, name): value for name, value in weights.items()}, strict=False)

@@ -199,7 +199,6 @@ def cut_clips(folder: Path, *, processes: int, deadline: float | None = None, **
 
     Raises:
         FileNotFoundError: If a dataset has no rendered frames of this size; says how to render them.
-        ValueError: If the folder holds clips of another spec.
     """
     spec = from_config(CutSpec, values)
     with open_run(folder, asdict(spec)):

@@ -67,7 +67,6 @@ def pretrain(settings: PretrainSettings) -> Path | None:
     Returns the folder of the weights, None if the time was up before all was done: call again.
 
     Raises:
-        ValueError: If the prior is not one that is trained here.
         FolderInUseError: If another process runs in the folder.
         OtherRunError: If the folder holds a run with other settings, or other files.
     """
@@ -365,9 +364,6 @@ def run_training(
     """Train until the last step or the deadline (`time.time()`), save, and return whether all steps are made.
 
     `validate` measures the averaged weights on held-out clips.
-
-    Raises:
-        FloatingPointError: If loss or gradient are not finite; the last checkpoint is intact.
     """
     if trainer.finished:
         return True

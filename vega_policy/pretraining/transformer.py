@@ -223,11 +223,7 @@ class PromptTable:
         self._table = torch.stack(padded).to(device)
 
     def __call__(self, sentences: list[str]) -> Tensor:
-        """Return the embeddings of b sentences, [b 512 d].
-
-        Raises:
-            ValueError: If a sentence has none.
-        """
+        """Return the embeddings of b sentences, [b 512 d]."""
         unknown = sorted({sentence for sentence in sentences if sentence not in self._indices})
         if unknown:
             raise ValueError(

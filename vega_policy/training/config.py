@@ -178,11 +178,7 @@ class TrainConfig:
 
     @property
     def vega(self) -> VegaConfig:
-        """The policy's config.
-
-        Raises:
-            TypeError: If it is of another type.
-        """
+        """The policy's config."""
         if not isinstance(self.policy, VegaConfig):
             raise TypeError(
                 f"policy.type: expected 'vega', got {self.policy.type!r}; train LeRobot's other policies "
@@ -192,11 +188,7 @@ class TrainConfig:
 
 
 def from_hydra(config: DictConfig) -> TrainConfig:
-    """Return the run that a composed Hydra config describes.
-
-    Raises:
-        ValueError: If a mandatory value is missing, or as `decode`.
-    """
+    """Return the run that a composed Hydra config describes."""
     entries = config.dataset.get("mixture")
     if entries and OmegaConf.is_missing(config.dataset, "repo_id"):
         config.dataset.repo_id = "+".join(str(entry.get("repo_id")) for entry in entries)
@@ -216,11 +208,7 @@ def from_hydra(config: DictConfig) -> TrainConfig:
 
 
 def check_device(name: str | None) -> None:
-    """Refuse a device that this machine does not have; LeRobot would take another one.
-
-    Raises:
-        ValueError: Lists the devices that there are.
-    """
+    """Refuse a device that this machine does not have; LeRobot would take another one."""
     if name is None:
         return
     gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
@@ -234,11 +222,7 @@ def check_device(name: str | None) -> None:
 
 
 def decode(node: Mapping[str, Any]) -> TrainConfig:
-    """Decode plain nested values; the groups that `policy` refers to may lie beside it and are left out.
-
-    Raises:
-        ValueError: As `from_config`.
-    """
+    """Decode plain nested values; the groups that `policy` refers to may lie beside it and are left out."""
     return from_config(TrainConfig, {key: value for key, value in node.items() if key not in _REFERRED})
 
 

@@ -35,9 +35,6 @@ class CapturedGradient:
 
     The same kernels run as without a graph, with the same results. `loss` reads its batch from fixed memory
     and returns a scalar without waiting for the device; what it draws or decides on the host is frozen.
-
-    Raises:
-        ValueError: If the weights are not on a CUDA device.
     """
 
     def __init__(self, loss: Callable[[], Tensor], weights: Sequence[nn.Parameter], most: float) -> None:
@@ -73,11 +70,7 @@ class CapturedGradient:
 
 
 def check_capturable(config: "TrainConfig", device: torch.device, instructions: Sequence[str]) -> None:
-    """Refuse a run on `device`, with these instructions in its training rows, that cannot be captured.
-
-    Raises:
-        ValueError: Names the first obstacle and what to set.
-    """
+    """Refuse a run on `device`, with these instructions in its training rows, that cannot be captured."""
     vega, data = config.vega, config.dataset
     few = vega.backbone.freeze_text_encoder or len(instructions) <= MOST_INSTRUCTIONS
     needs = (
@@ -130,9 +123,6 @@ class CapturedStep:
 
         Returns:
             Scalars on the device, overwritten by the next call: the policy's metrics, and `gradient_norm`.
-
-        Raises:
-            ValueError: If shapes differ from the first batch's, or an instruction is unknown.
         """
         inputs = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
         drawn = {"noise": noise, "time": time}
@@ -194,11 +184,7 @@ class WordTable:
         self._read = reader(encoder, list(self._numbers))
 
     def choose(self, sentences: list[str]) -> None:
-        """Choose each sample's instruction, b of them.
-
-        Raises:
-            ValueError: If one is unknown.
-        """
+        """Choose each sample's instruction, b of them."""
         unknown = [sentence for sentence in sentences if sentence not in self._numbers]
         if unknown:
             raise ValueError(

@@ -293,9 +293,6 @@ def complete_card(folder: Path, evaluations: Sequence[Path]) -> str:
     Args:
         folder: `pretrained_model` of a run, whose commands and minutes are added, or an exported policy.
         evaluations: Output folders of evaluations of the policy.
-
-    Raises:
-        ValueError: If an evaluation is of another policy.
     """
     card = (folder / CARD).read_text().replace("FOLDER/pretrained_model", "FOLDER").rstrip()
     run = folder.resolve().parents[2]

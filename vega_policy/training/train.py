@@ -76,7 +76,6 @@ def train(config: TrainConfig) -> Path:
     `from_pretrained`. With `stop_after=0` only the cache is built, and its folder returned.
 
     Raises:
-        ValueError: If the output folder, the dataset or the cache does not fit; says what to do.
         FolderInUseError: If another process trains into the folder.
         TrainingStoppedError: If too many steps were not finite, or memory is full.
         DiskFullError: If the disk is full.
@@ -101,11 +100,7 @@ def train(config: TrainConfig) -> Path:
 
 
 def build_cache(config: TrainConfig, accelerator: Accelerator) -> Path:
-    """Build the cache of a run, or this command's part of it, and return its folder.
-
-    Raises:
-        ValueError: If the run has no cache.
-    """
+    """Build the cache of a run, or this command's part of it, and return its folder."""
     if config.dataset.cache == "none":
         raise ValueError("stop_after=0 builds the cache, and dataset.cache is none. Set dataset.cache=disk.")
     data = load_data(config)
@@ -196,11 +191,7 @@ def load_data(config: TrainConfig) -> TrainData:
 
 
 def check_alike(first: LocalDataset, other: LocalDataset) -> None:
-    """Refuse a dataset of a mixture whose cameras, state or action are not those of the first one.
-
-    Raises:
-        DatasetError: Lists the differences.
-    """
+    """Refuse a dataset of a mixture whose cameras, state or action are not those of the first one."""
     expected, found = policy_features(first), policy_features(other)
     differing = [f"no {name}" for name in expected if name not in found]
     differing += [f"{name} besides" for name in found if name not in expected]
@@ -240,11 +231,7 @@ def _read_part(config: DatasetConfig, dataset: LocalDataset, weight: float) -> D
 def _make_stats(
     config: TrainConfig, parts: Sequence[DataPart], table: FrameTable, starts: Sequence[int]
 ) -> dict[str, Any]:
-    """Return the statistics for the normalisation, of a mixture as it is sampled: each dataset by its weight.
-
-    Raises:
-        DatasetError: If statistics of images, which a mixture does not have, would be needed.
-    """
+    """Return the statistics of the normalisation, of a mixture as it is sampled: by each dataset's weight."""
     modes, computed = config.vega.normalization_mapping, config.dataset.stats == "computed"
     rows = torch.cat([torch.cat([one.rows, one.held_out]) + k for one, k in zip(parts, starts, strict=True)])
     weights = None
@@ -277,9 +264,6 @@ def relative_action_stats(
     """Return the statistics of actions relative to the state at the start of their chunk.
 
     They are those of at most 100,000 chunks, evenly spaced over the rows [m], which weigh `weights` [m].
-
-    Raises:
-        DatasetError: If the state is narrower than the action.
     """
     if table.state.shape[1] < table.action.shape[1]:
         raise DatasetError(
@@ -381,11 +365,7 @@ def _weighted_mean(
 
 
 def check_forecast(policy: VegaConfig, data: DatasetConfig) -> tuple[int, ...]:
-    """Return how many control steps later frames a training batch must hold; none without a forecast.
-
-    Raises:
-        ValueError: If the dataset's cache cannot give them.
-    """
+    """Return how many control steps later frames a training batch must hold; none without a forecast."""
     if not policy.forecast.weight:
         return ()
     if data.cache == "none" or not {"frames", "semantic"} & set(data.cached):
@@ -404,11 +384,7 @@ def check_forecast(policy: VegaConfig, data: DatasetConfig) -> tuple[int, ...]:
 
 
 def _video_source(config: TrainConfig, policy: VegaPolicy, data: TrainData) -> VideoSource:
-    """Return batches that are decoded while training.
-
-    Raises:
-        DatasetError: If a camera's frames differ in size between the datasets of a mixture.
-    """
+    """Return batches that are decoded while training."""
     cameras, backend = list(policy.config.image_features), config.dataset.video_backend
     for camera in cameras:
         sizes = {tuple(policy_features(part.dataset)[camera].shape[1:]) for part in data.parts}
@@ -486,9 +462,6 @@ def _read_clips(
     """Return the observed frames [n] of episodes, from the dataset or, without any, from the cache.
 
     `ends` is the row after each episode of the dataset.
-
-    Raises:
-        DatasetError: If neither has them.
     """
     config, cameras = part.config, list(policy.config.image_features)
     spans = [slice(ends[episode - 1] if episode else 0, ends[episode]) for episode in episodes]

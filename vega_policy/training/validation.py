@@ -115,7 +115,6 @@ def evaluate_closed_loop(
         `success` in [0, 1] and `episodes` over all processes, and this process's videos (mp4).
 
     Raises:
-        ValueError: If the policy does not fit the environment.
         WorkerError: If a simulator failed.
     """
     rank, world = accelerator.process_index, accelerator.num_processes
