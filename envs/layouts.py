@@ -85,14 +85,9 @@ def draw_layout(
     """Start an episode with a random layout; return how many were drawn until one fits.
 
     The first four start from the reset of this seed, later ones from other resets (but for official states):
-    in some, LIBERO drops an object onto another, and it rolls away. With a finite radius, objects that find
-    no other place stay where they are.
-
-    Args:
-        env: Its environment.
-        seed: Of the episode.
-        start: Resets by a seed, calls its other argument once all is at rest, lets it come to rest again.
-        radius: How far (m) from where the reset put it an object may go.
+    in some, LIBERO drops an object onto another, and it rolls away. `start` resets by a seed, calls its other
+    argument once all is at rest, and lets it come to rest again. `radius` is how far (m) from where the reset
+    put it an object may go; with a finite one, objects that find no other place stay where they are.
 
     Raises:
         NoLayoutError: If none of `MAX_DRAWS` layouts fits.

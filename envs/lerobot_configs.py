@@ -64,9 +64,8 @@ class VegaEnv(EnvConfig):
     def create_envs(self, n_envs: int, use_async_envs: bool = False) -> dict[str, dict[int, Any]]:
         """Build `{suite: {task index: vector environment}}`, the form that LeRobot expects.
 
-        Args:
-            n_envs: Copies of each task that are stepped together.
-            use_async_envs: Whether each copy runs in its own process (with one copy there is none).
+        `n_envs` copies of each task are stepped together, with `use_async_envs` each in its own process (with
+        one copy there is none).
         """
         if self.task is None:
             raise ValueError(f"--env.task is missing; choose one of {', '.join(envs.suite_names())}")

@@ -30,12 +30,9 @@ View = tuple[np.ndarray, dict[str, np.ndarray], int]
 class WallClockRobot:
     """An environment that is stepped whether or not a command has arrived.
 
-    Args:
-        make: Builds the environment; called in the thread that steps it, which owns its rendering context.
-        seed: Seed of episode 0; the following ones count up.
-        log_file: Where JSON lines are appended, or None.
-        first_episode: Number of the first episode.
-        latency_steps: Steps by which views are late.
+    `make` builds it in the thread that steps it, which owns its rendering context. `seed` is that of episode
+    0; the following ones count up from it. Views are `latency_steps` steps late. JSON lines are appended to
+    `log_file`, if given.
     """
 
     def __init__(

@@ -337,12 +337,10 @@ def rank_by_score(steps: list[int], scores: Scores) -> list[int]:
 
 
 def prune_checkpoints(run: Path, *, keep_last: int | None, keep_best: int) -> None:
-    """Point `last` and `best`, and delete the checkpoints that are neither recent nor good.
+    """Point `last` and `best`, and delete the checkpoints of a run that are neither recent nor good.
 
-    Args:
-        run: The run's folder.
-        keep_last: Newest ones to keep, at least 1; None keeps all.
-        keep_best: Best ones to keep besides; the one that `best` points to is always kept.
+    The newest `keep_last` (None: all) and the best `keep_best` are kept, and always the one that `best`
+    points to.
     """
     steps = [int(path.name) for path in list_checkpoints(run)]
     ranked = rank_by_score(steps, read_scores(run))

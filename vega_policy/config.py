@@ -23,10 +23,8 @@ from vega_policy import PACKAGE
 def from_config[T](cls: type[T], node: Mapping[str, Any]) -> T:
     """Build a dataclass from plain values; nested dataclasses from nested mappings.
 
-    Args:
-        cls: The dataclass. A field whose type is a draccus choice class (LeRobot's `PreTrainedConfig`) takes
-            the class that its key `type` names.
-        node: Resolved values, field by field. Fields with a default may be missing.
+    `node` holds resolved values, field by field; those with a default may be missing. A field whose type is a
+    draccus choice class (LeRobot's `PreTrainedConfig`) takes the class that its key `type` names.
     """
     check_fields(cls, node)
     try:

@@ -70,12 +70,8 @@ def make_vega_pre_post_processors(
 ) -> tuple[PolicyProcessorPipeline[dict[str, Any], dict[str, Any]], PolicyProcessorPipeline[Any, Any]]:
     """Return the pre-processor (rename, batch axis, device, normalise) and the post-processor (restore, CPU).
 
-    The statistics that they hold are saved with the checkpoint. With a base, they are the base's own.
-
-    Args:
-        config: The policy's configuration.
-        dataset_stats: Statistics of the training data by key; None for a policy without normalisation yet.
-        dataset_meta: Unused, LeRobot passes it.
+    The statistics that they hold are saved with the checkpoint; None stands for a policy without
+    normalisation yet. With a base, they are the base's own. LeRobot passes `dataset_meta`, which is not used.
     """
     if config.base.name != "none":
         from vega_policy.backbones.pretrained_vla import base_processors  # imports LeRobot's other policies

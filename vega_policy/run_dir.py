@@ -66,12 +66,10 @@ def _is_caused_by(error: BaseException | None, codes: set[int]) -> bool:
 
 @contextmanager
 def disk_guard(target: Path, draft: Path | None = None, needed: int | None = None) -> Iterator[None]:
-    """Turn a full disk into one clear error.
+    """Turn a full disk into one clear error that names `target`.
 
-    Args:
-        target: What is written, for the message.
-        draft: File or folder that is written instead; its size is the least that is needed.
-        needed: Bytes of `target`, where they are known.
+    `draft` is the file or folder that is written instead; its size is the least that is needed, unless
+    `needed` gives the bytes of `target`.
 
     Raises:
         DiskFullError: If a write inside failed for want of space.
@@ -378,14 +376,9 @@ def open_run(
 ) -> Iterator[bool]:
     """Lock `folder` and begin a run in it, or resume the one that it holds; yield whether it resumes.
 
-    Settings are kept as JSON in `settings.json`; drafts of a killed start are deleted.
-
-    Args:
-        folder: The run's folder, which is made if missing.
-        settings: All that decides the results.
-        free_to_change: See `check_same_settings`.
-        defaults: See `check_same_settings`.
-        may_hold: Names of entries that a folder may hold before its first run.
+    Settings, all that decides the results, are kept as JSON in `settings.json`; drafts of a killed start are
+    deleted. `may_hold` names entries that a folder may hold before its first run. For `free_to_change` and
+    `defaults` see `check_same_settings`.
 
     Raises:
         FolderInUseError: If another process holds the lock.
@@ -430,14 +423,10 @@ def check_same_settings(
     free_to_change: Iterable[str] = (),
     defaults: Mapping[str, Any] | None = None,
 ) -> None:
-    """Refuse to resume the run in `folder` with settings other than the stored ones.
+    """Refuse to resume the run in `folder` with settings, nested, other than the stored ones.
 
-    Args:
-        folder: The run's folder, for the message.
-        stored: Settings of the run, nested.
-        settings: Settings of this start, nested.
-        free_to_change: Dotted names that may differ, with all fields below them.
-        defaults: Values of settings that runs from before a field existed had, nested.
+    `free_to_change` are dotted names that may differ, with all fields below them. `defaults` are the values,
+    nested, of settings that runs from before a field existed had.
     """
     received = flatten(settings)
     old = {name: value for name, value in flatten(defaults or {}).items() if name in received}

@@ -98,14 +98,9 @@ def demonstrate(
 
     The caller steps the environment with each executed action before it takes the next one. The iteration
     ends with the task, or where no grasp fits, an attempt fails without `retries` or the arm does not reach
-    its start; only the environment knows whether it succeeded.
-
-    Args:
-        env: Environment with `task` and `raw` (the simulator's own environment).
-        rng: Source of the action noise and of the hand's start.
-        noise: Stationary standard deviation of the action noise, in fractions of full scale [0, 1]; precise
-            phases bear a third of it, the gripper none.
-        options: None takes the defaults.
+    its start; only the environment knows whether it succeeded. `noise` is the stationary standard deviation
+    of the action noise in fractions of full scale [0, 1]; precise phases bear a third of it, the gripper
+    none.
     """
     options = options or DemonstrationOptions()
     walk = OrnsteinUhlenbeck(noise, options.noise_correlation, rng)

@@ -156,16 +156,10 @@ class Arm:
     ) -> Skill:
         """Pursue a pose along the hand's own axis, the closer the better it is aligned; as `move`.
 
-        The distance kept is a continuous function of the error. A hand that waited until it was aligned
-        would show two actions, waiting and going, in states that look alike, and a policy that takes the
-        median of them can wait for good.
-
-        Args:
-            goal: Where to go [3] (m), or a function that returns it at every step.
-            rotation: Of the hand [3 3]; its third column is the axis.
-            gripper: OPEN or CLOSED.
-            reach: How exactly, how fast and how long.
-            aligned: Error (m) up to which no distance is kept.
+        The distance kept is a continuous function of the error, and zero up to the error `aligned` (m). A
+        hand that waited until it was aligned would show two actions, waiting and going, in states that look
+        alike, and a policy that takes the median of them can wait for good. The third column of `rotation` [3
+        3] is the hand's axis.
         """
         axis, distances = rotation[:, 2], []
         for _ in range(reach.steps):

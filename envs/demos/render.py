@@ -83,10 +83,8 @@ def plan_rendering(
 ) -> tuple[Plan, list[dict[str, Any]]]:
     """Plan a dataset of all episodes of the files, or of the first few of some tasks of each file.
 
-    With `frame_stride` k only every k-th state of an episode is rendered, its first one included.
-
-    Returns:
-        The plan, and `state` [t s], `action` [t a] and `instruction` of each episode.
+    With `frame_stride` k only every k-th state of an episode is rendered, its first one included. Returned
+    are the plan, and `state` [t s], `action` [t a] and `instruction` of each episode.
     """
     if frame_stride < 1:
         raise ValueError(f"frame_stride must be at least 1; got {frame_stride}")
@@ -178,15 +176,9 @@ def render_frames(
 ) -> dict[str, np.ndarray]:
     """Render all frames of a plan into the file `target` [n v 3 h w]; return their sum by camera [3 h w].
 
-    Finished episodes are recorded in `notes` with a checksum of their frames; a second call renders only the
-    others. The number of processes does not change the frames.
-
-    Args:
-        plan: From `plan_rendering`.
-        target: File of the size of all rows.
-        notes: Folder of the records.
-        processes: Rendering processes; with 1, frames are rendered in this one.
-        egl_devices: GPUs over which the processes are spread; none leaves the choice to MuJoCo.
+    Finished episodes are recorded in the folder `notes` with a checksum of their frames; a second call
+    renders only the others. The number of processes does not change the frames; with 1 they are rendered in
+    this one. They are spread over the GPUs `egl_devices`; none leaves the choice to MuJoCo.
     """
     if processes < 1:
         raise ValueError(f"expected at least 1 process, got {processes}")

@@ -65,12 +65,8 @@ def write_states(
 ) -> None:
     """Write the demonstrations of a suite, sorted by task; an existing file is replaced.
 
-    Args:
-        path: The file.
-        suite: Name of the suite.
-        episodes: Demonstrations; those of one task keep their order.
-        origin: How they were collected, JSON values.
-        threads: Arrays compressed at once.
+    Those of one task keep their order. `origin` says how they were collected (JSON values); `threads` arrays
+    are compressed at once.
     """
     from safetensors.numpy import save
 

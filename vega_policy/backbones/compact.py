@@ -77,16 +77,11 @@ class CompactBackbone(nn.Module):
     def encode_context(
         self, tokens: Tensor, text: list[str] | EncodedText, state: Tensor, features: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Encode fused tokens with the instruction and the state.
+        """Encode fused tokens [b v m d], text and normalised state [b s] as context [b s d] and its mask.
 
-        Args:
-            tokens: Fused tokens [b v m d]; m is n or a multiple (streams one after the other).
-            text: One sentence per sample, or the output of the text encoder for them.
-            state: Normalised proprioception [b s].
-            features: Unused; nothing bypasses the fusion here.
-
-        Returns:
-            Context [b s d] and its mask [b s] (True: may be read).
+        m is the number of a view's tokens n or a multiple of it (streams one after the other). `text` is one
+        sentence per sample, or the output of the text encoder for them. `features` are not used: nothing
+        bypasses the fusion here. The mask [b s] is True where the context may be read.
         """
         batch, views, m, _ = tokens.shape
         if views != len(self.view):

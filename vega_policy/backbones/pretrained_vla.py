@@ -246,9 +246,7 @@ def base_processors(
 ) -> tuple[Any, Any]:
     """Return the base's own pre- and post-processor, with the features and statistics of new data.
 
-    Args:
-        config: The VEGA policy's configuration.
-        dataset_stats: Statistics of the training data by key; None keeps those of the base.
+    `dataset_stats` are those of the training data by key; None keeps the base's.
     """
     from lerobot.policies.factory import make_pre_post_processors
 

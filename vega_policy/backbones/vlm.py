@@ -134,16 +134,10 @@ class VisionLanguageBackbone(nn.Module):
     def encode_context(
         self, tokens: Tensor, text: list[str], state: Tensor, features: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Encode fused tokens with the instruction; the state's token follows.
+        """Encode fused tokens [b v n d] and instructions; the token of the normalised state [b s] follows.
 
-        Args:
-            tokens: Fused tokens [b v n d].
-            text: One sentence per sample.
-            state: Normalised proprioception [b s].
-            features: Output of `encode`, [b v c gh gw].
-
-        Returns:
-            Context [b s d] and its mask [b s] (True: may be read).
+        `features` [b v c gh gw] is the output of `encode`. Returns the context [b s d] and its mask [b s]
+        (True: may be read).
         """
         if tokens.shape[1] != self.prompts.views:
             raise ValueError(
@@ -242,11 +236,8 @@ FETCHED = (*NEEDED, "*.json", "*.jinja", "*.txt", "*.model")
 def locate_model(name: str, source: str | None, revision: str | None, terms: str | None) -> Path:
     """Return the local folder of an image-text-to-text model, downloaded from the hub if need be.
 
-    Args:
-        name: The backbone's name, for messages.
-        source: Local folder or hub id; None if neither the config nor the registry names one.
-        revision: Hub revision; None takes the newest.
-        terms: Terms of use of the weights, for messages.
+    `source` is a local folder or hub id; None if neither the config nor the registry names one. `name` is the
+    backbone's and `terms` the terms of use of the weights, for messages.
 
     Raises:
         FileNotFoundError: If files are missing.
@@ -325,10 +316,8 @@ class Prompts:
         """Return the model's inputs for b instructions, with a placeholder for each token of each frame.
 
         Shorter ones are padded on the right, where it changes neither a causal model's output nor positions.
-
-        Returns:
-            `input_ids` and `attention_mask` [b l], other outputs of the processor of that shape, and
-            `image_grid_thw` [b*v 3] where the model takes it.
+        The inputs are `input_ids` and `attention_mask` [b l], other outputs of the processor of that shape,
+        and `image_grid_thw` [b*v 3] where the model takes it.
         """
         rows = [self._row(sentence) for sentence in sentences]
         length = max(self._length, *(row["input_ids"].shape[1] for row in rows))

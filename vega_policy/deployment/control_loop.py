@@ -31,13 +31,7 @@ MAX_BRAKING_SECONDS = 3.0
 
 
 class StepClock:
-    """Deadlines of control steps, one `period` apart since the start, so that no delay accumulates.
-
-    Args:
-        period: Seconds of a control step.
-        now: Clock, in seconds.
-        sleep: Sleeps for a number of seconds.
-    """
+    """Deadlines of control steps, one `period` (s) apart since the start, so that no delay accumulates."""
 
     def __init__(
         self,
@@ -64,13 +58,9 @@ class StepClock:
 class SafeRollout(RolloutStrategy):
     """Runs a policy episode by episode through the safety layer, with takeover by a person.
 
-    Args:
-        safety: The filter in the robot action processor.
-        episodes: Number of episodes; None continues until it is stopped.
-        episode_seconds: Length of an episode.
-        recorder: Receives every step, or None.
-        new_scenes: Whether the robot creates a new scene when sent to its initial pose, as `vega_sim` does.
-            Hardware would jump there.
+    Without a number of `episodes` it continues until it is stopped. The `recorder`, if any, receives every
+    step. With `new_scenes` the robot creates a new scene when sent to its initial pose, as `vega_sim` does;
+    hardware would jump there.
     """
 
     def __init__(
@@ -232,10 +222,9 @@ def predict_chunk(
 
 
 def creates_scenes(robot: Mapping[str, Any]) -> bool:
-    """Whether a robot creates a new scene when sent to its initial pose; an arm would jump there.
+    """Return whether a robot creates a new scene when sent to its initial pose; an arm would jump there.
 
-    Args:
-        robot: The fields of a file in configs/robot.
+    `robot` holds the fields of a file in configs/robot; only `vega_sim` may set `new_scenes`.
     """
     value = robot.get("new_scenes")
     if not isinstance(value, bool):

@@ -77,10 +77,12 @@ class Deployment:
 
 
 def deploy(config: Mapping[str, Any]) -> Deployment:
-    """Check a robot, then let a policy control it as configs/deploy.yaml describes it.
+    """Check a robot, then let a policy control it as the composed configs/deploy.yaml describes it.
 
-    Args:
-        config: The composed configuration as plain values.
+    Raises:
+        PreflightError: If a check failed; nothing moved.
+        FileNotFoundError: If the checkpoint does not exist.
+        ConnectionError: If the robot or the policy server is unreachable.
     """
     rollout = read_rollout(config)
     safety = read_safety(config)
@@ -178,11 +180,8 @@ def read_safety(config: Mapping[str, Any]) -> SafetyFilter:
 def dry_run(context: RolloutContext, safety: SafetyFilter, seconds: float, folder: Path) -> int:
     """Write observations, predictions and the safety layer's commands to a file; return the number of steps.
 
-    Args:
-        context: LeRobot's rollout; nothing is sent to its robot.
-        safety: The safety layer; it assumes that its commands were sent.
-        seconds: Duration.
-        folder: Folder of `dry_run.rrd`; open it with `rerun FOLDER/dry_run.rrd`.
+    Nothing is sent to the robot; the safety layer assumes that its commands were. The file is `dry_run.rrd`
+    in `folder`; open it with `rerun FOLDER/dry_run.rrd`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     stream = rerun.RecordingStream("vega_policy_dry_run")

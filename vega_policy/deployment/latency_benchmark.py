@@ -121,17 +121,8 @@ def benchmark_latency(
 ) -> Iterator[Row]:
     """Run the same episodes in each cell and yield its success; raw episodes and a plot are in `output`.
 
-    Called again with the same settings, it continues after the last finished cell. `gained` and `lost` count
-    episodes against the first cell.
-
-    Args:
-        policy: A checkpoint of a policy of type vega.
-        pool: Workers; opened here.
-        episodes: Episodes of a suite.
-        cells: The conditions; the first one is the reference.
-        output: Folder of `episodes.parquet` and `latency.png`.
-        settings: All that decides the results, as JSON values.
-        batch_size: Rows of a prediction.
+    Called again with the same settings (JSON values, all that decides the results), it continues after the
+    last finished cell. `gained` and `lost` count episodes against the first cell. The pool is opened here.
 
     Raises:
         OtherRunError: If `output` holds a benchmark with other settings.

@@ -76,11 +76,8 @@ def run_preflight(
 ) -> list[Check]:
     """Observe the robot, time observations and predictions, and check all; nothing is sent to the robot.
 
-    Args:
-        context: LeRobot's rollout, with the robot connected.
-        limits: Limits of the safety layer.
-        calls: Number of timed observations and predictions, after one that is not.
-        latency_steps: Commands under way when the robot is observed.
+    `context` is LeRobot's rollout with the robot connected. `calls` observations and predictions are timed,
+    after one that is not; `latency_steps` commands are under way when the robot is observed.
     """
     observe = context.hardware.robot_wrapper.get_observation
     observation, observing = observe(), [_seconds(observe) for _ in range(calls)]
@@ -264,16 +261,11 @@ def _check_latency(policy: PolicySpec, timing: Timing) -> Check:
 
 
 def measure_latency(robot: Any, safety: SafetyFilter, motion: float) -> tuple[int, Check]:
-    """Move the first joint a little, three times, and find the step in which the state shows it.
+    """Move the first joint a little, three times; return the number of steps by which observations are late.
 
-    Args:
-        robot: Has `get_observation` and `send_action`.
-        safety: Limits the motion; reset afterwards.
-        motion: Part of the joint's range that is moved, in (0, 0.1].
-
-    Returns:
-        Steps by which observations are late: 0 if the one after a command shows it. The check fails if no
-        motion shows within `MOTION_STEPS`.
+    0 stands for an observation after a command that shows it. The check fails if no motion shows within
+    `MOTION_STEPS`. `motion` is the part of the joint's range that is moved, in (0, 0.1]; `safety` limits it
+    and is reset afterwards.
     """
     name = "latency of observations"
     if not 0 < motion <= 0.1:

@@ -39,12 +39,8 @@ class CommandsUnderWay:
     """Commands of the policy that the robot's observations do not reflect yet.
 
     A robot with `commands_sent` reports in each observation, as `last_command`, the number of the last
-    command that it reflects. For any other one a command is reflected `latency_steps + 1` periods after it
-    was sent.
-
-    Args:
-        period: Seconds of a control step.
-        latency_steps: Steps by which observations of a robot that does not report are late.
+    command that it reflects. For any other one a command is reflected `latency_steps + 1` periods (s) after
+    it was sent.
     """
 
     def __init__(self, period: float, latency_steps: int = 0) -> None:
@@ -133,11 +129,9 @@ class ChunkQueue:
 class AlignedEngine(InferenceEngine):
     """Base of the engines: joins chunks in a queue by the number of actions that observations reflect.
 
-    Args:
-        predict: The policy.
-        reset_policy: Resets policy and processors.
-        safety: Knows the time of the last observation, and the largest age of one when its chunk arrives.
-        under_way: Counts the commands that an observation does not reflect.
+    `reset_policy` resets policy and processors. `safety` knows the time of the last observation, and the
+    largest age of one when its chunk arrives. `under_way` counts the commands that an observation does not
+    reflect.
     """
 
     def __init__(
@@ -230,10 +224,8 @@ class SyncEngine(AlignedEngine):
 class RealTimeEngine(AlignedEngine):
     """Predicts the next chunk in its own thread while the last one is executed; see `AlignedEngine`.
 
-    Args:
-        threshold: The next chunk is predicted when at most this many actions are left.
-        shutdown: Set after `MAX_FAILURES` failed predictions in a row.
-        retry_seconds: Pause after a failed prediction.
+    The next chunk is predicted when at most `threshold` actions are left. A failed prediction is followed by
+    a pause; `MAX_FAILURES` in a row set `shutdown`.
     """
 
     def __init__(

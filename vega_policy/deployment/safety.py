@@ -135,12 +135,10 @@ class SafetyFilter:
     def command(
         self, action: Mapping[str, float], observation: Mapping[str, Any], now: float | None = None
     ) -> dict[str, float]:
-        """Return the command for an action.
+        """Return the command for an action, both by action key.
 
-        Args:
-            action: The policy's action, by action key.
-            observation: The robot's observation; read for the first command and the workspace.
-            now: Monotonic clock in seconds; None reads it.
+        The robot's observation is read for the first command and the workspace. `now` is the monotonic clock
+        in seconds; None reads it.
 
         Raises:
             UnsafeStartError: At the first command, if the robot stands outside its limits or does not report
@@ -509,12 +507,9 @@ class EmergencyStop:
     """Stops the robot for good at a signal (SIGUSR1: `kill -USR1 <process>`, or SIGTERM) or a key.
 
     Signals and keys are read by threads, so they do not wait for a policy that computes. Use it as a context
-    manager, in the main thread.
-
-    Args:
-        stop: Called with the reason.
-        key: LeRobot's name of the key (`space`, `esc`, `enter`, or one character), read from the terminal.
-        others: Actions of other keys; a terminal has one reader only.
+    manager, in the main thread. `stop` is called with the reason. `key` is LeRobot's name of a key (`space`,
+    `esc`, `enter`, or one character) of the terminal; `others` are actions of other keys, since a terminal
+    has one reader only.
     """
 
     SIGNALS = (signal.SIGUSR1, signal.SIGTERM)

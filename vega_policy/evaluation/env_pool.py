@@ -66,10 +66,9 @@ class WorkerPool:
     def open(self, *, render: bool, keep_states: bool, history: int = 1) -> None:
         """Set what the simulators do from now on; what an interrupted user requested is finished and dropped.
 
-        Args:
-            render: Whether they render frames; those made otherwise are closed, and rebuilt when needed.
-            keep_states: Whether finished episodes come with the simulator state of each step.
-            history: Frames of each camera in an observation, the last ones of the episode.
+        Simulators that were made for another `render` are closed, and rebuilt when needed. With `keep_states`
+        finished episodes come with the simulator state of each step. An observation has the last `history`
+        frames of each camera.
         """
         arguments = self._factory.arguments(render=render)
         for worker in self._workers:
@@ -93,9 +92,7 @@ class WorkerPool:
     def receive(self, *, all_of_them: bool = False, block: bool = True) -> Iterator[tuple[int, EnvReport]]:
         """Yield worker and report of those that have arrived; frames are valid until its next request.
 
-        Args:
-            all_of_them: Whether to wait for every request.
-            block: Whether to wait for a report if there is none yet.
+        With `block` it waits for one if there is none yet, with `all_of_them` for every request.
 
         Raises:
             WorkerError: If a worker failed or died.

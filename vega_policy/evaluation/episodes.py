@@ -158,13 +158,9 @@ def plan_episodes(
 ) -> list[Episode]:
     """Return all episodes of an evaluation, task by task; different seeds share none.
 
-    Args:
-        tasks: The tasks to evaluate.
-        episodes_per_task: 1 to `EPISODES_PER_SEED`.
-        seed: Seed of the evaluation, at least 0.
-        official_states: Whether episode i starts from the suite's official initial state i.
-        perturbation: Axis along which the environment changes every episode.
-        perturbation_strength: How much, in (0, 1].
+    There are 1 to `EPISODES_PER_SEED` of each task. With `official_states` episode i starts from the suite's
+    official initial state i. `perturbation` is the axis along which the environment changes every episode, by
+    a strength in (0, 1].
     """
     if not tasks:
         raise ValueError("expected at least one task to evaluate on, got none")
@@ -238,12 +234,9 @@ class EvaluationFolder:
     """An evaluation on disk, locked; opening it again with the same settings resumes it."""
 
     def __init__(self, path: Path, settings: dict[str, Any], *, kept: int | None = 0) -> None:
-        """Open or begin an evaluation.
+        """Open or begin an evaluation with these settings (JSON values, all that decides the results).
 
-        Args:
-            path: The folder.
-            settings: All that decides the results, as JSON values.
-            kept: Of how many successes and failures the simulator states are kept; None keeps all.
+        Simulator states of `kept` successes and as many failures are kept; None keeps all.
 
         Raises:
             OtherRunError: If the folder holds an evaluation with other settings, or other files.

@@ -142,12 +142,10 @@ def evaluate_checkpoint(
     load_policy: LoadPolicy = load_lerobot_policy,
     usual_frames: Mapping[str, Any] = USUAL_FRAMES,
 ) -> dict[str, Any]:
-    """Evaluate a checkpoint and return the content of summary.json by suite; each suite has its folder.
+    """Evaluate a checkpoint as the composed configs/eval.yaml says; each suite has a folder of its own.
 
-    Args:
-        config: The composed configs/eval.yaml as plain values.
-        load_policy: Returns the policy of the checkpoint.
-        usual_frames: Where neither the config nor the checkpoint says it.
+    Returns the content of summary.json by suite. `usual_frames` hold where neither the config nor the
+    checkpoint says it.
 
     Raises:
         FileNotFoundError: If the checkpoint, or a file that an ablation needs, does not exist.
@@ -231,13 +229,7 @@ def _compare_perturbations(
 def choose_frames(
     checkpoint: Path, environment: Mapping[str, Any], usual: Mapping[str, Any] = USUAL_FRAMES
 ) -> dict[str, Any]:
-    """Return `frame_size` and `rendering`: given ones, else those of the training, else the usual ones.
-
-    Args:
-        checkpoint: Folder of the policy.
-        environment: Values of the two, None where none is given.
-        usual: Values where neither is known.
-    """
+    """Return `frame_size` and `rendering`: those given, else those of the training, else the usual ones."""
     trained, chosen = trained_frames(checkpoint), {}
     for name in USUAL_FRAMES:
         given, then = environment.get(name), trained.get(name)
@@ -284,13 +276,9 @@ class Evaluation:
     ) -> None:
         """Open or begin an evaluation; its folder stays locked until `run` returns.
 
-        Args:
-            settings: The settings.
-            tasks: All tasks of the suite.
-            folder: Output folder; may hold an unfinished evaluation with the same settings.
-            provenance: What else decides the results (checkpoint, device, rendering, ...), as JSON values.
-            shard: The part that is run here, in a folder of its own; None runs all.
-            prompts: All instructions that an episode may have; None: those of the tasks.
+        The folder may hold an unfinished evaluation with the same settings and `provenance`: what else
+        decides the results (checkpoint, device, rendering, ...), as JSON values. A `shard` is run in a folder
+        of its own. `prompts` are all instructions that an episode may have; None: those of the tasks.
 
         Raises:
             OtherRunError: If the folder holds something else.
@@ -351,9 +339,7 @@ class Evaluation:
     def run(self, policies: Mapping[str, ChunkPolicy], pool: WorkerPool) -> dict[str, Any]:
         """Run every missing episode, write summary.json, videos and report.html, and return the summary.
 
-        Args:
-            policies: The policy by ablation, in the order of the settings.
-            pool: Workers.
+        `policies` are by ablation, in the order of the settings.
         """
         self._started = self._started or time.perf_counter()
         try:

@@ -99,14 +99,10 @@ class ChunkPolicy(Protocol):
         ...
 
     def chunk(self, batch: ObservationBatch, noise: np.ndarray | None) -> np.ndarray:
-        """Predict actions in the environment's units.
+        """Predict actions in the environment's units for observations of b environments, float32 [b t a].
 
-        Args:
-            batch: Observations of b environments.
-            noise: float32 [b t a] of `noise_shape`, or None if the policy takes none.
-
-        Returns:
-            float32 [b t a] with at least `action_steps` actions.
+        t is at least `action_steps`. The noise is float32 [b t a] of `noise_shape`, or None if the policy
+        takes none.
         """
         ...
 
@@ -150,12 +146,7 @@ def lerobot_keys(cameras: Iterable[str]) -> dict[str, str]:
 
 
 def stack_observations(rows: Sequence[EnvObservation | None], cameras: Sequence[str]) -> ObservationBatch:
-    """Batch the observations of all environments; idle ones (None) become zeros, so that no row ever moves.
-
-    Args:
-        rows: Observation of each environment; at least one is not None.
-        cameras: Camera keys to batch.
-    """
+    """Batch the cameras of all environments; idle ones (None) become zeros, so that no row ever moves."""
     sample = next((row for row in rows if row is not None), None)
     if sample is None:
         raise ValueError("expected at least one environment with an observation, got only idle ones")
@@ -213,10 +204,8 @@ def choose_device(device: str | None) -> str:
 def load_lerobot_policy(folder: Path, *, device: str, action_steps: int | None = None) -> LeRobotChunkPolicy:
     """Load a LeRobot checkpoint with its processors, which hold the normalisation statistics.
 
-    Args:
-        folder: Folder with `config.json`, see `find_checkpoint`.
-        device: Torch device such as `cpu` or `cuda`.
-        action_steps: Actions executed of each chunk; None takes the policy's own `n_action_steps`.
+    `action_steps` of each chunk are executed; None takes the policy's own `n_action_steps`. The folder is one
+    of `find_checkpoint`.
 
     Raises:
         DamagedCheckpointError: If its files are not those that its checksums list.
@@ -246,13 +235,9 @@ class LeRobotChunkPolicy:
         *,
         action_steps: int | None = None,
     ) -> None:
-        """Wrap a policy that is in evaluation mode and on its device.
+        """Wrap a policy that is in evaluation mode and on its device; see `load_lerobot_policy`.
 
-        Args:
-            policy: The policy.
-            preprocessor: Applied to observations.
-            postprocessor: Applied to actions; brings them into the environment's units.
-            action_steps: See `load_lerobot_policy`.
+        The postprocessor brings actions into the environment's units.
         """
         self.policy = policy
         self.preprocessor = preprocessor

@@ -33,14 +33,8 @@ def summarize(
     """Return the content of summary.json.
 
     The numbers at the top are those of the first ablation of the settings; `ablation` names it. Rates lie in
-    [0, 1], durations are in seconds or milliseconds as named.
-
-    Args:
-        results: Finished episodes by ablation.
-        description: What the policy was trained on.
-        progress: Cost of the evaluation.
-        settings: All that decided the results.
-        groups: Group by task, empty where the suite has none.
+    [0, 1], durations are in seconds or milliseconds as named. `results` are finished episodes by ablation,
+    `description` is what the policy was trained on, `groups` are by task, empty where the suite has none.
     """
     ablations = {name: _summarize_ablation(episodes, groups) for name, episodes in results.items()}
     first = next(iter(ablations))
@@ -328,13 +322,7 @@ def render_videos(
 ) -> list[Video]:
     """Render the chosen results into `folder/videos`, unless they are there, and return their files.
 
-    Args:
-        results: The episodes to render.
-        episodes: All planned episodes.
-        trajectories: Their simulator states; episodes without are left out.
-        pool: Workers.
-        folder: Folder of the evaluation.
-        frame_size: Height and width in pixels.
+    Episodes without simulator states in `trajectories` are left out.
     """
     specs = {episode.key: episode.spec() for episode in episodes}
     videos = [_video(result, folder / FOLDER) for result in results]

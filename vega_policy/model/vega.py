@@ -249,12 +249,7 @@ class FutureFrames:
 
 
 class VegaModel(VegaEncoder):
-    """Observation -> fused tokens -> context -> chunk of normalised actions.
-
-    Args:
-        config: Prior, fusion, backbone and head, and the sizes that the data dictates.
-        parts: Backbone and prior if they exist already; None builds those of the config.
-    """
+    """Observation -> fused tokens -> context -> chunk of normalised actions; arguments as `VegaEncoder`."""
 
     head: Any
     forecast: ForecastHead | None

@@ -157,15 +157,10 @@ def save_checkpoint(
     origin: Origin,
     card: ModelCard,
 ) -> Path:
-    """Write the checkpoint of the present step, and return its folder.
+    """Write the checkpoint of the present step into the run's folder, and return its own.
 
-    Args:
-        run: The run's folder.
-        train_state: The state to save.
-        content: Its tensors, by `snapshot`.
-        rng_states: Random states by rank.
-        origin: What must be the same when the run resumes.
-        card: Written as the policy's README.md.
+    `content` are the state's tensors, by `snapshot`, `rng_states` the random states by rank, `origin` is what
+    must be the same when the run resumes, `card` the policy's README.md.
     """
     target = checkpoint_path(run, train_state.step)
     with atomic_folder(target) as folder:
@@ -324,10 +319,8 @@ def check_folder(config: TrainConfig) -> None:
 def claim_folder(config: TrainConfig, values: dict[str, Any], step: int) -> None:
     """Prepare a folder that `check_folder` accepted: write the config, delete drafts, set damage aside.
 
-    Args:
-        config: The run.
-        values: The config before the policy completed it, by `encode`.
-        step: Step that the run resumes from; later checkpoints are damaged ones.
+    `values` is the config before the policy completed it, by `encode`. The run resumes from `step`; later
+    checkpoints are damaged ones.
     """
     folder = Path(config.output_dir)
     remove_partial(folder)

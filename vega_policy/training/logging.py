@@ -290,9 +290,8 @@ def _describe_run(config: TrainConfig, step: int, data: str) -> dict[str, Any]:
 def complete_card(folder: Path, evaluations: Sequence[Path]) -> str:
     """Return the card of the policy in `folder`, with its training and its evaluations.
 
-    Args:
-        folder: `pretrained_model` of a run, whose commands and minutes are added, or an exported policy.
-        evaluations: Output folders of evaluations of the policy.
+    The folder is an exported policy, or the `pretrained_model` of a run, whose commands and minutes are
+    added. `evaluations` are output folders of evaluations of the policy.
     """
     card = (folder / CARD).read_text().replace("FOLDER/pretrained_model", "FOLDER").rstrip()
     run = folder.resolve().parents[2]
