@@ -171,20 +171,15 @@ def make_for_evaluation(suite: str, task_index: int, *, frame_size: int, renderi
 @RobotConfig.register_subclass("vega_sim")
 @dataclass(kw_only=True)
 class VegaSimConfig(RobotConfig):
-    """A task of `envs` that runs on the wall clock, whether or not a policy keeps up.
-
-    Attributes:
-        seed: Episode i of seed k starts as in an evaluation with that seed: 1000000 + 10000 k + i.
-        first_episode: The first i. A new scene is created when the robot is sent back to its start, as
-            LeRobot does at the end of an episode and of a rollout, never while a policy runs.
-        latency_steps: Steps by which observations are late, to imitate a slower robot.
-    """
+    """A task of `envs` that runs on the wall clock, whether or not a policy keeps up."""
 
     suite: str = "lift_wide"
     task_index: int = 0
     frame_size: int = 128  # height and width in pixels
     rendering: str = "fast"  # or "full"; use the one of the policy's training data
-    seed: int = 0
+    seed: int = 0  # episode i of seed k starts as in an evaluation with that seed: 1000000 + 10000 k + i
+    # The first i. A new scene is created when the robot is sent back to its start, as LeRobot does at the end
+    # of an episode and of a rollout, never while a policy runs.
     first_episode: int = 0
-    latency_steps: int = 0
+    latency_steps: int = 0  # steps by which observations are late, to imitate a slower robot
     log_file: Path | None = None  # JSON lines, one per episode or event; None logs to the console only

@@ -34,28 +34,23 @@ METAWORLD_SUCCESSES = 3  # steps in a row that end a recording; some handles spr
 
 @dataclass(frozen=True)
 class DemonstrationOptions:
-    """Options of `demonstrate`; the defaults give a plain recording to the end of the task.
+    """Options of `demonstrate`; the defaults give a plain recording to the end of the task."""
 
-    Attributes:
-        noise_correlation: Of the action noise between two control steps, in [0, 1).
-        start_spread: Largest shift of the hand's start in x, y (both ways) and upwards z (m), up to 0.3.
-        detour: Largest error of the first approach: metres of x and y (up to 0.1), radians of yaw (up to 1).
-            The hand first goes to a wrong place above the object, then corrects itself: recordings show
-            corrections while every action stays the demonstrator's own. Lift and LiftWide only.
-        missed_fraction: Fraction of the episodes that begin as if a grasp had just missed: the hand closed,
-            empty, 4 to 14 cm above the object's centre, up to 4 cm aside in x and in y, turned by up to
-            0.6 rad. Recordings then show a second attempt but no miss; `start_spread` does not apply to them.
-            Lift and LiftWide only.
-        follow_through: Continue until the hand has let go and retreated; False ends at the first success.
-        retries: Try failed grasps again; False gives up, so that no recording shows a failed grasp.
-            Meta-World's demonstrators do not retry.
-    """
-
-    noise_correlation: float = 0.9
+    noise_correlation: float = 0.9  # of the action noise between two control steps, in [0, 1)
+    # Largest shift of the hand's start in x, y (both ways) and upwards z (m), up to 0.3.
     start_spread: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    # Largest error of the first approach: metres of x and y (up to 0.1), radians of yaw (up to 1). The hand
+    # first goes to a wrong place above the object, then corrects itself: recordings show corrections while
+    # every action stays the demonstrator's own. Lift and LiftWide only.
     detour: tuple[float, float] = (0.0, 0.0)
+    # Fraction of the episodes that begin as if a grasp had just missed: the hand closed, empty, 4 to 14 cm
+    # above the object's centre, up to 4 cm aside in x and in y, turned by up to 0.6 rad. Recordings then show
+    # a second attempt but no miss; `start_spread` does not apply to them. Lift and LiftWide only.
     missed_fraction: float = 0.0
+    # Continue until the hand has let go and retreated; False ends at the first success.
     follow_through: bool = True
+    # Try failed grasps again; False gives up, so that no recording shows a failed grasp. Meta-World's
+    # demonstrators do not retry.
     retries: bool = True
 
     def __post_init__(self) -> None:

@@ -44,25 +44,19 @@ MISTAKES = (ValueError, OSError, RuntimeError, ImportError, FloatingPointError)
 
 @dataclass(frozen=True)
 class Command:
-    """A command line; as a decorator `@partial(Command, config=...)` it wraps its function.
+    """A command line; as a decorator `@partial(Command, config=...)` it wraps its function."""
 
-    Attributes:
-        run: Runs the command with the composed config and returns what is printed at the end; its docstring
-            starts the text of `--help`.
-        config: Name of the root config in configs/, or of `node`.
-        examples: Lines of `--help` that can be copied.
-        node: Fields with their defaults where no YAML file holds them; `defaults` names groups.
-        positional: Fields that arguments without `=` fill in this order; a name that ends in `...` takes all
-            further ones as a list.
-        optional: Fields without a default that the command does without.
-    """
-
+    # Runs the command with the composed config and returns what is printed at the end; its docstring starts
+    # the text of `--help`.
     run: Callable[[DictConfig], str | None]
-    config: str
-    examples: Sequence[str] = ()
+    config: str  # name of the root config in configs/, or of `node`
+    examples: Sequence[str] = ()  # lines of `--help` that can be copied
+    # Fields with their defaults where no YAML file holds them; `defaults` names groups.
     node: dict[str, Any] | None = None
+    # Fields that arguments without `=` fill in this order; a name that ends in `...` takes all further ones
+    # as a list.
     positional: Sequence[str] = ()
-    optional: Sequence[str] = ()
+    optional: Sequence[str] = ()  # fields without a default that the command does without
 
     def main(self, arguments: Sequence[str] | None = None) -> None:
         """Compose the config of a command line, the program's own by default, and run."""

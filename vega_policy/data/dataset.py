@@ -65,64 +65,48 @@ class MixtureEntry:
 
 @dataclass(frozen=True)
 class DatasetConfig:
-    """Which LeRobot dataset the policy learns from, and how its frames are read.
+    """Which LeRobot dataset the policy learns from, and how its frames are read."""
 
-    Attributes:
-        repo_id: The dataset's name; on the hub if `root` is None.
-        root: Local folder of the dataset.
-        revision: Hub revision; None takes the newest.
-        rename: Names that the policy reads, by the features' names in the files, such as
-            `{image: observation.images.image, state: observation.state, actions: action}`; None keeps them.
-        task: One instruction for all frames; None takes the dataset's.
-        stats: `stored` normalises with the statistics of the dataset's files, and computes those that are
-            missing; `computed` computes all from its states and actions.
-        mixture: Datasets with the same features that are sampled by weight, instead of one; the other fields
-            hold for all of them.
-        episodes: Episode numbers to use; None takes all.
-        held_out: Fraction of each task's episodes kept for the held-out loss, in [0, 1).
-        frame_stride: Only every k-th instant of an episode, its first one included, is an observation, in
-            training and in the cache, which then takes 1/k of the time and space; action chunks keep all
-            actions.
-        shift: Largest random shift of training frames; 0 for none. In pixels of `policy.frame_size` with a
-            cache, of the dataset's own frames without. It requires frames: cached features, and a cached
-            prior beside cached frames, are those of unshifted frames.
-        brightness: Largest random change of brightness of training frames, a factor in [1 - x, 1 + x]; 0 for
-            none. This and the next three require frames as `shift` does.
-        contrast: The same of the contrast about a frame's mean grey.
-        saturation: The same of the saturation.
-        hue: Largest random turn of the hue, as a fraction of the colour circle, at most 0.5; 0 for none.
-        state_dropout: Probability that a training sample's whole normalised proprioceptive state is zero, in
-            [0, 1).
-        video_backend: LeRobot's decoder, `pyav` or `torchcodec`.
-        workers: Processes that decode videos during training; unused with a cache.
-        cache: `none` decodes videos in every step; `disk` maps a cache of frames or features into memory;
-            `ram` holds it there, `gpu` on the training device.
-        cached: Streams that the cache holds: `frames` (uint8), `semantic`, `prior`.
-        cache_root: Folder of all caches.
-        collect_command: Command that collects this dataset, for the message where it is missing.
-    """
-
-    repo_id: str
-    root: str | None = None
-    revision: str | None = None
+    repo_id: str  # the dataset's name; on the hub if `root` is None
+    root: str | None = None  # local folder of the dataset
+    revision: str | None = None  # hub revision; None takes the newest
+    # Names that the policy reads by the features' names in the files, such as `{actions: action}`; None keeps
+    # the latter.
     rename: dict[str, str] | None = None
-    task: str | None = None
+    task: str | None = None  # one instruction for all frames; None takes the dataset's
+    # `stored` normalises with the statistics of the dataset's files, and computes those that are missing;
+    # `computed` computes all from its states and actions.
     stats: str = "stored"
+    # Datasets with the same features that are sampled by weight, instead of one; the other fields hold for
+    # all of them.
     mixture: list[MixtureEntry] | None = None
-    episodes: list[int] | None = None
-    held_out: float = 0.0
+    episodes: list[int] | None = None  # episode numbers to use; None takes all
+    held_out: float = 0.0  # fraction of each task's episodes kept for the held-out loss, in [0, 1)
+    # Only every k-th instant of an episode, its first one included, is an observation, in training and in the
+    # cache, which then takes 1/k of the time and space; action chunks keep all actions.
     frame_stride: int = 1
+    # Largest random shift of training frames; 0 for none. In pixels of `policy.frame_size` with a cache, of
+    # the dataset's own frames without. It requires frames: cached features, and a cached prior beside cached
+    # frames, are those of unshifted frames.
     shift: int = 0
+    # Largest random change of brightness of training frames, a factor in [1 - x, 1 + x]; 0 for none. This and
+    # the next three require frames as `shift` does.
     brightness: float = 0.0
-    contrast: float = 0.0
-    saturation: float = 0.0
+    contrast: float = 0.0  # the same of the contrast about a frame's mean grey
+    saturation: float = 0.0  # the same of the saturation
+    # Largest random turn of the hue, as a fraction of the colour circle, at most 0.5; 0 for none.
     hue: float = 0.0
+    # Probability that a training sample's whole normalised proprioceptive state is zero, in [0, 1).
     state_dropout: float = 0.0
-    video_backend: str = "pyav"
-    workers: int = 2
+    video_backend: str = "pyav"  # LeRobot's decoder, `pyav` or `torchcodec`
+    workers: int = 2  # processes that decode videos during training; unused with a cache
+    # `none` decodes videos in every step; `disk` maps a cache of frames or features into memory; `ram` holds
+    # it there, `gpu` on the training device.
     cache: str = "none"
+    # Streams that the cache holds: `frames` (uint8), `semantic`, `prior`.
     cached: list[str] = field(default_factory=lambda: ["semantic", "prior"])
-    cache_root: str = "outputs/cache"
+    cache_root: str = "outputs/cache"  # folder of all caches
+    # Command that collects this dataset, for the message where it is missing.
     collect_command: str | None = None
 
     def __post_init__(self) -> None:

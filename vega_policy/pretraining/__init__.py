@@ -41,24 +41,16 @@ class LearningSettings:
 
 @dataclass(frozen=True)
 class AutoencoderSettings:
-    """Training of the autoencoder.
+    """Training of the autoencoder."""
 
-    Attributes:
-        learning: Its optimization.
-        lengths: Frames of a step's clips, one of these drawn for each step; 1 is a single image, as a
-            policy's prior reads it. Each is 1 + 4 k.
-        crop: Side of a random square crop in pixels; None takes the whole frame.
-        gradient_weight: Weight of the difference of image gradients, which keeps edges.
-        kl_weight: Weight of the posterior's divergence from a standard normal.
-        channels_last: Use channels-last memory for activations: the same results up to rounding, at another
-            speed.
-    """
-
-    learning: LearningSettings
+    learning: LearningSettings  # its optimization
+    # Frames of a step's clips, one of these drawn for each step; 1 is a single image, as a policy's prior
+    # reads it. Each is 1 + 4 k.
     lengths: list[int] = field(default_factory=lambda: [1, 5, 9])
-    crop: int | None = None
-    gradient_weight: float = 0.5
-    kl_weight: float = 1e-6
+    crop: int | None = None  # side of a random square crop in pixels; None takes the whole frame
+    gradient_weight: float = 0.5  # weight of the difference of image gradients, which keeps edges
+    kl_weight: float = 1e-6  # weight of the posterior's divergence from a standard normal
+    # Use channels-last memory for activations: the same results up to rounding, at another speed.
     channels_last: bool = False
 
     def __post_init__(self) -> None:
@@ -101,46 +93,29 @@ class ReportSettings:
 
 @dataclass(frozen=True)
 class PretrainSettings:
-    """One pre-training run.
+    """One pre-training run."""
 
-    Attributes:
-        output_dir: Its folder; the same command resumes the run in it.
-        clips: Training clips.
-        vae: Training of the autoencoder.
-        transformer: Training of the transformer.
-        report: Measurements at the end.
-        stages: Stages to run, in the order of `STAGES`.
-        prior: Entry of the table of priors whose architecture is trained.
-        start: Folder of exported weights that both networks start from; None starts from the seed's. Without
-            the stage `vae` its autoencoder is kept.
-        prompts: Safetensors file of the instructions' embeddings; None takes that of `output_dir`.
-        seed: Seed of initial weights, order of clips and noise.
-        device: cpu, cuda, ...; None takes the best there is.
-        precision: `no` or `bf16`, which is autocast on a GPU.
-        max_seconds: Stop with a checkpoint after this time, to be resumed; None runs to the end.
-        log_every: Steps between two log lines.
-        save_every: Steps between two checkpoints.
-        validate_every: Steps between two measurements on held-out clips.
-        tensorboard: Write curves for TensorBoard as well.
-    """
-
-    output_dir: str
-    clips: ClipSettings
-    vae: AutoencoderSettings
-    transformer: TransformerSettings
-    report: ReportSettings = field(default_factory=ReportSettings)
-    stages: list[str] = field(default_factory=lambda: list(STAGES))
-    prior: str = "wan_tiny"
+    output_dir: str  # its folder; the same command resumes the run in it
+    clips: ClipSettings  # training clips
+    vae: AutoencoderSettings  # training of the autoencoder
+    transformer: TransformerSettings  # training of the transformer
+    report: ReportSettings = field(default_factory=ReportSettings)  # measurements at the end
+    stages: list[str] = field(default_factory=lambda: list(STAGES))  # stages to run, in the order of `STAGES`
+    prior: str = "wan_tiny"  # entry of the table of priors whose architecture is trained
+    # Folder of exported weights that both networks start from; None starts from the seed's. Without the stage
+    # `vae` its autoencoder is kept.
     start: str | None = None
+    # Safetensors file of the instructions' embeddings; None takes that of `output_dir`.
     prompts: str | None = None
-    seed: int = 0
-    device: str | None = None
-    precision: str = "bf16"
+    seed: int = 0  # seed of initial weights, order of clips and noise
+    device: str | None = None  # cpu, cuda, ...; None takes the best there is
+    precision: str = "bf16"  # `no` or `bf16`, which is autocast on a GPU
+    # Stop with a checkpoint after this time, to be resumed; None runs to the end.
     max_seconds: float | None = None
-    log_every: int = 20
-    save_every: int = 500
-    validate_every: int = 500
-    tensorboard: bool = True
+    log_every: int = 20  # steps between two log lines
+    save_every: int = 500  # steps between two checkpoints
+    validate_every: int = 500  # steps between two measurements on held-out clips
+    tensorboard: bool = True  # write curves for TensorBoard as well
 
     def __post_init__(self) -> None:
         unknown = [stage for stage in self.stages if stage not in STAGES]

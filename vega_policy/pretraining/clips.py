@@ -150,31 +150,20 @@ class Clips:
 
 @dataclass(frozen=True)
 class CutSpec:
-    """Clips cut from rendered demonstrations.
+    """Clips cut from rendered demonstrations."""
 
-    Attributes:
-        roots: Datasets that `vega-render` made of states.
-        suites: Their suites, for the card.
-        cache_root: Folder of the cache that holds their frames.
-        frames: Frames of a clip, 1 + 4k as Wan's autoencoder takes them.
-        frame_size: Side in pixels of the rendered frames.
-        every: Fewest and most control steps between two frames of a clip; each clip draws its own number.
-        clips_per_episode: Clips of each camera of an episode.
-        parts: Shards of a dataset; each holds every n-th episode, so that it has all tasks.
-        instruction_fraction: Fraction of the clips that keep their instruction; the others' is empty.
-        seed: Seed of starts, distances and instructions.
-    """
-
-    roots: list[str]
-    suites: list[str]
-    cache_root: str = "outputs/cache"
-    frames: int = 9
-    frame_size: int = 128
+    roots: list[str]  # datasets that `vega-render` made of states
+    suites: list[str]  # their suites, for the card
+    cache_root: str = "outputs/cache"  # folder of the cache that holds their frames
+    frames: int = 9  # frames of a clip, 1 + 4k as Wan's autoencoder takes them
+    frame_size: int = 128  # side in pixels of the rendered frames
+    # Fewest and most control steps between two frames of a clip; each clip draws its own number.
     every: tuple[int, int] = (4, 8)
-    clips_per_episode: int = 6
-    parts: int = 20
+    clips_per_episode: int = 6  # clips of each camera of an episode
+    parts: int = 20  # shards of a dataset; each holds every n-th episode, so that it has all tasks
+    # Fraction of the clips that keep their instruction; the others' is empty.
     instruction_fraction: float = 0.5
-    seed: int = 0
+    seed: int = 0  # seed of starts, distances and instructions
 
     def __post_init__(self) -> None:
         if self.frames % 4 != 1 or self.frames < 5:

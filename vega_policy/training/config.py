@@ -31,28 +31,19 @@ class EnvironmentConfig:
 
 @dataclass(frozen=True)
 class SimulationConfig:
-    """Closed-loop evaluation during training.
+    """Closed-loop evaluation during training."""
 
-    Attributes:
-        every: Steps between two evaluations; 0 for none. The last step has one too.
-        env: The suite to evaluate on.
-        episodes_per_task: Episodes of each task, divided among the processes.
-        seed: Seed of the evaluation; 99 leaves all usual ones to the final evaluation, so that `best` is not
-            chosen on its episodes.
-        processes: Simulator processes of one training process.
-        videos: Successes and failures of each training process that are rendered as videos.
-        make: Function that makes environments, a dotted path.
-        tasks: Function that lists a suite's tasks, a dotted path.
-    """
-
+    # Steps between two evaluations; 0 for none. The last step has one too.
     every: int = 0
-    env: EnvironmentConfig = field(default_factory=EnvironmentConfig)
-    episodes_per_task: int = 10
+    env: EnvironmentConfig = field(default_factory=EnvironmentConfig)  # the suite to evaluate on
+    episodes_per_task: int = 10  # episodes of each task, divided among the processes
+    # Seed of the evaluation; 99 leaves all usual ones to the final evaluation, so that `best` is not chosen
+    # on its episodes.
     seed: int = 99
-    processes: int = 1
-    videos: int = 1
-    make: str = "envs.make"
-    tasks: str = "envs.tasks"
+    processes: int = 1  # simulator processes of one training process
+    videos: int = 1  # successes and failures of each training process that are rendered as videos
+    make: str = "envs.make"  # function that makes environments, a dotted path
+    tasks: str = "envs.tasks"  # function that lists a suite's tasks, a dotted path
 
     def __post_init__(self) -> None:
         check_numbers(self, "simulation.", every="[0, inf)", videos="[0, inf)")
@@ -77,71 +68,52 @@ class TrainConfig:
 
     Learning rates, decay, warm-up and clipping are the policy's own (`optimizer_*`, `scheduler_*`), as in
     LeRobot.
-
-    Attributes:
-        policy: The policy (`type: vega`), declared as LeRobot's choice type so that it decodes and encodes
-            with its type; read it as `vega`.
-        dataset: The demonstrations.
-        output_dir: The run's folder.
-        resume: Resume from the newest intact checkpoint in `output_dir`, or start at step 0 if there is none
-            yet; the same command can be repeated until the run is complete.
-        seed: Seed of initial weights, order of samples, and noise.
-        steps: Optimizer steps of the whole run.
-        stop_after: Stop with a checkpoint after this many steps, to be resumed; None runs to the end, 0
-            builds the cache only and writes nothing into `output_dir`.
-        shards: Commands that share the building of the cache (`stop_after=0`), by episode.
-        shard: The part of it that this command builds, from 0 on.
-        batch_size: Samples of one process in one forward pass.
-        accumulate: Forward passes per optimizer step.
-        average_decay: Decay of the averaged weights, which a checkpoint's policy holds; 0 keeps the raw ones.
-        precision: `no` or `bf16` autocast.
-        compile: Compile the blocks of the compact backbone and the head (`torch.compile`): a minute at the
-            start, fewer kernels in each step.
-        capture: Run loss and gradient of each step as one CUDA graph, so that no kernel waits for the host;
-            requires one GPU, the compact backbone, and a cache. A prior that is not cached encodes each batch
-            before the graph. A trainable text encoder then has other draws of its dropout.
-        sharding: `none`: each process has all weights (DDP); `full`: weights, gradients and optimizer are
-            spread over the processes (FSDP2).
-        max_skipped_steps: A step whose loss or gradient is not finite is skipped; this many in a row end the
-            training.
-        log_every: Steps between two log lines.
-        save_every: Steps between two checkpoints; the last step always has one.
-        keep_last: Newest checkpoints to keep; None keeps all.
-        keep_best: Best checkpoints to keep besides.
-        evaluate_every: Steps between two measurements of the held-out loss (requires `dataset.held_out`);
-            each checkpoint has one too.
-        held_out_frames: Held-out frames that are measured, evenly spaced; None takes all.
-        simulation: Closed-loop evaluation during training.
-        tracking: `none`, `tensorboard`, `trackio` or `wandb`; `metrics.jsonl` is written with each.
-        tracker: Project of Trackio and Weights & Biases.
     """
 
+    # The policy (`type: vega`), declared as LeRobot's choice type so that it decodes and encodes with its
+    # type; read it as `vega`.
     policy: PreTrainedConfig
     dataset: DatasetConfig
     output_dir: str
+    # Resume from the newest intact checkpoint in `output_dir`, or start at step 0 if there is none yet; the
+    # same command can be repeated until the run is complete.
     resume: bool = False
-    seed: int = 0
-    steps: int = 30_000
+    seed: int = 0  # seed of initial weights, order of samples, and noise
+    steps: int = 30_000  # optimizer steps of the whole run
+    # Stop with a checkpoint after this many steps, to be resumed; None runs to the end, 0 builds the cache
+    # only and writes nothing into `output_dir`.
     stop_after: int | None = None
-    shards: int = 1
-    shard: int = 0
-    batch_size: int = 64
-    accumulate: int = 1
+    shards: int = 1  # commands that share the building of the cache (`stop_after=0`), by episode
+    shard: int = 0  # the part of it that this command builds, from 0 on
+    batch_size: int = 64  # samples of one process in one forward pass
+    accumulate: int = 1  # forward passes per optimizer step
+    # Decay of the averaged weights, which a checkpoint's policy holds; 0 keeps the raw ones.
     average_decay: float = 0.999
-    precision: str = "no"
+    precision: str = "no"  # `no` or `bf16` autocast
+    # Compile the blocks of the compact backbone and the head (`torch.compile`): a minute at the start, fewer
+    # kernels in each step.
     compile: bool = False
+    # Run loss and gradient of each step as one CUDA graph, so that no kernel waits for the host; requires one
+    # GPU, the compact backbone, and a cache. A prior that is not cached encodes each batch before the graph.
+    # A trainable text encoder then has other draws of its dropout.
     capture: bool = False
+    # `none`: each process has all weights (DDP); `full`: weights, gradients and optimizer are spread over the
+    # processes (FSDP2).
     sharding: str = "none"
+    # A step whose loss or gradient is not finite is skipped; this many in a row end the training.
     max_skipped_steps: int = 10
-    log_every: int = 50
-    save_every: int = 2_000
-    keep_last: int | None = 3
-    keep_best: int = 1
+    log_every: int = 50  # steps between two log lines
+    save_every: int = 2_000  # steps between two checkpoints; the last step always has one
+    keep_last: int | None = 3  # newest checkpoints to keep; None keeps all
+    keep_best: int = 1  # best checkpoints to keep besides
+    # Steps between two measurements of the held-out loss (requires `dataset.held_out`); each checkpoint has
+    # one too.
     evaluate_every: int = 500
-    held_out_frames: int | None = 2_048
+    held_out_frames: int | None = 2_048  # held-out frames that are measured, evenly spaced; None takes all
     simulation: SimulationConfig = field(default_factory=SimulationConfig)
+    # `none`, `tensorboard`, `trackio` or `wandb`; `metrics.jsonl` is written with each.
     tracking: str = "tensorboard"
-    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)  # project of Trackio and Weights & Biases
 
     def __post_init__(self) -> None:
         check_choices(self, "", precision=("no", "bf16"), sharding=("none", "full"), tracking=TRACKERS)
