@@ -13,7 +13,7 @@ from lerobot.policies.common.flow_matching import euler_integrate
 from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.policies.rtc.configuration_rtc import RTCConfig
 from lerobot.policies.rtc.modeling_rtc import RTCProcessor
-from lerobot.utils.constants import ACTION
+from lerobot.utils.constants import ACTION, OBS_STATE
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
@@ -22,17 +22,16 @@ from vega_policy.checkpoints import fetch_checkpoint, write_checksums
 from vega_policy.configuration_vega import VegaConfig
 from vega_policy.model.compilation import CapturedSteps
 from vega_policy.model.fusion import gate_weights
-from vega_policy.model.observation import Observation
+from vega_policy.model.observation import Observation, stack_views
 from vega_policy.model.rtc import RTCQueueAdapter
 from vega_policy.model.vega import FutureFrames, VegaModel, load_weights
 from vega_policy.priors import resolve
-from vega_policy.processor_vega import to_observation
 
 
 class VegaPolicy(PreTrainedPolicy):
     """Vision-language-action policy with VEGA-3D as its observation encoder.
 
-    Batches are LeRobot's; see `to_observation`. In training they also hold `action` [b t a] and, if there is
+    Batches are LeRobot's; see `observe`. In training they also hold `action` [b t a] and, if there is
     padding, `action_is_pad` [b t].
 
     Args:
@@ -266,8 +265,38 @@ class VegaPolicy(PreTrainedPolicy):
         return self.config.chunk_size, width
 
     def observe(self, batch: dict[str, Any]) -> Observation:
-        """Return the observation of a LeRobot batch; see `to_observation`."""
-        return to_observation(batch, self.config)
+        """Return the observation of a normalised LeRobot batch.
+
+        It holds frames [b 3 h w] or [b t 3 h w], uint8 or in [0, 1], under the camera keys;
+        `observation.state` [b s] or [b t s], of which the last is read; `task`, a sentence or b of them.
+        Frames may be replaced by cached ones, `vega.frames` uint8 [b v 3 h w], or by features,
+        `vega.semantic` [b v c gh gw] and `vega.prior` [b v d gh gw]; the task by `vega.words`, encoded text.
+        """
+        config = self.config
+        semantic, prior, cached = (batch.get(f"vega.{name}") for name in ("semantic", "prior", "frames"))
+        is_encoded = semantic is not None and (config.prior.name == "none" or prior is not None)
+        cameras = [] if is_encoded or cached is not None else list(config.image_features)
+        missing = [key for key in (*cameras, OBS_STATE) if key not in batch]
+        if missing:
+            held = sorted(key for key in batch if key.startswith("observation"))
+            raise ValueError(f"The batch lacks {missing}; it holds {held}. Rename the keys to match.")
+        if cached is not None and cached.dtype != torch.uint8:
+            raise TypeError(f"vega.frames: expected uint8 frames of a cache, got {cached.dtype}.")
+        frames = None if cached is None else cached[:, :, None]
+        if cameras:
+            frames = stack_views({key: batch[key] for key in cameras}, config.frame_size, config.resize)
+        state = batch[OBS_STATE]
+        state = state[:, -1] if state.ndim == 3 else state
+        task = batch.get("task")
+        if task is None:
+            if "vega.words" not in batch:
+                raise ValueError(
+                    "The batch has no 'task': expected an instruction, or one for each row. Give task='' to "
+                    "a policy that was trained without."
+                )
+            task = ""
+        instruction = [task] * len(state) if isinstance(task, str) else list(task)
+        return Observation(frames, state, instruction, semantic, prior, batch.get("vega.words"))
 
     def remember(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Replace each camera's frame [b 3 h w] by the last `clip_frames` frames, [b t 3 h w].

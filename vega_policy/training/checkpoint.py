@@ -58,8 +58,8 @@ from vega_policy.run_dir import (
     write_text,
 )
 from vega_policy.training.config import TrainConfig, defaults, encode
-from vega_policy.training.distributed import shard_like, shard_state, whole
-from vega_policy.training.optim import EMA, NonFiniteGuard, trainable
+from vega_policy.training.distributed import shard_like, shard_state
+from vega_policy.training.optim import EMA, NonFiniteGuard, trainable, whole
 
 CONFIG, METRICS, CARD = "config.yaml", "metrics.jsonl", "README.md"
 MEAN_FRAMES, WEIGHTS, STEP = "mean_frames.safetensors", "weights.safetensors", "training_step.json"

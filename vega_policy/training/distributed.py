@@ -1,10 +1,9 @@
-"""Training in several processes: replicas (DDP) or shards (FSDP2) of the trainable weights, and reductions.
+"""Training in several processes: replicas (DDP) or shards (FSDP2) of the trainable weights.
 
 Weights, averages and the optimizer's state are saved whole: a checkpoint does not depend on the number of
 processes. The prior is no sub-module of the policy: each process has all of it, and no optimizer holds it.
 """
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -71,37 +70,6 @@ def find_unused_weights(policy: "VegaPolicy", batch: dict[str, Any]) -> list[str
     unused = [name for name, weight in weights if weight.grad is None]
     policy.zero_grad()
     return unused
-
-
-def mean_over_processes(accelerator: Accelerator, values: Mapping[str, float]) -> dict[str, float]:
-    """Return the mean of each value over all processes; all call it with the same names."""
-    if accelerator.num_processes == 1:
-        return dict(values)
-    mine = torch.tensor(list(values.values()), dtype=torch.float64).to(accelerator.device, torch.float32)
-    reduced: Any = accelerator.reduce(mine, reduction="mean")
-    return dict(zip(values, reduced.tolist(), strict=True))
-
-
-def all_agree(accelerator: Accelerator, mine: bool) -> bool:
-    """Return whether `mine` is True in every process; all call it."""
-    if accelerator.num_processes == 1:
-        return mine
-    votes: Any = accelerator.reduce(torch.tensor(float(mine), device=accelerator.device), reduction="sum")
-    return votes.item() == accelerator.num_processes
-
-
-def own_part(value: Tensor) -> Tensor:
-    """Return the part of a tensor that this process holds, to be written in place; all if it is unsharded."""
-    return value.to_local() if isinstance(value, DTensor) else value
-
-
-def whole(value: Any) -> Any:
-    """Return a tensor detached and, if sharded, gathered; anything else unchanged."""
-    if not isinstance(value, DTensor):
-        return value.detach() if isinstance(value, Tensor) else value
-    gathered = value.full_tensor().detach()
-    # A tensor that processes divide unevenly is a view into padded memory, which safetensors refuses.
-    return gathered if gathered.untyped_storage().nbytes() == gathered.nbytes else gathered.clone()
 
 
 def shard_like(value: Tensor, model: Tensor) -> Tensor:

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from vega_policy.run_dir import DiskFullError, is_disk_full, write_json
 from vega_policy.training.config import TrainConfig
-from vega_policy.training.distributed import own_part, whole
 
 if TYPE_CHECKING:
     from vega_policy.modeling_vega import VegaPolicy
@@ -81,6 +81,20 @@ def clip_gradient(weights: Iterable[nn.Parameter], most: float) -> Tensor:
     # a norm of zero scales by one
     nn.utils.clip_grads_with_norm_(reached, most, torch.where(norm.isfinite(), norm, 0.0))
     return whole(norm)
+
+
+def own_part(value: Tensor) -> Tensor:
+    """Return the part of a tensor that this process holds, to be written in place; all if it is unsharded."""
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
+def whole(value: Any) -> Any:
+    """Return a tensor detached and, if sharded, gathered; anything else unchanged."""
+    if not isinstance(value, DTensor):
+        return value.detach() if isinstance(value, Tensor) else value
+    gathered = value.full_tensor().detach()
+    # A tensor that processes divide unevenly is a view into padded memory, which safetensors refuses.
+    return gathered if gathered.untyped_storage().nbytes() == gathered.nbytes else gathered.clone()
 
 
 def read_scalars(scalars: Mapping[str, Tensor]) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """The training loop: optimizer steps, and measurements, checkpoints and evaluations where they are due."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
@@ -22,7 +22,7 @@ from vega_policy.run_dir import disk_guard
 from vega_policy.training.checkpoint import Origin, TrainState, rng_state, save_checkpoint, snapshot
 from vega_policy.training.config import TrainConfig
 from vega_policy.training.cuda_graph import CapturedStep
-from vega_policy.training.distributed import all_agree, find_unused_weights, mean_over_processes, replicate
+from vega_policy.training.distributed import find_unused_weights, replicate
 from vega_policy.training.logging import Progress, model_card, open_trackers
 from vega_policy.training.optim import (
     BadStep,
@@ -287,3 +287,20 @@ class Trainer:
             card = model_card(self.config, self.state.step, scores, self.data)
             save_checkpoint(self.run, self.state, content, states, self._origin, card)
         self.accelerator.wait_for_everyone()
+
+
+def mean_over_processes(accelerator: Accelerator, values: Mapping[str, float]) -> dict[str, float]:
+    """Return the mean of each value over all processes; all call it with the same names."""
+    if accelerator.num_processes == 1:
+        return dict(values)
+    mine = torch.tensor(list(values.values()), dtype=torch.float64).to(accelerator.device, torch.float32)
+    reduced: Any = accelerator.reduce(mine, reduction="mean")
+    return dict(zip(values, reduced.tolist(), strict=True))
+
+
+def all_agree(accelerator: Accelerator, mine: bool) -> bool:
+    """Return whether `mine` is True in every process; all call it."""
+    if accelerator.num_processes == 1:
+        return mine
+    votes: Any = accelerator.reduce(torch.tensor(float(mine), device=accelerator.device), reduction="sum")
+    return votes.item() == accelerator.num_processes
