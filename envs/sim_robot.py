@@ -75,11 +75,7 @@ class VegaSim(Robot):
         """Do nothing."""
 
     def connect(self, calibrate: bool = True) -> None:
-        """Start the simulator and wait for its first scene.
-
-        Raises:
-            DeviceAlreadyConnectedError: If it runs already.
-        """
+        """Start the simulator and wait for its first scene."""
         if self.is_connected:
             raise DeviceAlreadyConnectedError("the simulated robot is connected already")
         ours, theirs = socket.socketpair()
@@ -103,9 +99,6 @@ class VegaSim(Robot):
         """Return the state, camera frames (uint8 [h w 3]) and, as `last_command`, the last command in them.
 
         It waits until all commands are executed. With `latency_steps` the observation is that many steps old.
-
-        Raises:
-            DeviceNotConnectedError: If the simulator does not run.
         """
         state, frames, last_command = self._request("observe", None)
         values = dict(zip(STATE_NAMES, state.tolist(), strict=True))
@@ -116,9 +109,6 @@ class VegaSim(Robot):
 
         A pose (the state's entries) is LeRobot's command to return to the start: a new scene is drawn, unless
         no command has changed the present one. It returns when the new scene is observable.
-
-        Raises:
-            DeviceNotConnectedError: If the simulator does not run.
         """
         if set(action) == set(STATE_NAMES):
             self._request("return", None)

@@ -31,11 +31,7 @@ def __dir__() -> list[str]:
 
 
 def resource(name: str) -> Path:
-    """Return the folder `configs` or `assets`: in the package of an installed wheel, else in the repository.
-
-    Raises:
-        FileNotFoundError: If it is in neither place.
-    """
+    """Return the folder `configs` or `assets`: in an installed package, else in the repository."""
     for path in (PACKAGE / name, PACKAGE.parent / name):
         if path.is_dir():
             return path

@@ -79,14 +79,8 @@ def list_checkpoints(run: Path) -> list[Path]:
 def fetch_checkpoint(source: str | Path, **hub: Any) -> Path:
     """Return the folder of a policy, downloaded if `source` is a name on the hub, after `check_checkpoint`.
 
-    Args:
-        source: Folder of a policy or of a run's checkpoint, name of a packaged policy, or name on the hub.
-        **hub: Options of `huggingface_hub.snapshot_download`, such as `revision`.
-
-    Raises:
-        FileNotFoundError: If it is neither a folder nor available from the hub.
-        DamagedCheckpointError: See `require_intact`.
-        UnsafeCheckpointError: See `check_checkpoint`.
+    `source` may also be a folder of a policy or of a run's checkpoint, or the name of a packaged policy;
+    `hub` are options of `huggingface_hub.snapshot_download`, such as `revision`.
     """
     folder = packaged_policies().get(str(source), Path(source))
     if (folder / PRETRAINED).is_dir():
@@ -175,11 +169,7 @@ def _check_steps(path: Path, steps: list[Any]) -> None:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """Return the folder with `config.json`: of a run's checkpoint, or of a packaged policy given by its name.
-
-    Raises:
-        FileNotFoundError: If there is none; lists what is there and the names of packaged policies.
-    """
+    """Return the folder with `config.json` of a run's checkpoint, or of a packaged policy given by name."""
     for folder in (path / PRETRAINED, path):
         if (folder / "config.json").is_file():
             return folder
@@ -266,10 +256,9 @@ def _read(note: Path) -> dict[str, str] | None:
 
 
 def newest_intact(run: Path) -> Path | None:
-    """Return the newest intact checkpoint, None before the first one; newer damaged ones are logged.
+    """Return the newest intact checkpoint; newer damaged ones are logged.
 
-    Raises:
-        DamagedCheckpointError: If there are checkpoints, but none is intact.
+    None before the first one; DamagedCheckpointError if there are checkpoints, but none is intact.
     """
     findings = []
     for checkpoint in reversed(list_checkpoints(run)):

@@ -32,16 +32,9 @@ class VegaPolicy(PreTrainedPolicy):
     """Vision-language-action policy with VEGA-3D as its observation encoder.
 
     Batches are LeRobot's; see `observe`. In training they also hold `action` [b t a] and, if there is
-    padding, `action_is_pad` [b t].
-
-    Args:
-        config: The configuration; open prior fields are resolved and fingerprints are filled in.
-        dataset_stats: Unused, LeRobot passes it; the processors hold the statistics.
-        dataset_meta: LeRobot's metadata of the training data, whose rate the configuration keeps; or None.
-        **kwargs: Unused, LeRobot passes them.
-
-    Raises:
-        FileNotFoundError: If the prior's weights are missing.
+    padding, `action_is_pad` [b t]. In the configuration, open prior fields are resolved and fingerprints are
+    filled in; of `dataset_meta`, LeRobot's metadata of the training data, it keeps the rate. LeRobot's other
+    arguments are not used: the processors hold the statistics.
     """
 
     config_class = VegaConfig  # pyright: ignore[reportAssignmentType]
@@ -96,19 +89,12 @@ class VegaPolicy(PreTrainedPolicy):
         *,
         metrics_as_tensors: bool = False,
     ) -> tuple[Tensor, dict[str, Any]]:
-        """Return the training loss and metrics.
+        """Return the training loss of a normalised batch with actions, and metrics.
 
-        Args:
-            batch: Normalised batch with actions.
-            reduction: `mean` for a scalar, `none` for one loss per sample [b].
-            noise: Noise [b t a] and time [b] from `sample_noise_and_time`; None samples them from torch's
-                default generator.
-            time: See `noise`.
-            metrics_as_tensors: Leave metrics on the device as scalars, instead of waiting for numbers.
-
-        Returns:
-            The loss, and metrics: `loss`, with a gate its mean `gate` (weight of the semantic stream) over
-            all views and per view, `gate/<camera>`, and in training with a forecast its loss, `forecast`.
+        With `reduction="none"` it is one loss a sample [b]. Noise [b t a] and time [b] are those of
+        `sample_noise_and_time`; None samples them from torch's default generator. Metrics are `loss`, with a
+        gate its mean `gate` (weight of the semantic stream) over all views and per view, `gate/<camera>`, and
+        in training with a forecast its loss, `forecast`; `metrics_as_tensors` leaves them on the device.
         """
         if self.base is not None:
             loss, metrics = self.base(batch, reduction=reduction)
@@ -222,14 +208,11 @@ class VegaPolicy(PreTrainedPolicy):
 
     @torch.no_grad()
     def predict_action_chunk(self, batch: dict[str, Any], noise: Tensor | None = None, **rtc: Any) -> Tensor:
-        """Return a chunk of normalised actions [b t a].
+        """Return a chunk of normalised actions [b t a] for a normalised batch without actions.
 
-        Args:
-            batch: Normalised batch without actions.
-            noise: Noise that the flow starts from, [b t a]; equal noise, equal chunk. None samples it.
-            **rtc: Arguments of LeRobot's real-time chunking (`inference_delay`, `prev_chunk_left_over`,
-                `execution_horizon`); without effect unless `use_rtc` was called or the head was trained for
-                delay (`head.prefix_steps`).
+        The flow starts from `noise` [b t a]: equal noise, equal chunk; None samples it. `rtc` are arguments
+        of LeRobot's real-time chunking (`inference_delay`, `prev_chunk_left_over`, `execution_horizon`),
+        without effect unless `use_rtc` was called or the head was trained for delay (`head.prefix_steps`).
         """
         if self.base is None:
             predict = partial(self._predict, batch, noise)

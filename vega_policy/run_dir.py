@@ -66,13 +66,10 @@ def _is_caused_by(error: BaseException | None, codes: set[int]) -> bool:
 
 @contextmanager
 def disk_guard(target: Path, draft: Path | None = None, needed: int | None = None) -> Iterator[None]:
-    """Turn a full disk into one clear error that names `target`.
+    """Turn a full disk into a DiskFullError that names `target`.
 
     `draft` is the file or folder that is written instead; its size is the least that is needed, unless
     `needed` gives the bytes of `target`.
-
-    Raises:
-        DiskFullError: If a write inside failed for want of space.
     """
     try:
         yield
@@ -161,8 +158,7 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path, *fields: str, kind: type = dict) -> Any:
     """Return the content of a JSON file: an object with some fields, or another kind of value.
 
-    Raises:
-        DamagedFileError: If the file holds something else.
+    Other content is a DamagedFileError that names the file, here and in the next two functions.
     """
     try:
         content = json.loads(path.read_bytes())
@@ -172,11 +168,7 @@ def read_json(path: Path, *fields: str, kind: type = dict) -> Any:
 
 
 def read_yaml(path: Path, *fields: str) -> dict[str, Any]:
-    """Return the content of a YAML file: a mapping with some fields.
-
-    Raises:
-        DamagedFileError: If the file holds something else.
-    """
+    """Return the content of a YAML file, a mapping with some fields."""
     import yaml
 
     try:
@@ -202,11 +194,7 @@ def _checked(path: Path, content: Any, format: str, fields: Iterable[str], kind:
 
 
 def read_tensors(path: Path) -> dict[str, Any]:
-    """Return the tensors of a safetensors file by name.
-
-    Raises:
-        DamagedFileError: If the file holds something else; the library's own error does not name it.
-    """
+    """Return the tensors of a safetensors file by name."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

@@ -297,12 +297,10 @@ class UnreachableStartError(RuntimeError):
 
 
 def widen_start(raw: Any, spread: Array, rng: np.random.Generator) -> None:
-    """Move the resting hand by a uniformly drawn shift, before the first step of an episode.
+    """Move the resting hand by a uniformly drawn shift, before the first step; nothing else moves.
 
-    Nothing else in the scene moves. `spread` is the largest shift [3] in x, y (both ways) and upwards z (m).
-
-    Raises:
-        UnreachableStartError: The arm does not get there.
+    `spread` is the largest shift [3] in x, y (both ways) and upwards z (m). UnreachableStartError if the arm
+    does not get there.
     """
     shift = rng.uniform([-spread[0], -spread[1], 0.0], spread)
     arm = Arm(raw.sim)
@@ -310,11 +308,7 @@ def widen_start(raw: Any, spread: Array, rng: np.random.Generator) -> None:
 
 
 def start_after_a_miss(raw: Any, body: Array, rng: np.random.Generator) -> None:
-    """Put the hand where a missed grasp leaves it: closed, empty, above the object centre `body` [3].
-
-    Raises:
-        UnreachableStartError: The arm does not get there.
-    """
+    """Put the hand where a missed grasp leaves it: closed, empty, above the object centre `body` [3]."""
     arm, robot = Arm(raw.sim), raw.robots[0]
     shift, turn = rng.uniform(*MISSED_SHIFT), rng.uniform(-MISSED_TURN, MISSED_TURN)
     raw.sim.data.qpos[robot._ref_gripper_joint_pos_indexes] = FINGERS_CLOSED

@@ -381,13 +381,10 @@ def plan_grasp(
     request: GraspRequest | None = None,
     is_blocked: Callable[[Grasp], bool] = lambda planned: False,
 ) -> Grasp:
-    """Return the cheapest grasp of `body` in its present pose and surroundings.
+    """Return the cheapest grasp of `body` in its present pose and surroundings; NoGraspError without any.
 
     `is_blocked` says whether the arm cannot be where a grasp needs it. It is called from the cheapest grasp
     onwards, until one is free; if none is, the cheapest is taken.
-
-    Raises:
-        NoGraspError: No grasp satisfies the request.
     """
     request = request or GraspRequest()
     cloud = scene.cloud(body)
@@ -436,11 +433,7 @@ class Workcell:
         return cls(Scene(raw.sim), Arm(raw.sim), clearance, raw, detour, retries)
 
     def attempts(self, most: int) -> Iterator[int]:
-        """Yield the numbers of up to `most` attempts.
-
-        Raises:
-            FailedAttemptError: A second one is wanted, and there are no retries.
-        """
+        """Yield the numbers of up to `most` attempts; FailedAttemptError at a second one without retries."""
         for attempt in range(most):
             if attempt and not self.retries:
                 raise FailedAttemptError("an attempt failed, and the demonstrator has no retries")

@@ -53,8 +53,7 @@ def camera_to_world(points: Tensor, poses: Tensor) -> Tensor:
 def project(points: Tensor, intrinsics: Tensor, pose: Tensor) -> tuple[Tensor, Tensor]:
     """Project world points [... 3] into a camera with intrinsics [3 3] and pose [4 4].
 
-    Returns:
-        Pixel coordinates (u, v) [... 2] and depth [...] in metres; depth <= 0 lies behind the camera.
+    Returns pixel coordinates (u, v) [... 2] and depth [...] in metres; depth <= 0 lies behind the camera.
     """
     in_camera = (points - pose[:3, 3]) @ pose[:3, :3]
     homogeneous = in_camera @ intrinsics.mT
@@ -149,9 +148,6 @@ def read_folder(folder: Path, frame_size: int, max_frames: int = 32) -> Scene:
     """Read posed RGB-D frames in nerfstudio's layout (`transforms.json`), stretched to squares.
 
     At most `max_frames` evenly spread frames are taken; VEGA-3D's score takes 32.
-
-    Raises:
-        FileNotFoundError: If `transforms.json`, or a file that it names, is missing.
     """
     path = folder / TRANSFORMS
     if not path.is_file():

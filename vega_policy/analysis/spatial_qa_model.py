@@ -313,11 +313,7 @@ def train_qa_model(
     training: QATraining,
     label: str = "answers",
 ) -> tuple[SpatialQAModel, float]:
-    """Train one model; `label` names it in the progress bar.
-
-    Returns:
-        The model in evaluation mode, and the mean loss of the last tenth of the steps.
-    """
+    """Return a trained model in evaluation mode, and the mean loss of the last tenth of the steps."""
     torch.manual_seed(training.seed)
     model = SpatialQAModel(config, len(codec.names), features)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]

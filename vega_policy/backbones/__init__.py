@@ -83,11 +83,7 @@ BACKBONES: dict[str, BackboneEntry] = {
 
 
 def make_backbone(config: BackboneConfig, state_dim: int, views: int, frame_size: int) -> Any:
-    """Build the `Backbone` that a config names.
-
-    Raises:
-        FileNotFoundError: If weights are missing.
-    """
+    """Build the `Backbone` that a config names."""
     if config.name not in BACKBONES:
         raise unknown_name("backbone", config.name, sorted(BACKBONES))
     entry = BACKBONES[config.name]

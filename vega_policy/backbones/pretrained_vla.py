@@ -141,11 +141,7 @@ NEEDED = ("config.json", "model.safetensors")
 
 
 def locate_base(base: BaseConfig) -> Path:
-    """Return the local folder of a pre-trained policy, downloaded from the hub if need be.
-
-    Raises:
-        FileNotFoundError: If files are missing.
-    """
+    """Return the local folder of a pre-trained policy, downloaded from the hub if need be."""
     source = base.path or BASES[base.name].source
     folder = Path(source).expanduser()
     if not folder.is_dir():
@@ -168,11 +164,7 @@ def locate_base(base: BaseConfig) -> Path:
 
 
 def base_config(config: "VegaConfig", folder: Path) -> Any:
-    """Return the base's own configuration, with the features of a VEGA policy.
-
-    Raises:
-        UnsafeCheckpointError: If a processor beside it names code.
-    """
+    """Return the base's own configuration, with the features of a VEGA policy."""
     from lerobot.configs.policies import PreTrainedConfig
 
     check_checkpoint(folder)
@@ -196,11 +188,7 @@ def base_config(config: "VegaConfig", folder: Path) -> Any:
 
 
 def load_base(config: "VegaConfig") -> tuple["PreTrainedPolicy", str]:
-    """Return the pre-trained policy and the hash over its weights.
-
-    Raises:
-        FileNotFoundError: If files are missing.
-    """
+    """Return the pre-trained policy and the hash over its weights."""
     from lerobot.policies.factory import get_policy_class
 
     folder = locate_base(config.base)

@@ -196,11 +196,7 @@ class VisionLanguageBackbone(nn.Module):
 def load(
     config: BackboneConfig, entry: BackboneEntry, state_dim: int, views: int, frame_size: int
 ) -> VisionLanguageBackbone:
-    """Load the model of a folder or of the hub; with `pretrained=false` its weights are random.
-
-    Raises:
-        FileNotFoundError: If files are missing.
-    """
+    """Load the model of a folder or of the hub; with `pretrained=false` its weights are random."""
     folder = locate_model(config.name, config.path or entry.source, config.revision, entry.terms)
     with quiet_transformers():
         model = load_model(folder, config)
@@ -238,9 +234,6 @@ def locate_model(name: str, source: str | None, revision: str | None, terms: str
 
     `source` is a local folder or hub id; None if neither the config nor the registry names one. `name` is the
     backbone's and `terms` the terms of use of the weights, for messages.
-
-    Raises:
-        FileNotFoundError: If files are missing.
     """
     if source is None:
         raise ValueError(

@@ -26,8 +26,7 @@ def synchronize(device: torch.device) -> None:
 def measure(call: Call, device: torch.device, seconds: float = 1.0, warm_up: int = 3) -> Row:
     """Time a call to the end of its work on the device, for about `seconds`, at least five times.
 
-    Returns:
-        `p50_ms`, `p95_ms`, and `peak_gib`, the peak of allocated device memory, None on the CPU.
+    Returns `p50_ms`, `p95_ms`, and `peak_gib`, the peak of allocated device memory, None on the CPU.
     """
     for _ in range(warm_up):
         call()

@@ -180,10 +180,8 @@ def _own_key(model: VegaModel, name: str) -> dict[str, Any]:
 def open_stream(root: Path, stream: Stream, rows: int, place: torch.device | None) -> Tensor:
     """Return the read-only values [n ...] of a built stream for n = `rows` frames.
 
-    They are read to the device `place` now; None maps them into memory.
-
-    Raises:
-        CacheError: If the folder is truncated or was built from other inputs; says which folder to delete.
+    They are read to the device `place` now; None maps them into memory. CacheError if the folder is truncated
+    or was built from other inputs.
     """
     folder = root / stream.folder
     advice = f"Delete {folder} to have it built again."
@@ -365,11 +363,7 @@ class _StreamDraft:
 
     @contextmanager
     def claim(self, part: str) -> Iterator[None]:
-        """Hold the lock of a part.
-
-        Raises:
-            FolderInUseError: If another process builds it, or a part of another division.
-        """
+        """Hold the lock of a part; FolderInUseError if another process builds it, or of another division."""
         division = part.partition("_of_")[2]
         for note in self._notes.iterdir():
             if note.name.partition("_of_")[2] != division:

@@ -58,11 +58,7 @@ def sampled_mean_frames(dataset: LocalDataset, cameras: list[str], backend: str)
 
 
 class MeanFrames:
-    """Running mean of each camera's frames.
-
-    Attributes:
-        sums: Sum of the frames by camera, int64 [3 h w].
-    """
+    """Running mean of each camera's frames; `sums` are those of the frames by camera, int64 [3 h w]."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
@@ -186,8 +182,7 @@ def _decode_with_lerobot(backend: str, path: Path, start: float, fps: float, len
 def read_video(path: Path, start: float, fps: float, length: int) -> Tensor:
     """Decode t = `length` frames of a video at `start` (s), `start` + 1 / fps, ... on one core.
 
-    Returns:
-        Frames uint8 [t 3 h w], the bytes that LeRobot's own `pyav` decoder gives.
+    Returns uint8 [t 3 h w], the bytes that LeRobot's own `pyav` decoder gives.
     """
     where = f"{path}, {length} frames from {start:.3f} s on"
     advice = "The video is damaged or of another dataset; collect or download it again."

@@ -79,10 +79,8 @@ class Deployment:
 def deploy(config: Mapping[str, Any]) -> Deployment:
     """Check a robot, then let a policy control it as the composed configs/deploy.yaml describes it.
 
-    Raises:
-        PreflightError: If a check failed; nothing moved.
-        FileNotFoundError: If the checkpoint does not exist.
-        ConnectionError: If the robot or the policy server is unreachable.
+    PreflightError if a check failed: nothing moved. ConnectionError if robot or policy server are
+    unreachable.
     """
     rollout = read_rollout(config)
     safety = read_safety(config)
@@ -119,11 +117,7 @@ def _connect(rollout: RolloutConfig, shutdown: threading.Event, safety: SafetyFi
 
 
 def read_rollout(config: Mapping[str, Any]) -> RolloutConfig:
-    """Return LeRobot's configuration of a rollout.
-
-    Raises:
-        FileNotFoundError: If the checkpoint does not exist.
-    """
+    """Return LeRobot's configuration of a rollout."""
     checkpoint, server = config["checkpoint"], config["server"]
     if (checkpoint is None) == (server["url"] is None):
         raise ValueError(

@@ -123,9 +123,6 @@ def benchmark_latency(
 
     Called again with the same settings (JSON values, all that decides the results), it continues after the
     last finished cell. `gained` and `lost` count episodes against the first cell. The pool is opened here.
-
-    Raises:
-        OtherRunError: If `output` holds a benchmark with other settings.
     """
     if not policy.supports_rtc and any(cell.method in ("lerobot", "rtc") for cell in cells):
         raise ValueError(f"methods: {policy.description.name} supports only naive, aligned and async")
@@ -212,9 +209,6 @@ def summarize_log(name: str, log: Path, episodes: int | None = None) -> Row:
     executed, `under_way` how often an observation did not reflect that many commands. `late_fraction` is that
     of steps that the simulator itself began late: above a few percent, the machine was too slow for the log
     to be meaningful.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
     """
     if not log.exists():
         raise FileNotFoundError(f"no log of a simulated robot at {log}")
@@ -246,10 +240,6 @@ def benchmark_server(
     Each client sends random frames from its own thread and session as fast as it is answered, after one
     request that is not measured. `overhead_p95_ms` is the latency beyond the time in the model. Start the
     server with a high `server.limits.requests_per_second`.
-
-    Raises:
-        PolicyUnavailableError: If the server is unreachable.
-        PermissionError: If it does not accept the token.
     """
     for number in clients:
         timings, refused = _request_for(address, number, seconds, side)

@@ -94,10 +94,7 @@ class VegaRemotePolicy(PreTrainedPolicy):
     """Requests chunks from a policy server; observations are sent raw, actions are in the robot's units.
 
     With `rtc` inference the next chunk is requested in a thread of its own while the robot executes the last
-    one.
-
-    Raises:
-        PolicyUnavailableError: If the server is unreachable.
+    one. PolicyUnavailableError if the server is unreachable.
     """
 
     config_class = VegaRemoteConfig  # pyright: ignore[reportAssignmentType]
@@ -126,9 +123,7 @@ class VegaRemotePolicy(PreTrainedPolicy):
     ) -> Self:
         """Connect to the server of the user's own config; there are no weights here.
 
-        Raises:
-            UnsafeCheckpointError: If the config comes from a checkpoint, which would choose the address and
-                the token file.
+        A config from a checkpoint is refused: it would choose the address and the token file.
         """
         if pretrained_name_or_path is not None:
             raise UnsafeCheckpointError(

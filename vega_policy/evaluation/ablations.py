@@ -51,11 +51,7 @@ def check_ablations(names: Sequence[str]) -> None:
 
 
 def apply_ablation(name: str, policy: ChunkPolicy, checkpoint: Path) -> ChunkPolicy:
-    """Return the policy under an ablation; `checkpoint` is the folder of its `config.json`.
-
-    Raises:
-        FileNotFoundError: If the checkpoint has no file that the ablation needs.
-    """
+    """Return the policy under an ablation; `checkpoint` is the folder of its `config.json`."""
     check_ablations([name])
     return ABLATIONS[name].apply(policy, checkpoint)
 
@@ -91,11 +87,7 @@ class BlindPolicy:
 
 
 def read_mean_frames(checkpoint: Path) -> dict[str, np.ndarray]:
-    """Return the mean frames that training wrote into a checkpoint, uint8 [h w 3] by camera key.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-    """
+    """Return the mean frames that training wrote into a checkpoint, uint8 [h w 3] by camera key."""
     path = checkpoint / MEAN_FRAMES_FILE
     if not path.is_file():
         raise FileNotFoundError(

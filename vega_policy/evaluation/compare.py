@@ -53,12 +53,8 @@ def compare_runs(
 ) -> dict[str, dict[str, Any]]:
     """Compare two evaluations, or two ablations of one, episode by episode.
 
-    Returns:
-        `stats.paired_difference` of each task, and under `all` of all of them.
-
-    Raises:
-        FileNotFoundError: If a folder holds no finished episode.
-        UnpairedRunsError: If they are not of the same episodes from the same initial states.
+    Returns `stats.paired_difference` of each task, and under `all` of all of them. UnpairedRunsError if the
+    episodes are not the same, from the same initial states.
     """
     _require_distinct([first, second], [first_ablation, second_ablation])
     one, two = _read_ablation(first, first_ablation), _read_ablation(second, second_ablation)
@@ -192,11 +188,7 @@ def evaluations_below(folder: Path) -> list[Path]:
 
 
 def read_policies(folders: Sequence[Path], ablations: Sequence[str]) -> list[PolicyRuns]:
-    """Read several policies, named by their folders' names, or by the paths where two names are the same.
-
-    Raises:
-        FileNotFoundError: If a folder holds no evaluation.
-    """
+    """Read several policies, named by their folders' names, or by the paths where two names are the same."""
     _require_distinct(folders, ablations)
     names = [folder.resolve().name for folder in folders]
     pairs = list(zip(names, ablations, strict=True))
@@ -209,9 +201,6 @@ def read_policy(folder: Path, ablation: str, name: str) -> PolicyRuns:
     """Read all evaluations of a policy that have episodes under an ablation.
 
     They lie in `<folder>/<seed>/<suite>/episodes.parquet`, or `<folder>/<suite>` for a single seed.
-
-    Raises:
-        FileNotFoundError: If it holds no evaluation.
     """
     evaluations = evaluations_below(folder)
     if not evaluations:
@@ -298,22 +287,14 @@ class Difference:
 
 
 def success(policy: PolicyRuns, row: str) -> Success | None:
-    """Return a policy's success on a suite or in one of `AVERAGES`; None if it has no such evaluation.
-
-    Raises:
-        UnpairedRunsError: If its seeds are not of the same episodes.
-    """
+    """Return a policy's success on a suite or in one of `AVERAGES`; None if it has no such evaluation."""
     suites = AVERAGES.get(row, (row,))
     seeds = _common_seeds([policy], suites)
     return _success([_solved(policy, suite, seeds) for suite in suites], seeds) if seeds else None
 
 
 def difference(first: PolicyRuns, second: PolicyRuns, row: str) -> Difference | None:
-    """Compare two policies on a suite or in one of `AVERAGES`, on the seeds that both have; None without any.
-
-    Raises:
-        UnpairedRunsError: If they, or the seeds of one of them, are not of the same episodes.
-    """
+    """Compare two policies on a suite or in one of `AVERAGES`, on their common seeds; None without any."""
     suites = AVERAGES.get(row, (row,))
     seeds = _common_seeds([first, second], suites)
     if not seeds:
@@ -398,12 +379,7 @@ class Comparison:
 
 
 def compare_policies(policies: Sequence[PolicyRuns]) -> Comparison:
-    """Compare policies of different names with the last one, on the evaluations at the same <seed>/<suite>.
-
-    Raises:
-        UnpairedRunsError: If one has no evaluation in common with the reference, or they are not of the same
-            episodes.
-    """
+    """Compare policies of different names with the last one, on evaluations at the same <seed>/<suite>."""
     *others, reference = policies
     for policy in others:
         if not policy.runs.keys() & reference.runs.keys():

@@ -269,11 +269,7 @@ class EvaluationFolder:
         self._results = ordered  # after a failed write they may be added again
 
     def gather_shards(self, recorded_ablation: str) -> None:
-        """Add the finished episodes of all shards, and the simulator states of those under one ablation.
-
-        Raises:
-            OtherRunError: If a shard has other settings.
-        """
+        """Add the finished episodes of all shards, and the simulator states of those under one ablation."""
         known = {(result.ablation, result.key) for result in self._results}
         for path in sorted((self.path / SHARD_FOLDER).glob("*_of_*")):
             if not (path / EPISODES_FILE).is_file():
@@ -362,11 +358,7 @@ class Trajectories:
 
 
 def read_episodes(folder: Path) -> list[EpisodeResult]:
-    """Return the finished episodes of an evaluation.
-
-    Raises:
-        FileNotFoundError: If there is no evaluation, or none of its episodes is finished.
-    """
+    """Return the finished episodes of an evaluation; FileNotFoundError if there are none."""
     path = folder / EPISODES_FILE
     if not path.is_file():
         found = "holds no evaluation with a finished episode" if folder.is_dir() else "is no folder"

@@ -146,10 +146,6 @@ def evaluate_checkpoint(
 
     Returns the content of summary.json by suite. `usual_frames` hold where neither the config nor the
     checkpoint says it.
-
-    Raises:
-        FileNotFoundError: If the checkpoint, or a file that an ablation needs, does not exist.
-        WorkerError: If a simulator failed.
     """
     environment, functions = config["env"], config["environments"]
     device = choose_device(config["device"])

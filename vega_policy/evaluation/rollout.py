@@ -114,11 +114,7 @@ class Rollout:
     busy_fraction: float = 0.0  # of the simulators' time that they did not wait for the policy
 
     def run(self, episodes: Iterable[Episode], instructions: Sequence[str] = ()) -> Iterator[FinishedEpisode]:
-        """Run episodes of a suite, whose tasks have these instructions, and yield each one as it ends.
-
-        Raises:
-            WorkerError: If a simulator failed.
-        """
+        """Run episodes of a suite, whose tasks have these instructions, and yield each one as it ends."""
         self.policy.reset(instructions)
         start, busy = time.perf_counter(), self.pool.busy_seconds
         schedule = Schedule(episodes, self.batch_size)

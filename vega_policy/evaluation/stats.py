@@ -46,16 +46,12 @@ def repeated_wilson_interval(successes: np.ndarray, confidence: float = 0.95) ->
 def paired_interval(differences: np.ndarray, confidence: float = 0.95) -> Interval:
     """Return the adjusted Wald interval of a mean difference in success between paired episodes.
 
-    One state that only the first policy solves and one that only the second solves are added before mean and
+    The differences [n] in [-1, 1] are first minus second policy by initial state, means over repetitions. One
+    state that only the first policy solves and one that only the second solves are added before mean and
     variance are computed (Bonett and Price, Journal of Educational and Behavioral Statistics 37, 2012; there
     for one episode a state). Unlike a bootstrap of the pairs, the interval keeps a width where the policies
     hardly ever disagree: with 50 pairs, where the first policy alone solves one state in a hundred and the
     second alone none, a percentile bootstrap covers the truth in 39% of the cases.
-
-    Args:
-        differences: Success of the first policy minus that of the second by initial state, [n] in [-1, 1];
-            the mean over repetitions of a state.
-        confidence: Coverage in (0, 1).
     """
     if differences.ndim != 1 or len(differences) == 0:
         raise ValueError(f"expected differences [n] with n >= 1, got shape {list(differences.shape)}")
@@ -95,13 +91,11 @@ def mcnemar_exact(only_first: int, only_second: int) -> float:
 def sign_flip_exact(differences: np.ndarray) -> float:
     """Return the exact two-sided p-value of the paired randomisation test on a sum of integer differences.
 
-    Under the null hypothesis the two policies may be swapped at each initial state (Fisher, The Design of
-    Experiments, 1935, section 21). With one episode a state this is McNemar's exact test; with several, the
-    episodes of a state are swapped together. scipy's `permutation_test` enumerates the 2^n swaps; this
-    convolves the distribution of the sum, which is exact for hundreds of states.
-
-    Args:
-        differences: Integers [n] by state: episodes that the first policy solved minus those of the second.
+    They are by state [n]: episodes that the first policy solved minus those of the second. Under the null
+    hypothesis the two may be swapped at each initial state (Fisher, The Design of Experiments, 1935, section
+    21). With one episode a state this is McNemar's exact test; with several, the episodes of a state are
+    swapped together. scipy's `permutation_test` enumerates the 2^n swaps; this convolves the distribution of
+    the sum, which is exact for hundreds of states.
     """
     distribution = np.ones(1)  # of the sum, from -total to total
     for size, count in zip(
@@ -118,9 +112,8 @@ def sign_flip_exact(differences: np.ndarray) -> float:
 def paired_difference(first: Sequence[bool], second: Sequence[bool]) -> dict[str, Any]:
     """Compare the successes of two policies on the same episodes, first minus second.
 
-    Returns:
-        Success rates, their `difference` with its paired 95% interval, the counts of episodes that only one
-        of the two solved, and the p-value of McNemar's exact test.
+    Returns success rates, their `difference` with its paired 95% interval, the counts of episodes that only
+    one of the two solved, and the p-value of McNemar's exact test.
     """
     changes = np.subtract(first, second, dtype=float)
     only_first, only_second = int((changes > 0).sum()), int((changes < 0).sum())

@@ -59,16 +59,10 @@ def to_float(frames: Tensor) -> Tensor:
 def stack_views(cameras: dict[str, Tensor], size: int, how: str = "stretch") -> Tensor:
     """Bring the frames of all cameras to one square size and stack them in the order of the dictionary.
 
-    Frames are never cropped, and both streams read the result: a place is the same normalised image
-    coordinate in each.
-
-    Args:
-        cameras: Camera key -> frames [b 3 h w] or [b t 3 h w], uint8 or float in [0, 1].
-        size: Side of the square in pixels.
-        how: `stretch`, or `pad`: the aspect ratio is kept and black is added at both sides.
-
-    Returns:
-        Frames [b v t 3 size size]; uint8 if all cameras are and have that size, else float in [0, 1].
+    Frames [b 3 h w] or [b t 3 h w] by camera, uint8 or float in [0, 1] -> [b v t 3 size size]; uint8 if all
+    cameras are and have that size. They are never cropped: `how` is `stretch`, or `pad`, which keeps the
+    aspect ratio and adds black at both sides. Both streams read the result: a place is the same normalised
+    image coordinate in each.
     """
     views = []
     for name, view in cameras.items():

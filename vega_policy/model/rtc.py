@@ -55,11 +55,9 @@ class RTCQueueAdapter:
     ) -> Tensor:
         """Return the actions [1 t a] that LeRobot's queue appends.
 
-        Args:
-            predict: Predicts a chunk [1 t a] from `inference_delay` and `prev_chunk_left_over`, here the
-                actions since the observation [1 t a].
-            prev_chunk_left_over: Content of LeRobot's queue [t a], cut or padded with zeros to some length.
-            **rtc: Passed to `predict`; LeRobot's `inference_delay` is not, since it is read off a clock.
+        `predict` gives a chunk [1 t a] from `inference_delay` and `prev_chunk_left_over`, here the actions
+        since the observation [1 t a]. LeRobot's `prev_chunk_left_over` is the content of its queue [t a], cut
+        or padded with zeros to some length. Its `inference_delay` is not used, since it is read off a clock.
         """
         with self._lock:
             episode, given, is_settled = self._episode, self._given, self._is_settled

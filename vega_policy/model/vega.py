@@ -99,17 +99,10 @@ class VegaEncoder(nn.Module):
     ) -> "VegaEncoder":
         """Return an encoder with pre-trained image encoder and prior, in evaluation mode.
 
-        Args:
-            checkpoint: Folder of a policy's checkpoint, or name of a packaged policy; the other arguments are
-                then those of its training. None: projectors and fusion have random weights and are trained
-                with what follows.
-            prior: Name in `vega_policy.priors.PRIORS`, or a configuration.
-            fusion: Name in `vega_policy.model.config.FUSIONS`, or a configuration.
-            backbone: Name in `vega_policy.backbones.BACKBONES`, or a configuration, for its image encoder.
-            frame_size: Side in pixels to which frames are resized.
-
-        Raises:
-            FileNotFoundError: If the checkpoint or weights are missing.
+        Without a checkpoint, projectors and fusion have random weights and are trained with what follows.
+        With one (folder of a policy's checkpoint, or name of a packaged policy) the other arguments are those
+        of its training. Names are those of `PRIORS`, `FUSIONS` and `BACKBONES`. Frames are resized to
+        `frame_size` pixels.
         """
         if checkpoint is not None:
             return _load_encoder(Path(checkpoint)).eval()
@@ -127,13 +120,11 @@ class VegaEncoder(nn.Module):
     def forward(
         self, frames: Tensor | Mapping[str, Tensor], instruction: list[str] | None = None
     ) -> EncoderOutput:
-        """Encode frames.
+        """Encode frames, for a fusion that reads them with b sentences.
 
-        Args:
-            frames: [b 3 h w], [b v 3 h w], or with a clip prior [b v t 3 h w]; uint8, or float in [0, 1].
-                They are stretched to `config.frame_size`. Or v cameras by name, [b 3 h w] or [b t 3 h w]
-                each, which may differ in size.
-            instruction: b sentences, for a fusion that reads them.
+        Frames are [b 3 h w], [b v 3 h w], or with a clip prior [b v t 3 h w]; uint8, or float in [0, 1]. They
+        are stretched to `config.frame_size`. Or they are v cameras by name, [b 3 h w] or [b t 3 h w] each,
+        which may differ in size.
         """
         stacked = stack_views(_split_views(frames), self.config.frame_size, self.config.resize)
         sentences = instruction or [""] * len(stacked)

@@ -57,11 +57,7 @@ class ClipShard:
 
 
 def open_shard(description: Path) -> ClipShard:
-    """Open a shard by its description.
-
-    Raises:
-        DamagedClipsError: If its frames are not those that were written.
-    """
+    """Open a shard by its description; DamagedClipsError if its frames are not those that were written."""
     note, path = read_json(description, "bytes"), description.with_suffix(".npy")
     size = path.stat().st_size
     if size != note["bytes"]:
@@ -79,13 +75,9 @@ def open_shard(description: Path) -> ClipShard:
 
 
 class Clips:
-    """Clips of several shards, whose frames have one shape, under one index.
+    """Clips of several shards, whose frames have one shape [t h w 3], under one index.
 
-    Attributes:
-        instructions: Instruction of each clip.
-        shots: Camera motion of each clip.
-        mark: Identifies these clips in file names.
-        shape: Shape [t h w 3] of a clip.
+    `shots` are the clips' camera motions; `mark` identifies the clips in file names.
     """
 
     def __init__(self, shards: list[ClipShard]) -> None:
@@ -185,9 +177,6 @@ def cut_clips(folder: Path, *, processes: int, deadline: float | None = None, **
 
     Unfinished shards are left to the next call at `deadline` (`time.time()`). `processes` is not used: frames
     are only copied.
-
-    Raises:
-        FileNotFoundError: If a dataset has no rendered frames of this size; says how to render them.
     """
     spec = from_config(CutSpec, values)
     with open_run(folder, asdict(spec)):

@@ -62,13 +62,9 @@ _FREE_TO_CHANGE = (
 
 
 def pretrain(settings: PretrainSettings) -> Path | None:
-    """Run the stages of the settings, each from where an earlier start stopped.
+    """Run the stages of the settings, each from where an earlier start stopped; see `open_run`.
 
     Returns the folder of the weights, None if the time was up before all was done: call again.
-
-    Raises:
-        FolderInUseError: If another process runs in the folder.
-        OtherRunError: If the folder holds a run with other settings, or other files.
     """
     stages = _Stages(settings)
     may_hold = ("clips", "prompts.safetensors")

@@ -121,8 +121,8 @@ class CapturedStep:
     ) -> dict[str, Tensor]:
         """Leave the gradient of a pre-processed batch in the weights; the first batch is captured.
 
-        Returns:
-            Scalars on the device, overwritten by the next call: the policy's metrics, and `gradient_norm`.
+        Returns scalars on the device, overwritten by the next call: the policy's metrics, and
+        `gradient_norm`.
         """
         inputs = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
         drawn = {"noise": noise, "time": time}

@@ -164,11 +164,7 @@ class NonFiniteGuard:
         self.recent.clear()
 
     def record_bad(self, step: BadStep, run: Path, *, main: bool) -> None:
-        """Count a skipped step; the main process writes a report to the run's folder before stopping.
-
-        Raises:
-            NotFiniteError: At the limit.
-        """
+        """Count a skipped step; at the limit the main process writes a report before training ends."""
         self.total += 1
         self.in_a_row += 1
         self.recent.append(step)
@@ -200,11 +196,7 @@ def are_finite(*values: float) -> bool:
 
 @contextmanager
 def disk_advice() -> Iterator[None]:
-    """Add to the error of a full disk what to lower.
-
-    Raises:
-        DiskFullError: If a write inside failed for want of space.
-    """
+    """Add to the error of a full disk what to lower."""
     try:
         yield
     except Exception as error:
@@ -218,11 +210,7 @@ def disk_advice() -> Iterator[None]:
 
 @contextmanager
 def memory_guard(config: TrainConfig, tokens: int) -> Iterator[None]:
-    """Turn exhausted memory into advice on what to lower; `tokens` are those of one view's image.
-
-    Raises:
-        MemoryExhaustedError: If memory ran out inside.
-    """
+    """Turn exhausted memory into advice on what to lower; `tokens` are those of one view's image."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:

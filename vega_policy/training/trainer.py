@@ -93,15 +93,7 @@ class TrainData:
 
 
 class Trainer:
-    """Makes optimizer steps until the run, or this start of it, is complete.
-
-    Attributes:
-        state: Policy, averaged weights, optimizer, schedule, processors and step.
-        source: Batches of rows.
-        sampler: Order of the training rows.
-        held_out: Rows that the held-out loss is measured on [m].
-        weights: Trainable weights by name.
-    """
+    """Makes optimizer steps until the run, or this start of it, is complete."""
 
     def __init__(
         self,
@@ -143,12 +135,7 @@ class Trainer:
         return replicate(self.accelerator, policy, unused)
 
     def fit(self) -> Path:
-        """Train from the state's step to the last one, and return the folder of the last checkpoint.
-
-        Raises:
-            TrainingStoppedError: If too many steps were not finite, or memory is full.
-            DiskFullError: If the disk is full.
-        """
+        """Train from the state's step to the last one, and return the last checkpoint's folder."""
         config, state = self.config, self.state
         height, width = state.policy.model.backbone.grid
         main = self.accelerator.is_main_process

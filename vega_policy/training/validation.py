@@ -48,11 +48,9 @@ def held_out_scores(
 ) -> dict[str, float]:
     """Measure the averaged weights on held-out rows [m], m >= 1, always with the same noise.
 
-    All processes call it; each measures its share of the batches. Random states are left unchanged.
-
-    Returns:
-        `held_out_loss`, the mean training loss of a row, and `held_out_action_error`, the mean absolute
-        difference between predicted and demonstrated actions in the dataset's units without padded ones.
+    All processes call it; each measures its share of the batches. Random states are left unchanged. Returns
+    `held_out_loss`, the mean training loss of a row, and `held_out_action_error`, the mean absolute
+    difference between predicted and demonstrated actions in the dataset's units without padded ones.
     """
     rank, world = accelerator.process_index, accelerator.num_processes
     batches = rows.split(batch_size)
@@ -109,13 +107,8 @@ def evaluate_closed_loop(
     """Evaluate the averaged weights of a complete checkpoint in closed loop.
 
     All processes call it; random states are left unchanged. Reports and videos lie in the run's folder
-    `simulation/<step>`, one folder a process; after a kill the evaluation resumes there.
-
-    Returns:
-        `success` in [0, 1] and `episodes` over all processes, and this process's videos (mp4).
-
-    Raises:
-        WorkerError: If a simulator failed.
+    `simulation/<step>`, one folder a process; after a kill the evaluation resumes there. Returns `success` in
+    [0, 1] and `episodes` over all processes, and this process's videos (mp4).
     """
     rank, world = accelerator.process_index, accelerator.num_processes
     folder = checkpoint.parents[1] / SIMULATION / checkpoint.name / str(rank)
