@@ -12,14 +12,7 @@ PRO_BASES = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
 LIBERO_SUITES = (*PRO_BASES, "libero_90")
 
 FAMILIES = {
-    "envs.robosuite": (
-        "robosuite",
-        "lift",
-        "lift_wide",
-        "stack",
-        "pick_place_can",
-        "nut_assembly_square",
-    ),
+    "envs.robosuite": ("robosuite", "lift", "lift_wide", "stack", "pick_place_can", "nut_assembly_square"),
     "envs.libero": (
         *LIBERO_SUITES,
         *(f"{suite}_{variant}" for suite in PRO_BASES for variant in ("lan", "object", "swap", "task")),

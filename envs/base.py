@@ -55,9 +55,8 @@ class ManipulationEnv(gymnasium.Env, abc.ABC):
     action_size: ClassVar[int] = 7
     state_size: ClassVar[int] = 8
     robot_type: ClassVar[str] = "panda"
-    states_hold_fixtures: ClassVar[bool] = (
-        False  # whether `restore` also places what an episode's seed places
-    )
+    # whether `restore` also places what an episode's seed places
+    states_hold_fixtures: ClassVar[bool] = False
     raw: Any
     _mujoco: Any
     model: Any

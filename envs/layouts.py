@@ -214,9 +214,8 @@ class Layout:
 def find_groups(raw: Any, instruction: str) -> tuple[list[Group], Relation | None]:
     """Return what can be moved, group by group, and the relation that the instruction needs, if any."""
     problem = raw.parsed_problem
-    support = {
-        name: target for kind, name, target in _pairs(problem["initial_state"]) if kind in ("on", "in")
-    }
+    relations = [one for one in problem["initial_state"] if len(one) == 3]
+    support = {name: target for kind, name, target in relations if kind in ("on", "in")}
     movable = [name for name in raw.objects_dict if _is_movable(raw, name, support)]
     relation = find_relation(raw, instruction, support)
     sets = [{name, support[name]} & {*movable} for name in movable]
@@ -237,10 +236,6 @@ def find_groups(raw: Any, instruction: str) -> tuple[list[Group], Relation | Non
         for members in _joined(sets, movable)
         if not fixed & {*members}
     ], relation
-
-
-def _pairs(predicates: Sequence[Sequence[str]]) -> Iterator[tuple[str, str, str]]:
-    yield from ((one[0], one[1], one[2]) for one in predicates if len(one) == 3)
 
 
 def _is_movable(raw: Any, name: str, support: dict[str, str]) -> bool:
@@ -363,9 +358,8 @@ def _table(raw: Any) -> tuple[Array, Array]:
     """Return the lowest and the highest x and y where the outline of an object may be (m, world)."""
     middle = np.array(raw.workspace_offset[:2], dtype=np.float64)
     base = np.array(raw.sim.data.get_body_xpos("robot0_base"))[:2]
-    size = getattr(
-        raw, f"{raw.workspace_name.removeprefix('main_')}_full_size", (4.0, 4.0)
-    )  # the floor has none
+    # the floor has none
+    size = getattr(raw, f"{raw.workspace_name.removeprefix('main_')}_full_size", (4.0, 4.0))
     low, high = (middle + sign * (np.array(size[:2]) / 2 - EDGE) for sign in (-1.0, 1.0))
     near = base + np.array([WIDER_REACH[0] - 0.05, -ASIDE])
     far = base + np.array([WIDER_REACH[1] + 0.05, ASIDE])

@@ -50,11 +50,7 @@ class VegaEnv(EnvConfig):
             "agent_pos": PolicyFeature(type=FeatureType.STATE, shape=(self.state_size,)),
             **dict.fromkeys(self.image_keys, frame),
         }
-        self.features_map = {
-            ACTION: ACTION,
-            "agent_pos": OBS_STATE,
-            **self.image_keys,
-        }
+        self.features_map = {ACTION: ACTION, "agent_pos": OBS_STATE, **self.image_keys}
 
     @property
     def gym_kwargs(self) -> dict[str, Any]:

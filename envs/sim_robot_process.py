@@ -36,13 +36,7 @@ class WallClockRobot:
     """
 
     def __init__(
-        self,
-        make: Any,
-        *,
-        seed: int,
-        log_file: Path | None,
-        first_episode: int = 0,
-        latency_steps: int = 0,
+        self, make: Any, *, seed: int, log_file: Path | None, first_episode: int = 0, latency_steps: int = 0
     ) -> None:
         self._make, self._log_file = make, log_file
         self._seed, self._first_episode = seed, first_episode

@@ -52,9 +52,8 @@ class VegaPolicy(PreTrainedPolicy):
         if config.base.name == "none":
             self.model = VegaModel(config.model)
         else:
-            from vega_policy.backbones import (
-                pretrained_vla,
-            )  # imports LeRobot's other policies, which is slow
+            # imports LeRobot's other policies, which is slow
+            from vega_policy.backbones import pretrained_vla
 
             config.validate_features()
             self.model = pretrained_vla.BasedModel(config)
@@ -427,9 +426,8 @@ def _blend(
     """
     horizon = execution_horizon or processor.rtc_config.execution_horizon
     length = min(horizon, left.shape[1])
-    weights = processor.get_prefix_weights(inference_delay, length, chunk.shape[1]).to(chunk)[
-        :, None
-    ]  # [t 1]
+    # [t 1]
+    weights = processor.get_prefix_weights(inference_delay, length, chunk.shape[1]).to(chunk)[:, None]
     kept = functional.pad(left, (0, 0, 0, chunk.shape[1] - left.shape[1]))
     return weights * kept.to(chunk) + (1 - weights) * chunk
 

@@ -15,19 +15,14 @@ from lerobot.processor import (
     UnnormalizerProcessorStep,
 )
 from lerobot.processor.converters import policy_action_to_transition, transition_to_policy_action
-from lerobot.utils.constants import (
-    POLICY_POSTPROCESSOR_DEFAULT_NAME,
-    POLICY_PREPROCESSOR_DEFAULT_NAME,
-)
+from lerobot.utils.constants import POLICY_POSTPROCESSOR_DEFAULT_NAME, POLICY_PREPROCESSOR_DEFAULT_NAME
 from torch import Tensor
 
 from vega_policy.configuration_vega import VegaConfig
 
 
 def make_vega_pre_post_processors(
-    config: VegaConfig,
-    dataset_stats: dict[str, dict[str, Tensor]] | None = None,
-    dataset_meta: Any = None,
+    config: VegaConfig, dataset_stats: dict[str, dict[str, Tensor]] | None = None, dataset_meta: Any = None
 ) -> tuple[PolicyProcessorPipeline[dict[str, Any], dict[str, Any]], PolicyProcessorPipeline[Any, Any]]:
     """Return the pre-processor (rename, batch axis, device, normalise) and the post-processor (restore, CPU).
 
@@ -42,9 +37,7 @@ def make_vega_pre_post_processors(
     outputs: dict[str, PolicyFeature] = config.output_features or {}
     norm: dict[str, Any] = {"norm_map": config.normalization_mapping, "stats": dataset_stats}
     relative = RelativeActionsProcessorStep(
-        enabled=True,
-        exclude_joints=config.relative_exclude_joints,
-        action_names=config.action_feature_names,
+        enabled=True, exclude_joints=config.relative_exclude_joints, action_names=config.action_feature_names
     )
     absolute = AbsoluteActionsProcessorStep(enabled=True, relative_step=relative)
     before = [

@@ -229,9 +229,8 @@ def _render_in_pool(work: _Work, processes: int, egl_devices: Sequence[int], bar
             "a rendering process died (out of memory?); the same command resumes, also with fewer processes"
         ) from error
     finally:
-        claimed[:] = [
-            len(group) for group in work.groups
-        ]  # after an error, the others end with their episode
+        # after an error, the others end with their episode
+        claimed[:] = [len(group) for group in work.groups]
         pool.shutdown()
     return sum((future.result() for future in running), start=np.zeros((), np.int64))
 

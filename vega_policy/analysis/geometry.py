@@ -471,32 +471,17 @@ def run_sweep(
     frames = frames_of(scenes.scenes)
     results: dict[FeatureSpec, Sums] = {}
     for extractor in extractors:
-        files = {
-            spec: cache / f"{_sums_key(scenes, extractor, spec, measurement)}.npz" for spec in extractor.specs
-        }
+        key = {"scenes": scenes.key, "max_depth": scenes.max_depth, "weights": extractor.fingerprint}
+        key["measurement"] = asdict(measurement)
+        files = {spec: cache / f"{cache_key(spec=asdict(spec), **key)}.npz" for spec in extractor.specs}
         missing = [spec for spec, path in files.items() if not path.is_file()]
         if missing:
             extracted = extractor.extract(frames, missing)
             for spec, tokens in tqdm(extracted, f"Measuring {extractor.name}", len(missing), unit="layer"):
-                _save_sums(files[spec], measure(tokens, scenes.scenes, geometry, measurement))
+                sums = measure(tokens, scenes.scenes, geometry, measurement)
+                with atomic_file(files[spec]) as draft, draft.open("wb") as file:
+                    np.savez(file, **sums)  # pyright: ignore[reportArgumentType]
         for spec, path in files.items():
             with np.load(path) as stored:
                 results[spec] = dict(stored)
     return Sweep(results, default)
-
-
-def _sums_key(
-    scenes: SceneSet, extractor: FeatureExtractor, spec: FeatureSpec, measurement: Measurement
-) -> str:
-    return cache_key(
-        scenes=scenes.key,
-        max_depth=scenes.max_depth,
-        weights=extractor.fingerprint,
-        spec=asdict(spec),
-        measurement=asdict(measurement),
-    )
-
-
-def _save_sums(path: Path, sums: Sums) -> None:
-    with atomic_file(path) as draft, draft.open("wb") as file:
-        np.savez(file, **sums)  # pyright: ignore[reportArgumentType]

@@ -1,9 +1,8 @@
 """Vision-language backbones: one interface, one registry."""
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any, Protocol
 
 from vega_policy.config import unknown_name
@@ -89,6 +88,4 @@ def make_backbone(config: BackboneConfig, state_dim: int, views: int, frame_size
     entry = BACKBONES[config.name]
     if entry.terms is not None:
         logger.warning("The weights of the backbone %r have terms of use: %s.", config.name, entry.terms)
-    module, name = entry.build.split(":")
-    build: Callable[..., Any] = getattr(import_module(module), name)
-    return build(config, entry, state_dim=state_dim, views=views, frame_size=frame_size)
+    return resolve_name(entry.build)(config, entry, state_dim=state_dim, views=views, frame_size=frame_size)

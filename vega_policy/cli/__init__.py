@@ -304,11 +304,8 @@ SCENE_SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "
 def register_groups() -> None:
     """Store all generated options in Hydra's ConfigStore, and the settings that every command shares."""
     store = ConfigStore.instance()
-    shared = {
-        "run": {"dir": "."},  # no folder and no log file of Hydra's own
-        "output_subdir": None,
-        "job": {"chdir": False},
-    }
+    # no folder and no log file of Hydra's own
+    shared = {"run": {"dir": "."}, "output_subdir": None, "job": {"chdir": False}}
     defaults = [{"override hydra/job_logging": "stdout"}]
     store.store(name="command", node={"defaults": defaults, "hydra": shared}, package="_global_")
     for group, options in generated_groups().items():

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -382,8 +383,7 @@ def export_features(config: DictConfig) -> str:
 
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     sys.path.insert(0, str(Path.cwd()))  # the encoder's module may be in the working folder
-    module, name = config.encoder.split(":")
-    encode = getattr(import_module(module), name)(device)
+    encode = resolve_name(config.encoder)(device)
     dataset = open_dataset(DatasetConfig(config.repo_id, root=config.root))
     with lock_folder(Path(config.output)):
         writer = FeatureWriter(Path(config.output), config.encoder)
@@ -543,10 +543,8 @@ def doctor(config: DictConfig) -> None:
 
 
 BENCHMARK_FIELDS: dict[str, Any] = {
-    "defaults": [
-        *({"prior": "wan_tiny"}, {"backbone": "compact"}, {"head": "flow"}),  # with random weights
-        {"env": "lift_wide"},
-    ],
+    # with random weights
+    "defaults": [{"prior": "wan_tiny"}, {"backbone": "compact"}, {"head": "flow"}, {"env": "lift_wide"}],
     "part": "???",  # prior, policy, train, dataset, simulate; deployment: latency, logs, server
     "device": None,  # null: cuda where there is one
     "output": None,  # JSON file, written after each row
@@ -573,13 +571,7 @@ BENCHMARK_FIELDS: dict[str, Any] = {
     # latency: success in the suite of the group env against delays in control steps, on any machine the same
     "env": {"frame_size": None, "rendering": None},  # null: as in the checkpoint's training
     "checkpoint": None,
-    "methods": [
-        "aligned",
-        "naive",
-        "lerobot",
-        "async",
-        "rtc",
-    ],  # the first one with the first delays: reference
+    "methods": ["aligned", "naive", "lerobot", "async", "rtc"],  # the reference: the first, the first delays
     "delays": [0, 1, 2, 4, 8],  # from an observation until its chunk arrives
     "under_way": [0, 1, 2],  # from sending a command to its execution
     "tasks": None,  # indices; null: the whole suite

@@ -300,15 +300,15 @@ def open_folder(root: Path, repo_id: str, rename: Mapping[str, str] | None = Non
         features=features,
         stored_names=names,
         episodes=read_episodes(root),
-        stats={name: _as_arrays(stats[names[name]]) for name in features if stats.get(names[name])},
+        stats={
+            name: {key: np.atleast_1d(np.asarray(value, np.float64)) for key, value in found.items()}
+            for name in features
+            if (found := stats.get(names[name]))
+        },
         video_path=info.get("video_path") or VIDEO_PATH,
     )
     _check_videos(dataset)
     return dataset
-
-
-def _as_arrays(values: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    return {name: np.atleast_1d(np.asarray(value, np.float64)) for name, value in values.items()}
 
 
 def _is_depth(feature: Mapping[str, Any]) -> bool:

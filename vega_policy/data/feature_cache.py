@@ -146,11 +146,7 @@ def reads_instructions(prior: PriorConfig, names: Sequence[str]) -> bool:
 
 
 def frames_stream(
-    dataset: dict[str, str],
-    cameras: Sequence[str],
-    frame_size: int,
-    resize: str = "stretch",
-    stride: int = 1,
+    dataset: dict[str, str], cameras: Sequence[str], frame_size: int, resize: str = "stretch", stride: int = 1
 ) -> Stream:
     """Return the stream of frames, which depends on no model; see `streams_of`."""
     key = {"format": FORMAT, "dataset": dataset, "cameras": list(cameras), "frame_size": frame_size}

@@ -240,9 +240,8 @@ def make_engine(context: RolloutContext, safety: SafetyFilter, latency_steps: in
         prepare = partial(prepare_batch, context) if reads_history else None
         return SyncEngine(predict, reset, safety, under_way, action_steps=executed, prepare=prepare)
     if is_vega:
-        policy.use_rtc(
-            replace(policy.config.rtc_config, enabled=True)
-        )  # without the adapter to LeRobot's queue
+        # without the adapter to LeRobot's queue
+        policy.use_rtc(replace(policy.config.rtc_config, enabled=True))
     threshold = inference.queue_threshold
     return RealTimeEngine(predict, reset, safety, under_way, threshold=threshold, shutdown=shutdown)
 

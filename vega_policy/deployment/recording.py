@@ -38,11 +38,7 @@ class RecordingFormat:
     def all_features(self) -> dict[str, Any]:
         """Features with the extra columns."""
         intervention = {"dtype": "bool", "shape": (1,), "names": None}
-        return {
-            **self.features,
-            INTERVENTION: intervention,
-            POLICY_ACTION: dict(self.features["action"]),
-        }
+        return {**self.features, INTERVENTION: intervention, POLICY_ACTION: dict(self.features["action"])}
 
 
 class EpisodeRecorder:

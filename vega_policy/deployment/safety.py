@@ -72,7 +72,8 @@ class SafetyFilter:
         self.names = tuple(limit.name for limit in limits)
         if workspace is not None:
             bounds = {limit.name: (limit.low, limit.high) for limit in limits}
-            wrong = [name for name in workspace.action if not _contains_zero(*bounds.get(name, (1, 1)))]
+            ranges = {name: bounds.get(name, (1, 1)) for name in workspace.action}
+            wrong = [name for name, (low, high) in ranges.items() if not low <= 0.0 <= high]
             if wrong:
                 raise ValueError(
                     f"workspace: expected limits around 0, at which the hand stands still, of "
@@ -358,10 +359,6 @@ class Workspace:
             raise ValueError(f"workspace: expected low < high in x, y, z; got {self.low} and {self.high}")
         if not self.metres_per_unit > 0:
             raise ValueError(f"workspace: metres_per_unit must be positive, got {self.metres_per_unit}")
-
-
-def _contains_zero(low: float, high: float) -> bool:
-    return low <= 0.0 <= high
 
 
 def read_limits(joints: Mapping[str, Mapping[str, Any]]) -> tuple[JointLimits, ...]:

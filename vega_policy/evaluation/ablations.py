@@ -36,9 +36,8 @@ class Ablation:
 
     apply: Callable[[ChunkPolicy, Path], ChunkPolicy]  # (policy, folder of the checkpoint's config.json)
     meaning: str  # for the report
-    rows_independent: bool = (
-        True  # else an interrupted evaluation runs it from the start, and shards refuse it
-    )
+    # else an interrupted evaluation runs it from the start, and shards refuse it
+    rows_independent: bool = True
 
 
 def check_ablations(names: Sequence[str]) -> None:

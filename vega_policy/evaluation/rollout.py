@@ -19,11 +19,7 @@ import numpy as np
 from vega_policy.evaluation.env_pool import WorkerPool
 from vega_policy.evaluation.env_worker import EnvObservation, EnvReport, Outcome
 from vega_policy.evaluation.episodes import Episode
-from vega_policy.evaluation.policies import (
-    ObservationBatch,
-    check_compatible,
-    stack_observations,
-)
+from vega_policy.evaluation.policies import ObservationBatch, check_compatible, stack_observations
 
 
 @dataclass(frozen=True)

@@ -28,9 +28,8 @@ class PriorConfig:
     name: str = "wan2.1_t2v_1.3b"  # key of `vega_policy.priors.PRIORS`; `none` removes the geometric stream
     path: str | None = None  # hub id, or local folder in the hub's layout
     revision: str | None = None  # hub revision (branch, tag or commit)
-    layer: int | tuple[int, ...] | None = (
-        None  # 0-based block that is read; of several: their features joined
-    )
+    # 0-based block that is read; of several: their features joined
+    layer: int | tuple[int, ...] | None = None
     # Fraction in [0, 1] of noise on the straight path; with clip=future of the slots alone, 1 by default.
     noise_level: float | None = None
     noise: str = "fixed"  # `fixed`: one seeded noise for all frames; `fresh`: new noise in each training step
@@ -49,9 +48,8 @@ class PriorConfig:
     shuffle: bool = False  # control: training gives each sample the features of another one of its batch
     prompt: str = "empty"  # of clip=future: `empty`, or the `instruction`, encoded as in the prior's training
     fingerprint: str | None = None  # hash over the weights, filled in by the policy; others are refused
-    engine: str = (
-        "auto"  # `plain`: diffusers; `fast`: one captured batch size on CUDA; `auto`: fast if it can
-    )
+    # `plain`: diffusers; `fast`: one captured batch size on CUDA; `auto`: fast if it can
+    engine: str = "auto"
 
     def __post_init__(self) -> None:
         clips, engines = ("frame", "history", "views", "future"), ("plain", "fast", "auto")
@@ -221,9 +219,8 @@ class ActionHeadConfig:
     time_power: float = 1.5  # training times are Beta(time_power, 1); above 1 prefers noise (pi0: 1.5)
     state: bool = True  # False: the policy gets a state of zeros
     dropout: float = 0.0  # on each branch of the blocks, in [0, 1)
-    prefix_steps: int = (
-        0  # training for delay: most actions under way that a chunk is conditioned on; 0: none
-    )
+    # training for delay: most actions under way that a chunk is conditioned on; 0: none
+    prefix_steps: int = 0
     prefix_dropout: float = 0.5  # part of the training samples without a prefix
 
     def __post_init__(self) -> None:

@@ -5,7 +5,7 @@ semantic stream; its scene code mixes LayerNorm-ed streams (`normalized`), its s
 near the semantic stream (`residual`).
 """
 
-from importlib import import_module
+from pkgutil import resolve_name
 from typing import Any, Protocol
 
 import torch
@@ -35,8 +35,7 @@ def make_fusion(width: int, config: FusionConfig, grid: tuple[int, int]) -> nn.M
     """Build the `Fusion` that a config names, for tokens of a width on a grid (gh, gw)."""
     if config.name not in FUSIONS:
         raise unknown_name("fusion", config.name, sorted(FUSIONS))
-    module, name = FUSIONS[config.name].split(":")
-    return getattr(import_module(module), name)(width, config, grid)
+    return resolve_name(FUSIONS[config.name])(width, config, grid)
 
 
 def make_projector(prior: Any, width: int) -> nn.Module:

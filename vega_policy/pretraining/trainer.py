@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +38,7 @@ from vega_policy.checkpoints import (
     set_aside_after,
     write_checksums,
 )
+from vega_policy.evaluation.env_worker import resolve
 from vega_policy.pretraining import (
     STAGES,
     LearningSettings,
@@ -106,12 +106,12 @@ class _Stages:
     def _embed_prompts(self) -> bool:
         if not self._prompts.is_file():
             clips = self.settings.clips
-            write_prompts(self._prompts, _import(clips.instructions)(**clips.order))
+            write_prompts(self._prompts, resolve(clips.instructions)(**clips.order))
         return True
 
     def _render_clips(self) -> bool:
         clips = self.settings.clips
-        write = _import(clips.write)
+        write = resolve(clips.write)
         return write(Path(clips.folder), processes=clips.processes, deadline=self._deadline, **clips.order)
 
     def _open_clips(self) -> tuple[Clips, Clips]:
@@ -235,11 +235,6 @@ class _Stages:
                 raise FileNotFoundError(f"start: {path} does not exist; give a folder that a run has written")
             export.load_weights(network, path)
         return network.to(self._device)
-
-
-def _import(path: str) -> Callable[..., Any]:
-    module, _, name = path.rpartition(".")
-    return getattr(import_module(module), name)
 
 
 class StageTrainer:

@@ -185,9 +185,8 @@ def still_loss(latents: np.ndarray) -> Tensor:
 
 def write_prompts(path: Path, instructions: list[str]) -> None:
     """Write the embeddings of the empty prompt and of instructions, each [n 384] float32, to one file."""
-    from vega_policy.backbones.compact import (
-        TextEncoder,  # not needed where the file was copied from elsewhere
-    )
+    # not needed where the file was copied from elsewhere
+    from vega_policy.backbones.compact import TextEncoder
 
     encoder = TextEncoder(None, pretrained=True, frozen=True)
     sentences = list(dict.fromkeys([EMPTY, *instructions]))

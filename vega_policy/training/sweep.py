@@ -72,9 +72,8 @@ def labels(jobs: Sequence[Job]) -> list[str]:
         for name in names
         if name not in ("seed", "output_dir", "resume") and len({repr(s.get(name)) for s in known}) > 1
     ]
-    short = {
-        name: name.removeprefix("policy.").removesuffix(".name") for name in varied
-    }  # as users type them
+    # as users type them
+    short = {name: name.removeprefix("policy.").removesuffix(".name") for name in varied}
     return [
         ", ".join(f"{short[name]}={job.settings.get(name)}" for name in varied) or "all alike"
         if job.settings

@@ -41,14 +41,7 @@ from vega_policy.data.dataset import (
     read_table,
 )
 from vega_policy.data.dataset_files import describe_values, fingerprint_frames
-from vega_policy.data.loader import (
-    CachedSource,
-    MixedFrames,
-    MixedSource,
-    Source,
-    VideoSource,
-    join_tables,
-)
+from vega_policy.data.loader import CachedSource, MixedFrames, MixedSource, Source, VideoSource, join_tables
 from vega_policy.data.video import FrameRows, frames_in_order, sampled_mean_frames
 from vega_policy.model.compilation import compile_blocks
 from vega_policy.model.observation import stack_views

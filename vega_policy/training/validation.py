@@ -14,12 +14,7 @@ from vega_policy.checkpoints import PRETRAINED
 from vega_policy.data.loader import Batch, Source
 from vega_policy.evaluation.env_pool import EnvironmentFactory, WorkerPool
 from vega_policy.evaluation.env_worker import resolve
-from vega_policy.evaluation.evaluate import (
-    Evaluation,
-    EvaluationSettings,
-    choose_frames,
-    default_batch_size,
-)
+from vega_policy.evaluation.evaluate import Evaluation, EvaluationSettings, choose_frames, default_batch_size
 from vega_policy.evaluation.policies import checkpoint_fingerprint, load_lerobot_policy
 from vega_policy.model.compilation import uncompiled
 from vega_policy.training.checkpoint import TrainState, rng_state, set_rng_state
