@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Generator, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -439,6 +440,10 @@ class Workcell:
                 raise FailedAttemptError("an attempt failed, and the demonstrator has no retries")
             yield attempt
 
+    def is_blocked(self, body: str, planned: Grasp) -> bool:
+        """Return whether the arm touches anything but `body` where a grasp needs it."""
+        return bool(self.clearance.touched(planned.position, down(planned.yaw)) - {body})
+
 
 def corridor_top(points: Array, start: ArrayLike, end: ArrayLike, radius: float = CORRIDOR) -> float:
     """Return the height (m) of the highest of `points` [n 3] on or beside the way; -inf if it is free."""
@@ -497,10 +502,7 @@ def grasp(
     Returns the grasp that holds, or None after `tries` failures.
     """
     request = request or GraspRequest()
-
-    def is_blocked(planned: Grasp) -> bool:
-        return bool(cell.clearance.touched(planned.position, down(planned.yaw)) - {body})
-
+    is_blocked = partial(cell.is_blocked, body)
     for _ in cell.attempts(tries):
         planned = plan_grasp(cell.scene, body, request, is_blocked)
         ready = above(planned.position, ABOVE_GRASP + 0.01)

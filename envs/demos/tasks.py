@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 from scipy.spatial import KDTree
@@ -49,7 +50,6 @@ from envs.demos.planner_grasping import (
     CLOSING_STEPS,
     COMFORTABLE_REACH,
     OPENING_STEPS,
-    Grasp,
     GraspRequest,
     NoGraspError,
     Placement,
@@ -233,15 +233,11 @@ def unreachable(cell: Workcell, goal: Goal) -> str:
         return _undrawable(cell, body, region(cell, target).centre[:2])
     if _is_chamber(cell, target):
         return ""
-
-    def is_blocked(planned: Grasp) -> bool:
-        return bool(cell.clearance.touched(planned.position, down(planned.yaw)) - {body})
-
     try:
-        planned = plan_grasp(cell.scene, body, _request(cell, target), is_blocked)
+        planned = plan_grasp(cell.scene, body, _request(cell, target), partial(cell.is_blocked, body))
     except NoGraspError as error:
         return str(error)
-    if is_blocked(planned):
+    if cell.is_blocked(body, planned):
         return f"the arm touches something at every grasp of {name}"
     if not cell.clearance.reaches(planned.position, down(planned.yaw)):
         return f"the hand does not reach {name}"

@@ -214,34 +214,26 @@ PARTS = ("prior", "policy", "train", "dataset", "simulate")
 
 def benchmark(part: str, options: Any, device: torch.device) -> Iterator[dict[str, Any]]:
     """Measure one part of `PARTS` and yield its rows; `options` has the fields of the command."""
-    if part == "prior":
-        from vega_policy.benchmarks.parts import WAN, benchmark_any_prior, benchmark_prior, parse_path
+    from vega_policy.benchmarks import parts
 
+    if part == "prior":
         released = ["released"] if device.type == "cuda" else []
         paths = options.paths or [*released, "all_blocks", "early_stop", "fast"]
         for path in paths:
-            parse_path(path)  # refuses unknown ones before anything is measured
+            parts.parse_path(path)  # refuses unknown ones before anything is measured
         sizes = [parse_size(text) for text in options.sizes]
-        if options.prior not in WAN:
-            return benchmark_any_prior(options.prior, device, sizes, options.frames, options.seconds)
-        return benchmark_prior(options.prior, device, sizes, options.frames, paths, options.seconds)
+        if options.prior not in parts.WAN:
+            return parts.benchmark_any_prior(options.prior, device, sizes, options.frames, options.seconds)
+        return parts.benchmark_prior(options.prior, device, sizes, options.frames, paths, options.seconds)
     if part == "policy":
-        from vega_policy.benchmarks.parts import benchmark_policy
-
-        return benchmark_policy(model_config(options), device, options.seconds)
+        return parts.benchmark_policy(model_config(options), device, options.seconds)
     if part == "train":
-        from vega_policy.benchmarks.parts import benchmark_train
-
         variants = options.variants or (["eager", "compiled"] if device.type == "cuda" else ["eager"])
         config, cases = model_config(options), tuple(options.cases)
-        return benchmark_train(config, device, options.batch, options.seconds, cases, tuple(variants))
+        return parts.benchmark_train(config, device, options.batch, options.seconds, cases, tuple(variants))
     if part == "dataset":
-        from vega_policy.benchmarks.parts import benchmark_dataset
-
-        return benchmark_dataset(options, device, options.seconds)
-    from vega_policy.benchmarks.parts import benchmark_simulate
-
-    return benchmark_simulate(options.suites, options.frame_size, options.seconds)
+        return parts.benchmark_dataset(options, device, options.seconds)
+    return parts.benchmark_simulate(options.suites, options.frame_size, options.seconds)
 
 
 def parse_size(text: str) -> tuple[int, int]:

@@ -41,10 +41,6 @@ class Views:
     def __len__(self) -> int:
         return len(self.frames)
 
-    def pick(self, indices: list[int]) -> Views:
-        """Return some of the views, in this order."""
-        return Views(*(getattr(self, field.name)[indices] for field in fields(self)))
-
 
 @dataclass(frozen=True)
 class SceneObject:
