@@ -358,7 +358,7 @@ def _table(raw: Any) -> tuple[Array, Array]:
     """Return the lowest and the highest x and y where the outline of an object may be (m, world)."""
     middle = np.array(raw.workspace_offset[:2], dtype=np.float64)
     base = np.array(raw.sim.data.get_body_xpos("robot0_base"))[:2]
-    # the floor has none
+    # a scene on the floor has no table's size
     size = getattr(raw, f"{raw.workspace_name.removeprefix('main_')}_full_size", (4.0, 4.0))
     low, high = (middle + sign * (np.array(size[:2]) / 2 - EDGE) for sign in (-1.0, 1.0))
     near = base + np.array([WIDER_REACH[0] - 0.05, -ASIDE])

@@ -266,7 +266,7 @@ class _Screen:
         self._camera = mujoco.MjvCamera()
         self._camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
         self._viewport = mujoco.MjrRect(0, 0, size, size)
-        # samples are resolved first
+        # multisampled frames have to be resolved first
         self._copies_aside = not self._buffer.offSamples and _has_pixel_buffers()
         self._pixels: _PixelBuffer | None = None
         self._drawn: list[np.ndarray] = []  # enqueued frames where pixels cannot be copied aside

@@ -426,8 +426,8 @@ def _blend(
     """
     horizon = execution_horizon or processor.rtc_config.execution_horizon
     length = min(horizon, left.shape[1])
-    # [t 1]
-    weights = processor.get_prefix_weights(inference_delay, length, chunk.shape[1]).to(chunk)[:, None]
+    weights = processor.get_prefix_weights(inference_delay, length, chunk.shape[1])
+    weights = weights.to(chunk)[:, None]  # [t 1]
     kept = functional.pad(left, (0, 0, 0, chunk.shape[1] - left.shape[1]))
     return weights * kept.to(chunk) + (1 - weights) * chunk
 

@@ -571,7 +571,8 @@ BENCHMARK_FIELDS: dict[str, Any] = {
     # latency: success in the suite of the group env against delays in control steps, on any machine the same
     "env": {"frame_size": None, "rendering": None},  # null: as in the checkpoint's training
     "checkpoint": None,
-    "methods": ["aligned", "naive", "lerobot", "async", "rtc"],  # the reference: the first, the first delays
+    # the first one with the first delays is the reference
+    "methods": ["aligned", "naive", "lerobot", "async", "rtc"],
     "delays": [0, 1, 2, 4, 8],  # from an observation until its chunk arrives
     "under_way": [0, 1, 2],  # from sending a command to its execution
     "tasks": None,  # indices; null: the whole suite

@@ -71,7 +71,7 @@ class DatasetConfig:
     root: str | None = None  # local folder of the dataset
     revision: str | None = None  # hub revision; None takes the newest
     # Names that the policy reads by the features' names in the files, such as `{actions: action}`; None keeps
-    # the latter.
+    # the names in the files.
     rename: dict[str, str] | None = None
     task: str | None = None  # one instruction for all frames; None takes the dataset's
     # `stored` normalises with the statistics of the dataset's files, and computes those that are missing;

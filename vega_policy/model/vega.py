@@ -120,7 +120,7 @@ class VegaEncoder(nn.Module):
     def forward(
         self, frames: Tensor | Mapping[str, Tensor], instruction: list[str] | None = None
     ) -> EncoderOutput:
-        """Encode frames, for a fusion that reads them with b sentences.
+        """Encode frames; a fusion that reads the instruction takes b sentences.
 
         Frames are [b 3 h w], [b v 3 h w], or with a clip prior [b v t 3 h w]; uint8, or float in [0, 1]. They
         are stretched to `config.frame_size`. Or they are v cameras by name, [b 3 h w] or [b t 3 h w] each,
