@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import socket
+import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -25,11 +26,13 @@ from tests.training_runs import (
     tiny_policy,
     tiny_run,
 )
+from vega_policy import PACKAGE
 from vega_policy.checkpoints import newest_intact
 from vega_policy.model.config import FusionConfig
 from vega_policy.modeling_vega import VegaPolicy
 from vega_policy.run_dir import FolderInUseError, OtherRunError, lock_folder, point_link
 from vega_policy.training.train import train
+from vega_policy.training.trainer import Trainer
 
 
 @pytest.mark.parametrize(
@@ -54,6 +57,26 @@ def test_two_steps_and_two_resumed_steps_equal_four_steps_bit_by_bit(root, tmp_p
     run("parts", stop_after=2)
     torch.manual_seed(99)  # whatever happened in between
     assert_bitwise_equal(straight, run("parts", resume=True))
+
+
+def test_a_cached_batch_passes_through_twelve_files(root, tmp_path, monkeypatch):
+    files, optimize = set(), Trainer.optimize
+
+    def note(frame, event, argument):
+        files.add(Path(frame.f_code.co_filename))
+
+    def optimize_traced(*arguments):
+        sys.setprofile(note)
+        try:
+            return optimize(*arguments)
+        finally:
+            sys.setprofile(None)
+
+    monkeypatch.setattr(Trainer, "optimize", optimize_traced)
+    train(tiny_run(root, tmp_path / "run"))
+    passed = sorted(str(path.relative_to(PACKAGE)) for path in files if path.is_relative_to(PACKAGE))
+    assert {"data/loader.py", "model/vega.py", "training/optim.py"} <= set(passed)
+    assert len(passed) <= 12, passed
 
 
 def test_a_gate_with_a_rate_of_its_own_has_it_in_the_log(root, tmp_path):
