@@ -10,15 +10,8 @@ import torch
 from torch.nn import functional
 
 from vega_policy.analysis.geometry import (
-    ProbeData,
-    correspondence,
-    cross_validate,
-    difference,
-    estimate,
-    r_squared,
-)
-from vega_policy.analysis.scenes import (
     TokenGeometry,
+    correspondence,
     project,
     read_folder,
     relative_pose,
@@ -26,6 +19,7 @@ from vega_policy.analysis.scenes import (
     token_geometry,
     world_points,
 )
+from vega_policy.analysis.linear_probes import ProbeData, cross_validate, difference, estimate, r_squared
 from vega_policy.data.scenes import Scene, SceneObject, Views, load_scene, save_scene
 
 SIZE = 28

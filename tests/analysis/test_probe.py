@@ -27,9 +27,9 @@ from vega_policy.analysis.geometry import (
     measure,
     metric_value,
     run_sweep,
+    token_geometry,
 )
 from vega_policy.analysis.probe import principal_colours, verdict
-from vega_policy.analysis.scenes import token_geometry
 from vega_policy.data.scenes import Scene
 from vega_policy.model.config import BackboneConfig, PriorConfig
 from vega_policy.priors import make_prior

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tests.question_checks import Known, agree
 from tests.synthetic_scenes import scene, scenes
-from vega_policy.analysis.geometry import estimate
+from vega_policy.analysis.linear_probes import estimate
 from vega_policy.analysis.spatial_qa import (
     KINDS,
     Question,

@@ -21,7 +21,7 @@ from envs.posed_views import (
     write_scenes,
 )
 from tests.question_checks import Known, agree
-from vega_policy.analysis.scenes import project, world_points
+from vega_policy.analysis.geometry import project, world_points
 from vega_policy.analysis.spatial_qa import KINDS, MIN_VISIBLE, generate_questions, visible_fractions
 from vega_policy.data.scenes import Scene, load_scene
 

@@ -36,14 +36,18 @@ from vega_policy.analysis.features import (
 from vega_policy.analysis.geometry import (
     HEADLINE,
     METRICS,
-    Estimate,
+    TRANSFORMS,
     Measurement,
     SceneSet,
     Sweep,
+    TokenGeometry,
     match_tokens,
+    read_folder,
     run_sweep,
+    token_geometry,
+    world_points,
 )
-from vega_policy.analysis.scenes import TRANSFORMS, TokenGeometry, read_folder, token_geometry, world_points
+from vega_policy.analysis.linear_probes import Estimate
 from vega_policy.analysis.spatial_qa import KINDS, QuestionSet, make_question_set
 from vega_policy.analysis.spatial_qa_model import (
     CONTROLS,

@@ -17,7 +17,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from vega_policy.analysis.features import FeatureCache, cache_key, has_untrained_copy
-from vega_policy.analysis.geometry import Estimate, difference, estimate
+from vega_policy.analysis.linear_probes import Estimate, difference, estimate
 from vega_policy.analysis.spatial_qa import (
     KINDS,
     Question,
