@@ -1,6 +1,7 @@
 """Posed RGB-D images of robosuite's and LIBERO's scenes with the object under each pixel, for analysis.
 
-Images are those that policies observe, mirrored where a family mirrors them; the camera matrices say so.
+Also moments of demonstrations, with the paths of hand and objects. All images are those that policies
+observe, mirrored where a family mirrors them; the camera matrices say so.
 """
 
 from __future__ import annotations
@@ -22,10 +23,19 @@ from scipy.spatial.transform import Rotation
 
 import envs
 from envs.demos import demonstrate
+from envs.demos.states import StateEpisode, read_header, read_states
 from envs.rendering import UNSEEN_GROUP, apply_profile, load_mujoco, profile
 from envs.robosuite import COLLISION_GROUP, PandaEnv
 from vega_policy.config import check_choices
-from vega_policy.data.scenes import NO_OBJECT, Scene, SceneObject, Views, save_scene
+from vega_policy.data.scenes import (
+    NO_OBJECT,
+    Demonstration,
+    Scene,
+    SceneObject,
+    Views,
+    save_demonstrations,
+    save_scene,
+)
 from vega_policy.run_dir import atomic_file
 
 OPENGL = np.diag([1.0, -1.0, -1.0])  # MuJoCo's cameras look along -z with y upwards
@@ -123,6 +133,26 @@ class EpisodeSpec:
     camera: str = "agentview"  # the simulation's camera
 
 
+@dataclass(frozen=True)
+class DemonstrationSpec:
+    """Moments of demonstrations in a file of simulator states, which `envs.demos.states` describes."""
+
+    file: str
+    tasks: tuple[int, ...] = (0, 1)
+    episodes_per_task: int = 5  # the first ones in the file
+    every: int = 8  # control steps from one moment to the next
+    ahead: int = 32  # control steps of the episode behind its last moment, at least
+    frame_size: int = 192  # side of the square images in pixels
+    rendering: str = "fast"
+
+    def __post_init__(self) -> None:
+        if not self.tasks or min(self.episodes_per_task, self.every, self.ahead) < 1:
+            raise ValueError(
+                "expected a task, and episodes_per_task, every and ahead of at least 1; got tasks "
+                f"{self.tasks}, {self.episodes_per_task}, {self.every} and {self.ahead}"
+            )
+
+
 def write_scenes(folder: Path, processes: int = 1, **values: Any) -> list[Path]:
     """Write the missing scenes of a `SceneSpec` (its fields are `values`); return all files, in order.
 
@@ -197,6 +227,86 @@ def _roll_out(env: PandaEnv, camera: PosedCamera, spec: EpisodeSpec) -> tuple[Sc
     return Scene(f"{spec.suite}/{spec.task}", views, described), np.stack(actions), np.array(moments)
 
 
+def write_demonstrations(folder: Path, processes: int = 1, **values: Any) -> list[Path]:
+    """Write the missing tasks of a `DemonstrationSpec` (its fields are `values`); return one file a task.
+
+    The folder belongs to this spec alone.
+    """
+    spec = decode_spec(DemonstrationSpec, values)
+    suite, listed = read_header(Path(spec.file))["suite"], read_header(Path(spec.file))["episodes"]
+    for task in spec.tasks:
+        lengths = [entry["length"] for entry in listed if entry["task"] == task][: spec.episodes_per_task]
+        if len(lengths) < spec.episodes_per_task or min(lengths) <= spec.ahead:
+            raise ValueError(
+                f"{spec.file}: expected {spec.episodes_per_task} demonstrations of task {task} with more "
+                f"than {spec.ahead} steps; got those of {lengths or 'no'} steps"
+            )
+    paths = {task: folder / f"{suite}-{task}.npz" for task in spec.tasks}
+    jobs = [(path, spec, suite, task) for task, path in paths.items() if not path.is_file()]
+    for _ in run_jobs(_write_demonstrations_of_task, jobs, processes):
+        pass
+    return list(paths.values())
+
+
+def _write_demonstrations_of_task(path: Path, spec: DemonstrationSpec, suite: str, task: int) -> None:
+    episodes = read_states(Path(spec.file), [task])[: spec.episodes_per_task]
+    with closing(make_panda(suite, task, frame_size=spec.frame_size, rendering=spec.rendering)) as env:
+        written = [_follow(env, episode, spec, index) for index, episode in enumerate(episodes)]
+    save_demonstrations(written, path)
+
+
+def _follow(env: PandaEnv, episode: StateEpisode, spec: DemonstrationSpec, index: int) -> Demonstration:
+    """Render moments of a demonstration from all cameras and follow what can move through all its steps."""
+    assert env.camera_rig is not None
+    env.reset_blindly(seed=episode.seed)
+    steps = np.arange(0, len(episode) - spec.ahead, spec.every)
+    frames = list(env.camera_rig.render_states((episode.state(step) for step in steps.tolist()), env.restore))
+    kinds, bodies, points = movable_parts(env)
+    positions = []
+    for step in range(len(episode)):
+        env.restore(episode.state(step))
+        turns = env.data.xmat[bodies].reshape(-1, 3, 3)
+        positions.append(env.data.xpos[bodies] + (turns @ points[..., None])[..., 0])
+    return Demonstration(
+        name=f"{env.task.suite}/{env.task.index}/{index}",
+        task=f"{env.task.suite}/{env.task.index}",
+        instruction=env.task.instruction,
+        steps=steps,
+        frames=np.concatenate(frames),
+        state=episode.proprioception[steps],
+        gripper=episode.proprioception[:, :3].astype(np.float64),
+        objects=tuple(kinds),
+        positions=np.stack(positions),
+    )
+
+
+def movable_parts(env: PandaEnv) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """Return what can move beside the robot: kind of each part, its body [k], a point of the body [k 3].
+
+    The point, in the body's frame, has the part's path. It is the body's origin, or of what turns about a
+    hinge the corner farthest from the axis, so that a knob has a path, too.
+    """
+    mujoco, model = load_mujoco(), env.model
+    kinds, bodies, points = [], [], []
+    for joint in range(model.njnt):
+        name, body = model.joint(joint).name, int(model.jnt_bodyid[joint])
+        if name.startswith(("robot0", "gripper0")):
+            continue
+        is_free, point = model.jnt_type[joint] == mujoco.mjtJoint.mjJNT_FREE, np.zeros(3)
+        named = model.body(body).name.removesuffix(ROOT_SUFFIX) if is_free else name
+        kind = re.sub(r"_\d+(?=_|$)", "", named).replace("_", " ")
+        if model.jnt_type[joint] == mujoco.mjtJoint.mjJNT_HINGE:
+            geoms = np.flatnonzero(model.body_weldid[model.geom_bodyid] == model.body_weldid[body])
+            cloud = vertices(env, SimObject(kind, kind, body, tuple(geoms.tolist()), None))
+            local = (cloud - env.data.xpos[body]) @ env.data.xmat[body].reshape(3, 3)
+            away = np.cross(local - model.jnt_pos[joint], model.jnt_axis[joint])
+            point = local[np.linalg.norm(away, axis=1).argmax()]
+        kinds.append(CATEGORIES.get(kind, kind))
+        bodies.append(body)
+        points.append(point)
+    return kinds, np.array(bodies), np.stack(points)
+
+
 def decode_spec[T](cls: type[T], values: Mapping[str, Any]) -> T:
     """Build a flat dataclass from plain values, with tuples for lists; refuse unknown fields."""
     known = {field.name for field in fields(cls)}  # pyright: ignore[reportArgumentType]
@@ -206,9 +316,9 @@ def decode_spec[T](cls: type[T], values: Mapping[str, Any]) -> T:
     return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
 
 
-def make_panda(suite: str, task: int) -> PandaEnv:
-    """Build an environment without cameras of a robosuite or LIBERO suite."""
-    env = envs.make(suite, task, render=False)
+def make_panda(suite: str, task: int, **cameras: Any) -> PandaEnv:
+    """Build an environment of a robosuite or LIBERO suite, without cameras unless their options are given."""
+    env = envs.make(suite, task, render=bool(cameras), **cameras)
     if not isinstance(env, PandaEnv):
         env.close()
         raise ValueError(f"expected one of robosuite's and LIBERO's suites; got {suite!r}")

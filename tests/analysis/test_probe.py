@@ -25,7 +25,6 @@ from vega_policy.analysis.geometry import (
     Sweep,
     match_tokens,
     measure,
-    metric_value,
     run_sweep,
     token_geometry,
 )
@@ -183,18 +182,18 @@ def test_probes_find_planted_geometry_and_none_in_noise(few):
     planted = measure(mixed.float(), few.scenes, geometry, Measurement(GRID))
     noise = torch.randn(*depth.shape, 8, generator=torch.Generator().manual_seed(0))
     nothing = measure(noise, few.scenes, geometry, Measurement(GRID))
-    assert metric_value(planted, "depth_r2").low > 0.99
-    assert metric_value(planted, "depth_cm").value < 0.5
-    assert metric_value(nothing, "depth_r2").value < 0.2
+    assert METRICS["depth_r2"].value(planted).low > 0.99
+    assert METRICS["depth_cm"].value(planted).value < 0.5
+    assert METRICS["depth_r2"].value(nothing).value < 0.2
 
 
 def test_scenes_without_objects_or_too_few_scenes_give_nan(few):
     bare = [Scene(scene.name, scene.views) for scene in few.scenes[:2]]
     geometry = [token_geometry(scene.views, GRID) for scene in bare]
     sums = measure(torch.randn(8, 16, 4), bare, geometry, Measurement(GRID))
-    assert np.isfinite(metric_value(sums, "raw").value)
+    assert np.isfinite(METRICS["raw"].value(sums).value)
     for name in ("object_cm", "depth_r2", "turn_deg"):
-        assert np.isnan(metric_value(sums, name).value)
+        assert np.isnan(METRICS[name].value(sums).value)
 
 
 def test_principal_colours_follow_the_largest_variation():

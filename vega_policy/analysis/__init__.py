@@ -1,14 +1,16 @@
-"""Measures what features encode about space: correspondence between views, linear probes, spatial questions.
+"""Measures what features encode about space and about the future. Here: the settings of a run.
 
-All of it measures frozen features of frames with known cameras and depth (`scenes`), rendered by a simulator
-or read from a folder. Sources: the correspondence score of VEGA-3D (arXiv 2603.19235); the questions of
-VSI-Bench (arXiv 2412.14171) and ScanRefer (arXiv 1912.08830). Here: the settings of a run.
+Space: correspondence between views, linear probes and spatial questions, of frames with known cameras and
+depth (`geometry`), rendered by a simulator or read from a folder. Sources: the correspondence score of
+VEGA-3D (arXiv 2603.19235); the questions of VSI-Bench (arXiv 2412.14171) and ScanRefer (arXiv 1912.08830).
+Future: linear probes (`linear_probes`) of what happens next in demonstrations.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from vega_policy.config import check_choices, check_numbers
 from vega_policy.model.config import STRIDE, BackboneConfig, FusionConfig, PriorConfig
 
 BASELINES = ("semantic", "vae", "random", "pixels", "position")
@@ -78,6 +80,31 @@ class EpisodeSettings:
 
 
 @dataclass(frozen=True)
+class FutureSettings:
+    """Moments of demonstrations, and what is read out of them about the steps that follow."""
+
+    states: str | None = None  # folder of SUITE.safetensors; None: the shipped demonstrations of LIBERO
+    suites: list[str] = field(default_factory=lambda: ["libero_goal", "libero_10"])
+    tasks: list[int] = field(default_factory=lambda: list(range(8)))  # of each suite
+    episodes_per_task: int = 5
+    every: int = 8  # control steps from one moment to the next
+    horizons: list[int] = field(default_factory=lambda: [8, 16, 32])  # control steps
+    moved: float = 0.01  # m, displacement beyond which something has moved
+    grid: int = 4  # side of the grid to which the tokens of a view are pooled
+    components: int = 128  # principal components of all pooled tokens, of every encoder alike
+    prompts: list[str] = field(default_factory=lambda: ["empty", "instruction"])  # of prior.clip=future
+    frame_path: str | None = None  # weights of the same prior that are read with clip=frame, too
+
+    def __post_init__(self) -> None:
+        counts = dict.fromkeys(("episodes_per_task", "every", "grid", "components"), "[1, inf)")
+        check_numbers(self, "future.", **counts, moved="(0, inf)")
+        if not self.horizons or sorted({0, *self.horizons}) != [0, *self.horizons]:
+            raise ValueError(f"future.horizons: expected rising numbers of steps; got {self.horizons}")
+        if not self.suites or not self.tasks or not self.prompts:
+            raise ValueError("future: expected at least one of suites, of tasks and of prompts")
+
+
+@dataclass(frozen=True)
 class ProbeSettings:
     """One probe run."""
 
@@ -89,6 +116,8 @@ class ProbeSettings:
     sweep: SweepSettings = field(default_factory=SweepSettings)
     questions: QuestionSettings = field(default_factory=QuestionSettings)
     episode: EpisodeSettings = field(default_factory=EpisodeSettings)
+    measure: str = "space"  # or "future"
+    future: FutureSettings = field(default_factory=FutureSettings)
     cache_root: str = "outputs/cache/analysis"  # rendered scenes and measured numbers
     frame_size: int = 224  # pixels, a multiple of 16: one token for 16x16 pixels
     voxel: float = 0.1  # m, side of a voxel of the correspondence score
@@ -98,16 +127,36 @@ class ProbeSettings:
     seed: int = 0  # of scenes, weights and question sampling
     scene_writer: str = "envs.posed_views.write_scenes"  # dotted path: analysis does not import envs
     episode_writer: str = "envs.posed_views.write_episode"
+    demonstration_writer: str = "envs.posed_views.write_demonstrations"
 
     def __post_init__(self) -> None:
         if self.prior.name == "none":
             raise ValueError("prior=none leaves nothing to probe; choose a prior, such as prior=wan_tiny")
-        if self.prior.clip != "frame":
-            raise ValueError(f"probes read single frames (prior.clip=frame); got {self.prior.clip!r}")
-        if len(self.prior.layers) > 1:
-            raise ValueError(f"probes read one layer at a time; got prior.layer={list(self.prior.layers)}")
+        check_choices(self, "", measure=("space", "future"))
         if self.frame_size % STRIDE:
             raise ValueError(f"frame_size must be a multiple of {STRIDE}; got {self.frame_size}")
+        if self.measure == "future":
+            self._check_future()
+        elif self.prior.clip != "frame":
+            raise ValueError(
+                f"probes of space read single frames (prior.clip=frame); got {self.prior.clip!r}. Those of "
+                "the future also read prior.clip=future: measure=future"
+            )
+        elif len(self.prior.layers) > 1:
+            raise ValueError(
+                f"probes of space read one layer at a time; got prior.layer={list(self.prior.layers)}"
+            )
+
+    def _check_future(self) -> None:
+        if self.prior.clip not in ("frame", "future"):
+            raise ValueError(
+                f"measure=future reads moments: prior.clip=frame or future; got {self.prior.clip!r}"
+            )
+        if self.future.grid > self.grid[0]:
+            raise ValueError(
+                f"future.grid={self.future.grid}: frames of {self.frame_size} pixels have only "
+                f"{self.grid[0]} tokens a side"
+            )
 
     @property
     def grid(self) -> tuple[int, int]:

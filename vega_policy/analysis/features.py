@@ -1,4 +1,4 @@
-"""Frozen features of scenes: extractors for the prior and its baselines, and a cache on disk."""
+"""Frozen features of scenes and moments: extractors for the prior and its baselines, and a cache on disk."""
 
 import hashlib
 import json
@@ -11,14 +11,16 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from einops import rearrange
+from hydra.utils import get_method
 from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
-from vega_policy.analysis import BASELINES
+from vega_policy import resource
+from vega_policy.analysis import BASELINES, ProbeSettings
 from vega_policy.backbones import make_backbone
 from vega_policy.backbones.compact import STRIDE, ImageEncoder
-from vega_policy.data.scenes import Scene
+from vega_policy.data.scenes import Demonstration, Scene, load_demonstrations
 from vega_policy.model.config import BackboneConfig, PriorConfig
 from vega_policy.model.layers import grid_positions
 from vega_policy.model.observation import resize
@@ -29,6 +31,7 @@ from vega_policy.priors.wan_fast import FrameEncoder
 from vega_policy.run_dir import atomic_file, read_json
 
 BATCH = 16  # frames encoded at once
+MOMENTS = 8  # of a demonstration, with all cameras, encoded at once
 CACHE_VERSION = 1  # raised when a change of the code changes cached numbers
 UNTRAINED = "untrained copy"
 
@@ -270,6 +273,96 @@ def _unfold(maps: Tensor, grid: tuple[int, int]) -> Tensor:
     if maps.shape[-2:] != (rows * grid[0], columns * grid[1]):
         return functional.adaptive_avg_pool2d(maps, grid)
     return rearrange(maps, "n d (gh r) (gw c) -> n (d r c) gh gw", r=rows, c=columns)
+
+
+def write_moments(settings: ProbeSettings) -> tuple[str, list[Path]]:
+    """Render the moments of demonstrations, or find them in the cache; return a hash of them, and files."""
+    future = settings.future
+    shipped = resource("assets") / "demonstrations" / "libero"
+    sources = [Path(future.states or shipped) / f"{suite}.safetensors" for suite in future.suites]
+    for path in sources:
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"future.states: {path} does not exist; collect it with vega-collect format=states, or "
+                "choose other future.suites"
+            )
+    spec = {name: getattr(future, name) for name in ("tasks", "episodes_per_task", "every")}
+    spec |= {"ahead": future.horizons[-1], "frame_size": settings.frame_size}
+    write: Callable[..., list[Path]] = get_method(settings.demonstration_writer)
+    keys, files = [], []
+    for path in sources:
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        keys.append(cache_key(states=digest, rendering=settings.scenes.rendering, **spec))
+        folder = Path(settings.cache_root) / f"moments-{keys[-1]}"
+        more = {"file": str(path), "rendering": settings.scenes.rendering, "processes": settings.processes}
+        files += write(folder, **spec, **more)
+    return cache_key(files=keys), files
+
+
+@dataclass(frozen=True)
+class MomentEncoder:
+    """A frozen encoder of a demonstration's moments."""
+
+    name: str
+    identity: dict[str, Any]  # determines its features
+    encode: Callable[[Tensor, str], Tensor]  # frames [n v 3 h w] in [0, 1], instruction -> maps [n v d gh gw]
+
+
+@torch.no_grad()
+def encode_moments(
+    encoder: MomentEncoder, path: Path, key: str, grid: int, cache: Path
+) -> tuple[list[Demonstration], list[Tensor]]:
+    """Return the demonstrations of a file and their features, averaged over a grid, [n v grid*grid d] each.
+
+    `key` identifies the file. The folder `cache` holds features that were computed before.
+    """
+    demonstrations = load_demonstrations(path)
+    stored = cache / f"{cache_key(moments=key, file=path.name, grid=grid, **encoder.identity)}.npy"
+    if not stored.is_file():
+        parts = []
+        for one in demonstrations:
+            for frames in np.split(one.frames, range(MOMENTS, len(one.frames), MOMENTS)):
+                floats = torch.from_numpy(frames).permute(0, 1, 4, 2, 3).float() / 255
+                maps = pool(encoder.encode(floats, one.instruction).float(), (grid, grid))
+                parts.append(rearrange(maps, "n v d gh gw -> n v (gh gw) d"))
+        with atomic_file(stored) as draft, draft.open("wb") as file:
+            np.save(file, torch.cat(parts).numpy())
+    features = torch.from_numpy(np.load(stored))
+    return demonstrations, list(features.split([len(one.steps) for one in demonstrations]))
+
+
+def moment_encoders(settings: ProbeSettings) -> Iterator[MomentEncoder]:
+    """Yield the semantic encoder, the prior with each prompt, its untrained copy, and its frames alone.
+
+    A prior with `clip=future` is read with `clip=frame`, too: its own weights at its layers, and those of
+    `future.frame_path` at their default layer.
+    """
+    grid, prior, future = settings.grid, settings.prior, settings.future
+    size = settings.frame_size
+    semantic = make_backbone(settings.backbone, 1, 1, size)
+    identity = {"semantic": asdict(settings.backbone), "size": size}
+    yield MomentEncoder("semantic", identity, lambda frames, _: semantic.encode(frames))
+    configs = {prior.clip: prior}
+    if prior.clip == "future":
+        configs = {f"future, prompt {prompt}": replace(prior, prompt=prompt) for prompt in future.prompts}
+        configs["frame, same weights"] = replace(prior, clip="frame", noise_level=None, prompt="empty")
+    if prior.clip == "future" and future.frame_path is not None:
+        own = replace(configs["frame, same weights"], path=future.frame_path, layer=None)
+        configs[f"frame, {Path(future.frame_path).name}"] = own
+    for name, config in configs.items():
+        yield _moment_encoder(name, config, make_prior(config, grid))
+    if has_untrained_copy(prior):
+        copied = replace(prior, prompt="empty")
+        yield _moment_encoder(UNTRAINED, copied, build_untrained_copy(copied, grid))
+
+
+def _moment_encoder(name: str, config: PriorConfig, prior: Any) -> MomentEncoder:
+    def encode(frames: Tensor, instruction: str) -> Tensor:
+        words = {"instruction": [instruction] * len(frames)} if config.prompt == "instruction" else {}
+        return prior(frames[:, :, None], **words)
+
+    identity = asdict(resolve(config)) | {"fingerprint": prior.fingerprint, "untrained": prior.untrained}
+    return MomentEncoder(name, identity | {"size": prior.input_size}, encode)
 
 
 def frames_of(scenes: Sequence[Scene]) -> Tensor:

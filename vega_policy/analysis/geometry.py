@@ -27,14 +27,12 @@ from tqdm import tqdm
 from vega_policy.analysis.features import UNTRAINED, FeatureExtractor, FeatureSpec, cache_key, frames_of
 from vega_policy.analysis.linear_probes import (
     Estimate,
+    Metric,
     ProbeData,
     ProbeResult,
-    Statistic,
+    Sums,
     cross_validate,
-    difference,
-    estimate,
     r_squared,
-    ratio_of_sums,
 )
 from vega_policy.data.scenes import NO_OBJECT, Scene, Views
 from vega_policy.model.observation import resize
@@ -320,17 +318,6 @@ MIN_COVERAGE = 0.5  # tokens that an object must cover to be probed
 POSE_GRID = (2, 2)  # grid to which views are pooled for the probe of the camera's motion
 
 
-@dataclass(frozen=True)
-class Metric:
-    """A number of the report, computed from sums per scene."""
-
-    title: str  # heading of its column
-    sums: str  # key of its sums
-    statistic: Statistic = ratio_of_sums
-    scale: float = 1.0  # factor into the unit of the title
-    higher_is_better: bool = True
-
-
 DEGREES = 180 / math.pi
 METRICS: dict[str, Metric] = {
     "raw": Metric("correspondence", "raw"),
@@ -352,22 +339,6 @@ METRICS: dict[str, Metric] = {
 }
 HEADLINE = ("centred", "retrieval", "depth_r2", "normal_r2", "object_r2", "shift_r2", "turn_r2")
 """Metrics on which a prior is compared with its untrained copy, and which have heat maps."""
-
-Sums = dict[str, np.ndarray]
-"""`Metric.sums` -> float64 [scenes 2]; zeros where there was nothing to measure."""
-
-
-def metric_value(sums: Sums, name: str) -> Estimate:
-    """Return a metric with its interval; nan where the scenes did not allow it."""
-    metric = METRICS[name]
-    return estimate(sums[metric.sums], metric.statistic).scaled(metric.scale)
-
-
-def metric_gain(first: Sums, second: Sums, name: str) -> Estimate:
-    """Return by how much the first is better than the second, paired by scene; positive is better."""
-    metric = METRICS[name]
-    sign = 1 if metric.higher_is_better else -1
-    return difference(first[metric.sums], second[metric.sums], metric.statistic).scaled(sign * metric.scale)
 
 
 @dataclass(frozen=True)
@@ -486,7 +457,8 @@ class Sweep:
     def table(self) -> dict[FeatureSpec, dict[str, Estimate]]:
         """Return all metrics of all features."""
         return {
-            spec: {name: metric_value(sums, name) for name in METRICS} for spec, sums in self.sums.items()
+            spec: {name: metric.value(sums) for name, metric in METRICS.items()}
+            for spec, sums in self.sums.items()
         }
 
     def main_specs(self) -> list[FeatureSpec]:
@@ -501,7 +473,7 @@ class Sweep:
 
     def gains(self, other: FeatureSpec) -> dict[str, Estimate]:
         """Return by how much the prior's default features are better than others, per headline metric."""
-        return {name: metric_gain(self.sums[self.default], self.sums[other], name) for name in HEADLINE}
+        return {name: METRICS[name].gain(self.sums[self.default], self.sums[other]) for name in HEADLINE}
 
 
 def run_sweep(

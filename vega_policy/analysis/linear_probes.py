@@ -1,16 +1,25 @@
-"""Linear probes of frozen features: ridge regressions on held-out groups, with bootstrap intervals.
+"""Linear probes of frozen features: ridge regressions on held-out scenes, with bootstrap intervals.
 
 A probe is cross-validated over scenes: each fold is predicted by a probe fitted to the others, whose
 regularisation is chosen on a part of those. Sums per scene are kept (squared errors, squared deviations); R2
 and its interval, a bootstrap over scenes, follow from them.
+
+The second half reads out the future: where hand and object will be, and what will move, from one moment of a
+demonstration. There a scene is an episode, or all episodes of a task.
 """
 
-from collections.abc import Callable, Sequence
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
+
+from vega_policy.analysis import FutureSettings
+from vega_policy.data.scenes import Demonstration
 
 RESAMPLES = 2000
 Statistic = Callable[[np.ndarray], np.ndarray]
@@ -27,7 +36,7 @@ class Estimate:
     def __str__(self) -> str:
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
-    def scaled(self, factor: float) -> "Estimate":
+    def scaled(self, factor: float) -> Estimate:
         """Return the estimate in another unit; a negative factor swaps the interval's ends."""
         low, high = sorted((self.low * factor, self.high * factor))
         return Estimate(self.value * factor, low, high)
@@ -77,6 +86,30 @@ def _bootstrap(statistic: Statistic, seed: int, *sums: np.ndarray) -> Estimate:
     return Estimate(value, float(low), float(high))
 
 
+Sums = dict[str, np.ndarray]
+"""`Metric.sums` -> float64 [scenes 2]; zeros where there was nothing to measure."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number of the report, computed from sums per scene."""
+
+    title: str  # heading of its column
+    sums: str  # key of its sums
+    statistic: Statistic = ratio_of_sums
+    scale: float = 1.0  # factor into the unit of the title
+    higher_is_better: bool = True
+
+    def value(self, sums: Sums) -> Estimate:
+        """Return the metric with its interval; nan where the scenes did not allow it."""
+        return estimate(sums[self.sums], self.statistic).scaled(self.scale)
+
+    def gain(self, first: Sums, second: Sums) -> Estimate:
+        """Return by how much the first is better than the second, paired by scene; positive is better."""
+        sign = 1 if self.higher_is_better else -1
+        return difference(first[self.sums], second[self.sums], self.statistic).scaled(sign * self.scale)
+
+
 FOLDS = 5
 RIDGE_STRENGTHS = (1e-4, 1e-2, 1.0)  # candidates, relative to the features' mean variance
 
@@ -103,20 +136,27 @@ def cross_validate(scenes: list[ProbeData], folds: int = FOLDS) -> ProbeResult:
     """Predict each scene with a probe fitted to all other folds; scene i belongs to fold i modulo `folds`."""
     if len(scenes) < 3:
         raise ValueError(f"expected at least 3 scenes to test a probe on held-out scenes; got {len(scenes)}")
-    folds = min(folds, len(scenes))
+    return predict_folds([scenes] * min(folds, len(scenes)))
+
+
+def predict_folds(folds: Sequence[list[ProbeData]]) -> ProbeResult:
+    """Predict scene i with a probe fitted to those of other folds; its fold is i modulo their number.
+
+    `folds` holds all scenes once a fold, with the features that the fold's probe reads.
+    """
+    count = len(folds[0])
     predictions: dict[int, Tensor] = {}
     errors: dict[int, Tensor] = {}
-    squares = np.zeros((len(scenes), scenes[0].targets.shape[1], 2))
-    for fold in range(folds):
-        ridge = _fit_best([scene for index, scene in enumerate(scenes) if index % folds != fold])
-        for index in range(fold, len(scenes), folds):
+    squares = np.zeros((count, folds[0][0].targets.shape[1], 2))
+    for fold, scenes in enumerate(folds):
+        ridge = _fit_best([scene for index, scene in enumerate(scenes) if index % len(folds) != fold])
+        for index in range(fold, count, len(folds)):
             targets = scenes[index].targets.double()
             predictions[index] = ridge.predict(scenes[index].features)
             errors[index] = predictions[index] - targets
             squares[index, :, 0] = errors[index].square().sum(dim=0)
             squares[index, :, 1] = (targets - ridge.mean_target).square().sum(dim=0)
-    order = range(len(scenes))
-    return ProbeResult(squares, [predictions[i] for i in order], [errors[i] for i in order])
+    return ProbeResult(squares, [predictions[i] for i in range(count)], [errors[i] for i in range(count)])
 
 
 @dataclass(frozen=True)
@@ -160,3 +200,191 @@ def _fit_best(scenes: list[ProbeData]) -> Ridge:
         for ridge in _fit(rest, RIDGE_STRENGTHS)
     ]
     return _fit(scenes, (RIDGE_STRENGTHS[int(np.argmin(losses))],))[0]
+
+
+NOTHING = "nothing"
+"""What moves where no part moves."""
+
+
+@dataclass(frozen=True)
+class Future:
+    """What happens after each of the n moments of a demonstration."""
+
+    gripper: Tensor  # [n h 3], displacement (m) after each horizon
+    target: Tensor  # [n h 3], that of the part that moves now or next
+    mover: tuple[
+        str, ...
+    ]  # [n], kind of the part that moves farthest within the longest horizon, or `NOTHING`
+    begins: Tensor  # bool [n], whether that part has not moved in as many steps before
+
+    def __len__(self) -> int:
+        return len(self.mover)
+
+
+def future_of(demonstration: Demonstration, horizons: Sequence[int], moved: float) -> Future:
+    """Return what happens after each moment; a part has moved where it is more than `moved` metres away.
+
+    Where no part moves until the end of the episode, the target is the one that moved last.
+    """
+    steps, paths = demonstration.steps, demonstration.positions
+    longest = horizons[-1]
+    if steps[-1] + longest >= len(paths):
+        raise ValueError(
+            f"{demonstration.name}: expected {longest} steps behind each moment; the last one is step "
+            f"{steps[-1]} of {len(paths)}"
+        )
+    targets, mover, begins = [], [], []
+    for step in steps.tolist():
+        away = np.linalg.norm(paths[step:] - paths[step], axis=-1)  # [t-step k]
+        beyond = (away > moved).any(axis=1)
+        if beyond.any():
+            targets.append(int(away[beyond.argmax()].argmax()))
+        elif targets:
+            targets.append(targets[-1])
+        else:
+            raise ValueError(f"{demonstration.name}: no part moves by more than {moved} m")
+        farthest = away[: longest + 1].max(axis=0)
+        part = int(farthest.argmax())
+        does_move = bool(farthest[part] > moved)
+        before = paths[max(0, step - longest) : step + 1, part] - paths[step, part]
+        mover.append(demonstration.objects[part] if does_move else NOTHING)
+        begins.append(does_move and bool(np.linalg.norm(before, axis=-1).max() <= moved))
+    later = steps[:, None] + np.array(horizons)  # [n h]
+    shift = paths[later, np.array(targets)[:, None]] - paths[steps, targets][:, None]
+    hand = demonstration.gripper[later] - demonstration.gripper[steps][:, None]
+    return Future(torch.from_numpy(hand), torch.from_numpy(shift), tuple(mover), torch.tensor(begins))
+
+
+def future_metrics(horizons: Sequence[int]) -> dict[str, Metric]:
+    """Return the metrics of the future: R2 and error of each displacement, and two accuracies in %."""
+    metrics = {}
+    for part in ("gripper", "target"):
+        for steps in horizons:
+            name = f"{part}_{steps}"
+            metrics[f"{name}_r2"] = Metric(f"{part} +{steps} R2", f"{name}_squares", r_squared)
+            title = f"{part} +{steps} error (cm)"
+            metrics[f"{name}_cm"] = Metric(title, f"{name}_errors", scale=100, higher_is_better=False)
+    metrics["moves"] = Metric("what moves (%)", "moves", scale=100)
+    metrics["begins"] = Metric("what begins to move (%)", "begins", scale=100)
+    return metrics
+
+
+def principal_components(parts: Sequence[Tensor], fitted: Sequence[int], count: int) -> list[Tensor]:
+    """Project features [n ... d] to principal components fitted to some of the parts alone, -> [n count].
+
+    Each of the d channels is scaled to unit deviation before, over all its places.
+    """
+    scale = torch.cat([parts[i].flatten(0, -2) for i in fitted]).float().std(dim=0).clamp_min(1e-6)
+    x = torch.cat([(parts[i].float() / scale).flatten(1) for i in fitted])
+    mean = x.mean(dim=0)
+    x -= mean
+    count = min(count, *x.shape)
+    values, vectors = torch.linalg.eigh((x @ x.T).double())  # samples are fewer than features
+    values, vectors = values[-count:].clamp_min(1e-9 * values[-1].clamp_min(1e-9)), vectors[:, -count:]
+    axes = x.T @ (vectors / values.sqrt()).float()
+    return [((part.float() / scale).flatten(1) - mean) @ axes for part in parts]
+
+
+def probe_future(
+    features: Sequence[Tensor] | None,
+    appended: Mapping[str, Sequence[Tensor]],
+    futures: Sequence[Future],
+    units: Sequence[Sequence[int]],
+    horizons: Sequence[int],
+    components: int,
+) -> dict[str, Sums]:
+    """Read out the future of episodes from features [n ... d], with each of `appended` [n a] beside them.
+
+    A unit holds indices of episodes that are held out together, and is what sums are kept of. The principal
+    components are fitted to the same episodes as the probes. Without features only what is appended is read.
+    """
+    if len(units) < 3:
+        raise ValueError(f"expected at least 3 episodes or tasks to hold some out; got {len(units)}")
+    folds = min(FOLDS, len(units))
+    reduced = []
+    for fold in range(folds):
+        fitted = [index for place, unit in enumerate(units) if place % folds != fold for index in unit]
+        if features is None:  # a constant, whose probe predicts the mean
+            reduced.append([torch.zeros(len(future), 1) for future in futures])
+        else:
+            reduced.append(principal_components(features, fitted, components))
+    found = {}
+    for name, others in appended.items():
+        inputs = [[torch.cat(pair, dim=1) for pair in zip(part, others, strict=True)] for part in reduced]
+        found[name] = _probe_targets(inputs, futures, units, horizons)
+    return found
+
+
+def _probe_targets(
+    inputs: Sequence[Sequence[Tensor]],
+    futures: Sequence[Future],
+    units: Sequence[Sequence[int]],
+    horizons: Sequence[int],
+) -> Sums:
+    """Return all sums of one kind of inputs, those of each fold by episode [n d]."""
+
+    def probe(targets: Sequence[Tensor], chosen: Sequence[Tensor] | None = None) -> ProbeResult:
+        chosen = chosen or [torch.ones(len(future), dtype=torch.bool) for future in futures]
+        return predict_folds(
+            [
+                [
+                    ProbeData(*(torch.cat([x[i][chosen[i]] for i in unit]) for x in (part, targets)))
+                    for unit in units
+                ]
+                for part in inputs
+            ]
+        )
+
+    sums: Sums = {}
+    for part in ("gripper", "target"):
+        for place, steps in enumerate(horizons):
+            result = probe([getattr(future, part)[:, place] for future in futures])
+            sums[f"{part}_{steps}_squares"] = result.squares.sum(axis=1)
+            lengths = [error.norm(dim=-1) for error in result.errors]
+            sums[f"{part}_{steps}_errors"] = np.array([(x.sum().item(), len(x)) for x in lengths])
+    kinds = sorted({kind for future in futures for kind in future.mover})
+    classes = [torch.tensor([kinds.index(kind) for kind in future.mover]) for future in futures]
+    targets = [functional.one_hot(x, len(kinds)) for x in classes]
+    for name, chosen in (("moves", None), ("begins", [future.begins for future in futures])):
+        result = probe(targets, chosen)
+        hits = []
+        for predicted, error in zip(result.predictions, result.errors, strict=True):
+            is_right = predicted.argmax(dim=1) == (predicted - error).argmax(dim=1)
+            hits.append((is_right.sum().item(), len(is_right)))
+        sums[name] = np.array(hits, dtype=float)
+    return sums
+
+
+CONSTANT, PROPRIOCEPTION = "nothing known", "proprioception only"
+STATE, TASK = "state", "state and task"  # appended to features
+
+
+def probe_moments(
+    settings: FutureSettings, features: list[Tensor] | None, episodes: list[Demonstration], name: str
+) -> dict[tuple[str, str], Sums]:
+    """Return the sums of a row of the report by held-out unit and name of the row, with all that is appended.
+
+    Without features the rows are those of nothing, of proprioception, and of proprioception and task.
+    """
+    futures = [future_of(one, settings.horizons, settings.moved) for one in episodes]
+    tasks = list(dict.fromkeys(one.task for one in episodes))
+    state = [torch.from_numpy(one.state) for one in episodes]
+    hot = torch.eye(len(tasks))
+    with_task = [
+        torch.cat([part, hot[tasks.index(one.task)].expand(len(part), -1)], dim=1)
+        for part, one in zip(state, episodes, strict=True)
+    ]
+    appended = {"": [part[:, :0] for part in state], STATE: state, TASK: with_task}
+    names = {"": name or CONSTANT, STATE: f"{name} + {STATE}" if name else PROPRIOCEPTION}
+    names[TASK] = f"{name} + {TASK}" if name else f"{PROPRIOCEPTION} + task"
+    by_task = [[i for i, one in enumerate(episodes) if one.task == task] for task in tasks]
+    units = {"episodes": [[i] for i in range(len(episodes))], "tasks": by_task}
+    found = {}
+    for unit, groups in units.items():
+        if len(groups) < 3 and unit == "tasks":
+            continue
+        # a held-out task has no number that the probe could have learned
+        chosen = {key: part for key, part in appended.items() if (unit, key) != ("tasks", TASK)}
+        sums = probe_future(features, chosen, futures, groups, settings.horizons, settings.components)
+        found |= {(unit, names[key]): part for key, part in sums.items()}
+    return found

@@ -1,6 +1,7 @@
 """One probe run: scenes, sweep, figures, spatial questions, and the report.
 
-The report has a verdict and tables, figures of features and metrics, a gate video and a rerun recording.
+The report has a verdict and tables, figures of features and metrics, a gate video and a rerun recording. With
+measure=future it has tables of what was read out of demonstrations.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -29,9 +31,12 @@ from vega_policy.analysis.features import (
     FeatureSpec,
     baseline_extractors,
     cache_key,
+    encode_moments,
     frames_of,
     frames_to_float,
+    moment_encoders,
     prior_extractors,
+    write_moments,
 )
 from vega_policy.analysis.geometry import (
     HEADLINE,
@@ -47,7 +52,16 @@ from vega_policy.analysis.geometry import (
     token_geometry,
     world_points,
 )
-from vega_policy.analysis.linear_probes import Estimate
+from vega_policy.analysis.linear_probes import (
+    PROPRIOCEPTION,
+    STATE,
+    Estimate,
+    Metric,
+    Sums,
+    future_metrics,
+    future_of,
+    probe_moments,
+)
 from vega_policy.analysis.spatial_qa import KINDS, QuestionSet, make_question_set
 from vega_policy.analysis.spatial_qa_model import (
     CONTROLS,
@@ -59,7 +73,7 @@ from vega_policy.analysis.spatial_qa_model import (
     compare_models,
     qa_model_config,
 )
-from vega_policy.data.scenes import Scene, Views, load_scene
+from vega_policy.data.scenes import Demonstration, Scene, Views, load_scene
 from vega_policy.evaluation.report import (
     Block,
     Figure,
@@ -90,6 +104,8 @@ def run(settings: ProbeSettings) -> Path:
         ValueError: If settings do not fit each other.
         FileNotFoundError: If weights or posed frames are missing.
     """
+    if settings.measure == "future":
+        return run_future(settings)
     folder, seconds = Path(settings.output_dir), {}
     with _timed("scenes", seconds):
         scenes = load_scenes(settings)
@@ -124,6 +140,100 @@ def run(settings: ProbeSettings) -> Path:
     title = f"{settings.prior.name} on {settings.scenes.name}"
     write_text(folder / PAGE, render_report(title, sections))
     return folder / PAGE
+
+
+def run_future(settings: ProbeSettings) -> Path:
+    """Read out of demonstrations what happens next, and write the report; return its page."""
+    folder, seconds, found = Path(settings.output_dir), {}, {}
+    with _timed("demonstrations", seconds):
+        key, files = write_moments(settings)
+    for encoder in moment_encoders(settings):
+        with _timed(encoder.name, seconds):
+            cache = Path(settings.cache_root) / "moments"
+            encoded = [encode_moments(encoder, file, key, settings.future.grid, cache) for file in files]
+        with _timed(f"probes of {encoder.name}", seconds):
+            episodes = [one for demonstrations, _ in encoded for one in demonstrations]
+            features = [part for _, parts in encoded for part in parts]
+            if not found:  # what needs no image, once
+                found |= probe_moments(settings.future, None, episodes, "")
+            found |= probe_moments(settings.future, features, episodes, encoder.name)
+    write_json(folder / SUMMARY, summarize_future(settings, found, episodes, seconds))
+    metrics, moments = future_metrics(settings.future.horizons), sum(len(one.steps) for one in episodes)
+    sections = []
+    for unit in ("episodes", "tasks"):
+        rows = {row: sums for (split, row), sums in found.items() if split == unit}
+        title = f"Held-out {unit}: {moments} moments of {len(episodes)} episodes"
+        sections.append(Section(title, list(future_tables(rows, metrics))))
+        for table in future_tables(rows, metrics):
+            lines = [table.header, ["---"] * len(table.header), *table.rows]
+            logger.info("%s\n%s", title, "\n".join(f"| {' | '.join(line)} |" for line in lines))
+    values = {**asdict(settings), "seconds": seconds}
+    sections.append(Section("Settings", [Table(("setting", "value"), list(values.items()))]))
+    write_text(folder / PAGE, render_report(f"The future in {settings.prior.name}", sections))
+    return folder / PAGE
+
+
+Numbers = dict[str, Estimate]
+"""Key of `future_metrics` -> value."""
+
+
+def future_gains(rows: Mapping[str, Sums], metrics: Mapping[str, Metric]) -> dict[str, dict[str, Numbers]]:
+    """Return by how much each reading of a future, with the state, is better than all others with it."""
+    with_state = {
+        name: x for name, x in rows.items() if name.endswith(f"+ {STATE}") or name == PROPRIOCEPTION
+    }
+    return {
+        first: {
+            other: {key: metric.gain(with_state[first], sums) for key, metric in metrics.items()}
+            for other, sums in with_state.items()
+            if other != first
+        }
+        for first in with_state
+        if first.startswith("future")
+    }
+
+
+def future_tables(rows: Mapping[str, Sums], metrics: Mapping[str, Metric]) -> list[Table]:
+    """Return a table of all rows, and one of the gains of each reading of a future."""
+    values = {row: {key: metric.value(x) for key, metric in metrics.items()} for row, x in rows.items()}
+    gains = future_gains(rows, metrics)
+    tables = {"features": values} | {f"{first} better than": others for first, others in gains.items()}
+    return [
+        Table(
+            (title, *(metric.title for metric in metrics.values())),
+            [(row, *map(format_estimate, numbers.values())) for row, numbers in table.items()],
+        )
+        for title, table in tables.items()
+    ]
+
+
+def summarize_future(
+    settings: ProbeSettings,
+    found: Mapping[tuple[str, str], Sums],
+    episodes: list[Demonstration],
+    seconds: dict[str, float],
+) -> dict[str, Any]:
+    """Return the content of summary.json: metrics of all rows and gains, each with its interval."""
+    horizons, moved = settings.future.horizons, settings.future.moved
+    movers = Counter(kind for one in episodes for kind in future_of(one, horizons, moved).mover)
+    names = ("prior", "backbone", "future", "frame_size", "seed")
+    summary = {
+        "settings": {name: asdict(settings)[name] for name in names},
+        "episodes": [one.name for one in episodes],
+        "moments": sum(len(one.steps) for one in episodes),
+        "movers": dict(movers.most_common()),
+        "seconds": seconds,
+    }
+    metrics = future_metrics(horizons)
+    for unit in dict.fromkeys(split for split, _ in found):
+        rows = {row: sums for (split, row), sums in found.items() if split == unit}
+        values = {row: {key: _round(m.value(x)) for key, m in metrics.items()} for row, x in rows.items()}
+        gains = {
+            first: {other: {key: _round(x) for key, x in part.items()} for other, part in others.items()}
+            for first, others in future_gains(rows, metrics).items()
+        }
+        summary[f"held_out_{unit}"] = {"rows": values, "gains": gains}
+    return summary
 
 
 @contextmanager

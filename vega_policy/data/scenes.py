@@ -1,8 +1,13 @@
-"""Scenes: several posed RGB-D views of one still world and the objects in it; their file format."""
+"""Scenes and demonstrations that are analysed; their file formats.
+
+A scene is several posed RGB-D views of one still world with the objects in it. A demonstration is moments of
+an episode as a policy observes them, with the paths of hand and objects.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -83,3 +88,53 @@ def load_scene(path: Path) -> Scene:
         for one in description["objects"]
     ]
     return Scene(description["name"], Views(**views), tuple(objects))
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """Moments of an episode, and where hand and movable parts are at each of its t control steps."""
+
+    name: str  # unique among the episodes of one measurement, such as "libero_goal/3/0"
+    task: str  # such as "libero_goal/3"
+    instruction: str
+    steps: np.ndarray  # of the moments, int64 [n]
+    frames: np.ndarray  # uint8 [n v h w 3], of all cameras
+    state: np.ndarray  # float32 [n s], proprioceptive
+    gripper: np.ndarray  # float64 [t 3], m
+    objects: tuple[str, ...]  # kind of each movable part, such as "black bowl"
+    positions: np.ndarray  # float64 [t k 3], m
+
+    def __post_init__(self) -> None:
+        n, t = len(self.steps), len(self.gripper)
+        lengths = {"frames": n, "state": n, "positions": t}
+        wrong = {
+            name: len(getattr(self, name)) for name, x in lengths.items() if len(getattr(self, name)) != x
+        }
+        if wrong or self.positions.shape[1:] != (len(self.objects), 3):
+            raise ValueError(
+                f"{self.name}: expected {n} moments of {t} steps with the positions of {len(self.objects)} "
+                f"objects; got {wrong or self.positions.shape}"
+            )
+
+
+def save_demonstrations(demonstrations: Sequence[Demonstration], path: Path) -> None:
+    """Write demonstrations as one npz file."""
+    stored: dict[str, np.ndarray] = {"count": np.array(len(demonstrations))}
+    for index, one in enumerate(demonstrations):
+        stored |= {f"{index}/{part.name}": np.array(getattr(one, part.name)) for part in fields(one)}
+    with atomic_file(path) as draft, draft.open("wb") as file:
+        np.savez(file, **stored)  # pyright: ignore[reportArgumentType]
+
+
+def load_demonstrations(path: Path) -> list[Demonstration]:
+    """Read what `save_demonstrations` wrote."""
+    found = []
+    with np.load(path) as stored:
+        for index in range(int(stored["count"])):
+            values: dict[str, Any] = {
+                part.name: stored[f"{index}/{part.name}"] for part in fields(Demonstration)
+            }
+            values |= {name: str(values[name]) for name in ("name", "task", "instruction")}
+            values["objects"] = tuple(values["objects"].tolist())
+            found.append(Demonstration(**values))
+    return found
