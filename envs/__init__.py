@@ -45,6 +45,10 @@ def make(
     """Build the environment of a task, `task_index` of `suite`, with square frames of `frame_size` pixels.
 
     `rendering` is the profile "full" or "fast" (see `envs.rendering`); `render=False` builds no cameras.
+
+    Raises:
+        ValueError: If the suite, the task or the profile does not exist.
+        RuntimeError: If the simulator cannot run here (see `envs.rendering.load_mujoco`).
     """
     known = tasks(suite)
     if not 0 <= task_index < len(known):

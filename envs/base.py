@@ -120,6 +120,9 @@ class ManipulationEnv(gymnasium.Env, abc.ABC):
 
         Returns observation, reward (1 on success, else 0), success, whether the horizon is reached, and
         `{"is_success": bool}`.
+
+        Raises:
+            ValueError: If the action has another shape or is not finite.
         """
         success, truncated = self.step_blindly(action)
         return self.observe(), float(success), success, truncated, {"is_success": success}
@@ -145,7 +148,11 @@ class ManipulationEnv(gymnasium.Env, abc.ABC):
         return observation
 
     def render(self) -> np.ndarray:
-        """Render the first camera, uint8 [h w 3]."""
+        """Render the first camera, uint8 [h w 3].
+
+        Raises:
+            RuntimeError: If the environment was made without cameras.
+        """
         if self.camera_rig is None:
             raise RuntimeError("this environment was made with render=False; make it with render=True")
         self.refresh()
@@ -171,7 +178,11 @@ class ManipulationEnv(gymnasium.Env, abc.ABC):
         return state
 
     def restore(self, state: np.ndarray) -> None:
-        """Put a `simulator_state` back; reset with the episode's seed first, which places fixed bodies."""
+        """Put a `simulator_state` back; reset with the episode's seed first, which places fixed bodies.
+
+        Raises:
+            ValueError: If the state is of another model.
+        """
         parts = self._state_parts
         self._check_state(state, self._mujoco.mj_stateSize(self.model, parts))
         self._mujoco.mj_setState(self.model, self.data, np.asarray(state, np.float64), parts)

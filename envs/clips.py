@@ -169,6 +169,10 @@ def write_clips(folder: Path, *, processes: int, deadline: float | None = None, 
 
     Unfinished shards are left to the next call at `deadline` (`time.time()`). `processes` does not change
     what is written.
+
+    Raises:
+        ValueError: If the folder holds clips of another spec.
+        RuntimeError: If a worker process died, or another process writes into the folder.
     """
     spec = decode_spec(ClipSpec, values)
     with open_run(folder, asdict(spec)):
@@ -229,7 +233,11 @@ class Appearance:
 
 
 class ClipRecorder:
-    """Records rounds of clips of one task; a context manager."""
+    """Records rounds of clips of one task; a context manager.
+
+    Raises:
+        ValueError: If the suite is not one of robosuite's or LIBERO's.
+    """
 
     def __init__(self, suite: str, task: int, spec: ClipSpec) -> None:
         self._env, self._spec = make_panda(suite, task), spec

@@ -62,6 +62,9 @@ class VegaEnv(EnvConfig):
 
         `n_envs` copies of each task are stepped together, with `use_async_envs` each in its own process (with
         one copy there is none).
+
+        Raises:
+            ValueError: If the suite does not exist; the message lists the near names.
         """
         if self.task is None:
             raise ValueError(f"--env.task is missing; choose one of {', '.join(envs.suite_names())}")

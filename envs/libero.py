@@ -39,7 +39,12 @@ MAX_RESETS = 1000  # without room for the objects, before a scene is called impo
 
 
 def tasks(suite: str) -> list[Task]:
-    """List the tasks of a suite, in the order of task ids."""
+    """List the tasks of a suite, in the order of task ids.
+
+    Raises:
+        RuntimeError: If the package is missing or of another version.
+        FileNotFoundError: If a task of the suite has no official initial states.
+    """
     return [
         Task(suite, index, name, _instruction(suite, name), HORIZONS[base_suite(suite)], OFFICIAL_STATES)
         for index, name in enumerate(_task_names(suite))

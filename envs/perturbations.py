@@ -60,7 +60,11 @@ ASIDES = (
 
 
 def check(axis: str, strength: float, suite: str) -> None:
-    """Refuse an axis or a strength that does not exist, or is not there for a suite."""
+    """Refuse an axis or a strength that does not exist, or is not there for a suite.
+
+    Raises:
+        ValueError: Says what is expected.
+    """
     from envs import LIBERO_SUITES
 
     if axis not in AXES:

@@ -317,7 +317,11 @@ def decode_spec[T](cls: type[T], values: Mapping[str, Any]) -> T:
 
 
 def make_panda(suite: str, task: int, **cameras: Any) -> PandaEnv:
-    """Build an environment of a robosuite or LIBERO suite, without cameras unless their options are given."""
+    """Build an environment of a robosuite or LIBERO suite, without cameras unless their options are given.
+
+    Raises:
+        ValueError: If the suite is of another family.
+    """
     env = envs.make(suite, task, render=bool(cameras), **cameras)
     if not isinstance(env, PandaEnv):
         env.close()
@@ -326,7 +330,11 @@ def make_panda(suite: str, task: int, **cameras: Any) -> PandaEnv:
 
 
 def run_jobs[T](function: Callable[..., T], jobs: Sequence[tuple], processes: int) -> Iterator[T]:
-    """Yield the function's results for the arguments of each job, from worker processes if given several."""
+    """Yield the function's results for the arguments of each job, from worker processes if given several.
+
+    Raises:
+        RuntimeError: If a worker process died.
+    """
     if processes <= 1 or len(jobs) <= 1:
         yield from (function(*job) for job in jobs)
         return
@@ -562,6 +570,9 @@ class RandomLayout:
 
     The environment has just been reset: the objects' poses then say how they lie and how high. `presence` is
     the probability that a movable object is there at all.
+
+    Raises:
+        ValueError: If no object can be moved.
     """
 
     def __init__(self, env: PandaEnv, presence: float = 0.75) -> None:
@@ -578,7 +589,11 @@ class RandomLayout:
         self.middle = np.append(np.mean(places, axis=0), self._support)  # [3] of the scene
 
     def draw(self, rng: np.random.Generator) -> list[SimObject]:
-        """Arrange the objects; return those that are present, furniture included."""
+        """Arrange the objects; return those that are present, furniture included.
+
+        Raises:
+            RuntimeError: If there is no room.
+        """
         present = [one for one in self._movable if rng.random() < self._presence]
         for _ in range(MAX_LAYOUTS):
             taken = [_footprint(cloud) for cloud in self._furniture]

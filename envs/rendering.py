@@ -65,7 +65,12 @@ def apply_profile(model: MjModel, chosen: Profile) -> None:
 
 
 def load_mujoco() -> Any:
-    """Import mujoco, set up for headless rendering unless the user chose otherwise with MUJOCO_GL."""
+    """Import mujoco, set up for headless rendering unless the user chose otherwise with MUJOCO_GL.
+
+    Raises:
+        RuntimeError: If mujoco is missing or of another version than the simulators need, EGL is missing, or
+            the environment's variables name no back-end or device.
+    """
     check_mujoco_version()
     if sys.platform == "linux":
         os.environ.setdefault("MUJOCO_GL", "egl")
@@ -92,7 +97,11 @@ def _check_device(chosen: str, count: int) -> None:
 
 @contextmanager
 def explained_back_end() -> Iterator[None]:
-    """Turn errors of rendering back-ends, which are of many types, into one that names their settings."""
+    """Turn errors of rendering back-ends, which are of many types, into one that names their settings.
+
+    Raises:
+        RuntimeError: Says what the variables are and what to do.
+    """
     try:
         yield
     except Exception as error:

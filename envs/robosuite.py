@@ -105,7 +105,11 @@ def axis_angle(quaternion: np.ndarray) -> np.ndarray:
 
 @cache
 def load_robosuite() -> ModuleType:
-    """Import robosuite without its warnings about macro files."""
+    """Import robosuite without its warnings about macro files.
+
+    Raises:
+        RuntimeError: If it cannot run here (see `envs.rendering.load_mujoco`).
+    """
     load_mujoco()
     chosen = os.environ.get("MUJOCO_GL")
     try:

@@ -75,7 +75,12 @@ class VegaSim(Robot):
         """Do nothing."""
 
     def connect(self, calibrate: bool = True) -> None:
-        """Start the simulator and wait for its first scene."""
+        """Start the simulator and wait for its first scene.
+
+        Raises:
+            DeviceAlreadyConnectedError: If it runs already.
+            RuntimeError: If the simulator could not start; the message holds its reason.
+        """
         if self.is_connected:
             raise DeviceAlreadyConnectedError("the simulated robot is connected already")
         ours, theirs = socket.socketpair()
@@ -109,6 +114,10 @@ class VegaSim(Robot):
 
         A pose (the state's entries) is LeRobot's command to return to the start: a new scene is drawn, unless
         no command has changed the present one. It returns when the new scene is observable.
+
+        Raises:
+            DeviceNotConnectedError: If the simulator does not run.
+            ValueError: If the command has other entries, or values that are not finite.
         """
         if set(action) == set(STATE_NAMES):
             self._request("return", None)

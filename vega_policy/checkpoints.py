@@ -102,7 +102,13 @@ def fetch_checkpoint(source: str | Path, **hub: Any) -> Path:
 
 
 def check_checkpoint(folder: Path) -> None:
-    """Refuse a policy's folder that is damaged or names code; nothing of it is imported or loaded."""
+    """Refuse a policy's folder that is damaged or names code; nothing of it is imported or loaded.
+
+    Raises:
+        DamagedCheckpointError: See `require_intact`.
+        UnsafeCheckpointError: If the policy's type or a step of a processor is not on the list of those that
+            load no code, or a file is outside the folder; names it.
+    """
     _refuse_links(folder.resolve())
     require_intact(folder)
     for path in sorted(folder.glob("*.safetensors")):
@@ -279,6 +285,9 @@ def require_intact(folder: Path) -> None:
     """Refuse a checkpoint, its `pretrained_model` or an exported policy whose files were altered.
 
     A folder without checksums, such as LeRobot's own, passes.
+
+    Raises:
+        DamagedCheckpointError: Names the files, and the newest intact checkpoint of the same run.
     """
     folder = folder.resolve()
     step = folder.parent if folder.name == PRETRAINED else folder

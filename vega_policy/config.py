@@ -25,6 +25,9 @@ def from_config[T](cls: type[T], node: Mapping[str, Any]) -> T:
 
     `node` holds resolved values, field by field; those with a default may be missing. A field whose type is a
     draccus choice class (LeRobot's `PreTrainedConfig`) takes the class that its key `type` names.
+
+    Raises:
+        ValueError: If a field is unknown or missing, or a value does not fit its field.
     """
     check_fields(cls, node)
     try:
@@ -36,7 +39,11 @@ def from_config[T](cls: type[T], node: Mapping[str, Any]) -> T:
 
 
 def check_numbers(config: Any, prefix: str, **bounds: str) -> None:
-    """Refuse fields of a dataclass outside an interval such as `[0, 1)`, NaN included; None passes."""
+    """Refuse fields of a dataclass outside an interval such as `[0, 1)`, NaN included; None passes.
+
+    Raises:
+        ValueError: Names the field as `prefix` and its name, the interval and the value.
+    """
     for name, interval in bounds.items():
         value = getattr(config, name)
         if value is None:
@@ -52,14 +59,22 @@ def check_numbers(config: Any, prefix: str, **bounds: str) -> None:
 
 
 def check_choice(path: str, value: Any, known: Collection[Any]) -> None:
-    """Refuse a value that is none of the known ones."""
+    """Refuse a value that is none of the known ones.
+
+    Raises:
+        ValueError: Names the field, the known values and the value.
+    """
     if value not in known:
         listed = ", ".join("null" if one is None else str(one) for one in known)
         raise ValueError(f"{path}: expected one of {listed}; got {value!r}.")
 
 
 def check_choices(config: Any, prefix: str, **known: Collection[Any]) -> None:
-    """Refuse fields of a dataclass that have none of their known values."""
+    """Refuse fields of a dataclass that have none of their known values.
+
+    Raises:
+        ValueError: As `check_choice`; the field is `prefix` and its name.
+    """
     for name, values in known.items():
         check_choice(prefix + name, getattr(config, name), values)
 
@@ -72,7 +87,11 @@ def unknown_name(kind: str, name: str, known: Collection[str], near: int = 1) ->
 
 
 def check_fields(cls: type, node: Mapping[str, Any], path: str = "") -> None:
-    """Refuse unknown and missing fields."""
+    """Refuse unknown and missing fields.
+
+    Raises:
+        ValueError: At the first such field, with its path; an unknown one with near and known names.
+    """
     types, known = get_type_hints(cls), [field.name for field in fields(cls) if field.init]
     for key in node:
         if key not in known:

@@ -129,7 +129,11 @@ class VegaConfig(PreTrainedConfig):
         )
 
     def validate_features(self) -> None:
-        """Check that there are a camera, a state and an action."""
+        """Check that there are a camera, a state and an action.
+
+        Raises:
+            ValueError: If one is missing; lists the features.
+        """
         required = {
             "a camera (observation.image or observation.images.<name>)": self.image_features,
             "observation.state": self.robot_state_feature,

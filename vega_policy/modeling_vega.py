@@ -35,6 +35,10 @@ class VegaPolicy(PreTrainedPolicy):
     padding, `action_is_pad` [b t]. In the configuration, open prior fields are resolved and fingerprints are
     filled in; of `dataset_meta`, LeRobot's metadata of the training data, it keeps the rate. LeRobot's other
     arguments are not used: the processors hold the statistics.
+
+    Raises:
+        ValueError: If the features or the configuration of a part cannot work.
+        FileNotFoundError: If the prior's weights are missing.
     """
 
     config_class = VegaConfig  # pyright: ignore[reportAssignmentType]
@@ -312,6 +316,9 @@ class VegaPolicy(PreTrainedPolicy):
         is guided step by step (Black et al., arXiv 2506.07339), the chunk of an L1 head is blended with the
         remaining actions, and a base does it its own way. The caller joins chunks by the number of
         executed actions.
+
+        Raises:
+            ValueError: If this policy cannot (see `supports_rtc`).
         """
         self._rtc_queue = None
         if config is not None and config.enabled and not self.supports_rtc():
@@ -364,6 +371,7 @@ class VegaPolicy(PreTrainedPolicy):
 
         Raises:
             DamagedCheckpointError: If its files are not those that its checksums list.
+            ValueError: If the policy leaves out a text encoder and the installed one differs.
             UnsafeCheckpointError: If its configuration or a processor beside it names code.
         """
         options = ("revision", "cache_dir", "force_download", "token", "local_files_only")

@@ -109,7 +109,11 @@ def free_space(path: Path) -> int:
 
 
 def check_space(path: Path, needed: int, what: str) -> None:
-    """Refuse to start where `what` of `needed` bytes does not fit."""
+    """Refuse to start where `what` of `needed` bytes does not fit.
+
+    Raises:
+        DiskFullError: If less is free.
+    """
     free = free_space(path)
     if free < needed:
         raise DiskFullError(
@@ -386,14 +390,22 @@ def open_run(
 
 
 def require_folder(folder: Path) -> None:
-    """Refuse a path that is a file, or leads through one; a missing one passes."""
+    """Refuse a path that is a file, or leads through one; a missing one passes.
+
+    Raises:
+        NotADirectoryError: Names the file.
+    """
     found = next((path for path in (folder, *folder.parents) if path.exists()), folder)
     if not found.is_dir() and found.exists():
         raise NotADirectoryError(f"{folder}: expected a folder, found the file {found}; give another path.")
 
 
 def require_empty(folder: Path, *, may_hold: Iterable[str] = ()) -> None:
-    """Refuse a folder that holds anything but a lock, drafts and the named entries; a missing one passes."""
+    """Refuse a folder that holds anything but a lock, drafts and the named entries; a missing one passes.
+
+    Raises:
+        OtherRunError: Lists what it holds.
+    """
     found = {entry.name for entry in folder.iterdir()} if folder.exists() else set()
     drafts = {name for name in found if name.startswith(".") and name.endswith(_PARTIAL)}
     if unexpected := sorted(found - drafts - {LOCK, *may_hold}):
@@ -415,6 +427,9 @@ def check_same_settings(
 
     `free_to_change` are dotted names that may differ, with all fields below them. `defaults` are the values,
     nested, of settings that runs from before a field existed had.
+
+    Raises:
+        OtherRunError: Lists each difference.
     """
     received = flatten(settings)
     old = {name: value for name, value in flatten(defaults or {}).items() if name in received}

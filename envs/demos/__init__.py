@@ -96,6 +96,10 @@ def demonstrate(
     its start; only the environment knows whether it succeeded. `noise` is the stationary standard deviation
     of the action noise in fractions of full scale [0, 1]; precise phases bear a third of it, the gripper
     none.
+
+    Raises:
+        ValueError: No demonstrator for this task, noise outside its range, or an option that this
+            demonstrator does not support.
     """
     options = options or DemonstrationOptions()
     walk = OrnsteinUhlenbeck(noise, options.noise_correlation, rng)

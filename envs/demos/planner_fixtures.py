@@ -115,7 +115,11 @@ class Drawer:
     """One drawer of a LIBERO cabinet: where its handle is and along which way it slides."""
 
     def __init__(self, cell: Workcell, region_name: str) -> None:
-        """Read the drawer of a region such as "wooden_cabinet_1_top_region"."""
+        """Read the drawer of a region such as "wooden_cabinet_1_top_region".
+
+        Raises:
+            ValueError: the region is not a drawer.
+        """
         match = re.fullmatch(r"(.*cabinet_\d+)_(top|middle|bottom)_region", region_name)
         joint = joint_of(cell, region_name)
         if match is None or joint is None:

@@ -85,6 +85,9 @@ def plan_rendering(
 
     With `frame_stride` k only every k-th state of an episode is rendered, its first one included. Returned
     are the plan, and `state` [t s], `action` [t a] and `instruction` of each episode.
+
+    Raises:
+        ValueError: If a file is no file of states, no episode is chosen, or cameras or robots differ.
     """
     if frame_stride < 1:
         raise ValueError(f"frame_stride must be at least 1; got {frame_stride}")
@@ -179,6 +182,9 @@ def render_frames(
     Finished episodes are recorded in the folder `notes` with a checksum of their frames; a second call
     renders only the others. The number of processes does not change the frames; with 1 they are rendered in
     this one. They are spread over the GPUs `egl_devices`; none leaves the choice to MuJoCo.
+
+    Raises:
+        RuntimeError: If a rendering process dies.
     """
     if processes < 1:
         raise ValueError(f"expected at least 1 process, got {processes}")

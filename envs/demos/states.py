@@ -67,6 +67,9 @@ def write_states(
 
     Those of one task keep their order. `origin` says how they were collected (JSON values); `threads` arrays
     are compressed at once.
+
+    Raises:
+        ValueError: If a trajectory holds values that are not finite.
     """
     from safetensors.numpy import save
 
@@ -96,7 +99,11 @@ def write_states(
 
 
 def read_header(path: Path) -> dict[str, Any]:
-    """Return a file's `suite`, `origin` and `episodes` (task, seed, length, attempts)."""
+    """Return a file's `suite`, `origin` and `episodes` (task, seed, length, attempts).
+
+    Raises:
+        ValueError: If the file is no file of states, is damaged, or has another format.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -113,7 +120,11 @@ def read_header(path: Path) -> dict[str, Any]:
 
 
 def read_states(path: Path, tasks: Sequence[int] | None = None) -> list[StateEpisode]:
-    """Read the demonstrations of some tasks (indices), or of all, in the order of the file."""
+    """Read the demonstrations of some tasks (indices), or of all, in the order of the file.
+
+    Raises:
+        ValueError: If the file is no file of states, is damaged, or has another format.
+    """
     from safetensors import safe_open
 
     header, episodes = read_header(path), []

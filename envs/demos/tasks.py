@@ -100,7 +100,11 @@ ANGLES = np.deg2rad(np.arange(0.0, 360.0, 15.0))
 
 
 def achieve_goals(cell: Workcell) -> Skill:
-    """Make every predicate of the problem's goal true, in an order in which none hinders the next."""
+    """Make every predicate of the problem's goal true, in an order in which none hinders the next.
+
+    Raises:
+        ValueError: The goal has a predicate for which there is no skill.
+    """
     wanted = goals(cell)
     unknown = [goal for goal in wanted if goal[0] not in ORDER]
     if unknown:

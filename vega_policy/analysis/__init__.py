@@ -165,7 +165,11 @@ class ProbeSettings:
 
 
 def decode(node: Mapping[str, Any]) -> ProbeSettings:
-    """Turn composed and resolved values into settings."""
+    """Turn composed and resolved values into settings.
+
+    Raises:
+        ValueError: If a field is unknown or missing, or a value does not fit its field.
+    """
     from vega_policy.config import from_config  # loads draccus; `--help` imports this module
 
     return from_config(ProbeSettings, node)

@@ -168,6 +168,10 @@ def read_folder(folder: Path, frame_size: int, max_frames: int = 32) -> Scene:
     """Read posed RGB-D frames in nerfstudio's layout (`transforms.json`), stretched to squares.
 
     At most `max_frames` evenly spread frames are taken; VEGA-3D's score takes 32.
+
+    Raises:
+        FileNotFoundError: If `transforms.json`, or a file that it names, is missing.
+        ValueError: If frames lack depth or intrinsics, or are distorted.
     """
     path = folder / TRANSFORMS
     if not path.is_file():
@@ -240,6 +244,9 @@ def correspondence(
     """Compare each view of a scene with the next one, features [n t d].
 
     `voxel` is the side of a voxel (m), `radius` the distance (m) within which a retrieved token is correct.
+
+    Raises:
+        ValueError: If features and geometry have different tokens, or there is only one view.
     """
     if features.shape[:2] != geometry.valid.shape:
         raise ValueError(

@@ -57,6 +57,9 @@ def estimate(sums: np.ndarray, statistic: Statistic = ratio_of_sums, seed: int =
     """Estimate a statistic ([... k] -> [...]) of sums over scenes [scenes k].
 
     Equal seeds draw equal scenes, so that two estimates are paired.
+
+    Raises:
+        ValueError: If there is no scene.
     """
     return _bootstrap(statistic, seed, sums)
 
@@ -64,7 +67,11 @@ def estimate(sums: np.ndarray, statistic: Statistic = ratio_of_sums, seed: int =
 def difference(
     first: np.ndarray, second: np.ndarray, statistic: Statistic = ratio_of_sums, seed: int = 0
 ) -> Estimate:
-    """Estimate a statistic of the first minus that of the second, paired by scene, both [scenes k]."""
+    """Estimate a statistic of the first minus that of the second, paired by scene, both [scenes k].
+
+    Raises:
+        ValueError: If the two have different numbers of scenes.
+    """
     if len(first) != len(second):
         raise ValueError(f"expected sums of the same scenes, got {len(first)} and {len(second)}")
     return _bootstrap(statistic, seed, first, second)
@@ -133,7 +140,11 @@ class ProbeResult:
 
 
 def cross_validate(scenes: list[ProbeData], folds: int = FOLDS) -> ProbeResult:
-    """Predict each scene with a probe fitted to all other folds; scene i belongs to fold i modulo `folds`."""
+    """Predict each scene with a probe fitted to all other folds; scene i belongs to fold i modulo `folds`.
+
+    Raises:
+        ValueError: If there are too few scenes to hold one out and choose a regularisation.
+    """
     if len(scenes) < 3:
         raise ValueError(f"expected at least 3 scenes to test a probe on held-out scenes; got {len(scenes)}")
     return predict_folds([scenes] * min(folds, len(scenes)))

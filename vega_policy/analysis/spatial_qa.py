@@ -352,7 +352,11 @@ def chance_scores(train: Sequence[Question], test: Sequence[Question]) -> np.nda
 
 
 def best_constant(questions: Sequence[Question]) -> object:
-    """Return the one answer with the best score over questions of one kind."""
+    """Return the one answer with the best score over questions of one kind.
+
+    Raises:
+        ValueError: If there is no question.
+    """
     if not questions:
         raise ValueError("expected training questions of this kind, got none")
     if questions[0].choice is not None:

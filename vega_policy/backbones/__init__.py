@@ -82,7 +82,12 @@ BACKBONES: dict[str, BackboneEntry] = {
 
 
 def make_backbone(config: BackboneConfig, state_dim: int, views: int, frame_size: int) -> Any:
-    """Build the `Backbone` that a config names."""
+    """Build the `Backbone` that a config names.
+
+    Raises:
+        ValueError: If the name is unknown, or a size does not fit.
+        FileNotFoundError: If weights are missing.
+    """
     if config.name not in BACKBONES:
         raise unknown_name("backbone", config.name, sorted(BACKBONES))
     entry = BACKBONES[config.name]

@@ -30,7 +30,11 @@ MAX_WORDS = 64
 
 
 class CompactBackbone(nn.Module):
-    """EfficientNet-Lite0 for frames, MiniLM for the instruction, a transformer trunk over all tokens."""
+    """EfficientNet-Lite0 for frames, MiniLM for the instruction, a transformer trunk over all tokens.
+
+    Raises:
+        ValueError: If `frame_size` is not a multiple of the encoder's stride.
+    """
 
     position: Tensor
     takes_grid_only = False
@@ -82,6 +86,9 @@ class CompactBackbone(nn.Module):
         m is the number of a view's tokens n or a multiple of it (streams one after the other). `text` is one
         sentence per sample, or the output of the text encoder for them. `features` are not used: nothing
         bypasses the fusion here. The mask [b s] is True where the context may be read.
+
+        Raises:
+            ValueError: If the number of views is not that of the policy.
         """
         batch, views, m, _ = tokens.shape
         if views != len(self.view):
@@ -119,6 +126,9 @@ class ImageEncoder(nn.Module):
 
     Batch-norm statistics stay those of pre-training, in training too: batches of a robot's frames are far
     from independent, and averaged weights would need statistics of their own.
+
+    Raises:
+        ValueError: If timm does not know the name or the network has no stride of 16.
     """
 
     channels_last = False  # memory format on a CPU; a GPU always uses channels-last

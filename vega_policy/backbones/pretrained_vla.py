@@ -33,6 +33,9 @@ class BasedModel(nn.Module):
     The change by the fusion is scaled by one learned number that starts at zero, so that a new policy equals
     its base, bit by bit. The prior reads each image as the base's image encoder does: resized and padded by
     the base.
+
+    Raises:
+        ValueError: If the fusion or the prior's clips cannot work with a base.
     """
 
     base: Any
@@ -164,7 +167,12 @@ def locate_base(base: BaseConfig) -> Path:
 
 
 def base_config(config: "VegaConfig", folder: Path) -> Any:
-    """Return the base's own configuration, with the features of a VEGA policy."""
+    """Return the base's own configuration, with the features of a VEGA policy.
+
+    Raises:
+        ValueError: If the folder holds a policy of another type or chunk length.
+        UnsafeCheckpointError: If a processor beside it names code.
+    """
     from lerobot.configs.policies import PreTrainedConfig
 
     check_checkpoint(folder)
@@ -188,7 +196,13 @@ def base_config(config: "VegaConfig", folder: Path) -> Any:
 
 
 def load_base(config: "VegaConfig") -> tuple["PreTrainedPolicy", str]:
-    """Return the pre-trained policy and the hash over its weights."""
+    """Return the pre-trained policy and the hash over its weights.
+
+    Raises:
+        FileNotFoundError: If files are missing.
+        ValueError: If the folder holds another policy, weights other than those of `base.fingerprint`, or
+            weights that the policy did not load.
+    """
     from lerobot.policies.factory import get_policy_class
 
     folder = locate_base(config.base)
@@ -208,7 +222,11 @@ def load_base(config: "VegaConfig") -> tuple["PreTrainedPolicy", str]:
 
 @torch.no_grad()
 def check_loaded(policy: "PreTrainedPolicy", file: Path) -> None:
-    """Check that a policy holds the weights of a file: some loaders of LeRobot only print a warning."""
+    """Check that a policy holds the weights of a file: some loaders of LeRobot only print a warning.
+
+    Raises:
+        ValueError: If weights are missing or differ.
+    """
     stored = load_file(file)
     if policy.config.type != "smolvla":  # the pi policies rename what older versions wrote
         loader: Any = policy
@@ -268,7 +286,11 @@ def sharing_memory(model: nn.Module, names: Iterable[str]) -> set[str]:
 
 
 def refuse_misfits(policy: Any, saved: Set[str], file: str) -> None:
-    """Check that the saved names of a checkpoint's file are those of the weights that learn."""
+    """Check that the saved names of a checkpoint's file are those of the weights that learn.
+
+    Raises:
+        RuntimeError: If some are missing or superfluous.
+    """
     held = policy.state_dict()
     frozen = {f"model.{name}" for name in policy.model.frozen_names()}
     shared = sharing_memory(policy, saved)

@@ -62,6 +62,9 @@ class VisionLanguageBackbone(nn.Module):
     The context is the language model's output for its whole prompt (at `config.layer`), followed by one token
     of the state, which the model itself does not read. Qwen3-VL's DeepStack features, which enter its first
     blocks beside the tokens, stay those of the unmodified model.
+
+    Raises:
+        ValueError: If the layer does not exist, or a frame's tokens are no rectangle.
     """
 
     takes_grid_only = True
@@ -138,6 +141,9 @@ class VisionLanguageBackbone(nn.Module):
 
         `features` [b v c gh gw] is the output of `encode`. Returns the context [b s d] and its mask [b s]
         (True: may be read).
+
+        Raises:
+            ValueError: If the number of views is not that of the policy.
         """
         if tokens.shape[1] != self.prompts.views:
             raise ValueError(
@@ -196,7 +202,12 @@ class VisionLanguageBackbone(nn.Module):
 def load(
     config: BackboneConfig, entry: BackboneEntry, state_dim: int, views: int, frame_size: int
 ) -> VisionLanguageBackbone:
-    """Load the model of a folder or of the hub; with `pretrained=false` its weights are random."""
+    """Load the model of a folder or of the hub; with `pretrained=false` its weights are random.
+
+    Raises:
+        ValueError: If the folder holds another kind of model, or no source is named.
+        FileNotFoundError: If files are missing.
+    """
     folder = locate_model(config.name, config.path or entry.source, config.revision, entry.terms)
     with quiet_transformers():
         model = load_model(folder, config)
@@ -205,7 +216,11 @@ def load(
 
 
 def load_model(folder: Path, config: BackboneConfig) -> Any:
-    """Load the image-text model of a folder, without its language head."""
+    """Load the image-text model of a folder, without its language head.
+
+    Raises:
+        ValueError: If transformers does not know it as an image-text-to-text model.
+    """
     options: dict[str, Any] = {"dtype": getattr(torch, config.dtype), "trust_remote_code": False}
     if config.attention is not None:
         options["attn_implementation"] = config.attention
@@ -234,6 +249,10 @@ def locate_model(name: str, source: str | None, revision: str | None, terms: str
 
     `source` is a local folder or hub id; None if neither the config nor the registry names one. `name` is the
     backbone's and `terms` the terms of use of the weights, for messages.
+
+    Raises:
+        ValueError: If there is no source.
+        FileNotFoundError: If files are missing.
     """
     if source is None:
         raise ValueError(
@@ -277,6 +296,9 @@ class Prompts:
     """The processor of a model, set to one image per frame, without tiles or padding.
 
     The images of all views precede the instruction.
+
+    Raises:
+        ImportError: If the processor needs a package that is not installed.
     """
 
     def __init__(self, folder: Path, views: int, frame_size: int) -> None:
@@ -366,7 +388,12 @@ def parts_of(model: nn.Module, names: tuple[str, ...]) -> list[nn.Module]:
 
 
 def freeze_parts(model: nn.Module, decoder: nn.Module, config: BackboneConfig) -> None:
-    """Freeze the parts of a model that `freeze_*` names, and add the adapters of `lora_*` to its decoder."""
+    """Freeze the parts of a model that `freeze_*` names, and add the adapters of `lora_*` to its decoder.
+
+    Raises:
+        ImportError: If adapters are requested and PEFT is not installed.
+        ValueError: If no layer has a name of `lora_targets`.
+    """
     connectors = parts_of(model, CONNECTORS)
     for part in parts_of(model, ENCODERS):
         part.requires_grad_(not config.freeze_image_encoder)
@@ -382,6 +409,10 @@ def add_adapters(decoder: nn.Module, config: BackboneConfig) -> None:
     """Freeze a language model and add low-rank adapters to its linear layers (LoRA, arXiv 2106.09685).
 
     Adapters are float32 and start at zero: the model's output is unchanged at first.
+
+    Raises:
+        ImportError: If PEFT is not installed.
+        ValueError: If no layer has one of the names.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model

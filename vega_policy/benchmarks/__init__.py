@@ -213,7 +213,11 @@ PARTS = ("prior", "policy", "train", "dataset", "simulate")
 
 
 def benchmark(part: str, options: Any, device: torch.device) -> Iterator[dict[str, Any]]:
-    """Measure one part of `PARTS` and yield its rows; `options` has the fields of the command."""
+    """Measure one part of `PARTS` and yield its rows; `options` has the fields of the command.
+
+    Raises:
+        ValueError: If a size is not HEIGHTxWIDTH in multiples of 16, or a path, case or variant is unknown.
+    """
     from vega_policy.benchmarks import parts
 
     if part == "prior":

@@ -118,6 +118,9 @@ def benchmark_any_prior(
 
     Weights are float32 on the CPU and of the prior's own type elsewhere. `reads` is the size to which the
     prior resizes the frames.
+
+    Raises:
+        ValueError: If the prior is unknown or has no networks of its own.
     """
     dtype = "float32" if device.type == "cpu" or name not in PRIORS else PRIORS[name].dtype
     torch.manual_seed(0)
@@ -149,7 +152,11 @@ class FastPath:
 
 
 def parse_path(name: str) -> FastPath | None:
-    """Return the options of a fast path, or None for another one."""
+    """Return the options of a fast path, or None for another one.
+
+    Raises:
+        ValueError: If path or option is unknown.
+    """
     path, *options = name.split("/")
     pairs = [option.partition("=") for option in options]
     unknown = [key for key, _, value in pairs if key not in CHOICES or not value]
@@ -338,7 +345,11 @@ def _stages(model: Any, observation: Observation, noise: torch.Tensor) -> dict[s
 
 
 def random_model(config: ModelConfig, device: torch.device) -> VegaModel:
-    """Build a model in evaluation mode; networks that would come from the hub have random weights."""
+    """Build a model in evaluation mode; networks that would come from the hub have random weights.
+
+    Raises:
+        ValueError: If the sizes of a part are not listed, or its images need a processor of its own.
+    """
     torch.manual_seed(0)
     if config.backbone.name == "compact":
         backbone = make_backbone(config.backbone, config.state_dim, config.views, config.frame_size)
@@ -414,6 +425,9 @@ def benchmark_train(
     A row holds `prior`, `variant`, `ready_s` (seconds until the first step is done), milliseconds of the step
     and of its stages, and `samples_per_s`; on a GPU also milliseconds by kind of kernel, and the longest
     `kernels` and `operators`.
+
+    Raises:
+        ValueError: If a case or variant is unknown.
     """
     for option, known, given in (("cases", CASES, cases), ("variants", VARIANTS, variants)):
         if set(given) - set(known):

@@ -188,7 +188,11 @@ def _paths(text: str) -> Iterator[tuple[str | None, str]]:
 
 
 def check_cache_folders() -> None:
-    """Refuse variables that name cache folders which cannot exist; libraries fail of them when imported."""
+    """Refuse variables that name cache folders which cannot exist; libraries fail of them when imported.
+
+    Raises:
+        ValueError: Names the variable.
+    """
     for name in ("HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_LEROBOT_HOME", "TORCH_HOME"):
         folder = os.environ.get(name)
         try:
@@ -204,7 +208,11 @@ def check_cache_folders() -> None:
 
 
 def with_positional(arguments: Sequence[str], fields: Sequence[str]) -> list[str]:
-    """Turn arguments without `=` into overrides of the given fields, in order."""
+    """Turn arguments without `=` into overrides of the given fields, in order.
+
+    Raises:
+        SystemExit: If there are more such arguments than fields.
+    """
     overrides, values = [], []
     for argument in arguments:
         is_value = fields and "=" not in argument and not argument.startswith(("-", "~", "+"))
@@ -240,6 +248,9 @@ def refuse_missing_fields(config: DictConfig, optional: Sequence[str] = ()) -> N
     """End the program if a field without a default, such as an evaluation's checkpoint, has no value.
 
     Those that are `optional` may have none.
+
+    Raises:
+        SystemExit: With the message.
     """
     missing = sorted(set(OmegaConf.missing_keys(config)) - set(optional))
     if OmegaConf.select(config, "dataset.mixture") and "dataset.repo_id" in missing:
@@ -252,7 +263,11 @@ def refuse_missing_fields(config: DictConfig, optional: Sequence[str] = ()) -> N
 
 
 def refuse_unknown_options(arguments: Sequence[str]) -> None:
-    """End the program if a group has no such option, as in `env=libero_spatail`; lists near ones first."""
+    """End the program if a group has no such option, as in `env=libero_spatail`; lists near ones first.
+
+    Raises:
+        SystemExit: With the message.
+    """
     if any(argument.startswith(SEARCH_PATH_OPTIONS) for argument in arguments):
         return
     problems = [problem for override in _overrides(arguments) for problem in _unknown(override)]

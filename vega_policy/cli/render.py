@@ -79,7 +79,12 @@ def render_states(
     reuse: list[str] | None = None,
     egl_devices: list[int] | None = None,
 ) -> str:
-    """Make one dataset without videos of files of states, and its frames in the training's cache."""
+    """Make one dataset without videos of files of states, and its frames in the training's cache.
+
+    Raises:
+        ValueError: If a field is missing, a file does not fit, or `root` holds another dataset.
+        RuntimeError: If a rendering process dies; the same call resumes.
+    """
     from vega_policy.data import feature_cache
 
     if root is None or repo_id is None:

@@ -207,7 +207,12 @@ class LocalDataset:
 
 
 def open_dataset(config: DatasetConfig) -> LocalDataset:
-    """Open a dataset, after downloading it where no folder is given."""
+    """Open a dataset, after downloading it where no folder is given.
+
+    Raises:
+        DatasetError: If a local root holds no finalized dataset of format v3, or a damaged one; names the
+            files and the command that collects it. If a dataset without videos is to be read without a cache.
+    """
     if config.video_backend == "torchcodec":
         _require_torchcodec()
     if config.root is None:
@@ -275,6 +280,9 @@ def open_folder(root: Path, repo_id: str, rename: Mapping[str, str] | None = Non
     """Open a LeRobotDataset v3 whose files are whole.
 
     `rename` gives features of the files, by their names there, the names that the policy reads.
+
+    Raises:
+        DatasetError: If metadata or videos are missing, or a renamed feature is.
     """
     info: dict[str, Any] = read_json(root / "meta" / "info.json")
     rename = dict(rename or {})
@@ -382,6 +390,10 @@ def match_features(policy: "VegaConfig", dataset: LocalDataset) -> None:
 
     Only cameras (`observation.image...`), `observation.state` and `action` are taken: a simulator's state
     never reaches a policy.
+
+    Raises:
+        DatasetError: If a camera, the state or the action is missing or has another width; lists expected
+            and available features.
     """
     available = policy_features(dataset)
     if not policy.input_features:
@@ -515,6 +527,9 @@ class FrameTable:
         """Split episodes (None: all) into training and held-out ones, the last of each task.
 
         `held_out`, in [0, 1), is the fraction of each task's episodes, rounded up.
+
+        Raises:
+            ValueError: If an episode does not exist or no training episode would be left.
         """
         first_rows = torch.cat([torch.zeros(1, dtype=torch.int64), self.episode_end.unique()[:-1]])
         task_of = dict(zip(self.episode[first_rows].tolist(), self.task[first_rows].tolist(), strict=True))
@@ -547,6 +562,9 @@ def read_table(
     """Read the table of all episodes of a finalized LeRobotDataset v3 (`meta/` and `data/` below `root`).
 
     `stored_names` are those of state and action in the files; `task` replaces all instructions.
+
+    Raises:
+        DatasetError: If a column is missing or ragged, or frames have a task without a sentence.
     """
     names = {name: (stored_names or {}).get(name, name) for name in (STATE, ACTION)}
     columns = ["index", *names.values(), "episode_index", "task_index"]
@@ -609,7 +627,11 @@ def _matrix(column: pa.ChunkedArray, name: str, root: Path) -> Tensor:
 
 
 def check_finite(table: FrameTable, rows: Tensor, source: str | Path) -> None:
-    """Refuse training rows [m] with an action or a state that is not finite; `source` names the dataset."""
+    """Refuse training rows [m] with an action or a state that is not finite; `source` names the dataset.
+
+    Raises:
+        ValueError: Names the first episode and frame.
+    """
     for name, values in ((ACTION, table.action), (STATE, table.state)):
         bad = rows[(~values[rows].isfinite()).any(dim=1)]
         if len(bad) == 0:

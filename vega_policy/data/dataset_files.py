@@ -31,7 +31,11 @@ def list_files(folder: Path, suffix: str) -> list[Path]:
 
 
 def read_json(path: Path) -> Any:
-    """Return the content of a JSON file, which may begin with a byte-order mark."""
+    """Return the content of a JSON file, which may begin with a byte-order mark.
+
+    Raises:
+        DatasetError: If it is missing, a Git LFS pointer, or no JSON.
+    """
     if not path.is_file():
         raise DatasetError(f"{path} is missing. Collect or download the dataset again.")
     if is_lfs_pointer(path):
@@ -43,7 +47,11 @@ def read_json(path: Path) -> Any:
 
 
 def read_info(root: Path) -> dict[str, Any]:
-    """Return `meta/info.json` of a dataset, with the fields that this package reads."""
+    """Return `meta/info.json` of a dataset, with the fields that this package reads.
+
+    Raises:
+        DatasetError: If the file cannot be read, or names files outside the dataset.
+    """
     path = root / "meta" / "info.json"
     info = read_json(path)
     features = info.get("features") if isinstance(info, dict) else None
@@ -73,7 +81,11 @@ def lfs_advice(root: Path) -> str:
 
 
 def check_version(root: Path, repo_id: str) -> None:
-    """Refuse a dataset of another format than v3."""
+    """Refuse a dataset of another format than v3.
+
+    Raises:
+        DatasetError: Names the command that converts it.
+    """
     info = read_json(root / "meta" / "info.json")
     version = str(info.get("codebase_version") if isinstance(info, dict) else None)
     if version.startswith("v3."):
@@ -171,7 +183,11 @@ def _sample_file(path: Path) -> bytes:
 
 
 def read_episodes(root: Path) -> pd.DataFrame:
-    """Return the rows of `meta/episodes` in the order of episodes, without the episodes' statistics."""
+    """Return the rows of `meta/episodes` in the order of episodes, without the episodes' statistics.
+
+    Raises:
+        DatasetError: If there are none.
+    """
     files = list_files(root / "meta" / "episodes", ".parquet")
     if not files:
         raise DatasetError(
@@ -189,6 +205,9 @@ def read_tasks(root: Path) -> dict[int, str]:
     """Return the instructions by index, of `meta/tasks.parquet` in any of the forms that writers give it.
 
     The sentences are the table's index or a column `task`; other columns are ignored.
+
+    Raises:
+        DatasetError: If the file is missing or holds no sentences.
     """
     path = root / "meta" / "tasks.parquet"
     if not path.is_file():

@@ -90,7 +90,12 @@ class Stream:
 
 
 def check_cacheable(backbone: BackboneConfig, prior: PriorConfig, cached: Sequence[str]) -> list[str]:
-    """Return the streams of `dataset.cached` that the cache holds: the prior's only where there is one."""
+    """Return the streams of `dataset.cached` that the cache holds: the prior's only where there is one.
+
+    Raises:
+        ValueError: If a stream changes during training (names the field that makes it so), or if features
+            have to be computed in each step and the cache holds no frames.
+    """
     streams = [name for name in cached if name != "prior" or prior.name != "none"]
     if "semantic" in streams and not backbone.frozen_features:
         trained = "freeze_connector" if backbone.freeze_image_encoder else "freeze_image_encoder"

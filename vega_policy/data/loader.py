@@ -235,7 +235,11 @@ class VideoSource:
         return next(self._load([rows.tolist()], workers=0))
 
     def stream(self, sampler: ShuffledRows, first: int) -> Iterator[Batch]:
-        """Yield the batches of `sampler` endlessly, from number `first` on."""
+        """Yield the batches of `sampler` endlessly, from number `first` on.
+
+        Raises:
+            ValueError: If the batches of the decoding processes do not fit into shared memory.
+        """
         if self._workers:
             row = self._dataset[int(sampler.rows[0])]
             size = sum(
@@ -264,6 +268,9 @@ def check_shared_memory(needed: int, workers: int) -> None:
     """Refuse decoding processes whose batches of `needed` bytes do not fit into shared memory.
 
     Without this check a process would die of a bus error.
+
+    Raises:
+        ValueError: If less is free; without this check a process would die of a bus error.
     """
     if _SHARED_MEMORY.is_dir() and (free := free_space(_SHARED_MEMORY)) < needed:
         raise ValueError(

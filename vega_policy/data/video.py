@@ -38,6 +38,9 @@ def frames_in_order(
     """Yield all frames of episodes (None: all), each decoded once, up to `STRETCH` of one episode at a time.
 
     The backend `pyav` decodes on all cores; `torchcodec` and stored images are read one stretch at a time.
+
+    Raises:
+        DatasetError: If frames of a video are damaged or missing; names the file.
     """
     chosen = range(dataset.num_episodes) if episodes is None else episodes
     jobs = (job for episode in chosen for job in _stretches(dataset, cameras, backend, episode))
@@ -114,7 +117,11 @@ class FrameReader:
         self._images = _open_images(dataset, [camera for camera in cameras if not dataset.is_video(camera)])
 
     def read(self, episode: int, first: int, length: int) -> Clips:
-        """Return frames `first` to `first + length` of the episode at this position in the dataset."""
+        """Return frames `first` to `first + length` of the episode at this position in the dataset.
+
+        Raises:
+            DatasetError: If frames of a video are damaged or missing; names the file.
+        """
         clips, fps = {}, self._dataset.fps
         for camera in self._cameras:
             if self._dataset.is_video(camera):
@@ -183,6 +190,9 @@ def read_video(path: Path, start: float, fps: float, length: int) -> Tensor:
     """Decode t = `length` frames of a video at `start` (s), `start` + 1 / fps, ... on one core.
 
     Returns uint8 [t 3 h w], the bytes that LeRobot's own `pyav` decoder gives.
+
+    Raises:
+        DatasetError: If frames are damaged, or none lies within a quarter of a frame of a time.
     """
     where = f"{path}, {length} frames from {start:.3f} s on"
     advice = "The video is damaged or of another dataset; collect or download it again."

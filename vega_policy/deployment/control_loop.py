@@ -225,6 +225,9 @@ def creates_scenes(robot: Mapping[str, Any]) -> bool:
     """Return whether a robot creates a new scene when sent to its initial pose; an arm would jump there.
 
     `robot` holds the fields of a file in configs/robot; only `vega_sim` may set `new_scenes`.
+
+    Raises:
+        ValueError: If `new_scenes` is missing, or true for another robot than `vega_sim`.
     """
     value = robot.get("new_scenes")
     if not isinstance(value, bool):

@@ -81,6 +81,12 @@ def deploy(config: Mapping[str, Any]) -> Deployment:
 
     PreflightError if a check failed: nothing moved. ConnectionError if robot or policy server are
     unreachable.
+
+    Raises:
+        PreflightError: If a check failed; nothing moved.
+        ValueError: If a setting is wrong.
+        FileNotFoundError: If the checkpoint does not exist.
+        ConnectionError: If the robot or the policy server is unreachable.
     """
     rollout = read_rollout(config)
     safety = read_safety(config)
@@ -117,7 +123,12 @@ def _connect(rollout: RolloutConfig, shutdown: threading.Event, safety: SafetyFi
 
 
 def read_rollout(config: Mapping[str, Any]) -> RolloutConfig:
-    """Return LeRobot's configuration of a rollout."""
+    """Return LeRobot's configuration of a rollout.
+
+    Raises:
+        ValueError: If neither or both of checkpoint and server are set.
+        FileNotFoundError: If the checkpoint does not exist.
+    """
     checkpoint, server = config["checkpoint"], config["server"]
     if (checkpoint is None) == (server["url"] is None):
         raise ValueError(
@@ -153,7 +164,11 @@ def read_rollout(config: Mapping[str, Any]) -> RolloutConfig:
 
 
 def read_safety(config: Mapping[str, Any]) -> SafetyFilter:
-    """Return the safety layer that the robot's config describes."""
+    """Return the safety layer that the robot's config describes.
+
+    Raises:
+        ValueError: If there are neither limits nor a dataset to measure them on, or limits are impossible.
+    """
     settings, fps = config["robot"]["safety"], config["robot"]["fps"]
     box = settings["workspace"]
     workspace = None

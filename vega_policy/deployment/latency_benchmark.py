@@ -47,7 +47,11 @@ EPISODES_FILE, PLOT_FILE = "episodes.parquet", "latency.png"
 
 @dataclass(frozen=True)
 class Cell:
-    """One condition of the benchmark."""
+    """One condition of the benchmark.
+
+    Raises:
+        ValueError: If the method is unknown, or a number is negative.
+    """
 
     method: str
     delay: int  # control steps from an observation until its chunk arrives
@@ -123,6 +127,10 @@ def benchmark_latency(
 
     Called again with the same settings (JSON values, all that decides the results), it continues after the
     last finished cell. `gained` and `lost` count episodes against the first cell. The pool is opened here.
+
+    Raises:
+        OtherRunError: If `output` holds a benchmark with other settings.
+        ValueError: If real-time chunking is requested of a policy that does not support it.
     """
     if not policy.supports_rtc and any(cell.method in ("lerobot", "rtc") for cell in cells):
         raise ValueError(f"methods: {policy.description.name} supports only naive, aligned and async")
@@ -209,6 +217,10 @@ def summarize_log(name: str, log: Path, episodes: int | None = None) -> Row:
     executed, `under_way` how often an observation did not reflect that many commands. `late_fraction` is that
     of steps that the simulator itself began late: above a few percent, the machine was too slow for the log
     to be meaningful.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it holds fewer than `episodes` (None uses all), or an older version wrote it.
     """
     if not log.exists():
         raise FileNotFoundError(f"no log of a simulated robot at {log}")

@@ -72,7 +72,11 @@ class EpisodeRecorder:
             logger.error("the last episode was not recorded: %s", self.failure)
 
     def add(self, frame: dict[str, Any]) -> None:
-        """Record one step, as `LeRobotDataset.add_frame` expects it with `task`; returns at once."""
+        """Record one step, as `LeRobotDataset.add_frame` expects it with `task`; returns at once.
+
+        Raises:
+            RuntimeError: If writing failed before, or cannot keep up: a recording must have no gaps.
+        """
         if self.failure is not None:
             raise RuntimeError(f"the recording cannot continue: {self.failure}") from self.failure
         if self._queue.qsize() >= self._layout.longest_episode:

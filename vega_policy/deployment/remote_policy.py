@@ -95,6 +95,10 @@ class VegaRemotePolicy(PreTrainedPolicy):
 
     With `rtc` inference the next chunk is requested in a thread of its own while the robot executes the last
     one. PolicyUnavailableError if the server is unreachable.
+
+    Raises:
+        PolicyUnavailableError: If the server is unreachable.
+        ValueError: If the served policy reads histories of frames.
     """
 
     config_class = VegaRemoteConfig  # pyright: ignore[reportAssignmentType]

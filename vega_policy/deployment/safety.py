@@ -362,7 +362,11 @@ class Workspace:
 
 
 def read_limits(joints: Mapping[str, Mapping[str, Any]]) -> tuple[JointLimits, ...]:
-    """Read limits from a config, by joint name; null means no such limit."""
+    """Read limits from a config, by joint name; null means no such limit.
+
+    Raises:
+        ValueError: If a field is unknown or missing, or a limit is impossible.
+    """
     known = {field.name for field in fields(JointLimits)} - {"name"}
     limits = []
     for name, values in joints.items():
@@ -389,6 +393,9 @@ def limits_from_episodes(
 
     `names` are the action keys of the columns of `episodes`, each [t a] in the robot's units. `margin` is the
     fraction of each range, speed, acceleration and jump that is added.
+
+    Raises:
+        ValueError: If every episode has fewer than three steps, or the columns do not match.
     """
     long_enough = [np.asarray(episode, np.float64) for episode in episodes if len(episode) >= 3]
     if not long_enough or any(episode.shape[1] != len(names) for episode in long_enough):

@@ -41,7 +41,11 @@ class Ablation:
 
 
 def check_ablations(names: Sequence[str]) -> None:
-    """Refuse unknown, repeated or no ablations."""
+    """Refuse unknown, repeated or no ablations.
+
+    Raises:
+        ValueError: Lists close and all known names.
+    """
     for name in names:
         if name not in ABLATIONS:
             raise unknown_name("ablation", name, ABLATIONS, near=3)
@@ -50,7 +54,12 @@ def check_ablations(names: Sequence[str]) -> None:
 
 
 def apply_ablation(name: str, policy: ChunkPolicy, checkpoint: Path) -> ChunkPolicy:
-    """Return the policy under an ablation; `checkpoint` is the folder of its `config.json`."""
+    """Return the policy under an ablation; `checkpoint` is the folder of its `config.json`.
+
+    Raises:
+        ValueError: If there is no such ablation, or the policy has not the part that it replaces.
+        FileNotFoundError: If the checkpoint has no file that the ablation needs.
+    """
     check_ablations([name])
     return ABLATIONS[name].apply(policy, checkpoint)
 
@@ -61,7 +70,11 @@ class BlindPolicy:
     reads_frames = False
 
     def __init__(self, policy: ChunkPolicy, mean_frames: dict[str, np.ndarray]) -> None:
-        """Wrap a policy; `mean_frames` are uint8 [h w 3] by camera key."""
+        """Wrap a policy; `mean_frames` are uint8 [h w 3] by camera key.
+
+        Raises:
+            ValueError: If a camera of the policy has no mean frame.
+        """
         self.description, self.noise_shape = policy.description, policy.noise_shape
         cameras = self.description.cameras
         if missing := sorted(set(cameras) - set(mean_frames)):
@@ -86,7 +99,12 @@ class BlindPolicy:
 
 
 def read_mean_frames(checkpoint: Path) -> dict[str, np.ndarray]:
-    """Return the mean frames that training wrote into a checkpoint, uint8 [h w 3] by camera key."""
+    """Return the mean frames that training wrote into a checkpoint, uint8 [h w 3] by camera key.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If a mean frame has another shape or range.
+    """
     path = checkpoint / MEAN_FRAMES_FILE
     if not path.is_file():
         raise FileNotFoundError(
@@ -125,7 +143,11 @@ class FeatureAblation:
     reads_frames = True
 
     def __init__(self, policy: ChunkPolicy, name: str, change: Change, *, needs_prior: bool = True) -> None:
-        """Wrap a policy; `change` is called once a chunk, `name` is for messages."""
+        """Wrap a policy; `change` is called once a chunk, `name` is for messages.
+
+        Raises:
+            ValueError: If the policy is no VEGA policy, or has no prior although one is needed.
+        """
         if not isinstance(policy, LeRobotChunkPolicy) or not isinstance(policy.policy, VegaPolicy):
             raise ValueError(
                 f"ablation {name!r} changes the features of a vega policy; this one is "

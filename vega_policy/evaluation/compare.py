@@ -55,6 +55,11 @@ def compare_runs(
 
     Returns `stats.paired_difference` of each task, and under `all` of all of them. UnpairedRunsError if the
     episodes are not the same, from the same initial states.
+
+    Raises:
+        FileNotFoundError: If a folder holds no finished episode.
+        UnpairedRunsError: If they are not of the same episodes from the same initial states.
+        ValueError: If both are one folder under one ablation.
     """
     _require_distinct([first, second], [first_ablation, second_ablation])
     one, two = _read_ablation(first, first_ablation), _read_ablation(second, second_ablation)
@@ -188,7 +193,12 @@ def evaluations_below(folder: Path) -> list[Path]:
 
 
 def read_policies(folders: Sequence[Path], ablations: Sequence[str]) -> list[PolicyRuns]:
-    """Read several policies, named by their folders' names, or by the paths where two names are the same."""
+    """Read several policies, named by their folders' names, or by the paths where two names are the same.
+
+    Raises:
+        FileNotFoundError: If a folder holds no evaluation.
+        ValueError: If two are one folder under one ablation; see `read_policy`.
+    """
     _require_distinct(folders, ablations)
     names = [folder.resolve().name for folder in folders]
     pairs = list(zip(names, ablations, strict=True))
@@ -201,6 +211,11 @@ def read_policy(folder: Path, ablation: str, name: str) -> PolicyRuns:
     """Read all evaluations of a policy that have episodes under an ablation.
 
     They lie in `<folder>/<seed>/<suite>/episodes.parquet`, or `<folder>/<suite>` for a single seed.
+
+    Raises:
+        FileNotFoundError: If it holds no evaluation.
+        ValueError: If an evaluation lies elsewhere, cannot be read or is of another suite than its folder's
+            name, if two seeds are one and the same evaluation or of one checkpoint, or none has the ablation.
     """
     evaluations = evaluations_below(folder)
     if not evaluations:

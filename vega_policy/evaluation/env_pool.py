@@ -48,7 +48,11 @@ class WorkerPool:
     """
 
     def __init__(self, factory: EnvironmentFactory, processes: int) -> None:
-        """Start the processes; they import the simulator while the caller goes on."""
+        """Start the processes; they import the simulator while the caller goes on.
+
+        Raises:
+            ValueError: If the number of processes is below 1.
+        """
         if processes < 1:
             raise ValueError(f"expected at least 1 process, got processes={processes}")
         self._factory = factory

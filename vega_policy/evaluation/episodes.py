@@ -138,7 +138,11 @@ _SCHEMA = pyarrow.schema([(field.name, _ARROW_TYPES[str(field.type)]) for field 
 
 
 def select_tasks(tasks: Sequence[TaskDescription], indices: Sequence[int] | None) -> list[TaskDescription]:
-    """Return the tasks with the given indices, in the suite's order; all of them for None."""
+    """Return the tasks with the given indices, in the suite's order; all of them for None.
+
+    Raises:
+        ValueError: If an index does not exist; lists the tasks.
+    """
     if indices is None:
         return list(tasks)
     if unknown := sorted(set(indices) - {task.index for task in tasks}):
@@ -161,6 +165,9 @@ def plan_episodes(
     There are 1 to `EPISODES_PER_SEED` of each task. With `official_states` episode i starts from the suite's
     official initial state i. `perturbation` is the axis along which the environment changes every episode, by
     a strength in (0, 1].
+
+    Raises:
+        ValueError: If there is no task, a number is out of range, or official states are missing.
     """
     if not tasks:
         raise ValueError("expected at least one task to evaluate on, got none")
@@ -208,7 +215,11 @@ def _require_official_states(tasks: Sequence[TaskDescription], episodes_per_task
 
 @dataclass(frozen=True)
 class Shard:
-    """Part `index`, from 0, of an evaluation in `count` parts."""
+    """Part `index`, from 0, of an evaluation in `count` parts.
+
+    Raises:
+        ValueError: If the index is not below the count.
+    """
 
     index: int = 0
     count: int = 1
@@ -375,6 +386,9 @@ def read_conditions(folder: Path) -> dict[str, Any]:
     """Return the settings of an evaluation; empty where its folder holds episodes alone.
 
     `action_steps` is taken from the summary if there is one: the settings hold null for the policy's own.
+
+    Raises:
+        ValueError: If a file cannot be read.
     """
     settings, summary = (
         read_json(folder / name) if (folder / name).is_file() else {} for name in (SETTINGS, SUMMARY_FILE)

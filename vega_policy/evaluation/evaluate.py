@@ -55,7 +55,11 @@ _SECONDS_BETWEEN_WRITES = 2.0  # of the table: writing it after every episode wo
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """Settings of an evaluation."""
+    """Settings of an evaluation.
+
+    Raises:
+        ValueError: If an ablation is unknown, or a number is out of range.
+    """
 
     suite: str
     tasks: tuple[int, ...] | None = None  # indices; None evaluates all tasks of the suite
@@ -146,6 +150,12 @@ def evaluate_checkpoint(
 
     Returns the content of summary.json by suite. `usual_frames` hold where neither the config nor the
     checkpoint says it.
+
+    Raises:
+        FileNotFoundError: If the checkpoint, or a file that an ablation needs, does not exist.
+        ValueError: If a setting is wrong, the output folder holds something else, the checkpoint is damaged,
+            or the policy does not fit the environment.
+        WorkerError: If a simulator failed.
     """
     environment, functions = config["env"], config["environments"]
     device = choose_device(config["device"])
@@ -279,6 +289,7 @@ class Evaluation:
         Raises:
             OtherRunError: If the folder holds something else.
             FolderInUseError: If another process evaluates into it.
+            ValueError: If a task index or a number is out of range, or an ablation cannot be run in shards.
         """
         self.settings = settings
         self.episodes = plan_episodes(
@@ -336,6 +347,9 @@ class Evaluation:
         """Run every missing episode, write summary.json, videos and report.html, and return the summary.
 
         `policies` are by ablation, in the order of the settings.
+
+        Raises:
+            ValueError: If the policies are not those of the settings' ablations.
         """
         self._started = self._started or time.perf_counter()
         try:

@@ -56,6 +56,9 @@ def read_recorded(
     """Return the dataset of a checkpoint's run, the episodes to evaluate, and the table of all frames.
 
     Without `episodes` these are the episodes that the run held out.
+
+    Raises:
+        ValueError: If the checkpoint lies in no run and no dataset is given, or no episode was held out.
     """
     stored = checkpoint.resolve().parents[2] / "config.yaml"
     values: dict[str, Any] = read_yaml(stored, "dataset")["dataset"] if stored.is_file() else {}
@@ -158,6 +161,9 @@ def compare_open_loop(first: Path, second: Path) -> str:
     """Return a table of two evaluations of the same recorded frames: errors and paired differences.
 
     The interval of a difference is Student's over episodes, whose frames are not independent.
+
+    Raises:
+        ValueError: If the evaluations are of other frames or joints.
     """
     one, other = (read_json(folder / REPORT) for folder in (first, second))
     for field in ("joints", "chunks", "last_action", "mean_action"):

@@ -114,7 +114,11 @@ class IncompatiblePolicyError(ValueError):
 def check_compatible(
     description: PolicyDescription, observation: EnvObservation, *, reads_frames: bool
 ) -> None:
-    """Refuse a policy that an environment has not the inputs for, or that has other actions."""
+    """Refuse a policy that an environment has not the inputs for, or that has other actions.
+
+    Raises:
+        IncompatiblePolicyError: If cameras are missing, or the state or the action has another size.
+    """
     frames = observation["frames"]
     if reads_frames and not set(description.cameras) <= set(lerobot_keys(frames)):
         raise IncompatiblePolicyError(
@@ -146,7 +150,11 @@ def lerobot_keys(cameras: Iterable[str]) -> dict[str, str]:
 
 
 def stack_observations(rows: Sequence[EnvObservation | None], cameras: Sequence[str]) -> ObservationBatch:
-    """Batch the cameras of all environments; idle ones (None) become zeros, so that no row ever moves."""
+    """Batch the cameras of all environments; idle ones (None) become zeros, so that no row ever moves.
+
+    Raises:
+        ValueError: If every environment is idle.
+    """
     sample = next((row for row in rows if row is not None), None)
     if sample is None:
         raise ValueError("expected at least one environment with an observation, got only idle ones")
@@ -208,6 +216,7 @@ def load_lerobot_policy(folder: Path, *, device: str, action_steps: int | None =
     of `find_checkpoint`.
 
     Raises:
+        ValueError: If the policy type is not registered, or the policy cannot be evaluated by chunks.
         DamagedCheckpointError: If its files are not those that its checksums list.
         UnsafeCheckpointError: If its configuration names code.
     """
@@ -238,6 +247,9 @@ class LeRobotChunkPolicy:
         """Wrap a policy that is in evaluation mode and on its device; see `load_lerobot_policy`.
 
         The postprocessor brings actions into the environment's units.
+
+        Raises:
+            ValueError: See `describe`.
         """
         self.policy = policy
         self.preprocessor = preprocessor
@@ -298,7 +310,12 @@ class LeRobotChunkPolicy:
 
 
 def describe(policy: PreTrainedPolicy, action_steps: int | None) -> PolicyDescription:
-    """Return what a policy was trained on, from its config."""
+    """Return what a policy was trained on, from its config.
+
+    Raises:
+        ValueError: If the policy reads several past observations, or the number of actions to execute is
+            unknown or below 1.
+    """
     config, fields = policy.config, vars(policy.config)
     if config.n_obs_steps != 1:
         raise ValueError(

@@ -110,7 +110,13 @@ class Rollout:
     busy_fraction: float = 0.0  # of the simulators' time that they did not wait for the policy
 
     def run(self, episodes: Iterable[Episode], instructions: Sequence[str] = ()) -> Iterator[FinishedEpisode]:
-        """Run episodes of a suite, whose tasks have these instructions, and yield each one as it ends."""
+        """Run episodes of a suite, whose tasks have these instructions, and yield each one as it ends.
+
+        Raises:
+            IncompatiblePolicyError: If the policy does not fit the environment.
+            WorkerError: If a simulator failed.
+            ValueError: If the policy predicts too few, non-finite or wrongly shaped actions.
+        """
         self.policy.reset(instructions)
         start, busy = time.perf_counter(), self.pool.busy_seconds
         schedule = Schedule(episodes, self.batch_size)

@@ -19,7 +19,11 @@ class Interval(NamedTuple):
 
 
 def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> Interval:
-    """Return Wilson's score interval of a success probability, without continuity correction."""
+    """Return Wilson's score interval of a success probability, without continuity correction.
+
+    Raises:
+        ValueError: If not 0 <= successes <= trials, there is no trial, or confidence is outside (0, 1).
+    """
     if trials < 1 or not 0 <= successes <= trials:
         raise ValueError(f"expected 0 <= successes <= trials and trials >= 1, got {successes} of {trials}")
     return _wilson(successes / trials, trials, confidence)
@@ -32,6 +36,9 @@ def repeated_wilson_interval(successes: np.ndarray, confidence: float = 0.95) ->
     the mean over states: the effective sample size of surveys (Franco, Little, Louis and Slud, Journal of
     Survey Statistics and Methodology 7, 2019). It is kept between n (repetitions add nothing; also taken at
     rates of 0 and 1) and k n (all episodes are independent). With k = 1 this is `wilson_interval`.
+
+    Raises:
+        ValueError: If there is no episode.
     """
     if successes.ndim != 2 or successes.size == 0:
         raise ValueError(f"expected successes of shape [k n] with k, n >= 1, got {list(successes.shape)}")
@@ -52,6 +59,9 @@ def paired_interval(differences: np.ndarray, confidence: float = 0.95) -> Interv
     for one episode a state). Unlike a bootstrap of the pairs, the interval keeps a width where the policies
     hardly ever disagree: with 50 pairs, where the first policy alone solves one state in a hundred and the
     second alone none, a percentile bootstrap covers the truth in 39% of the cases.
+
+    Raises:
+        ValueError: If there is no difference, or one is outside [-1, 1].
     """
     if differences.ndim != 1 or len(differences) == 0:
         raise ValueError(f"expected differences [n] with n >= 1, got shape {list(differences.shape)}")
@@ -70,6 +80,9 @@ def interval_of_mean(rates: Sequence[float], intervals: Sequence[Interval]) -> I
     The squared distances of the estimates to their limits are added separately below and above, so that the
     result is as asymmetric near 0 and 1 as the intervals (MOVER: Zou and Donner, Statistics in Medicine 27,
     2008).
+
+    Raises:
+        ValueError: If there is no estimate.
     """
     if not rates:
         raise ValueError("expected at least one estimate, got none")
@@ -81,7 +94,11 @@ def interval_of_mean(rates: Sequence[float], intervals: Sequence[Interval]) -> I
 
 
 def mcnemar_exact(only_first: int, only_second: int) -> float:
-    """Return the two-sided p-value of McNemar's exact test on the episodes that only one policy solved."""
+    """Return the two-sided p-value of McNemar's exact test on the episodes that only one policy solved.
+
+    Raises:
+        ValueError: If a count is negative.
+    """
     if min(only_first, only_second) < 0:
         raise ValueError(f"expected counts of at least 0, got {only_first} and {only_second}")
     disagreements = only_first + only_second
@@ -132,7 +149,11 @@ def paired_difference(first: Sequence[bool], second: Sequence[bool]) -> dict[str
 
 
 def mean_of_tasks(rates: Mapping[str, float]) -> float:
-    """Return the unweighted mean of the tasks' success rates."""
+    """Return the unweighted mean of the tasks' success rates.
+
+    Raises:
+        ValueError: If there is no task.
+    """
     if not rates:
         raise ValueError("expected the success rate of at least one task, got none")
     return math.fsum(rates.values()) / len(rates)
@@ -142,6 +163,9 @@ def mean_of_groups(rates: Mapping[str, float], groups: Mapping[str, str]) -> flo
     """Return the mean over groups of the mean over each group's tasks.
 
     Papers on Meta-World MT50 often report this as "average": four difficulty groups of 28, 11, 6 and 5 tasks.
+
+    Raises:
+        ValueError: If there is no task, or a task has no group.
     """
     if ungrouped := sorted(set(rates) - set(groups)):
         raise ValueError(f"these tasks belong to no group: {ungrouped}")

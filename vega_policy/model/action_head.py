@@ -170,7 +170,11 @@ class FlowHead(nn.Module):
         noise: Tensor | None = None,
         time: Tensor | None = None,
     ) -> Tensor:
-        """Return the squared error of the velocity on the straight path, without padding and prefix, [b]."""
+        """Return the squared error of the velocity on the straight path, without padding and prefix, [b].
+
+        Raises:
+            ValueError: If noise or time is missing.
+        """
         if noise is None or time is None:
             raise ValueError("The flow head needs noise [b t a] and time [b]; see sample_noise_and_time.")
         x = interpolate(actions, noise, time)
@@ -395,7 +399,11 @@ ACTION_HEADS: dict[str, type[FlowHead] | type[L1Head]] = {"flow": FlowHead, "l1"
 
 
 def make_action_head(config: ActionHeadConfig, context_width: int, chunk_size: int, action_dim: int) -> Any:
-    """Build the `ActionHead` that a config names."""
+    """Build the `ActionHead` that a config names.
+
+    Raises:
+        ValueError: If the name is unknown.
+    """
     if config.name not in ACTION_HEADS:
         raise unknown_name("head", config.name, sorted(ACTION_HEADS))
     return ACTION_HEADS[config.name](config, context_width, chunk_size, action_dim)

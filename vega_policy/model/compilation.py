@@ -28,6 +28,9 @@ def compile_blocks(model: VegaModel, **options: Any) -> None:
     """Compile image encoder, projectors, fusion, trunk and head, each for the first shapes it is called with.
 
     Options are those of `torch.compile`.
+
+    Raises:
+        ValueError: If it is another backbone, or a base.
     """
     if not isinstance(model, VegaModel) or not isinstance(model.backbone, CompactBackbone):
         found = type(model.backbone if isinstance(model, VegaModel) else model).__name__
@@ -69,6 +72,9 @@ class CapturedControlStep:
     Small policies leave a GPU waiting for the host, which launches thousands of kernels per chunk; a graph
     launches them at once. Instructions are encoded when the graph is captured. The model is in evaluation
     mode.
+
+    Raises:
+        ValueError: If the model is not on a CUDA device or the observation has no frames.
     """
 
     @torch.no_grad()

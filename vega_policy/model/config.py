@@ -108,7 +108,11 @@ here or in another package under the entry points `vega_policy.fusions`.
 
 
 def registered_elsewhere(kind: str, own: Collection[str]) -> dict[str, str]:
-    """Return name -> "module:attribute" of the entry points `vega_policy.<kind>`; nothing is imported."""
+    """Return name -> "module:attribute" of the entry points `vega_policy.<kind>`; nothing is imported.
+
+    Raises:
+        ValueError: If another package registers a name of this one, or two packages the same.
+    """
     found: dict[str, str] = {}
     for point in entry_points(group=f"vega_policy.{kind}"):
         package = point.dist.name if point.dist else point.value

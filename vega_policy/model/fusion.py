@@ -32,7 +32,11 @@ class Fusion(Protocol):
 
 
 def make_fusion(width: int, config: FusionConfig, grid: tuple[int, int]) -> nn.Module:
-    """Build the `Fusion` that a config names, for tokens of a width on a grid (gh, gw)."""
+    """Build the `Fusion` that a config names, for tokens of a width on a grid (gh, gw).
+
+    Raises:
+        ValueError: If the name is unknown, or a size does not fit.
+    """
     if config.name not in FUSIONS:
         raise unknown_name("fusion", config.name, sorted(FUSIONS))
     return resolve_name(FUSIONS[config.name])(width, config, grid)
@@ -46,7 +50,11 @@ def make_projector(prior: Any, width: int) -> nn.Module:
 
 
 class SlotAttention(nn.Module):
-    """The token of a frame attends to those of its future slots at the same place, then an MLP."""
+    """The token of a frame attends to those of its future slots at the same place, then an MLP.
+
+    Raises:
+        ValueError: If the width is no multiple of the number of heads.
+    """
 
     heads = 4
 
@@ -156,7 +164,11 @@ class InstructionGate(TokenGate):
         return [*super().gate_weights(), *self.instruction.parameters(), self.context_scale]
 
     def offset(self, context: Tensor | None) -> Tensor:
-        """Return the scaled scalar of the pooled instruction, [b d] -> [b 1 1]."""
+        """Return the scaled scalar of the pooled instruction, [b d] -> [b 1 1].
+
+        Raises:
+            ValueError: If there is no instruction.
+        """
         if context is None:
             raise ValueError("instruction_gate needs the pooled instruction as context; got none.")
         return self.context_scale * self.instruction(context)[:, None]
@@ -209,7 +221,11 @@ class SequenceConcat(PerTokenFusion):
 
 
 class CrossAttention(PerTokenFusion):
-    """Semantic tokens attend to prior tokens with 2D sine-cosine positions, in `config.layers` layers."""
+    """Semantic tokens attend to prior tokens with 2D sine-cosine positions, in `config.layers` layers.
+
+    Raises:
+        ValueError: If the heads do not divide the width.
+    """
 
     position: Tensor
 

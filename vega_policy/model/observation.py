@@ -16,6 +16,9 @@ class Observation:
 
     Outputs of frozen encoders may replace the input that they were computed from: `semantic` and `prior`
     replace the frames, `words` the instruction.
+
+    Raises:
+        ValueError: If the batch sizes of the fields differ or an axis is missing.
     """
 
     frames: Tensor | None  # [b v t 3 h w], uint8 or float in [0, 1]; t = 1 unless the prior reads clips
@@ -45,7 +48,11 @@ class Observation:
         return self.instruction if self.words is None else self.words
 
     def require_frames(self, stream: str) -> Tensor:
-        """Return the frames."""
+        """Return the frames.
+
+        Raises:
+            ValueError: If there are none; names the stream whose features are missing too.
+        """
         if self.frames is None:
             raise ValueError(f"The observation must hold frames or cached {stream} features; got neither.")
         return self.frames
@@ -63,6 +70,10 @@ def stack_views(cameras: dict[str, Tensor], size: int, how: str = "stretch") -> 
     cameras are and have that size. They are never cropped: `how` is `stretch`, or `pad`, which keeps the
     aspect ratio and adds black at both sides. Both streams read the result: a place is the same normalised
     image coordinate in each.
+
+    Raises:
+        TypeError: If frames are neither uint8 nor floating-point.
+        ValueError: If values lie outside [0, 1] or a shape is not that of frames.
     """
     views = []
     for name, view in cameras.items():
@@ -79,7 +90,12 @@ def stack_views(cameras: dict[str, Tensor], size: int, how: str = "stretch") -> 
 
 
 def check_frames(frames: Tensor, name: str) -> None:
-    """Check that the frames of a camera are uint8 or in [0, 1]; nothing is rescaled by guess."""
+    """Check that the frames of a camera are uint8 or in [0, 1]; nothing is rescaled by guess.
+
+    Raises:
+        TypeError: If frames are neither uint8 nor floating-point.
+        ValueError: If a value lies outside [0, 1] or is not a number.
+    """
     if frames.dtype == torch.uint8:
         return
     if not frames.is_floating_point():

@@ -58,6 +58,10 @@ class RTCQueueAdapter:
         `predict` gives a chunk [1 t a] from `inference_delay` and `prev_chunk_left_over`, here the actions
         since the observation [1 t a]. LeRobot's `prev_chunk_left_over` is the content of its queue [t a], cut
         or padded with zeros to some length. Its `inference_delay` is not used, since it is read off a clock.
+
+        Raises:
+            ValueError: If LeRobot requests chunks too early to tell which observation they rest on.
+            RuntimeError: If the queue holds other actions than it was given.
         """
         with self._lock:
             episode, given, is_settled = self._episode, self._given, self._is_settled

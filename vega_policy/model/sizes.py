@@ -40,6 +40,9 @@ def build_networks(name: str, device: str = "meta") -> dict[str, Any]:
     """Build the networks of a prior at their published sizes, or those of its registry entry.
 
     `meta` gives shapes and takes no memory; on another device weights are random.
+
+    Raises:
+        ValueError: If the prior has no published networks.
     """
     architecture = PRIOR_ARCHITECTURES.get(name) or (PRIORS[name].architecture if name in PRIORS else None)
     if architecture is None:
@@ -78,6 +81,9 @@ def build_without_weights(config: PriorConfig, grid: tuple[int, int], device: st
     """Build a prior at its published size, cut behind the layer that is read, for a token grid (gh, gw).
 
     `meta` gives shapes and takes no memory; on another device weights are random.
+
+    Raises:
+        ValueError: If the prior has no networks of published sizes.
     """
     config = resolve(replace(config, engine="plain"))
     if config.name in ("random", "wan_tiny", "wan_tiny_untrained"):
@@ -164,6 +170,9 @@ def inspect_model(config: ModelConfig) -> list[Part]:
     Arithmetic is that of one observation. Hugging Face models count as two operations for each weight of
     their linear layers and token, plus full attention (also where it is windowed); everything else is counted
     while it runs on the meta device. Text encoders and word embeddings count as none.
+
+    Raises:
+        ValueError: If the published sizes of a part are not known.
     """
     if config.backbone.name == "compact":
         sizes = config.state_dim, config.views, config.frame_size
@@ -205,7 +214,11 @@ def inspect_model(config: ModelConfig) -> list[Part]:
 
 
 def refuse_base(base: BaseConfig) -> None:
-    """Refuse a policy built upon a pre-trained one: its networks are known from its checkpoint only."""
+    """Refuse a policy built upon a pre-trained one: its networks are known from its checkpoint only.
+
+    Raises:
+        ValueError: If there is a base.
+    """
     if base.name != "none":
         raise ValueError(
             f"base={base.name}: the networks of a pre-trained policy lie in its checkpoint. Inspect a policy "
@@ -225,6 +238,9 @@ def without_weights(
 
     `device="meta"` takes no memory; others get random weights. `prompts` makes the replacement of the
     processor from the tokens along a frame's side and the id of a placeholder; None takes `Placeholders`.
+
+    Raises:
+        ValueError: If the sizes of the backbone are not listed.
     """
     if config.name not in BACKBONE_ARCHITECTURES:
         known = ", ".join(sorted(BACKBONE_ARCHITECTURES))

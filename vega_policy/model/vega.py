@@ -103,6 +103,10 @@ class VegaEncoder(nn.Module):
         With one (folder of a policy's checkpoint, or name of a packaged policy) the other arguments are those
         of its training. Names are those of `PRIORS`, `FUSIONS` and `BACKBONES`. Frames are resized to
         `frame_size` pixels.
+
+        Raises:
+            ValueError: If a name or a size is unknown, or the checkpoint is damaged or of another kind.
+            FileNotFoundError: If the checkpoint or weights are missing.
         """
         if checkpoint is not None:
             return _load_encoder(Path(checkpoint)).eval()
@@ -125,6 +129,10 @@ class VegaEncoder(nn.Module):
         Frames are [b 3 h w], [b v 3 h w], or with a clip prior [b v t 3 h w]; uint8, or float in [0, 1]. They
         are stretched to `config.frame_size`. Or they are v cameras by name, [b 3 h w] or [b t 3 h w] each,
         which may differ in size.
+
+        Raises:
+            TypeError: If frames are neither uint8 nor floating-point.
+            ValueError: If a shape or a value is not that of frames, or a needed instruction is missing.
         """
         stacked = stack_views(_split_views(frames), self.config.frame_size, self.config.resize)
         sentences = instruction or [""] * len(stacked)
@@ -267,7 +275,11 @@ class VegaModel(VegaEncoder):
         prior_generator: torch.Generator | None = None,
         future: FutureFrames | None = None,
     ) -> Tensor:
-        """Return the loss of each sample, [b]; in training mode with that of the forecast, by its weight."""
+        """Return the loss of each sample, [b]; in training mode with that of the forecast, by its weight.
+
+        Raises:
+            ValueError: If the forecast is trained and `future` is missing.
+        """
         context, mask, predicted = self._encode(observation, prior_generator)
         losses = self.head.loss(context, mask, actions, is_pad, noise, time)
         weight = self.config.forecast.weight
@@ -348,6 +360,10 @@ def load_weights(
     """Load a policy's weights, named `model.<name>`, into its model or encoder.
 
     An exported policy leaves out those of the packaged text encoder, with which the model was built.
+
+    Raises:
+        ValueError: If the installed text encoder is another, or, with `strict`, a weight is missing or
+            superfluous; names `source`.
     """
     held = {f"{PREFIX}{name}": name for name in model.state_dict()}
     model.load_state_dict({held.get(name, name): value for name, value in weights.items()}, strict=False)

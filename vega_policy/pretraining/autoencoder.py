@@ -55,7 +55,11 @@ def as_frames(video: Tensor) -> np.ndarray:
 
 
 def crop_clips(frames: np.ndarray, length: int, crop: int | None, rng: np.random.Generator) -> np.ndarray:
-    """Crop all clips alike to a random window of frames and a square, [n t h w 3] -> [n t' h' w' 3]."""
+    """Crop all clips alike to a random window of frames and a square, [n t h w 3] -> [n t' h' w' 3].
+
+    Raises:
+        ValueError: If the clips are shorter than the window or smaller than the square.
+    """
     _, t, h, w, _ = frames.shape
     side = min(h, w) if crop is None else crop
     if length > t or side > min(h, w):

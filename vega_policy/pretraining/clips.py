@@ -177,6 +177,10 @@ def cut_clips(folder: Path, *, processes: int, deadline: float | None = None, **
 
     Unfinished shards are left to the next call at `deadline` (`time.time()`). `processes` is not used: frames
     are only copied.
+
+    Raises:
+        FileNotFoundError: If a dataset has no rendered frames of this size; says how to render them.
+        ValueError: If the folder holds clips of another spec.
     """
     spec = from_config(CutSpec, values)
     with open_run(folder, asdict(spec)):

@@ -52,7 +52,11 @@ def write_part(network: Any, target: Path) -> None:
 
 
 def load_weights(network: Any, path: Path) -> None:
-    """Load the weights of an exported part into a network."""
+    """Load the weights of an exported part into a network.
+
+    Raises:
+        ValueError: If they are of another architecture.
+    """
     weights = read_tensors(path)
     shapes = {name: tuple(value.shape) for name, value in weights.items()}
     if shapes != {name: tuple(value.shape) for name, value in network.state_dict().items()}:
@@ -90,7 +94,11 @@ def load_transformer(folder: Path, device: torch.device) -> Any:
 
 
 def check_size(folder: Path) -> int:
-    """Return the size of a checkpoint in bytes."""
+    """Return the size of a checkpoint in bytes.
+
+    Raises:
+        ValueError: If it is too large to be shipped.
+    """
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     if size > LARGEST:
         raise ValueError(f"{folder} has {size} bytes; at most {LARGEST} are shipped")
@@ -215,6 +223,9 @@ def write_card(folder: Path, figures: Figures, learned: Figures, settings: Pretr
     """Write the card of the checkpoint in `folder`, and its figures (of `measure`) as JSON beside it.
 
     `learned` describes the training: clips, shots, steps.
+
+    Raises:
+        ValueError: If the checkpoint is too large.
     """
     found = hardware()
     machine = settings.report.hardware or ", ".join(

@@ -65,6 +65,11 @@ def pretrain(settings: PretrainSettings) -> Path | None:
     """Run the stages of the settings, each from where an earlier start stopped; see `open_run`.
 
     Returns the folder of the weights, None if the time was up before all was done: call again.
+
+    Raises:
+        ValueError: If the prior is not one that is trained here.
+        FolderInUseError: If another process runs in the folder.
+        OtherRunError: If the folder holds a run with other settings, or other files.
     """
     stages = _Stages(settings)
     may_hold = ("clips", "prompts.safetensors")
@@ -355,6 +360,9 @@ def run_training(
     """Train until the last step or the deadline (`time.time()`), save, and return whether all steps are made.
 
     `validate` measures the averaged weights on held-out clips.
+
+    Raises:
+        FloatingPointError: If loss or gradient are not finite; the last checkpoint is intact.
     """
     if trainer.finished:
         return True

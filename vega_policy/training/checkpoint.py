@@ -219,7 +219,11 @@ def read_step(checkpoint: Path) -> int:
 
 
 def load_raw_weights(checkpoint: Path, policy: VegaPolicy) -> None:
-    """Replace the trainable weights of a policy, loaded from `pretrained_model`, by the raw ones."""
+    """Replace the trainable weights of a policy, loaded from `pretrained_model`, by the raw ones.
+
+    Raises:
+        ValueError: If the checkpoint holds other trainable weights than the policy has.
+    """
     saved, weights = load_file(checkpoint / STATE / WEIGHTS), trainable(policy)
     if saved.keys() != weights.keys():
         differing = sorted(saved.keys() ^ weights.keys())
@@ -243,7 +247,11 @@ def load_training_state(checkpoint: Path, train_state: TrainState) -> None:
 
 
 def check_origin(checkpoint: Path, origin: Origin) -> None:
-    """Refuse to resume with other data or sizes, which would change the order of samples."""
+    """Refuse to resume with other data or sizes, which would change the order of samples.
+
+    Raises:
+        ValueError: Lists each difference.
+    """
     saved = read_json(checkpoint / STATE / STEP)
     differing = [
         f"{name} was {saved.get(name)}, is {new}" for name, new in origin.items() if saved.get(name) != new
@@ -281,7 +289,11 @@ def _rng_file(rank: int) -> str:
 
 
 def check_folder(config: TrainConfig) -> None:
-    """Refuse an output folder that does not fit, before anything is built or written."""
+    """Refuse an output folder that does not fit, before anything is built or written.
+
+    Raises:
+        OtherRunError: If the folder holds another run, or anything at all and `resume` is off.
+    """
     folder = Path(config.output_dir)
     saved = folder / CONFIG
     if not (saved.exists() and config.resume):

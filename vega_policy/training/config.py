@@ -150,7 +150,11 @@ class TrainConfig:
 
     @property
     def vega(self) -> VegaConfig:
-        """The policy's config."""
+        """The policy's config.
+
+        Raises:
+            TypeError: If it is of another type.
+        """
         if not isinstance(self.policy, VegaConfig):
             raise TypeError(
                 f"policy.type: expected 'vega', got {self.policy.type!r}; train LeRobot's other policies "
@@ -160,7 +164,11 @@ class TrainConfig:
 
 
 def from_hydra(config: DictConfig) -> TrainConfig:
-    """Return the run that a composed Hydra config describes."""
+    """Return the run that a composed Hydra config describes.
+
+    Raises:
+        ValueError: If a mandatory value is missing, or as `decode`.
+    """
     entries = config.dataset.get("mixture")
     if entries and OmegaConf.is_missing(config.dataset, "repo_id"):
         config.dataset.repo_id = "+".join(str(entry.get("repo_id")) for entry in entries)
@@ -180,7 +188,11 @@ def from_hydra(config: DictConfig) -> TrainConfig:
 
 
 def check_device(name: str | None) -> None:
-    """Refuse a device that this machine does not have; LeRobot would take another one."""
+    """Refuse a device that this machine does not have; LeRobot would take another one.
+
+    Raises:
+        ValueError: Lists the devices that there are.
+    """
     if name is None:
         return
     gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
@@ -194,7 +206,11 @@ def check_device(name: str | None) -> None:
 
 
 def decode(node: Mapping[str, Any]) -> TrainConfig:
-    """Decode plain nested values; the groups that `policy` refers to may lie beside it and are left out."""
+    """Decode plain nested values; the groups that `policy` refers to may lie beside it and are left out.
+
+    Raises:
+        ValueError: As `from_config`.
+    """
     return from_config(TrainConfig, {key: value for key, value in node.items() if key not in _REFERRED})
 
 

@@ -35,6 +35,9 @@ class CapturedGradient:
 
     The same kernels run as without a graph, with the same results. `loss` reads its batch from fixed memory
     and returns a scalar without waiting for the device; what it draws or decides on the host is frozen.
+
+    Raises:
+        ValueError: If the weights are not on a CUDA device.
     """
 
     def __init__(self, loss: Callable[[], Tensor], weights: Sequence[nn.Parameter], most: float) -> None:
@@ -70,7 +73,11 @@ class CapturedGradient:
 
 
 def check_capturable(config: "TrainConfig", device: torch.device, instructions: Sequence[str]) -> None:
-    """Refuse a run on `device`, with these instructions in its training rows, that cannot be captured."""
+    """Refuse a run on `device`, with these instructions in its training rows, that cannot be captured.
+
+    Raises:
+        ValueError: Names the first obstacle and what to set.
+    """
     vega, data = config.vega, config.dataset
     few = vega.backbone.freeze_text_encoder or len(instructions) <= MOST_INSTRUCTIONS
     needs = (
@@ -184,7 +191,11 @@ class WordTable:
         self._read = reader(encoder, list(self._numbers))
 
     def choose(self, sentences: list[str]) -> None:
-        """Choose each sample's instruction, b of them."""
+        """Choose each sample's instruction, b of them.
+
+        Raises:
+            ValueError: If one is unknown.
+        """
         unknown = [sentence for sentence in sentences if sentence not in self._numbers]
         if unknown:
             raise ValueError(

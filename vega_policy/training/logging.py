@@ -292,6 +292,9 @@ def complete_card(folder: Path, evaluations: Sequence[Path]) -> str:
 
     The folder is an exported policy, or the `pretrained_model` of a run, whose commands and minutes are
     added. `evaluations` are output folders of evaluations of the policy.
+
+    Raises:
+        ValueError: If an evaluation is of another policy.
     """
     card = (folder / CARD).read_text().replace("FOLDER/pretrained_model", "FOLDER").rstrip()
     run = folder.resolve().parents[2]

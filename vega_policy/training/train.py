@@ -69,6 +69,7 @@ def train(config: TrainConfig) -> Path:
     `from_pretrained`. With `stop_after=0` only the cache is built, and its folder returned.
 
     Raises:
+        ValueError: If the output folder, the dataset or the cache does not fit; says what to do.
         FolderInUseError: If another process trains into the folder.
         TrainingStoppedError: If too many steps were not finite, or memory is full.
         DiskFullError: If the disk is full.
@@ -93,7 +94,11 @@ def train(config: TrainConfig) -> Path:
 
 
 def build_cache(config: TrainConfig, accelerator: Accelerator) -> Path:
-    """Build the cache of a run, or this command's part of it, and return its folder."""
+    """Build the cache of a run, or this command's part of it, and return its folder.
+
+    Raises:
+        ValueError: If the run has no cache.
+    """
     if config.dataset.cache == "none":
         raise ValueError("stop_after=0 builds the cache, and dataset.cache is none. Set dataset.cache=disk.")
     data = load_data(config)
@@ -184,7 +189,11 @@ def load_data(config: TrainConfig) -> TrainData:
 
 
 def check_alike(first: LocalDataset, other: LocalDataset) -> None:
-    """Refuse a dataset of a mixture whose cameras, state or action are not those of the first one."""
+    """Refuse a dataset of a mixture whose cameras, state or action are not those of the first one.
+
+    Raises:
+        DatasetError: Lists the differences.
+    """
     expected, found = policy_features(first), policy_features(other)
     differing = [f"no {name}" for name in expected if name not in found]
     differing += [f"{name} besides" for name in found if name not in expected]
@@ -257,6 +266,9 @@ def relative_action_stats(
     """Return the statistics of actions relative to the state at the start of their chunk.
 
     They are those of at most 100,000 chunks, evenly spaced over the rows [m], which weigh `weights` [m].
+
+    Raises:
+        DatasetError: If the state is narrower than the action.
     """
     if table.state.shape[1] < table.action.shape[1]:
         raise DatasetError(
@@ -358,7 +370,11 @@ def _weighted_mean(
 
 
 def check_forecast(policy: VegaConfig, data: DatasetConfig) -> tuple[int, ...]:
-    """Return how many control steps later frames a training batch must hold; none without a forecast."""
+    """Return how many control steps later frames a training batch must hold; none without a forecast.
+
+    Raises:
+        ValueError: If the dataset's cache cannot give them.
+    """
     if not policy.forecast.weight:
         return ()
     if data.cache == "none" or not {"frames", "semantic"} & set(data.cached):

@@ -104,6 +104,10 @@ def evaluate_closed_loop(
     All processes call it; random states are left unchanged. Reports and videos lie in the run's folder
     `simulation/<step>`, one folder a process; after a kill the evaluation resumes there. Returns `success` in
     [0, 1] and `episodes` over all processes, and this process's videos (mp4).
+
+    Raises:
+        ValueError: If the policy does not fit the environment.
+        WorkerError: If a simulator failed.
     """
     rank, world = accelerator.process_index, accelerator.num_processes
     folder = checkpoint.parents[1] / SIMULATION / checkpoint.name / str(rank)
