@@ -25,6 +25,7 @@ def write_dataset(
     cameras: tuple[str, ...] = CAMERAS,
     tasks: tuple[str, ...] = ("lift the cube", "push the cube"),
     video: str | None = None,
+    displacement: bool = False,
 ) -> Path:
     """Writes a finalized dataset of len(lengths) episodes at 10 Hz and returns its root.
 
@@ -38,6 +39,8 @@ def write_dataset(
     }
     if state_width:
         features["observation.state"] = {"dtype": "float32", "shape": (state_width,), "names": None}
+    if displacement:
+        features["displacement"] = {"dtype": "float32", "shape": (3,), "names": None}
     features["action"] = {"dtype": "float32", "shape": (action_width,), "names": None}
     encoding: dict[str, Any] = {}
     if video is not None:  # as envs.demos.shards encodes
@@ -62,6 +65,8 @@ def write_dataset(
             }
             if state_width:
                 frame["observation.state"] = rng.normal(size=state_width).astype(np.float32)
+            if displacement:
+                frame["displacement"] = np.array([episode, t, 0.0], np.float32) / 100
             action = rng.uniform(-1, 1, size=action_width).astype(np.float32)
             if written == nan_action_at:
                 action[0] = np.nan

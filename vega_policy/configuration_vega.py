@@ -16,6 +16,7 @@ from vega_policy.model.config import (
     ActionHeadConfig,
     BackboneConfig,
     BaseConfig,
+    DisplacementConfig,
     ForecastConfig,
     FusionConfig,
     ModelConfig,
@@ -50,6 +51,7 @@ class VegaConfig(PreTrainedConfig):
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     head: ActionHeadConfig = field(default_factory=ActionHeadConfig)
     forecast: ForecastConfig = field(default_factory=ForecastConfig)
+    displacement: DisplacementConfig = field(default_factory=DisplacementConfig)
     base: BaseConfig = field(default_factory=BaseConfig)
     normalization_mapping: dict[str, NormalizationMode] = field(
         default_factory=lambda: {
@@ -101,6 +103,10 @@ class VegaConfig(PreTrainedConfig):
         check_numbers(self, "policy.", frame_size="[1, inf)")
         if self.base.name != "none" and self.forecast.is_on:
             raise ValueError("policy.forecast is for the compact backbone, not for a base. Take base=none.")
+        if self.base.name != "none" and self.displacement.weight:
+            raise ValueError(
+                "policy.displacement is for this package's own action heads, not for a base. Take base=none."
+            )
         if self.base.name != "none" and self.use_relative_actions:
             raise ValueError(
                 "policy.use_relative_actions is for this package's own backbones; a base has its own "
@@ -126,6 +132,7 @@ class VegaConfig(PreTrainedConfig):
             backbone=self.backbone,
             head=self.head,
             forecast=self.forecast,
+            displacement=self.displacement,
         )
 
     def validate_features(self) -> None:

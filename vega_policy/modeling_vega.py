@@ -24,7 +24,7 @@ from vega_policy.model.compilation import CapturedSteps
 from vega_policy.model.fusion import gate_weights
 from vega_policy.model.observation import Observation, stack_views
 from vega_policy.model.rtc import RTCQueueAdapter
-from vega_policy.model.vega import FutureFrames, VegaModel, load_weights
+from vega_policy.model.vega import Displacement, FutureFrames, VegaModel, load_weights
 from vega_policy.priors import resolve
 
 
@@ -97,7 +97,8 @@ class VegaPolicy(PreTrainedPolicy):
         With `reduction="none"` it is one loss a sample [b]. Noise [b t a] and time [b] are those of
         `sample_noise_and_time`; None samples them from torch's default generator. Metrics are `loss`, with a
         gate its mean `gate` (weight of the semantic stream) over all views and per view, `gate/<camera>`, and
-        in training with a forecast its loss, `forecast`; `metrics_as_tensors` leaves them on the device.
+        in training the losses of auxiliary heads, `forecast` and `displacement` (m); `metrics_as_tensors`
+        leaves them on the device.
         """
         if self.base is not None:
             loss, metrics = self.base(batch, reduction=reduction)
@@ -112,12 +113,15 @@ class VegaPolicy(PreTrainedPolicy):
                 time,
                 self._prior_generator(),
                 self._future(batch),
+                self._displacement(batch),
             )
             mean = losses.mean()
             loss, metrics = mean if reduction == "mean" else losses, {"loss": mean.detach()}
         numbers = {name: value for name, value in metrics.items() if isinstance(value, float)}
         scalars = {name: value for name, value in metrics.items() if isinstance(value, Tensor)}
-        scalars |= self._gates() | self._forecast_error()
+        scalars |= self._gates()
+        if self.base is None and self.training:
+            scalars |= self.model.errors
         if scalars and not metrics_as_tensors:
             values = torch.stack([value.float() for value in scalars.values()]).tolist()
             scalars = dict(zip(scalars, values, strict=True))
@@ -130,10 +134,11 @@ class VegaPolicy(PreTrainedPolicy):
         forms = {name: batch.get(f"vega.future_{name}") for name in ("frames", "semantic")}
         return FutureFrames(batch["vega.future_is_pad"], **forms)
 
-    def _forecast_error(self) -> dict[str, Tensor]:
-        """Return the loss of the forecast in the last training loss; empty without a forecast."""
-        error = None if self.base is not None or not self.training else self.model.forecast_error
-        return {} if error is None else {"forecast": error}
+    def _displacement(self, batch: dict[str, Any]) -> Displacement | None:
+        """Return the displacement of a batch's target, None without."""
+        if "vega.displacement" not in batch:
+            return None
+        return Displacement(batch["vega.displacement"], batch.get("vega.displacement_noise"))
 
     @torch.no_grad()
     def with_prior_features(self, batch: dict[str, Any]) -> dict[str, Any]:

@@ -190,6 +190,18 @@ class Arm:
         return True
 
 
+def held_bodies(model: Any, data: Any) -> set[int]:
+    """Return the ids of the bodies that both fingers touch, by the contacts that were found last."""
+    touched: dict[str, set[int]] = {"finger1": set(), "finger2": set()}
+    pairs = data.contact.geom[: data.ncon].tolist()
+    names = {geom: model.geom(geom).name for pair in pairs for geom in pair}
+    for geom, other in [*pairs, *(pair[::-1] for pair in pairs)]:
+        for finger, bodies in touched.items():
+            if names[geom].startswith("gripper0_") and finger in names[geom]:
+                bodies.add(int(model.geom_bodyid[other]))
+    return touched["finger1"] & touched["finger2"]
+
+
 def down(yaw: float) -> Array:
     """Return the rotation [3 3] of a hand that points straight down, its closing axis turned by `yaw` rad."""
     return about_z(yaw) @ DOWN

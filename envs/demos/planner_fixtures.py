@@ -1,9 +1,12 @@
-"""LIBERO's regions, joints and goals, and the skills for drawers, knobs, doors and chambers."""
+"""LIBERO's regions, joints and goals, skills for drawers, knobs, doors and chambers, and where all go."""
 
 from __future__ import annotations
 
 import re
+from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy.spatial.transform import Rotation
@@ -21,6 +24,7 @@ from envs.demos.planner_arm import (
     about_z,
     above,
     down,
+    held_bodies,
     leaning,
 )
 from envs.demos.planner_grasping import (
@@ -56,6 +60,11 @@ INSIDE = 0.025  # m that the origin of a thing must be inside of its region
 DOOR_SHUT = 0.003  # rad from the closed door; LIBERO calls 0.005 closed
 WIDE = 2.03  # rad; doors are drawn from 1.3 to their limit of 2.09, so that nearly every one is pushed
 LEAD = 0.25  # rad that the pushing hand aims ahead of the door
+ORDER = {"open": 0, "turnon": 1, "turnoff": 1, "on": 2, "in": 2, "close": 3}
+"""In which predicates are achieved, so that none hinders the next."""
+CONTAINER = "_contain_region"
+BEFORE_DRAWER = 0.02  # m between an object and the drawer that is opened above it
+KEPT_HELD = 3  # states for which an object counts as in the hand: contacts flicker, and what is let go falls
 SIDES = tuple(
     np.array(side) for side in ((0.0, -1.0, 0.0), (0.0, 1.0, 0.0), (-1.0, 0.0, 0.0), (1.0, 0.0, 0.0))
 )
@@ -88,6 +97,16 @@ def body_of(cell: Workcell, name: str) -> str:
 def is_object(cell: Workcell, name: str) -> bool:
     """Return whether `name` is an object with a body of its own, False if it is a region."""
     return body_of(cell, name) in cell.scene
+
+
+def _place_of(cell: Workcell, name: str) -> Array:
+    """Return the origin [3] of an object or the centre of a region (m, world)."""
+    return cell.scene.position(body_of(cell, name)) if is_object(cell, name) else region(cell, name).centre
+
+
+def parent_of(cell: Workcell, region_name: str) -> str:
+    """Return the name of the object or fixture that a region belongs to."""
+    return cell.env.object_sites_dict[region_name].parent_name
 
 
 def joint_of(cell: Workcell, region_name: str) -> str | None:
@@ -300,7 +319,7 @@ def resting_place(cloud: Array, chamber: Region, inwards: Array) -> Array:
 
 def insert(cell: Workcell, body: str, chamber_name: str) -> Skill:
     """Take a vessel by its handle or rim with a leaning hand and bring it in through the open front."""
-    fixture = cell.env.object_sites_dict[chamber_name].parent_name
+    fixture = parent_of(cell, chamber_name)
     yield from _open_wide(cell, fixture)
     chamber, walls = region(cell, chamber_name), cell.scene.cloud(f"{fixture}_main")
     inwards = -open_side(walls, chamber)
@@ -436,6 +455,12 @@ def _open_wide(cell: Workcell, fixture: str) -> Skill:
     return (yield from _swing(cell, door, float(np.sign(angle)) * WIDE))
 
 
+def _door_edge(cell: Workcell, fixture: str, sense: float) -> Array:
+    """Return where [3] the door of a fixture is pushed open (`sense` 1) or shut (-1)."""
+    door = Door.of(cell, fixture)
+    return _pushed_point(cell, door, sense * np.sign(joint_position(cell, door.joint)) * door.axis)
+
+
 def _swing(cell: Workcell, door: Door, wanted: float) -> Skill:
     """Push a door to the joint position `wanted` (rad) with closed fingers, below its upper edge."""
     sign = float(np.sign(wanted - joint_position(cell, door.joint)))
@@ -476,3 +501,81 @@ def _pushed_point(cell: Workcell, door: Door, sense: Array) -> Array:
     point = door.anchor + 0.6 * float((arms @ along).max()) * along + (outer - 0.012) * push
     point[2] = cloud[:, 2].max() - 0.025
     return point
+
+
+def is_chamber(cell: Workcell, target: str) -> bool:
+    """Return whether a region is closed above, as a microwave's: no drawer, no basket, nothing flat."""
+    if is_object(cell, target) or target.endswith(CONTAINER) or joint_of(cell, target) is not None:
+        return False
+    return bool(region(cell, target).half_extents.min() > 0.05)
+
+
+def overhang(cell: Workcell, body: str, target: str, opening: float) -> Array:
+    """Return by how much [3] to pull `body` away from below the drawer `target`, opened by `opening` m."""
+    drawer = Drawer(cell, target)
+    outwards, cloud, walls = drawer.outwards, cell.scene.cloud(body), cell.scene.cloud(drawer.body)
+    aside = np.array([-outwards[1], outwards[0], 0.0])
+    apart = max((cloud @ aside).min() - (walls @ aside).max(), (walls @ aside).min() - (cloud @ aside).max())
+    way = (walls @ outwards).max() + opening - drawer.opening + BEFORE_DRAWER - (cloud @ outwards).min()
+    is_beside = apart > BEFORE_DRAWER or way < 0 or cloud[:, 2].min() > walls[:, 2].min()
+    return np.zeros(3) if is_beside else way * outwards
+
+
+def displacements(env: Any, states: Iterable[Array]) -> Array:
+    """Return the displacement of the demonstrator's target from the grip point, float32 [t 3].
+
+    In metres along the axes of the robot's base, for the states of a LIBERO episode in order. The target is
+    the object of the first goal that does not hold; while that is in the hand, the goal's place; and the
+    handle, knob or edge of a fixture, or of a drawer or door that is opened before.
+    """
+    cell, found, to_open = Workcell.of(env.raw), [], dict[str, float]()
+    held = deque[set[int]](maxlen=KEPT_HELD)
+    for state in states:
+        env.restore(state)
+        env.refresh_contacts()
+        held.append({env.model.body_rootid[body] for body in held_bodies(env.model, env.data)})
+        way = _destination(cell, set().union(*held), to_open) - cell.arm.position
+        found.append(way @ cell.scene.rotation("robot0_base"))
+    return np.stack(found).astype(np.float32)
+
+
+def _destination(cell: Workcell, held: set[int], to_open: dict[str, float]) -> Array:
+    """Return where [3] the demonstrator goes with the root bodies `held` in the hand; see `displacements`.
+
+    `to_open` is how far drawers and doors of this episode are still to be opened, by region, empty at first.
+    """
+    wanted = sorted(goals(cell), key=lambda goal: ORDER[goal[0]])
+    objects = [goal for goal in wanted if goal[0] in ("on", "in")]
+    carried = [goal for goal in objects if cell.scene.model.body(body_of(cell, goal[1])).rootid[0] in held]
+    pending = carried or [goal for goal in wanted if not holds(cell, goal)]
+    kind, *names = (pending or wanted[-1:])[0]
+    if kind in ("turnon", "turnoff"):
+        return cell.scene.position(f"{names[0]}_button")
+    if kind in ("open", "close"):
+        return Drawer(cell, names[0]).handle if joint_of(cell, names[0]) else _door_edge(cell, names[0], -1.0)
+    name, target = names
+    entrance, to_pull = _entrance(cell, target, to_open), np.zeros(3)
+    if entrance is not None and joint_of(cell, target) is not None:
+        to_pull = overhang(cell, body_of(cell, name), target, OPEN_TO_FILL)
+    if np.linalg.norm(to_pull) > BEFORE_DRAWER:  # else it is only nearer than the demonstrator likes
+        return _place_of(cell, name) + (to_pull if carried else 0.0)
+    if entrance is not None:
+        return entrance
+    return _place_of(cell, target if carried or not pending else name)
+
+
+def _entrance(cell: Workcell, target: str, to_open: dict[str, float]) -> Array | None:
+    """Return the handle or edge [3] by which the way into `target` is opened; None where it is open."""
+    if joint_of(cell, target) is not None:
+        drawer = Drawer(cell, target)
+        is_open, has_others_above = holds(cell, ("open", target)), drawer.has_others_above
+        least = (WIDENED if has_others_above else 0.0) if is_open else OPEN_TO_FILL
+        now, entrance = drawer.opening, drawer.handle
+    elif is_chamber(cell, target) and cell.env.get_object(fixture := parent_of(cell, target)).joints:
+        now = abs(joint_position(cell, Door.of(cell, fixture).joint))
+        least, entrance = (WIDE - DOOR_SHUT if now > DOOR_SHUT else 0.0), _door_edge(cell, fixture, 1.0)
+    else:
+        return None
+    if now >= to_open.setdefault(target, least):
+        to_open[target] = 0.0
+    return entrance if to_open[target] else None

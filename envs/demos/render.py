@@ -22,7 +22,8 @@ from tqdm import tqdm
 import envs
 from envs.base import ManipulationEnv
 from envs.demos.collect import context, exit_with_parent
-from envs.demos.shards import dataset_features, image_key, read_metadata, write_metadata
+from envs.demos.planner_fixtures import displacements
+from envs.demos.shards import dataset_features, image_key, knows_targets, read_metadata, write_metadata
 from envs.demos.states import StateEpisode, read_header, read_states
 
 logger = logging.getLogger(__name__)
@@ -136,12 +137,50 @@ def _describe(episodes: Sequence[PlannedEpisode], frame_size: int, rendering: st
             "robot_type": env.robot_type,
         }
         env.close()
+    if not all(knows_targets(envs.tasks(suite)[0]) for suite in descriptions):
+        for description in descriptions.values():
+            description["features"].pop("displacement", None)
     first, *others = descriptions.values()
     if any(other != first for other in others):
         raise ValueError(
             f"one dataset has one kind of robot and cameras; these suites differ: {descriptions}"
         )
     return first
+
+
+def find_displacements(plan: Plan, processes: int) -> list[np.ndarray]:
+    """Return the displacement [t 3] of each episode, of all its states; a process takes a task at a time."""
+    groups = list(_by_task(plan).values())
+    processes = min(processes, len(groups))
+    if processes <= 1:
+        found = list(map(_displacements_of, groups))
+    else:
+        with ProcessPoolExecutor(processes, context(("numba", "envs.demos")), _watch_parent) as pool:
+            found = list(tqdm(pool.map(_displacements_of, groups), "Targets", len(groups), unit="task"))
+    by_row = {
+        episode.row: way
+        for group, ways in zip(groups, found, strict=True)
+        for episode, way in zip(group, ways, strict=True)
+    }
+    return [by_row[episode.row] for episode in plan.episodes]
+
+
+def _displacements_of(episodes: Sequence[PlannedEpisode]) -> list[np.ndarray]:
+    """Return the displacements of episodes of one task of one file."""
+    file, suite, task = (getattr(episodes[0], name) for name in ("file", "suite", "task"))
+    env, stored = envs.make(suite, task, render=False), read_states(file, [task])
+    env.reset_blindly(seed=episodes[0].seed)
+    chosen = (stored[episode.index] for episode in episodes)
+    found = [displacements(env, map(one.state, range(len(one)))) for one in chosen]
+    env.close()
+    return found
+
+
+def _by_task(plan: Plan) -> dict[tuple[Path, int], list[PlannedEpisode]]:
+    groups: dict[tuple[Path, int], list[PlannedEpisode]] = {}
+    for episode in plan.episodes:
+        groups.setdefault((episode.file, episode.task), []).append(episode)
+    return groups
 
 
 def with_sources(plan: Plan, places: Mapping[str, tuple[Path, int]]) -> Plan:
@@ -188,10 +227,7 @@ def render_frames(
     """
     if processes < 1:
         raise ValueError(f"expected at least 1 process, got {processes}")
-    groups: dict[tuple[Path, int], list[PlannedEpisode]] = {}
-    for episode in plan.episodes:
-        groups.setdefault((episode.file, episode.task), []).append(episode)
-    work = _Work(plan, list(groups.values()), target, notes, _read_notes(notes))
+    work = _Work(plan, list(_by_task(plan).values()), target, notes, _read_notes(notes))
     with tqdm(total=plan.rows, unit="state", desc="Rendering", smoothing=0.02) as bar:
         if processes == 1:
             total = _Renderer(work, [0] * len(work.groups), threading.Lock(), 0, egl_devices).run(bar.update)
@@ -245,10 +281,14 @@ _RENDERER: Any = None  # of this worker process
 _STATES: Any = None  # counter of rendered states, shared by all
 
 
-def _start_worker(work: _Work, claimed: Any, states: Any, numbers: Any, egl_devices: list[int]) -> None:
-    global _RENDERER, _STATES
+def _watch_parent() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C the rendering ends after the running episodes
     threading.Thread(target=exit_with_parent, daemon=True).start()
+
+
+def _start_worker(work: _Work, claimed: Any, states: Any, numbers: Any, egl_devices: list[int]) -> None:
+    global _RENDERER, _STATES
+    _watch_parent()
     with numbers.get_lock():
         number = numbers.value
         numbers.value += 1

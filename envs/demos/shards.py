@@ -23,6 +23,8 @@ import numpy as np
 import envs
 from envs.base import ManipulationEnv, Task
 from envs.demos import DemonstrationOptions, demonstrate
+from envs.demos.planner_arm import held_bodies
+from envs.demos.planner_fixtures import displacements
 from envs.demos.states import StateEpisode, write_states
 from envs.layouts import NoLayoutError
 from vega_policy.run_dir import atomic_folder, read_json, write_json
@@ -164,14 +166,7 @@ class VisitedStates:
 def is_holding(env: ManipulationEnv) -> bool:
     """Return whether both fingers of the Panda's hand touch the same thing."""
     env.refresh_contacts()
-    bodies: dict[str, set[int]] = {"finger1": set(), "finger2": set()}
-    for pair in env.data.contact.geom[: env.data.ncon]:
-        for geom, other in (pair, pair[::-1]):
-            name = env.model.geom(geom).name
-            for finger, touched in bodies.items():
-                if name.startswith("gripper0_") and finger in name:
-                    touched.add(int(env.model.geom_bodyid[other]))
-    return bool(bodies["finger1"] & bodies["finger2"])
+    return bool(held_bodies(env.model, env.data))
 
 
 def record(
@@ -222,24 +217,32 @@ def image_key(env: ManipulationEnv, camera: str) -> str:
 
 def dataset_features(env: ManipulationEnv) -> dict[str, dict[str, Any]]:
     """Return the features that `LeRobotDataset.create` takes for an environment."""
-    size = env.frame_size
+    size, vector = env.frame_size, {"dtype": "float32", "names": None}
     frame = {"dtype": "video", "shape": (size, size, 3), "names": ["height", "width", "channels"]}
     return {
         **{image_key(env, camera): dict(frame) for camera in env.cameras},
-        "observation.state": {"dtype": "float32", "shape": (env.state_size,), "names": None},
-        "action": {"dtype": "float32", "shape": (env.action_size,), "names": None},
+        "observation.state": vector | {"shape": (env.state_size,)},
+        "action": vector | {"shape": (env.action_size,)},
+        **({"displacement": vector | {"shape": (3,)}} if knows_targets(env.task) else {}),
     }
+
+
+def knows_targets(task: Task) -> bool:
+    """Return whether a dataset holds the `displacement` of each frame, which `displacements` finds."""
+    return task.suite.startswith("libero_")
 
 
 def dataset_frames(env: ManipulationEnv, recording: Recording) -> Iterator[dict[str, Any]]:
     """Render a recording and yield the frames that `LeRobotDataset.add_frame` takes."""
-    for state, action in zip(recording.states, recording.actions, strict=True):
+    targets = displacements(env, recording.states) if knows_targets(env.task) else None
+    for step, (state, action) in enumerate(zip(recording.states, recording.actions, strict=True)):
         env.restore(state)
         observation = env.observe()
         yield {
             **{image_key(env, camera): frame for camera, frame in observation["pixels"].items()},
             "observation.state": observation["agent_pos"],
             "action": action,
+            **({} if targets is None else {"displacement": targets[step]}),
             "task": env.task_description,
         }
 

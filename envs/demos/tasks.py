@@ -29,7 +29,9 @@ from envs.demos.planner_arm import (
     wrap,
 )
 from envs.demos.planner_fixtures import (
+    CONTAINER,
     OPEN_TO_FILL,
+    ORDER,
     Drawer,
     Goal,
     body_of,
@@ -38,9 +40,12 @@ from envs.demos.planner_fixtures import (
     goals,
     holds,
     insert,
+    is_chamber,
     is_object,
     joint_of,
     open_drawer,
+    overhang,
+    parent_of,
     region,
     turn_knob,
     widen_drawer,
@@ -66,14 +71,12 @@ from envs.demos.planner_grasping import (
     transit,
 )
 
-ORDER = {"open": 0, "turnon": 1, "turnoff": 1, "on": 2, "in": 2, "close": 3}
 ROUNDS = 2  # a predicate that a later step made false is achieved again once
 TURNS = np.deg2rad(np.arange(-180.0, 180.0, 5.0))
 COMFORTABLE_YAW = np.deg2rad(95.0)
 ENOUGH = 0.06  # m of free space around an object; more is no better
 MARGIN = 0.015  # m of play that an object should have in its compartment
 SPREAD = 0.7  # share of a region's half extents over which shared spots are spread
-CONTAINER = "_contain_region"
 CARRIES = 2  # an object that slips out of the hand on the way is grasped again once
 AT_GOAL = 0.025  # m; LIBERO's own limit is 0.04
 LOST = 0.04  # m between a plate's edge and the hand that should hold it
@@ -91,7 +94,6 @@ DIRECTIONS = np.array([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
 JITTER = np.array([[0.0, 0.0, 0.0], [0.01, 0.0, 0.0], [-0.01, 0.0, 0.0], [0.0, 0.01, 0.0], [0.0, -0.01, 0.0]])
 HOVER = 0.10  # m above what something is put on or into, where the hand has to get
 WALL_GAP = 0.002  # m that stay free between an object and the walls of its drawer
-BEFORE_DRAWER = 0.02  # m between an object and the drawer that is opened above it
 BESIDE_OTHERS = 0.01  # m that stay free between an object and its neighbours in an open region
 GRAZE = 0.001  # m; nearer than that, a lowered object touches what it passes
 SIDEWAYS = np.deg2rad([20, -20, 40, -40, 60, -60, 90, -90, 120, -120, 150, -150, 180])
@@ -204,7 +206,7 @@ def put(cell: Workcell, name: str, target: str) -> Skill:
     body = body_of(cell, name)
     if _is_flat(cell.scene.cloud(body)) and not is_object(cell, target):
         return (yield from carry_flat(cell, body, region(cell, target).centre[:2]))
-    if _is_chamber(cell, target):
+    if is_chamber(cell, target):
         return (yield from insert(cell, body, target))
     request = _request(cell, target)
     for _ in cell.attempts(CARRIES):
@@ -228,14 +230,14 @@ def unreachable(cell: Workcell, goal: Goal) -> str:
     _, name, target = goal
     body = body_of(cell, name)
     if is_object(cell, target) or target.endswith(CONTAINER):
-        owner = target if is_object(cell, target) else cell.env.object_sites_dict[target].parent_name
+        owner = target if is_object(cell, target) else parent_of(cell, target)
         support = body_of(cell, owner)
         over = np.array([*cell.scene.position(support)[:2], cell.scene.top(support) + HOVER])
         if not cell.clearance.reaches(over, down(0.0)):
             return f"the hand does not reach over {owner}"
     if _is_flat(cell.scene.cloud(body)) and not is_object(cell, target):
         return _undrawable(cell, body, region(cell, target).centre[:2])
-    if _is_chamber(cell, target):
+    if is_chamber(cell, target):
         return ""
     try:
         planned = plan_grasp(cell.scene, body, _request(cell, target), partial(cell.is_blocked, body))
@@ -276,13 +278,6 @@ def _request(cell: Workcell, target: str) -> GraspRequest:
 def _is_flat(cloud: Array) -> bool:
     """A plate: too wide for the hand and too low for a rim that fingers could go around."""
     return bool(np.ptp(cloud[:, 2]) < 0.035 and np.ptp(cloud[:, :2], axis=0).min() > 0.09)
-
-
-def _is_chamber(cell: Workcell, target: str) -> bool:
-    """A space that is closed above, such as a microwave's: no drawer, no basket, no flat region."""
-    if is_object(cell, target) or target.endswith(CONTAINER) or joint_of(cell, target) is not None:
-        return False
-    return bool(region(cell, target).half_extents.min() > 0.05)
 
 
 def _turn(cell: Workcell, body: str, target: str, yaw: float) -> float:
@@ -422,7 +417,7 @@ def _placement(cell: Workcell, body: str, target: str, yaw: float) -> Placement:
     goal = region(cell, target)
     hanging = cell.arm.position[2] - scene.bottom(body)
     if target.endswith(CONTAINER):
-        rim = scene.top(body_of(cell, cell.env.object_sites_dict[target].parent_name))
+        rim = scene.top(body_of(cell, parent_of(cell, target)))
         # As deep as the hand can go without touching the rim.
         depth = max(rim - 0.06, rim + 0.012 - hanging)
         return Placement(goal.centre[:2], depth, drop=0.0, let_go=not _too_deep(cell, body, target))
@@ -438,7 +433,7 @@ def _too_deep(cell: Workcell, body: str, target: str) -> bool:
     The regions of the desk caddy end above its floor: an object counts as inside only while it is held.
     """
     goal, scene = region(cell, target), cell.scene
-    walls = scene.cloud(body_of(cell, cell.env.object_sites_dict[target].parent_name))
+    walls = scene.cloud(body_of(cell, parent_of(cell, target)))
     inside = np.abs(walls - goal.centre)[:, :2] < 0.8 * goal.half_extents[:2]
     floor = walls[inside.all(1) & (walls[:, 2] < goal.centre[2]), 2]
     origin = float(scene.position(body)[2]) - scene.bottom(body)
@@ -514,17 +509,13 @@ def _flat_lift(cell: Workcell, body: str, xy: Array, rim: float) -> float:
 
 def pull_from_below(cell: Workcell, body: str, target: str, opening: float) -> Skill:
     """Take `body` away from where the drawer `target` will overhang it, once it is opened by `opening` m."""
-    drawer = Drawer(cell, target)
-    outwards, cloud, walls = drawer.outwards, cell.scene.cloud(body), cell.scene.cloud(drawer.body)
-    aside = np.array([-outwards[1], outwards[0], 0.0])
-    apart = max((cloud @ aside).min() - (walls @ aside).max(), (walls @ aside).min() - (cloud @ aside).max())
-    way = (walls @ outwards).max() + opening - drawer.opening + BEFORE_DRAWER - (cloud @ outwards).min()
-    if apart > BEFORE_DRAWER or way < 0 or cloud[:, 2].min() > walls[:, 2].min():
+    to_pull = overhang(cell, body, target, opening)
+    if not to_pull.any():
         return True
     held = yield from grasp(cell, body)
     if held is None:
         return False
-    goal = cell.arm.position + way * outwards
+    goal = cell.arm.position + to_pull
     yield from cell.arm.move(goal, down(held.yaw), CLOSED, CARRYING)
     lowered = above(goal, held.position[2] - goal[2])
     yield from cell.arm.move(lowered, down(held.yaw), CLOSED, CARRYING)

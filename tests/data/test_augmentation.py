@@ -11,6 +11,7 @@ from vega_policy.checkpoints import read_scores
 from vega_policy.data.augmentation import (
     FRAMES,
     ColorJitter,
+    DisplacementNoise,
     RandomShift,
     StateDropout,
     jitter_frames,
@@ -63,9 +64,10 @@ def test_all_shifts_up_to_the_largest_come_and_none_beyond_and_another_batch_has
 
 def test_several_processes_draw_what_one_draws():
     config = DatasetConfig(repo_id="tests/synthetic", shift=4, brightness=0.1, state_dropout=0.5)
-    whole = make_augmentations(config, CAMERAS, seed=5)
-    parts = [make_augmentations(config, CAMERAS, seed=5, rank=rank, world=3) for rank in range(3)]
-    assert [type(augment) for augment in whole] == [RandomShift, ColorJitter, StateDropout]
+    draws = {"seed": 5, "displacement_noise": 0.02}
+    whole = make_augmentations(config, CAMERAS, **draws)
+    parts = [make_augmentations(config, CAMERAS, **draws, rank=rank, world=3) for rank in range(3)]
+    assert [type(one) for one in whole] == [RandomShift, ColorJitter, StateDropout, DisplacementNoise]
     for one, *several in zip(whole, *parts, strict=True):
         assert torch.equal(torch.cat([part.draw(4, 3) for part in several]), one.draw(12, 3))
 

@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 
 import envs
+from envs.demos.planner_fixtures import displacements
 from envs.demos.render import plan_rendering, render_frames
+from envs.demos.shards import Recording, dataset_frames
 from envs.demos.states import StateEpisode, read_states, write_states
 from tests.training_runs import tiny_policy
 from vega_policy.cli.render import render_states
-from vega_policy.data.dataset import DatasetConfig, DatasetError
+from vega_policy.data.dataset import DatasetConfig, DatasetError, read_table
 from vega_policy.data.dataset_files import fingerprint_frames
 from vega_policy.data.feature_cache import frames_stream, open_mean_frames, open_stream
 from vega_policy.pretraining.clips import cut_clips, cut_instructions, open_shard
@@ -141,6 +143,73 @@ def test_libero_states_show_the_same_frames_without_the_reset_of_their_episode()
     env.close()
     assert np.array_equal(frames, expected)
     assert not np.array_equal(frames[0], frames[2])
+
+
+def displacement_from(env, state, body):
+    """The way from the grip point to a body, or to a site, in a state, along the axes of the robot's base."""
+    env.restore(state)
+    data = env.data
+    target = data.site(body).xpos if body.endswith("_region") else data.body(body).xpos
+    way = target - data.site("gripper0_grip_site").xpos
+    return data.body("robot0_base").xmat.reshape(3, 3).T @ way
+
+
+def test_a_stored_displacement_is_the_simulators_to_the_bowl_and_while_it_is_held_to_the_plate(tmp_path):
+    file, bowl, plate = SHIPPED / "libero_spatial.safetensors", "akita_black_bowl_1_main", "plate_1_main"
+    options = {"root": tmp_path / "data", "repo_id": "vega/spatial", "cache_root": tmp_path / "cache"}
+    options |= {"tasks": [0], "episodes_per_task": 2, "frame_size": SIZE, "rendering": "fast"}
+    render_states(
+        [file], **options, frame_stride=20, processes=1
+    )  # of all states, also of those not rendered
+    table = read_table(tmp_path / "data", displacement=True)
+    env = envs.make("libero_spatial", 0, frame_size=SIZE, rendering="fast")
+    switches = []
+    for number, episode in enumerate(read_states(file, [0])[:2]):
+        env.reset_blindly(seed=episode.seed)
+        stored = table.displacement[table.episode == number].numpy()
+        states = [episode.state(step) for step in range(len(episode))]
+        to_bowl, to_plate = (
+            np.stack([displacement_from(env, one, name) for one in states]) for name in (bowl, plate)
+        )
+        goes_to_plate = np.isclose(stored, to_plate, atol=1e-5).all(axis=1)
+        np.testing.assert_allclose(stored, np.where(goes_to_plate[:, None], to_plate, to_bowl), atol=1e-5)
+        switches.append(np.flatnonzero(np.diff(goes_to_plate)) + 1)
+        heights = np.array([(env.restore(one), env.data.body(bowl).xpos[2])[1] for one in states])
+        closing, lifted = (episode.actions[:, -1] > 0).argmax(), (heights > heights[0] + 0.01).argmax()
+        assert 0 < closing < switches[-1][0] <= lifted
+        recording = Recording(episode.seed, np.stack(states[:3]), episode.actions[:3])
+        collected = [frame["displacement"] for frame in dataset_frames(env, recording)]
+        assert np.array_equal(collected, stored[:3])
+    env.close()
+    # The second bowl is let go beside the middle of the plate: it is the target again until it stands there.
+    assert [len(steps) for steps in switches] == [1, 3]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("suite", "task", "near"),
+    [  # the parts that the closing or closed hand is at, in the order of the stages
+        ("libero_goal", 3, ["akita_black_bowl_1_main", "handle", "akita_black_bowl_1_main"]),
+        ("libero_goal", 7, ["flat_stove_1_button"]),
+        ("libero_10", 9, ["white_yellow_mug_1_main", "handle"]),
+    ],
+)
+def test_stages_with_fixtures_go_to_the_handle_knob_or_door(suite, task, near):
+    episode = read_states(SHIPPED / f"{suite}.safetensors", [task])[0]
+    env = envs.make(suite, task, render=False)
+    env.reset_blindly(seed=episode.seed)
+    states = [episode.state(step) for step in range(len(episode))]
+    found = displacements(env, states)
+    is_closed = episode.actions[:, -1] > 0
+    closing = [step for step in range(1, len(states)) if is_closed[step] and not is_closed[step - 1]]
+    for step, name in zip(closing, near, strict=True):
+        if name != "handle":
+            expected = displacement_from(env, states[step], name)
+            assert np.linalg.norm(expected) < 0.1
+            np.testing.assert_allclose(found[step], expected, atol=1e-5)
+        elif suite == "libero_goal":  # a door is pushed by a hand that has closed far from it
+            assert np.linalg.norm(found[step]) < 0.02
+    env.close()
 
 
 def test_tasks_and_episodes_are_cut(lift):

@@ -7,7 +7,14 @@ import pytest
 
 from tests.policies import SMALL_ENCODERS
 from vega_policy.cli.commands import inspect
-from vega_policy.model.config import ActionHeadConfig, BackboneConfig, FusionConfig, ModelConfig, PriorConfig
+from vega_policy.model.config import (
+    ActionHeadConfig,
+    BackboneConfig,
+    DisplacementConfig,
+    FusionConfig,
+    ModelConfig,
+    PriorConfig,
+)
 from vega_policy.model.sizes import PRIOR_ARCHITECTURES, inspect_model, published_sizes, without_weights
 
 SIZES = {"views": 2, "state_dim": 8, "action_dim": 7}
@@ -46,8 +53,11 @@ def test_only_what_is_read_of_wan_is_counted_and_nothing_of_it_learns():
     assert prior.flops > 1.5 * early.flops
 
 
-def test_parts_add_up():
-    parts = list(parts_of(prior=PriorConfig(name="wan_vae")).values())
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_parts_add_up(weight):
+    displacement = DisplacementConfig(weight=weight)
+    parts = list(parts_of(prior=PriorConfig(name="wan_vae"), displacement=displacement).values())
+    assert ("displacement" in [part.name for part in parts]) == (weight > 0)
     for field in ("trainable", "frozen", "weights", "flops"):
         assert sum(getattr(part, field) or 0 for part in parts[:-1]) == getattr(parts[-1], field), field
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -93,7 +94,7 @@ def render_states(
     start = time.perf_counter()
     chosen = {"tasks": tasks, "episodes_per_task": episodes_per_task, "frame_stride": frame_stride}
     plan, values = states.plan_rendering(files, frame_size=frame_size, rendering=rendering, **chosen)
-    _write_dataset(states, plan, values, root, repo_id)
+    _write_dataset(states, plan, values, root, repo_id, processes)
     plan = states.with_sources(
         plan, _rendered_before(states, [Path(one) for one in reuse or []], plan, cache_root)
     )
@@ -110,15 +111,21 @@ def render_states(
     )
 
 
-def _write_dataset(states: Any, plan: Any, values: list[dict[str, Any]], root: Path, repo_id: str) -> None:
+def _write_dataset(
+    states: Any, plan: Any, values: list[dict[str, Any]], root: Path, repo_id: str, processes: int
+) -> None:
     """Write the dataset unless it is there; another one is refused."""
-    from vega_policy.data.dataset_files import LowDimensionalEpisode, write_state_dataset
+    from vega_policy.data.dataset_files import DISPLACEMENT, LowDimensionalEpisode, write_state_dataset
     from vega_policy.run_dir import atomic_folder, lock_draft, require_folder
 
     require_folder(root)
     if not root.exists():
         with lock_draft(root), atomic_folder(root) as draft:
             episodes = [LowDimensionalEpisode(**value) for value in values]
+            if DISPLACEMENT in plan.features:
+                found = states.find_displacements(plan, processes)
+                pairs = zip(episodes, found, strict=True)
+                episodes = [replace(episode, displacement=way) for episode, way in pairs]
             write_state_dataset(draft, episodes, plan.features, fps=plan.fps, robot_type=plan.robot_type)
             states.write_origin(draft, plan, repo_id)
     expected, found = states.origin(plan, repo_id), states.read_origin(root)

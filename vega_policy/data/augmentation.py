@@ -14,7 +14,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from vega_policy.data.dataset import STATE, DatasetConfig
+from vega_policy.data.dataset import DISPLACEMENT, STATE, DatasetConfig
 
 FRAMES, FUTURE = "vega.frames", "vega.future_frames"
 GREY = (0.299, 0.587, 0.114)
@@ -24,7 +24,13 @@ YIQ = (GREY, (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112))
 
 
 def make_augmentations(
-    config: DatasetConfig, cameras: Sequence[str], *, seed: int, rank: int = 0, world: int = 1
+    config: DatasetConfig,
+    cameras: Sequence[str],
+    *,
+    seed: int,
+    rank: int = 0,
+    world: int = 1,
+    displacement_noise: float = 0.0,
 ) -> "list[Augmentation]":
     """Return the augmentations that are on, in the order in which they apply, for one of `world` processes.
 
@@ -41,6 +47,8 @@ def make_augmentations(
         augmentations.append(ColorJitter(*jitter, cameras, **draws))
     if config.state_dropout:
         augmentations.append(StateDropout(config.state_dropout, **draws))
+    if displacement_noise:
+        augmentations.append(DisplacementNoise(displacement_noise, **draws))
     return augmentations
 
 
@@ -132,7 +140,24 @@ class StateDropout:
         return uniform[self._rank * samples :][:samples] < self._probability
 
 
-Augmentation = RandomShift | ColorJitter | StateDropout
+class DisplacementNoise:
+    """Draw the noise on the displacement that enters the action head, normal with a deviation in metres."""
+
+    def __init__(self, deviation: float, *, seed: int, rank: int = 0, world: int = 1) -> None:
+        self._deviation, self._seed, self._rank, self._world = deviation, seed, rank, world
+
+    def __call__(self, batch: dict[str, Any], number: int) -> dict[str, Any]:
+        """Return a batch with noise beside its displacements."""
+        known = batch[f"vega.{DISPLACEMENT}"]
+        return batch | {f"vega.{DISPLACEMENT}_noise": self.draw(len(known), number).to(known)}
+
+    def draw(self, samples: int, number: int) -> Tensor:
+        """Return the noise of each sample, [b 3]."""
+        normal = torch.randn(self._world * samples, 3, generator=_generator(self._seed, number, salt=3))
+        return self._deviation * normal[self._rank * samples :][:samples]
+
+
+Augmentation = RandomShift | ColorJitter | StateDropout | DisplacementNoise
 
 
 def shift_frames(frames: Tensor, shifts: Tensor) -> Tensor:
@@ -183,5 +208,9 @@ def color_matrices(factors: Tensor) -> Tensor:
 
 def _uniform(rows: int, columns: int, seed: int, number: int, *, salt: int) -> Tensor:
     """Return numbers in [0, 1) that follow from seed, batch number and salt, float32 [rows columns]."""
+    return torch.rand(rows, columns, generator=_generator(seed, number, salt=salt))
+
+
+def _generator(seed: int, number: int, *, salt: int) -> torch.Generator:
     mixed = ((seed + 1) * 2_654_435_761 + number) * 4 + salt
-    return torch.rand(rows, columns, generator=torch.Generator().manual_seed(mixed % 2**63))
+    return torch.Generator().manual_seed(mixed % 2**63)

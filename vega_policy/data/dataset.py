@@ -21,6 +21,7 @@ from torch import Tensor
 from vega_policy.config import check_choice, check_choices, check_numbers
 from vega_policy.data.dataset_files import (
     ACTION,
+    DISPLACEMENT,
     FORMAT,
     STATE,
     DatasetError,
@@ -349,8 +350,9 @@ def fingerprint_dataset(root: Path, table: "FrameTable") -> dict[str, str]:
     Numbers, instructions and metadata are hashed whole; of a file of frames, its size and the first, middle
     and last 64 KiB.
     """
-    statistics = root / "meta" / "stats.json"
-    return {
+    statistics, displacement = root / "meta" / "stats.json", table.displacement
+    more = {} if displacement is None else {"displacements": hash_bytes(displacement.numpy().tobytes())}
+    return more | {
         "actions": hash_bytes(table.action.numpy().tobytes()),
         "states": hash_bytes(table.state.numpy().tobytes()),
         "instructions": hash_bytes(json.dumps(table.tasks).encode(), table.task.numpy().tobytes()),
@@ -495,6 +497,7 @@ class FrameTable:
     task: Tensor  # index into `tasks`, int64 [n]
     tasks: tuple[str, ...]  # instructions
     fps: int
+    displacement: Tensor | None = None  # of the target from the gripper, float32 [n 3] m, if it is read
 
     def __len__(self) -> int:
         """Return the number of frames n."""
@@ -557,16 +560,21 @@ class FrameTable:
 
 
 def read_table(
-    root: Path, stored_names: Mapping[str, str] | None = None, task: str | None = None
+    root: Path,
+    stored_names: Mapping[str, str] | None = None,
+    task: str | None = None,
+    *,
+    displacement: bool = False,
 ) -> FrameTable:
     """Read the table of all episodes of a finalized LeRobotDataset v3 (`meta/` and `data/` below `root`).
 
-    `stored_names` are those of state and action in the files; `task` replaces all instructions.
+    `stored_names` are those of state, action and displacement in the files; `task` replaces all instructions.
 
     Raises:
         DatasetError: If a column is missing or ragged, or frames have a task without a sentence.
     """
-    names = {name: (stored_names or {}).get(name, name) for name in (STATE, ACTION)}
+    features = (STATE, ACTION, DISPLACEMENT) if displacement else (STATE, ACTION)
+    names = {name: (stored_names or {}).get(name, name) for name in features}
     columns = ["index", *names.values(), "episode_index", "task_index"]
     tables = []
     for file in list_files(root / "data", ".parquet"):
@@ -582,9 +590,11 @@ def read_table(
     ends = torch.cat([boundaries, torch.tensor([len(episode)])])
     lengths = torch.diff(ends, prepend=torch.zeros(1, dtype=torch.int64))
     task_index, tasks = _tasks_of(root, data["task_index"].to_numpy(), task)
+    values = {name: _matrix(data[stored], stored, root) for name, stored in names.items()}
     return FrameTable(
-        state=_matrix(data[names[STATE]], names[STATE], root),
-        action=_matrix(data[names[ACTION]], names[ACTION], root),
+        state=values[STATE],
+        action=values[ACTION],
+        displacement=values.get(DISPLACEMENT),
         episode=episode,
         episode_end=torch.repeat_interleave(ends, lengths),
         task=torch.from_numpy(task_index),
@@ -627,12 +637,14 @@ def _matrix(column: pa.ChunkedArray, name: str, root: Path) -> Tensor:
 
 
 def check_finite(table: FrameTable, rows: Tensor, source: str | Path) -> None:
-    """Refuse training rows [m] with an action or a state that is not finite; `source` names the dataset.
+    """Refuse training rows [m] with numbers that are not finite; `source` names the dataset.
 
     Raises:
         ValueError: Names the first episode and frame.
     """
-    for name, values in ((ACTION, table.action), (STATE, table.state)):
+    for name, values in ((ACTION, table.action), (STATE, table.state), (DISPLACEMENT, table.displacement)):
+        if values is None:
+            continue
         bad = rows[(~values[rows].isfinite()).any(dim=1)]
         if len(bad) == 0:
             continue

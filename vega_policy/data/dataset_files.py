@@ -13,7 +13,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-STATE, ACTION = "observation.state", "action"
+STATE, ACTION, DISPLACEMENT = "observation.state", "action", "displacement"
 FORMAT = "v3.0"
 _SAMPLE = 1 << 16
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
@@ -236,6 +236,7 @@ class LowDimensionalEpisode:
     state: np.ndarray  # proprioception, float32 [t s]
     action: np.ndarray  # float32 [t a]
     instruction: str
+    displacement: np.ndarray | None = None  # of the target from the gripper, float32 [t 3] m, where known
 
 
 def write_state_dataset(
@@ -253,6 +254,8 @@ def write_state_dataset(
         STATE: np.concatenate([episode.state for episode in episodes]),
         ACTION: np.concatenate([episode.action for episode in episodes]),
     }
+    if DISPLACEMENT in features:
+        values[DISPLACEMENT] = np.concatenate([np.asarray(episode.displacement) for episode in episodes])
     tasks = list(dict.fromkeys(instructions))
     for folder in ("data/chunk-000", "meta/episodes/chunk-000"):
         (root / folder).mkdir(parents=True)

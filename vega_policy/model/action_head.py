@@ -1,4 +1,4 @@
-"""Action heads: from the backbone's context to a chunk of normalised actions; and the forecast beside them.
+"""Action heads: from the backbone's context to a chunk of normalised actions; auxiliary heads beside them.
 
 The flow head follows the straight path between an action chunk and noise. Time runs from t = 1 (noise) to
 t = 0 (actions), as in LeRobot and openpi:
@@ -10,6 +10,7 @@ direction.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -19,8 +20,11 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 from vega_policy.config import unknown_name
-from vega_policy.model.config import ActionHeadConfig, ForecastConfig
+from vega_policy.model.config import ActionHeadConfig, DisplacementConfig, ForecastConfig
 from vega_policy.model.layers import Attention, KVCache, Mlp, sinusoid
+
+DISPLACEMENT_UNIT = 0.1
+"""Metres, about the spread of displacements, in which the head for them computes."""
 
 VelocityField = Callable[[Tensor, Tensor], Tensor]
 """(x_t [b t a], time [b]) -> velocity [b t a]."""
@@ -76,7 +80,12 @@ def masked_mean_square(error: Tensor, is_pad: Tensor | None) -> Tensor:
 
 
 class ActionHead(Protocol):
-    """Interface of an action head; context [b s d], mask [b s] (True: may be read), actions [b t a]."""
+    """Interface of an action head; context [b s d], mask [b s] (True: may be read), actions [b t a].
+
+    A `condition` [b c] of width c = `condition_width` modulates its blocks; zeros do nothing.
+    """
+
+    condition_width: int
 
     def sample_noise_and_time(
         self, actions: Tensor, generator: torch.Generator | None = None, rank: int = 0, world_size: int = 1
@@ -95,6 +104,7 @@ class ActionHead(Protocol):
         is_pad: Tensor | None = None,
         noise: Tensor | None = None,
         time: Tensor | None = None,
+        condition: Tensor | None = None,
     ) -> Tensor:
         """Return the loss of each sample, [b]; is_pad [b t] marks steps after the end of the episode."""
         ...
@@ -106,6 +116,7 @@ class ActionHead(Protocol):
         noise: Tensor,
         integrate: Integrator = euler,
         prefix: Tensor | None = None,
+        condition: Tensor | None = None,
     ) -> Tensor:
         """Return chunks from noise [b*r t a] -> [b*r t a], r chunks for each context.
 
@@ -143,6 +154,7 @@ class FlowHead(nn.Module):
             DiTBlock(config.width, config.heads, context_width, config.dropout) for _ in range(config.depth)
         )
         self.output = nn.Sequential(nn.LayerNorm(config.width), nn.Linear(config.width, action_dim))
+        self.condition_width = config.width  # it is added to the embedding of the time
 
     def sample_noise_and_time(
         self, actions: Tensor, generator: torch.Generator | None = None, rank: int = 0, world_size: int = 1
@@ -169,6 +181,7 @@ class FlowHead(nn.Module):
         is_pad: Tensor | None = None,
         noise: Tensor | None = None,
         time: Tensor | None = None,
+        condition: Tensor | None = None,
     ) -> Tensor:
         """Return the squared error of the velocity on the straight path, without padding and prefix, [b].
 
@@ -178,12 +191,14 @@ class FlowHead(nn.Module):
         if noise is None or time is None:
             raise ValueError("The flow head needs noise [b t a] and time [b]; see sample_noise_and_time.")
         x = interpolate(actions, noise, time)
-        predicted = self.velocity(self.norm_context(context), mask, x, time)
+        predicted = self.velocity(self.norm_context(context), mask, x, time, condition)
         return masked_mean_square(predicted - velocity(actions, noise), without_prefix(is_pad, time))
 
-    def velocity(self, context: Tensor, mask: Tensor, x: Tensor, time: Tensor) -> Tensor:
+    def velocity(
+        self, context: Tensor, mask: Tensor, x: Tensor, time: Tensor, condition: Tensor | None = None
+    ) -> Tensor:
         """Return the velocity at x_t, normalised context [b s c], x [b t a], time [b] or [b t] -> [b t a]."""
-        tokens, embedded = self.embed_action(x) + self.position, self._embed(time)
+        tokens, embedded = self.embed_action(x) + self.position, self._embed(time, condition)
         for block in self.blocks:
             tokens = block(tokens, context, mask, embedded)
         return self.output(tokens)
@@ -195,29 +210,31 @@ class FlowHead(nn.Module):
         noise: Tensor,
         integrate: Integrator = euler,
         prefix: Tensor | None = None,
+        condition: Tensor | None = None,
     ) -> Tensor:
         """Integrate the velocity field, noise [b*r t a] -> actions [b*r t a]; equal noise, equal actions.
 
         Keys and values of the context are computed once for all steps. On a CPU, where each step would load
         their weights again, so are the modulations of Euler's times.
         """
-        context = self.norm_context(context)
-        if prefix is not None:
-            return self._sample_after(prefix, context, mask, noise, integrate)
         repeats = len(noise) // len(context)
-        context, mask = (repeat(x, "b ... -> (b r) ...", r=repeats) for x in (context, mask))
+        context, mask = (repeat_rows(x, repeats) for x in (self.norm_context(context), mask))
+        condition = None if condition is None else repeat_rows(condition, repeats)
+        if prefix is not None:
+            return self._sample_after(prefix, context, mask, noise, integrate, condition)
         if any(isinstance(weight, DTensor) for weight in self.blocks.parameters()):
             # FSDP gathers the weights of a block in the block's forward pass only.
-            return integrate(lambda x, time: self.velocity(context, mask, x, time), noise, self.config.steps)
+            field = partial(self.velocity, context, mask, condition=condition)
+            return integrate(field, noise, self.config.steps)
         blocks: list[Any] = list(self.blocks)
         caches = [block.cross_attention.kv_cache(context) for block in blocks]
-        known = self._modulations() if noise.device.type == "cpu" else {}
+        known = self._modulations() if noise.device.type == "cpu" and condition is None else {}
 
         def velocity(x: Tensor, time: Tensor) -> Tensor:
             is_shared = bool(known) and bool((time == time[0]).all())
             modulations = known.get(time[0].item()) if is_shared else None
             if modulations is None:
-                embedded = self._embed(time)
+                embedded = self._embed(time, condition)
                 modulations = [block.modulation(embedded) for block in blocks]
             tokens = self.embed_action(x) + self.position
             for block, cache, modulation in zip(blocks, caches, modulations, strict=True):
@@ -227,23 +244,32 @@ class FlowHead(nn.Module):
         return integrate(velocity, noise, self.config.steps)
 
     def _sample_after(
-        self, prefix: Tensor, context: Tensor, mask: Tensor, noise: Tensor, integrate: Integrator
+        self,
+        prefix: Tensor,
+        context: Tensor,
+        mask: Tensor,
+        noise: Tensor,
+        integrate: Integrator,
+        condition: Tensor | None,
     ) -> Tensor:
         """Integrate what follows a clean prefix [b*r d a], whose time is 0 throughout."""
         length, steps = prefix.shape[1], noise.shape[1]
-        repeats = len(noise) // len(context)
-        context, mask = (repeat(x, "b ... -> (b r) ...", r=repeats) for x in (context, mask))
         is_rest = torch.arange(steps, device=noise.device) >= length
 
         def velocity(x: Tensor, time: Tensor) -> Tensor:
             x = torch.cat([prefix, x[:, length:]], dim=1)
-            return self.velocity(context, mask, x, time[:, None] * is_rest)
+            return self.velocity(context, mask, x, time[:, None] * is_rest, condition)
 
         chunk = integrate(velocity, noise, self.config.steps)
         return torch.cat([prefix, chunk[:, length:]], dim=1)
 
-    def _embed(self, time: Tensor) -> Tensor:  # [b] -> [b d], [b t] -> [b t d]
-        return self.embed_time(sinusoid(1000 * time, self.config.width))
+    def _embed(
+        self, time: Tensor, condition: Tensor | None = None
+    ) -> Tensor:  # [b] -> [b d], [b t] -> [b t d]
+        embedded = self.embed_time(sinusoid(1000 * time, self.config.width))
+        if condition is None:
+            return embedded
+        return embedded + (condition if time.dim() == 1 else condition[:, None])
 
     def _modulations(self) -> dict[float, list[Tensor]]:
         """Return each block's modulation [1 9*d] at each of Euler's times."""
@@ -284,6 +310,7 @@ class L1Head(nn.Module):
         )
         if config.prefix_steps:
             self.embed_prefix = nn.Linear(action_dim, width)
+        self.condition_width = 2 * config.depth * width  # scale and shift of each block's tokens (FiLM)
 
     def sample_noise_and_time(
         self, actions: Tensor, generator: torch.Generator | None = None, rank: int = 0, world_size: int = 1
@@ -303,13 +330,20 @@ class L1Head(nn.Module):
         is_pad: Tensor | None = None,
         noise: Tensor | None = None,
         time: Tensor | None = None,
+        condition: Tensor | None = None,
     ) -> Tensor:
         """Return the mean absolute error, without padding and prefix, [b]; noise is not used."""
         prefix = None if time is None else (actions, time == 0)
-        error = (self.predict(context, mask, prefix) - actions).abs()
+        error = (self.predict(context, mask, prefix, condition) - actions).abs()
         return masked_mean(error, without_prefix(is_pad, time))
 
-    def predict(self, context: Tensor, mask: Tensor, prefix: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    def predict(
+        self,
+        context: Tensor,
+        mask: Tensor,
+        prefix: tuple[Tensor, Tensor] | None = None,
+        condition: Tensor | None = None,
+    ) -> Tensor:
         """Return the chunk, context [b s c] -> [b t a].
 
         A prefix is actions [b t a], and where they are known, bool [b t].
@@ -318,7 +352,11 @@ class L1Head(nn.Module):
         tokens = repeat(self.queries, "t d -> b t d", b=len(context))
         if prefix is not None:
             tokens = tokens + self.embed_prefix(prefix[0]) * prefix[1][..., None]
-        for block in self.blocks:
+        films = [None] * len(self.blocks) if condition is None else condition.chunk(len(self.blocks), dim=1)
+        for block, film in zip(self.blocks, films, strict=True):
+            if film is not None:
+                scale, shift = film[:, None].chunk(2, dim=-1)
+                tokens = tokens * (1 + scale) + shift
             tokens = block(tokens, context, mask)
         return self.output(tokens)
 
@@ -329,16 +367,18 @@ class L1Head(nn.Module):
         noise: Tensor,
         integrate: Integrator = euler,
         prefix: Tensor | None = None,
+        condition: Tensor | None = None,
     ) -> Tensor:
         """Return the chunk, [b*r t a]; the noise gives the number of rows only."""
         repeats = len(noise) // len(context)
         if prefix is None:
-            return repeat(self.predict(context, mask), "b t a -> (b r) t a", r=repeats)
-        context, mask = (repeat(x, "b ... -> (b r) ...", r=repeats) for x in (context, mask))
+            return repeat_rows(self.predict(context, mask, condition=condition), repeats)
+        context, mask = (repeat_rows(x, repeats) for x in (context, mask))
+        condition = None if condition is None else repeat_rows(condition, repeats)
         length, steps = prefix.shape[1], noise.shape[1]
         known = torch.arange(steps, device=prefix.device) < length
         padded = functional.pad(prefix, (0, 0, 0, steps - length))
-        chunk = self.predict(context, mask, (padded, known.expand(len(prefix), -1)))
+        chunk = self.predict(context, mask, (padded, known.expand(len(prefix), -1)), condition)
         return torch.cat([prefix, chunk[:, length:]], dim=1)
 
 
@@ -394,6 +434,32 @@ class ForecastHead(nn.Module):
         return (error * known).sum(dim=1) / known.sum(dim=1).clamp(min=1)
 
 
+class DisplacementHead(nn.Module):
+    """Predicts where the target is from the gripper [3] (m), and embeds that as the action head's condition.
+
+    A learned query reads the context. The embedding starts at zero, where the action head is what it is
+    without (arXiv 2606.27663), and no gradient of the actions reaches the prediction: it stays a position.
+    """
+
+    def __init__(self, config: DisplacementConfig, context_width: int, condition_width: int) -> None:
+        super().__init__()
+        width = config.width
+        self.query = nn.Parameter(0.02 * torch.randn(1, width))
+        self.norm_context = nn.LayerNorm(context_width)
+        self.attention = Attention(width, config.heads, context_width)
+        self.output = nn.Sequential(nn.LayerNorm(width), Mlp(width, width, 3))
+        self.embed = nn.Sequential(nn.Linear(3, width), nn.ReLU(), nn.Linear(width, condition_width))
+        for weight in self.embed[2].parameters():
+            nn.init.zeros_(weight)
+
+    def forward(self, context: Tensor, mask: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Context [b s d], mask [b s], noise [b 3] (m) before embedding -> displacement [b 3], condition."""
+        query = repeat(self.query, "n w -> b n w", b=len(context))
+        found = DISPLACEMENT_UNIT * self.output(self.attention(query, self.norm_context(context), mask)[:, 0])
+        known = found.detach() if noise is None else found.detach() + noise
+        return found, self.embed(known / DISPLACEMENT_UNIT)
+
+
 ACTION_HEADS: dict[str, type[FlowHead] | type[L1Head]] = {"flow": FlowHead, "l1": L1Head}
 """Name -> class, constructed with (config, context_width, chunk_size, action_dim)."""
 
@@ -414,6 +480,11 @@ def without_prefix(is_pad: Tensor | None, time: Tensor | None) -> Tensor | None:
     if time is None or time.dim() == 1:
         return is_pad
     return time == 0 if is_pad is None else is_pad | (time == 0)
+
+
+def repeat_rows(values: Tensor, repeats: int) -> Tensor:
+    """Repeat each row, [b ...] -> [b*r ...]."""
+    return repeat(values, "b ... -> (b r) ...", r=repeats)
 
 
 def copy_to(value: Tensor, like: Tensor) -> Tensor:

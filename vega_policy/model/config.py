@@ -268,6 +268,27 @@ class ForecastConfig:
 
 
 @dataclass(frozen=True)
+class DisplacementConfig:
+    """Auxiliary head that predicts where the target is from the gripper; off by default.
+
+    The action head is conditioned on the prediction (arXiv 2606.27663).
+    """
+
+    weight: float = 0.0  # of its mean absolute error in metres beside the loss of the actions; 0: no head
+    noise: float = 0.02  # m, standard deviation of what training adds to the prediction that is read
+    width: int = 256
+    heads: int = 4
+
+    def __post_init__(self) -> None:
+        check_numbers(self, "displacement.", weight="[0, inf)", noise="[0, inf)", heads="[1, inf)")
+        if self.width % self.heads:
+            raise ValueError(
+                f"displacement.width must be a multiple of displacement.heads; got width {self.width}, heads "
+                f"{self.heads}."
+            )
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """All that `VegaModel` needs: its parts and the sizes that the data dictates."""
 
@@ -282,6 +303,7 @@ class ModelConfig:
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     head: ActionHeadConfig = field(default_factory=ActionHeadConfig)
     forecast: ForecastConfig = field(default_factory=ForecastConfig)
+    displacement: DisplacementConfig = field(default_factory=DisplacementConfig)
 
     def __post_init__(self) -> None:
         sizes = dict.fromkeys(("views", "action_dim", "chunk_size", "frame_size"), "[1, inf)")

@@ -205,6 +205,8 @@ def inspect_model(config: ModelConfig) -> list[Part]:
     if model.forecast is not None:
         parts.append(_forecast_part(model, tokens, length))
         length += parts[-1].tokens or 0
+    if model.displacement is not None:
+        parts.append(_part("displacement", [model.displacement], 1, _displacement_flops(model, length)))
     flops = _head_flops(model, length)
     parts.append(_part(f"head {config.head.name}", [model.head], config.chunk_size, flops))
     total = {
@@ -359,6 +361,12 @@ def _forecast_part(model: Any, tokens: int, length: int) -> Part:
     read = config.forecast.read
     flops = _flops(lambda: model.forecast(now, context, mask)) if read else 0
     return _part("forecast", [model.forecast], tokens * len(config.forecast.steps) if read else 0, flops)
+
+
+def _displacement_flops(model: Any, length: int) -> int:
+    context = torch.empty(1, length, model.backbone.width, device="meta")
+    head = copy.deepcopy(model.displacement).requires_grad_(False)  # the counter fails on learned queries
+    return _flops(lambda: head(context, torch.ones(1, length, dtype=torch.bool, device="meta")))
 
 
 def _head_flops(model: Any, length: int) -> int:

@@ -21,7 +21,13 @@ from torch import Tensor, nn
 from vega_policy.backbones import make_backbone
 from vega_policy.checkpoints import check_checkpoint, find_checkpoint
 from vega_policy.config import from_config
-from vega_policy.model.action_head import ForecastHead, Integrator, euler, make_action_head
+from vega_policy.model.action_head import (
+    DisplacementHead,
+    ForecastHead,
+    Integrator,
+    euler,
+    make_action_head,
+)
 from vega_policy.model.config import ActionHeadConfig, BackboneConfig, FusionConfig, ModelConfig, PriorConfig
 from vega_policy.model.fusion import make_fusion, make_projector
 from vega_policy.model.observation import EncodedText, Observation, stack_views, to_float
@@ -247,16 +253,26 @@ class FutureFrames:
     semantic: Tensor | None = None  # [b k v c gh gw], features of a frozen image encoder
 
 
+@dataclass(frozen=True)
+class Displacement:
+    """Where the target is from the gripper, metres along the axes of the robot's base."""
+
+    target: Tensor  # [b 3]
+    noise: Tensor | None = None  # [b 3], added to the prediction that enters the action head
+
+
 class VegaModel(VegaEncoder):
     """Observation -> fused tokens -> context -> chunk of normalised actions; arguments as `VegaEncoder`."""
 
     head: Any
     forecast: ForecastHead | None
+    displacement: DisplacementHead | None
 
     def __init__(self, config: ModelConfig, parts: tuple[Any, Any] | None = None) -> None:
         super().__init__(config, parts)
         self.head = make_action_head(config.head, self.backbone.width, config.chunk_size, config.action_dim)
-        self.forecast, self.forecast_error = None, None  # the latter of the last loss, for inspection
+        self.forecast, self.displacement = None, None
+        self.errors: dict[str, Tensor] = {}  # of the auxiliary heads in the last loss, for inspection
         if config.forecast.is_on:
             encoder = self.backbone.image_encoder
             tokens = config.views * self.backbone.grid[0] * self.backbone.grid[1]
@@ -264,6 +280,9 @@ class VegaModel(VegaEncoder):
             self.forecast = ForecastHead(
                 config.forecast, self.backbone.width, encoder.channels, tokens, target
             )
+        if config.displacement.weight:
+            widths = self.backbone.width, self.head.condition_width
+            self.displacement = DisplacementHead(config.displacement, *widths)
 
     def loss(
         self,
@@ -274,25 +293,52 @@ class VegaModel(VegaEncoder):
         time: Tensor | None = None,
         prior_generator: torch.Generator | None = None,
         future: FutureFrames | None = None,
+        displacement: Displacement | None = None,
     ) -> Tensor:
-        """Return the loss of each sample, [b]; in training mode with that of the forecast, by its weight.
+        """Return the loss of each sample, [b]; in training mode with those of auxiliary heads, by weight.
 
         Raises:
-            ValueError: If the forecast is trained and `future` is missing.
+            ValueError: If an auxiliary head is trained and `future` or `displacement` is missing.
         """
         context, mask, predicted = self._encode(observation, prior_generator)
-        losses = self.head.loss(context, mask, actions, is_pad, noise, time)
-        weight = self.config.forecast.weight
-        if self.forecast is None or predicted is None or not weight or not self.training:
+        found, condition = self._locate(context, mask, displacement)
+        losses = self.head.loss(context, mask, actions, is_pad, noise, time, condition)
+        if not self.training:
             return losses
+        errors = {}
+        if predicted is not None and self.config.forecast.weight:
+            errors["forecast"] = self._forecast_loss(predicted, future)
+        if found is not None:
+            errors["displacement"] = self._displacement_loss(found, displacement)
+        self.errors = {name: error.detach().mean() for name, error in errors.items()}
+        for name, error in errors.items():
+            losses = losses + getattr(self.config, name).weight * error
+        return losses
+
+    def _locate(
+        self, context: Tensor, mask: Tensor, displacement: Displacement | None = None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return the predicted displacement [b 3] and the action head's condition; None without its head."""
+        if self.displacement is None:
+            return None, None
+        return self.displacement(context, mask, None if displacement is None else displacement.noise)
+
+    def _displacement_loss(self, found: Tensor, displacement: Displacement | None) -> Tensor:
+        if displacement is None:
+            raise ValueError(
+                "policy.displacement.weight needs vega.displacement [b 3] in a batch: train with vega-train, "
+                "on a dataset with the feature displacement."
+            )
+        return (found.float() - displacement.target).abs().mean(dim=1)
+
+    def _forecast_loss(self, predicted: Tensor, future: FutureFrames | None) -> Tensor:
         if future is None:
             raise ValueError(
                 "policy.forecast.weight needs the frames of later instants in a batch, which come from a "
                 "cache: set dataset.cache=gpu (or ram, disk) and dataset.cached=[frames]."
             )
-        error = self.forecast.loss(predicted, self._forecast_target(future), future.is_pad)
-        self.forecast_error = error.detach().mean()
-        return losses + weight * error
+        assert self.forecast is not None
+        return self.forecast.loss(predicted, self._forecast_target(future), future.is_pad)
 
     @torch.no_grad()
     def _forecast_target(self, future: FutureFrames) -> Tensor:
@@ -317,7 +363,8 @@ class VegaModel(VegaEncoder):
         It begins with `prefix` [b d a], if given to a head that was trained with `prefix_steps`.
         """
         context, mask = self.encode_context(observation)
-        return self.head.sample(context, mask, noise, integrate, prefix)
+        _, condition = self._locate(context, mask)
+        return self.head.sample(context, mask, noise, integrate, prefix, condition)
 
     def encode_context(
         self, observation: Observation, prior_generator: torch.Generator | None = None
@@ -412,7 +459,7 @@ def _load_encoder(checkpoint: Path) -> VegaEncoder:
         )
     )
     weights = load_file(folder / "model.safetensors")
-    others = (f"{PREFIX}head.", f"{PREFIX}forecast.")
+    others = tuple(f"{PREFIX}{name}." for name in ("head", "forecast", "displacement"))
     encoding = {name: value for name, value in weights.items() if not name.startswith(others)}
     load_weights(encoder, encoding, folder)
     return encoder

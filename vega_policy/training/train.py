@@ -27,6 +27,7 @@ from vega_policy.configuration_vega import VegaConfig, read_rendering
 from vega_policy.data import feature_cache
 from vega_policy.data.dataset import (
     ACTION,
+    DISPLACEMENT,
     STATE,
     DatasetConfig,
     DatasetError,
@@ -174,7 +175,10 @@ def load_data(config: TrainConfig) -> TrainData:
         match_features(config.vega, dataset)
     _join_metadata(config.vega, datasets)
     weights = [entry.weight for entry in config.dataset.mixture or ()] or [1.0]
-    parts = [_read_part(*one) for one in zip(configs, datasets, weights, strict=True)]
+    parts = [
+        _read_part(*one, displacement=check_displacement(one[1], config.vega.displacement.weight))
+        for one in zip(configs, datasets, weights, strict=True)
+    ]
     joined, starts = join_tables([part.table for part in parts]), [0]
     starts += [start + len(part.table) for start, part in zip(starts, parts[:-1], strict=False)]
     rows, held_out = (
@@ -221,8 +225,10 @@ def _join_metadata(policy: VegaConfig, datasets: Sequence[LocalDataset]) -> None
         policy.dataset_rendering = None
 
 
-def _read_part(config: DatasetConfig, dataset: LocalDataset, weight: float) -> DataPart:
-    table = read_table(dataset.root, dataset.stored_names, config.task)
+def _read_part(
+    config: DatasetConfig, dataset: LocalDataset, weight: float, *, displacement: bool
+) -> DataPart:
+    table = read_table(dataset.root, dataset.stored_names, config.task, displacement=displacement)
     training, held_out = (table.rows_of(rows) for rows in table.split(config.held_out, config.episodes))
     check_finite(table, torch.cat([training, held_out]), dataset.root)
     observed = table.every(config.frame_stride)
@@ -367,6 +373,22 @@ def _weighted_mean(
         views = {camera: frame[None] for camera, frame in mean.items()}
         mixed = mixed + part.weight / whole * stack_views(views, policy.frame_size, policy.resize)[0, :, 0]
     return dict(zip(means[0], torch.as_tensor(mixed), strict=True))
+
+
+def check_displacement(dataset: LocalDataset, weight: float) -> bool:
+    """Return whether the policy learns the displacement.
+
+    Raises:
+        DatasetError: If it does, and the dataset has none.
+    """
+    shape = list(dataset.features.get(DISPLACEMENT, {}).get("shape", []))
+    if weight and shape != [3]:
+        raise DatasetError(
+            f"policy.displacement.weight={weight} needs the feature {DISPLACEMENT} [3] in {dataset.root}; "
+            f"got {shape or 'none'}. Render it again from its states into a new folder (vega-render; "
+            "docs/data.md), or set policy.displacement.weight=0."
+        )
+    return weight > 0
 
 
 def check_forecast(policy: VegaConfig, data: DatasetConfig) -> tuple[int, ...]:

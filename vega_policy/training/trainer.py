@@ -113,8 +113,14 @@ class Trainer:
         self.weights = trainable(state.policy)
         self._clip_norm = state.policy.config.get_optimizer_preset().grad_clip_norm
         cameras = list(state.policy.config.image_features)
+        displacement = config.vega.displacement
         self._augmentations = make_augmentations(
-            config.dataset, cameras, seed=config.seed, rank=rank, world=world
+            config.dataset,
+            cameras,
+            seed=config.seed,
+            rank=rank,
+            world=world,
+            displacement_noise=displacement.noise if displacement.weight else 0.0,
         )
         state.policy.train()
         self._model = self._wrap()
