@@ -7,7 +7,8 @@ draw for all their samples.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ def make_augmentations(
     in the run, from 0, to a batch. Frames lie under camera keys, [b ... 3 h w], or are those of a cache,
     uint8 [b v 3 h w].
     """
-    draws = {"seed": seed, "rank": rank, "world": world}
+    draws = {"seed": seed, "rank": rank, "world": world, "repeats": 2 if config.pairs else 1}
     augmentations: list[Augmentation] = []
     if config.shift:
         augmentations.append(RandomShift(config.shift, cameras, **draws))
@@ -52,6 +53,22 @@ def make_augmentations(
     return augmentations
 
 
+@dataclass(frozen=True)
+class Share:
+    """One process's share of the draws for a batch, which are those of one process for all of it."""
+
+    seed: int
+    rank: int = 0
+    world: int = 1
+    repeats: int = 1  # samples in a row with the same draw: 2 where they are pairs
+
+    def take(self, samples: int, draw: Callable[[int], Tensor]) -> Tensor:
+        """Return the draws of this process's samples [b ...], of `draw` for a number of samples [n ...]."""
+        distinct = samples // self.repeats
+        own = draw(self.world * distinct)[self.rank * distinct :][:distinct]
+        return own.repeat_interleave(self.repeats, dim=0)
+
+
 class RandomShift:
     """Shift each view of each sample by whole pixels, up to `most` each way, repeating the frame's edge.
 
@@ -59,10 +76,8 @@ class RandomShift:
     Fergus, "Image Augmentation Is All You Need", 2021, section 3.1: four pixels of 84).
     """
 
-    def __init__(
-        self, most: int, cameras: Sequence[str], *, seed: int, rank: int = 0, world: int = 1
-    ) -> None:
-        self._most, self._cameras, self._seed, self._rank, self._world = most, cameras, seed, rank, world
+    def __init__(self, most: int, cameras: Sequence[str], **share: int) -> None:
+        self._most, self._cameras, self._share = most, cameras, Share(**share)
 
     def __call__(self, batch: dict[str, Any], number: int) -> dict[str, Any]:
         """Return a batch with shifted frames."""
@@ -83,10 +98,13 @@ class RandomShift:
 
     def draw(self, samples: int, number: int) -> Tensor:
         """Return the shifts down and to the right of this process's samples in a batch, integers [b v 2]."""
-        generator = torch.Generator().manual_seed(((self._seed + 1) * 2_654_435_761 + number) % 2**63)
-        shape = (self._world * samples, len(self._cameras), 2)
-        shifts = torch.randint(-self._most, self._most + 1, shape, generator=generator)
-        return shifts[self._rank * samples :][:samples]
+        generator = torch.Generator().manual_seed(((self._share.seed + 1) * 2_654_435_761 + number) % 2**63)
+
+        def draw(total: int) -> Tensor:
+            shape = (total, len(self._cameras), 2)
+            return torch.randint(-self._most, self._most + 1, shape, generator=generator)
+
+        return self._share.take(samples, draw)
 
 
 class ColorJitter:
@@ -102,13 +120,10 @@ class ColorJitter:
         saturation: float,
         hue: float,
         cameras: Sequence[str],
-        *,
-        seed: int,
-        rank: int = 0,
-        world: int = 1,
+        **share: int,
     ) -> None:
         self._most = torch.tensor([brightness, contrast, saturation, hue])
-        self._cameras, self._seed, self._rank, self._world = cameras, seed, rank, world
+        self._cameras, self._share = cameras, Share(**share)
 
     def __call__(self, batch: dict[str, Any], number: int) -> dict[str, Any]:
         """Return a batch with frames of other colours."""
@@ -117,16 +132,16 @@ class ColorJitter:
 
     def draw(self, samples: int, number: int) -> Tensor:
         """Return factors of brightness, contrast and saturation and turns of hue of each sample, [b 4]."""
-        uniform = 2 * _uniform(self._world * samples, 4, self._seed, number, salt=1) - 1
-        own = uniform[self._rank * samples :][:samples]
-        return own * self._most + torch.tensor([1.0, 1.0, 1.0, 0.0])
+        generator = _generator(self._share.seed, number, salt=1)
+        uniform = self._share.take(samples, lambda total: torch.rand(total, 4, generator=generator))
+        return (2 * uniform - 1) * self._most + torch.tensor([1.0, 1.0, 1.0, 0.0])
 
 
 class StateDropout:
     """Set the whole normalised proprioceptive state of a sample to zero with some probability."""
 
-    def __init__(self, probability: float, *, seed: int, rank: int = 0, world: int = 1) -> None:
-        self._probability, self._seed, self._rank, self._world = probability, seed, rank, world
+    def __init__(self, probability: float, **share: int) -> None:
+        self._probability, self._share = probability, Share(**share)
 
     def __call__(self, batch: dict[str, Any], number: int) -> dict[str, Any]:
         """Return a batch in which some states [b ... s] are zero."""
@@ -136,15 +151,16 @@ class StateDropout:
 
     def draw(self, samples: int, number: int) -> Tensor:
         """Return which samples have their state dropped, bool [b]."""
-        uniform = _uniform(self._world * samples, 1, self._seed, number, salt=2)[:, 0]
-        return uniform[self._rank * samples :][:samples] < self._probability
+        generator = _generator(self._share.seed, number, salt=2)
+        uniform = self._share.take(samples, lambda total: torch.rand(total, generator=generator))
+        return uniform < self._probability
 
 
 class DisplacementNoise:
     """Draw the noise on the displacement that enters the action head, normal with a deviation in metres."""
 
-    def __init__(self, deviation: float, *, seed: int, rank: int = 0, world: int = 1) -> None:
-        self._deviation, self._seed, self._rank, self._world = deviation, seed, rank, world
+    def __init__(self, deviation: float, **share: int) -> None:
+        self._deviation, self._share = deviation, Share(**share)
 
     def __call__(self, batch: dict[str, Any], number: int) -> dict[str, Any]:
         """Return a batch with noise beside its displacements."""
@@ -153,8 +169,9 @@ class DisplacementNoise:
 
     def draw(self, samples: int, number: int) -> Tensor:
         """Return the noise of each sample, [b 3]."""
-        normal = torch.randn(self._world * samples, 3, generator=_generator(self._seed, number, salt=3))
-        return self._deviation * normal[self._rank * samples :][:samples]
+        generator = _generator(self._share.seed, number, salt=3)
+        normal = self._share.take(samples, lambda total: torch.randn(total, 3, generator=generator))
+        return self._deviation * normal
 
 
 Augmentation = RandomShift | ColorJitter | StateDropout | DisplacementNoise
@@ -206,11 +223,7 @@ def color_matrices(factors: Tensor) -> Tensor:
     return (brightness[:, None, None] * (torch.linalg.inv(to_yiq) @ rotation @ to_yiq)).to(factors)
 
 
-def _uniform(rows: int, columns: int, seed: int, number: int, *, salt: int) -> Tensor:
-    """Return numbers in [0, 1) that follow from seed, batch number and salt, float32 [rows columns]."""
-    return torch.rand(rows, columns, generator=_generator(seed, number, salt=salt))
-
-
 def _generator(seed: int, number: int, *, salt: int) -> torch.Generator:
+    """Return the generator of one kind of draw, which follows from seed, batch number and salt."""
     mixed = ((seed + 1) * 2_654_435_761 + number) * 4 + salt
     return torch.Generator().manual_seed(mixed % 2**63)

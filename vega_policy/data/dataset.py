@@ -99,6 +99,9 @@ class DatasetConfig:
     hue: float = 0.0
     # Probability that a training sample's whole normalised proprioceptive state is zero, in [0, 1).
     state_dropout: float = 0.0
+    # A batch holds pairs: each sample is followed by one at the same phase of another episode of its
+    # instruction, of another dataset of a mixture where one has it, and both share noise and augmentation.
+    pairs: bool = False
     video_backend: str = "pyav"  # LeRobot's decoder, `pyav` or `torchcodec`
     workers: int = 2  # processes that decode videos during training; unused with a cache
     # `none` decodes videos in every step; `disk` maps a cache of frames or features into memory; `ram` holds

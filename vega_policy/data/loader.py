@@ -88,6 +88,57 @@ class ShuffledRows:
         return torch.cat(shuffled)[skipped : skipped + end - begin]
 
 
+class PairedRows(ShuffledRows):
+    """Batches of pairs: each row of `ShuffledRows` is followed by its counterpart.
+
+    That is the row at the same phase of another episode of the same instruction, drawn from another dataset
+    of the mixture where one has it: the scene, and so the action, differs, and the sentence does not (after
+    arXiv 2609.39971). Batch k depends on seed and k only here too. `rows` rise; the datasets of a mixture
+    begin at the rows `starts` of the table.
+    """
+
+    def __init__(
+        self,
+        rows: Tensor,
+        batch_size: int,
+        *,
+        table: FrameTable,
+        starts: Sequence[int] = (0,),
+        **order: Any,
+    ) -> None:
+        super().__init__(rows, batch_size // 2, **order)
+        episodes = table.episode[rows].unique_consecutive(return_inverse=True, return_counts=True)
+        _, self._episode, self._lengths = episodes
+        self._firsts = self._lengths.cumsum(0) - self._lengths  # positions in `rows`
+        task = table.task[rows[self._firsts]]
+        part = torch.searchsorted(torch.tensor(starts), rows[self._firsts], right=True)
+        others: list[Tensor] = []  # of each episode, those from which its counterparts come
+        for number in range(len(task)):
+            alike = task == task[number]
+            alike[number] = False
+            elsewhere = alike & (part != part[number])
+            others.append((elsewhere if elsewhere.any() else alike).nonzero()[:, 0])
+            if not alike.any():
+                raise ValueError(
+                    "dataset.pairs=true needs two training episodes of each instruction; "
+                    f"{table.tasks[int(task[number])]!r} has one. Collect more, or set dataset.pairs=false."
+                )
+        self._others, self._counts = torch.cat(others), torch.tensor([len(one) for one in others])
+
+    def batch(self, number: int) -> Tensor:
+        """Return the rows of batch `number` (from 0) for this process, pair by pair, [batch_size]."""
+        rows = super().batch(number)
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + 15_485_863 + number) % 2**63)
+        draws = torch.randint(2**62, (self.world, len(rows)), generator=generator)[self.rank]
+        places = torch.searchsorted(self.rows, rows)
+        episode = self._episode[places]
+        starts = self._counts.cumsum(0) - self._counts
+        other = self._others[starts[episode] + draws % self._counts[episode]]
+        phase = (places - self._firsts[episode]) / (self._lengths[episode] - 1).clamp(min=1)
+        step = (phase * (self._lengths[other] - 1)).round().long()
+        return torch.stack([rows, self.rows[self._firsts[other] + step]], dim=1).flatten()
+
+
 class Source(Protocol):
     """Gives batches of chosen rows."""
 

@@ -131,6 +131,7 @@ class TrainConfig:
         check_numbers(self, "", **dict.fromkeys(counts, "[1, inf)"), keep_best="[0, inf)")
         check_numbers(self, "", average_decay="[0, 1)", stop_after="[0, inf)")
         self._check_shards()
+        self._check_pairs()
         if self.policy.push_to_hub and not self.policy.repo_id:
             raise ValueError(
                 "policy.push_to_hub=true needs policy.repo_id=USER/NAME, the model's repository."
@@ -142,6 +143,15 @@ class TrainConfig:
             raise ValueError("shards divides the building of the cache. Add stop_after=0, or set shards=1.")
         if not 0 <= self.shard < self.shards:
             raise ValueError(f"shard: expected a number from 0 to {self.shards - 1}; got {self.shard}.")
+
+    def _check_pairs(self) -> None:
+        if self.dataset.pairs and self.batch_size % 2:
+            raise ValueError(f"dataset.pairs=true needs an even batch_size; got {self.batch_size}.")
+        base = getattr(self.policy, "base", None)
+        if self.dataset.pairs and base is not None and base.name != "none":
+            raise ValueError(
+                "dataset.pairs=true shares the noise of a pair, and a base samples its own. Take base=none."
+            )
 
     @property
     def last_step(self) -> int:

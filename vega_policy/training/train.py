@@ -317,7 +317,7 @@ def make_policy(config: TrainConfig, checkpoint: Path | None, device: torch.devi
 
 def _describe_misfit(source: Any, saved: VegaConfig, config: VegaConfig) -> str:
     """Return why the weights of a policy do not fit a run: the fields of its parts that differ."""
-    parts = ("fusion", "backbone", "head", "base")
+    parts = ("fusion", "backbone", "head", "forecast", "displacement", "base")
     theirs, ours = (
         flatten({name: asdict(getattr(policy, name)) for name in parts})
         | {"policy.chunk_size": policy.chunk_size}

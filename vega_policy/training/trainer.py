@@ -17,7 +17,7 @@ from vega_policy.checkpoints import add_scores, checkpoint_path, prune_checkpoin
 from vega_policy.data.augmentation import make_augmentations
 from vega_policy.data.dataset import DatasetConfig, FrameTable, LocalDataset
 from vega_policy.data.dataset_files import hash_bytes
-from vega_policy.data.loader import Batch, ShuffledRows, Source
+from vega_policy.data.loader import Batch, PairedRows, ShuffledRows, Source
 from vega_policy.run_dir import disk_guard
 from vega_policy.training.checkpoint import Origin, TrainState, rng_state, save_checkpoint, snapshot
 from vega_policy.training.config import TrainConfig
@@ -109,6 +109,9 @@ class Trainer:
         self.run, self.data, self._origin = Path(config.output_dir), data.describe(), origin
         order: dict[str, Any] = {"seed": config.seed, "rank": rank, "world": world, "shares": data.shares}
         self.sampler = ShuffledRows(data.rows, config.batch_size, **order)
+        if config.dataset.pairs:
+            order |= {"table": data.table, "starts": data.starts}
+            self.sampler = PairedRows(data.rows, config.batch_size, **order)
         self.held_out = spread_evenly(data.held_out, config.held_out_frames)
         self.weights = trainable(state.policy)
         self._clip_norm = state.policy.config.get_optimizer_preset().grad_clip_norm
@@ -184,16 +187,13 @@ class Trainer:
     def _compute_gradient(self, batches: Iterator[Batch], progress: Progress, step: int) -> dict[str, Tensor]:
         """Leave the clipped gradient of a step in the weights, and return its norm and the metrics."""
         rounds, accelerator = self.config.accumulate, self.accelerator
-        rank, world = accelerator.process_index, accelerator.num_processes
         sums: dict[str, Tensor] = {}
         for number in range(rounds):
             with progress.waiting():
                 batch = self.prepare(next(batches))
             for augment in self._augmentations:
                 batch = augment(batch, (step - 1) * rounds + number)
-            noise, time = self.state.policy.sample_noise_and_time(
-                batch["action"], self.state.generator, rank, world
-            )
+            noise, time = self._sample_noise_and_time(batch["action"])
             if self._captured is not None:  # `check_capturable` refuses several rounds
                 return self._captured(self.state.policy.with_prior_features(batch), noise, time)
             last = number == rounds - 1
@@ -205,6 +205,14 @@ class Trainer:
                 sums[name] = sums.get(name, 0.0) + torch.as_tensor(value) / rounds
         sums["gradient_norm"] = clip_gradient(self.weights.values(), self._clip_norm)
         return sums
+
+    def _sample_noise_and_time(self, actions: Tensor) -> list[Tensor | None]:
+        """Sample what the loss of a batch's actions [b t a] needs; the samples of a pair share it."""
+        repeats = 2 if self.config.dataset.pairs else 1
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        policy, generator = self.state.policy, self.state.generator
+        drawn = policy.sample_noise_and_time(actions[::repeats], generator, rank, world)
+        return [one if one is None or repeats == 1 else one.repeat_interleave(repeats, 0) for one in drawn]
 
     def _describe_bad_step(self, step: int, values: dict[str, float]) -> BadStep:
         rounds = self.config.accumulate
