@@ -75,7 +75,6 @@ class CollectionSettings:
     format: str = "lerobot"  # or "states": one file of simulator states, without frames
     layouts: str = "standard"  # or "random": LIBERO's objects anywhere in reach
     starts: str | None = None  # folder of an evaluation with the states of its episodes; see `VisitedStates`
-    starts_before: int | None = None  # steps of an episode in which they lie; None: anywhere
     starts_hash: str | None = None  # of these episodes, filled in
 
     def __post_init__(self) -> None:
@@ -108,8 +107,6 @@ class CollectionSettings:
             )
         if self.starts is not None and self.layouts != "standard":
             raise ValueError("starts: the evaluation decides the layouts. Leave layouts out.")
-        if self.starts_before is not None and (self.starts is None or self.starts_before < 1):
-            raise ValueError(f"starts_before: expected at least 1, and starts; got {self.starts_before}.")
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> CollectionSettings:
@@ -125,11 +122,12 @@ class CollectionSettings:
             "format",
             "layouts",
             "starts",
-            "starts_before",
         )
         values = {**config["env"], **{name: config[name] for name in names}}
         if values["starts"] is not None:
-            values["starts_hash"] = VisitedStates(Path(values["starts"])).fingerprint
+            visited = VisitedStates(Path(values["starts"]))
+            values["starts_hash"] = visited.fingerprint
+            values["tasks"] = values["tasks"] or visited.tasks(values["suite"])
         return cls.stored(values)
 
     @classmethod
@@ -451,7 +449,7 @@ def _successes(job: Job, env: ManipulationEnv, report: Report) -> Iterator[Recor
     settings = job.settings
     visited = None
     if settings.starts is not None:
-        visited = VisitedStates(Path(settings.starts), settings.starts_before)
+        visited = VisitedStates(Path(settings.starts))
     seeds = job.seeds[: MAX_ATTEMPTS * job.episodes]
     for seed in seeds:
         options = {"layout": settings.layouts, "visited": visited}

@@ -102,22 +102,18 @@ class ShardSummary:
 
 
 class VisitedStates:
-    """States that a policy visited in an evaluation, in which demonstrations begin.
+    """States that a policy visited in episodes that it failed, in which demonstrations begin.
 
     What a demonstrator does there shows how to go on after a policy's errors, which its own demonstrations
-    never meet (DAgger; Ross et al., arXiv 1011.0686).
-
-    Args:
-        folder: The evaluation, with `keep_states=true`.
-        before: Take states of the first so many steps of an episode: lost hands are often beyond help later.
+    never meet (DAgger; Ross et al., arXiv 1011.0686). `folder` holds an evaluation with `keep_states=true`.
 
     Raises:
-        FileNotFoundError: If the folder holds no evaluation with the states of its episodes.
+        FileNotFoundError: If the folder holds no evaluation.
         ValueError: If the episodes began in official initial states, which no training data may show, or were
             perturbed.
     """
 
-    def __init__(self, folder: Path, before: int | None = None) -> None:
+    def __init__(self, folder: Path) -> None:
         import pyarrow.parquet
 
         table = folder / "episodes.parquet"
@@ -125,42 +121,58 @@ class VisitedStates:
         if not table.is_file():
             raise FileNotFoundError(f"starts: {folder} holds no evaluation. Make one: {how}")
         self.fingerprint = hashlib.sha256(table.read_bytes()).hexdigest()
-        self._folder, self._before = folder, before
-        self._episodes = pyarrow.parquet.read_table(table).to_pylist()
+        episodes = pyarrow.parquet.read_table(table).to_pylist()
         if read_json(folder / "settings.json").get("official_states"):
             raise ValueError(f"starts: {folder} began in official initial states. Evaluate again: {how}")
-        if any((episode.get("perturbation") or "none") != "none" for episode in self._episodes):
+        if any((episode.get("perturbation") or "none") != "none" for episode in episodes):
             raise ValueError(f"starts: the scenes of {folder} were perturbed. Evaluate again: {how}")
+        self._folder = folder
+        self._seeds = {(one["suite"], one["task_index"], one["index"]): one["seed"] for one in episodes}
+
+    def tasks(self, suite: str) -> tuple[int, ...]:
+        """Return the indices of the tasks of a suite that the policy failed at least once.
+
+        Raises:
+            FileNotFoundError: If there are none, or their states were not kept.
+        """
+        tasks = {one for name, one, _ in self._seeds if name == suite and self._failures(suite, one)}
+        if not tasks:
+            raise FileNotFoundError(
+                f"starts: {self._folder} has no states of failed episodes of {suite}. Evaluate with "
+                "keep_states=true, and more episodes if the policy solved all."
+            )
+        return tuple(sorted(tasks))
 
     def begin(self, env: ManipulationEnv, rng: np.random.Generator) -> int:
         """Put a state of the environment's task back whose hand holds nothing; return its episode's seed.
 
         Raises:
-            FileNotFoundError: If there are no states of this task.
+            FileNotFoundError: If there are no states of failed episodes of this task.
             RuntimeError: If the hand holds something in all states that were drawn.
         """
-        seeds = {
-            episode["index"]: episode["seed"]
-            for episode in self._episodes
-            if (episode["suite"], episode["task_index"]) == (env.task.suite, env.task.index)
-        }
-        kept = sorted(self._folder.glob(f"trajectories/*_{env.task.index:03d}_*.npy"))
-        if not (seeds and kept):
+        failures = self._failures(env.task.suite, env.task.index)
+        if not failures:
             raise FileNotFoundError(
-                f"starts: {self._folder} has no states of {env.task.name}. Evaluate with keep_states=true."
+                f"starts: {self._folder} has no states of failed episodes of {env.task.name}. Leave this "
+                "task out, or evaluate more episodes of it with keep_states=true."
             )
         for _ in range(MOST_STARTS):
-            path = kept[rng.integers(len(kept))]
-            seed = seeds[int(path.name.partition("_")[0])]
-            states = np.load(path, mmap_mode="r")[: self._before]
+            path, seed = failures[rng.integers(len(failures))]
+            states = np.load(path, mmap_mode="r")
             env.reset_blindly(seed=seed)  # places bodies that no simulator state holds
             env.restore(states[rng.integers(len(states))].copy())
             if not is_holding(env):
                 return seed
         raise RuntimeError(
             f"starts: the hand holds something in {MOST_STARTS} states of {env.task.name}. Give an "
-            "evaluation of more episodes, or another starts_before."
+            "evaluation of more episodes."
         )
+
+    def _failures(self, suite: str, task: int) -> list[tuple[Path, int]]:
+        """Return the files of states of a task's failed episodes, each with the seed of its scene."""
+        kept = sorted(self._folder.glob(f"trajectories/*_{task:03d}_failure.npy"))
+        places = [(path, (suite, task, int(path.name.partition("_")[0]))) for path in kept]
+        return [(path, self._seeds[place]) for path, place in places if place in self._seeds]
 
 
 def is_holding(env: ManipulationEnv) -> bool:

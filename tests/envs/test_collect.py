@@ -303,8 +303,6 @@ def test_a_demonstration_takes_over_where_a_policy_has_been(env, tmp_path):
     steps = [np.flatnonzero((shown.states == one.states[0]).all(axis=1)).item() for one in begun]
     assert len(set(steps)) > 1
     assert max(steps) < held[0]
-    early = VisitedStates(tmp_path / "visits", before=1)
-    assert np.array_equal(record(env, 1, Demonstrator(), visited=early).states[0], shown.states[0])
 
 
 def test_a_collection_begins_in_visited_states_and_refuses_others_when_it_resumes(env, tmp_path):
@@ -330,7 +328,7 @@ def test_a_collection_begins_in_visited_states_and_refuses_others_when_it_resume
     [
         ({"official_states": True}, {}, "began in official initial states. Evaluate again: vega-eval"),
         ({}, {"perturbation": "camera"}, "were perturbed"),
-        ({}, {"suite": "stack"}, "has no states of lift_wide. Evaluate with keep_states=true"),
+        ({}, {"suite": "stack"}, "has no states of failed episodes of lift_wide. Leave this"),
     ],
 )
 def test_visits_that_teach_nothing_or_too_much_are_refused(env, tmp_path, settings, changed, message):
@@ -342,6 +340,21 @@ def test_visits_that_teach_nothing_or_too_much_are_refused(env, tmp_path, settin
     )
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         record(env, 1, Demonstrator(), visited=VisitedStates(folder))
+
+
+def test_only_states_of_failed_episodes_are_taken_over(env, tmp_path):
+    env.reset_blindly(seed=7)
+    kept = env.simulator_state()[None]
+    folder = write_visits(tmp_path / "visits", [(7, kept), (8, kept)])
+    (folder / "trajectories" / "00001_000_failure.npy").rename(
+        folder / "trajectories" / "00001_000_success.npy"
+    )
+    visited = VisitedStates(folder)
+    assert visited.tasks("lift_wide") == (0,)
+    assert {visited.begin(env, np.random.default_rng(draw)) for draw in range(8)} == {7}
+    (folder / "trajectories" / "00000_000_failure.npy").unlink()
+    with pytest.raises(FileNotFoundError, match="more episodes if the policy solved all"):
+        visited.tasks("lift_wide")
 
 
 def test_starts_without_an_evaluation_say_how_to_make_one(tmp_path):
@@ -367,7 +380,6 @@ def test_a_demonstrator_that_never_succeeds_is_an_error(tmp_path, monkeypatch):
         ({"rendering": "quick"}, "Unknown rendering profile 'quick'"),
         ({"frame_size": 16}, "frame_size above 16 for videos, got 16"),
         ({"video": "gif"}, "video: expected one of lossless, h264; got 'gif'"),
-        ({"starts_before": 5}, "starts_before: expected at least 1, and starts; got 5"),
     ],
 )
 def test_settings_out_of_range_are_refused(change, message):
