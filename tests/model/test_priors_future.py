@@ -256,7 +256,7 @@ def test_the_shipped_prior_warns_that_it_has_not_learned_to_continue_a_frame(cap
     (tmp_path / wan_module.TRAINING).write_text('{"clips": {"frames": 9}}')
     wan_module.warn_of_training(tmp_path, 2)
     make_prior(PriorConfig(name="wan_tiny_untrained", clip="future"), GRID)
-    assert caplog.text == ""
+    assert not [one for one in caplog.records if one.name.startswith("vega_policy")]
     wan_module.warn_of_training(tmp_path, 3)
     assert "trained on clips with 2 slots" in caplog.text
 

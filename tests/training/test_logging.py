@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import vega_policy
 from tests.evaluations import evaluation_config
 from tests.synthetic_dataset import CAMERAS, write_dataset
-from tests.training_runs import assert_bitwise_equal, tiny_run
+from tests.training_runs import assert_bitwise_equal, tiny_policy, tiny_run
 from vega_policy.checkpoints import add_scores, checkpoint_path, find_damage, read_scores
 from vega_policy.evaluation.episodes import read_episodes
 from vega_policy.evaluation.evaluate import evaluate_checkpoint
@@ -110,6 +110,18 @@ def test_a_card_says_what_was_learned_from_how_and_what_was_measured(watched):
         assert part in card.text
     assert 'path = "FOLDER/pretrained_model"' in card.text
     assert re.search(r"`observation` holds `observation\..+`observation\.state`.* and `task`", card.text)
+
+
+def test_a_card_of_a_run_from_a_checkpoint_names_the_prior_that_was_read(points, tmp_path):
+    def tiny(name, **policy):
+        train(tiny_run(points, tmp_path / name, steps=1, policy=tiny_policy(**policy)))
+        return checkpoint_path(tmp_path / name, 1) / "pretrained_model"
+
+    first = tiny("first")
+    again = tiny("again", pretrained_path=first)
+    rows = [re.search(r"\| prior \| .*", (one / "README.md").read_text()).group() for one in (first, again)]
+    assert rows[0] == rows[1]
+    assert "None" not in rows[0]
 
 
 def test_a_card_without_a_measurement_says_so(finished):

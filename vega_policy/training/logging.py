@@ -15,15 +15,17 @@ from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 import imageio.v3 as imageio
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, TrackioTracker, WandBTracker
 from huggingface_hub import HfApi, ModelCard, ModelCardData
+from lerobot.configs import PreTrainedConfig
 from tensorboard.compat.proto import summary_pb2
 from tqdm import tqdm
 
 from vega_policy.checkpoints import BEST, CHECKPOINTS, PRETRAINED, list_checkpoints, read_scores
+from vega_policy.configuration_vega import VegaConfig
 from vega_policy.evaluation.policies import checkpoint_fingerprint
 from vega_policy.provenance import code_revision, environment, hardware
 from vega_policy.run_dir import drop_lines_after, read_json, write_json, write_text
@@ -244,9 +246,13 @@ _SCORES = {
 }
 
 
-def model_card(config: TrainConfig, step: int, scores: Mapping[str, float], data: str) -> ModelCard:
-    """Return the card of the checkpoint after `step`, with its scores and a short description of the data."""
-    policy = config.vega
+def model_card(
+    config: TrainConfig, policy: VegaConfig, step: int, scores: Mapping[str, float], data: str
+) -> ModelCard:
+    """Return the card of the checkpoint after `step`, with its scores and a short description of the data.
+
+    `policy` is the checkpoint's own configuration, in which the prior's layer and weights are known.
+    """
     header = ModelCardData(
         license="apache-2.0",
         library_name="lerobot",
@@ -261,13 +267,13 @@ def model_card(config: TrainConfig, step: int, scores: Mapping[str, float], data
         name=policy.repo_id or "vega",
         place=policy.repo_id or "FOLDER/pretrained_model",
         inputs=", ".join(f"`{key}`" for key in policy.input_features or ()),
-        facts=_describe_run(config, step, data),
+        facts=_describe_run(config, policy, step, data),
         scores={_SCORES[name]: f"{value:.4g}" for name, value in scores.items() if name in _SCORES},
     )
 
 
-def _describe_run(config: TrainConfig, step: int, data: str) -> dict[str, Any]:
-    policy, machine, code = config.vega, hardware(), code_revision()
+def _describe_run(config: TrainConfig, policy: VegaConfig, step: int, data: str) -> dict[str, Any]:
+    machine, code = hardware(), code_revision()
     prior = policy.prior
     changed = ", with changed files" if code["changed"] else ""
     clip = "" if prior.clip == "frame" else f"clip {prior.clip}, "
@@ -338,7 +344,8 @@ def push_to_hub(config: TrainConfig, data: str) -> str:
     best = run / CHECKPOINTS / BEST
     checkpoint = best if best.exists() else list_checkpoints(run)[-1]
     step = read_step(checkpoint)
-    card = model_card(config, step, read_scores(run).get(step, {}), data)
+    saved = cast(VegaConfig, PreTrainedConfig.from_pretrained(checkpoint / PRETRAINED))
+    card = model_card(config, saved, step, read_scores(run).get(step, {}), data)
     api = HfApi()
     api.create_repo(policy.repo_id, private=policy.private, exist_ok=True)
     with TemporaryDirectory() as folder:

@@ -285,7 +285,7 @@ class Trainer:
         states = gather_object([rng_state(self.state.generator)])
         content = snapshot(self.state)
         if self.accelerator.is_main_process:
-            card = model_card(self.config, self.state.step, scores, self.data)
+            card = model_card(self.config, self.state.policy.config, self.state.step, scores, self.data)
             save_checkpoint(self.run, self.state, content, states, self._origin, card)
         self.accelerator.wait_for_everyone()
 
