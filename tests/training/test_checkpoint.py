@@ -246,13 +246,15 @@ def test_the_encoder_of_an_exported_policy_returns_its_tokens(exported):
         assert torch.equal(encoder(frames).tokens, policy.model.encode_observation(policy.observe(seen)))
 
 
-def test_a_text_encoder_that_learned_is_exported(trained, tmp_path):
+def test_a_text_encoder_that_learned_is_exported_and_no_path_of_this_machine(trained, tmp_path):
     policy = VegaPolicy.from_pretrained(trained)
     with torch.no_grad():
         policy.model.backbone.text_encoder.network.embeddings.word_embeddings.weight.add_(0.25)
+    policy.config.pretrained_path = trained  # as of a run that started from it
     policy.save_pretrained(tmp_path / "changed")
     export_policy(tmp_path / "changed", tmp_path / "policy")
     loaded = VegaPolicy.from_pretrained(tmp_path / "policy")
+    assert str(trained) not in (tmp_path / "policy" / "config.json").read_text()
     name = "model.backbone.text_encoder.network.embeddings.word_embeddings.weight"
     torch.testing.assert_close(loaded.state_dict()[name], policy.state_dict()[name], atol=1e-2, rtol=1e-2)
 

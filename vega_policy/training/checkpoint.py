@@ -178,7 +178,7 @@ def export_policy(source: Path, target: Path, card: str | None = None) -> None:
     """
     check_checkpoint(source)
     weights = load_file(source / SAFETENSORS_SINGLE_FILE)
-    config = read_json(source / CONFIG_NAME) | {"device": None}  # where there is a GPU: that
+    config = read_json(source / CONFIG_NAME) | {"device": None, "pretrained_path": None}  # of this machine
     packaged = _packaged_text_encoder(config, weights)
     if packaged is not None:
         config["backbone"]["text_encoder_fingerprint"] = packaged
