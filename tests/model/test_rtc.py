@@ -78,7 +78,7 @@ class Rollout:
 def test_for_any_delays_every_planned_action_is_executed_once_and_in_order(latencies, threshold, dawdle):
     rollout = Rollout(latencies, threshold=threshold, dawdle=dawdle).run(50)
     assert rollout.executed == list(range(1, len(rollout.executed) + 1))
-    assert len(rollout.executed) > 25
+    assert len(rollout.executed) >= 24  # where each prediction takes 7 steps: 8 actions in 15 or 16 steps
     for view, delay, since in rollout.requests[1:]:
         if since is not None:  # what the policy is given begins with the action of its observation
             assert since == list(range(view + 1, view + 1 + delay))
