@@ -1,7 +1,7 @@
 """A policy server in its own thread or process, with a policy made of arithmetic.
 
-`python -m tests.policy_servers PORT SECONDS [CERTIFICATE KEY]` serves until it is killed; a prediction takes
-SECONDS.
+`python -m tests.policy_servers PORT SECONDS CONNECTIONS_PER_SECOND [CERTIFICATE KEY]` serves until it is
+killed; a prediction takes SECONDS.
 """
 
 import asyncio
@@ -117,12 +117,13 @@ def write_certificate(folder):
 
 
 @contextlib.contextmanager
-def server_process(port=0, seconds=0.0, tls=(), log=None):
+def server_process(port=0, seconds=0.0, tls=(), log=None, rate=ServerSettings.connections_per_second):
     """Yield a server's process and port; the process is killed afterwards.
 
-    `tls` is a certificate and its key, `log` an open file for the server's log.
+    `rate` limits new connections a second, `tls` is a certificate and its key, `log` an open file for the
+    server's log.
     """
-    command = [sys.executable, "-m", "tests.policy_servers", str(port), str(seconds), *map(str, tls)]
+    command = [sys.executable, "-m", "tests.policy_servers", *map(str, (port, seconds, rate, *tls))]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
     try:
         yield process, int(process.stdout.readline())
@@ -134,11 +135,10 @@ def server_process(port=0, seconds=0.0, tls=(), log=None):
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO)
-    port, seconds, *files = sys.argv[1:]
+    port, seconds, rate, *files = sys.argv[1:]
     tls = {name: Path(file) for name, file in zip(("certificate", "key"), files, strict=False)}
-    server = PolicyServer(
-        ArithmeticPolicy(float(seconds)), ServerSettings(port=int(port), limits=limits(), **tls)
-    )
+    chosen = ServerSettings(port=int(port), limits=limits(), connections_per_second=float(rate), **tls)
+    server = PolicyServer(ArithmeticPolicy(float(seconds)), chosen)
 
     def started(port):
         sys.stdout.write(f"{port}\n")

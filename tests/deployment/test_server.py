@@ -212,6 +212,25 @@ def test_there_are_no_more_sessions_and_connections_than_allowed():
             connection.close()
 
 
+def test_new_connections_are_accepted_one_after_the_other_while_a_session_is_served():
+    with running(connections_per_second=10.0) as (_, port):
+        client = PolicyClient(address(port))
+        client.predict(observations())
+        start, served = time.monotonic(), 0
+        burst = [socket.create_connection(("127.0.0.1", port), timeout=20) for _ in range(12)]
+        for connection in burst:
+            connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+        while len(select.select(burst, [], [], 0)[0]) < len(burst):
+            client.predict(observations())
+            served += 1
+        assert time.monotonic() - start >= 1.1  # eleven pauses of 0.1 s
+        assert served > 20
+        for connection in burst:
+            assert connection.recv(12) == b"HTTP/1.1 200"
+            connection.close()
+        client.close()
+
+
 def test_a_policy_that_fails_costs_one_answer_not_the_server():
     with running() as (_, port):
         client = PolicyClient(address(port))

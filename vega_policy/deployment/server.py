@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import secrets
+import selectors
 import signal
 import socket
 import ssl
@@ -84,6 +85,7 @@ class ServerSettings:
     limits: MessageLimits = DEFAULT_LIMITS
     sessions: int = 64  # open at once
     connections: int = 128  # TCP connections open at once, handshakes included
+    connections_per_second: float = 25.0  # accepted; others wait, so that requests of sessions do not
     handshake_seconds: float = 5.0  # time until a connection must be a session
     idle_seconds: float = 60.0  # time between complete messages after which a session is closed
     faults: int = 8  # malformed messages after which a session is closed
@@ -95,8 +97,8 @@ class ServerSettings:
     def __post_init__(self) -> None:
         """Refuse settings that open the server to everybody, and half a TLS configuration."""
         counts = dict.fromkeys(("sessions", "connections", "faults"), "[1, inf)")
-        seconds = dict.fromkeys(("handshake_seconds", "idle_seconds", "grace_seconds"), "(0, inf)")
-        check_numbers(self, "server.", port="[0, 65535]", **counts, **seconds)
+        positive = ("connections_per_second", "handshake_seconds", "idle_seconds", "grace_seconds")
+        check_numbers(self, "server.", port="[0, 65535]", **counts, **dict.fromkeys(positive, "(0, inf)"))
         if not protocol.is_loopback(self.host) and self.token is None:
             raise ValueError(
                 f"a server on {self.host!r} can be reached from other machines and needs a token: give "
@@ -215,7 +217,7 @@ class PolicyServer:
         timeouts = {"ssl_handshake_timeout": patience, "ssl_shutdown_timeout": patience}
         only_with_tls: dict[str, Any] = timeouts if tls else {}
         refuse = partial(self._count_refusal, "connections")
-        listener = _Listener(settings.host, settings.port, settings.connections, refuse)
+        listener = _Listener(settings, refuse)
         async with serve(
             self._serve_session,
             sock=listener,
@@ -460,16 +462,33 @@ class _Session:
 
 
 class _Listener(socket.socket):
-    """Listening socket that closes at once what exceeds a number of connections.
+    """Listening socket that pauses after each connection, and closes at once what exceeds a number of them.
 
-    asyncio creates a connection's object only after its TLS handshake, so handshakes are counted here.
+    asyncio creates a connection's object only after its TLS handshake, so handshakes are counted here. It
+    accepts while `fileno()` is readable: that of a selector, which holds the socket except during pauses.
     """
 
-    def __init__(self, host: str, port: int, most: int, on_refusal: Callable[[], None]) -> None:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        super().__init__(fileno=socket.create_server((host, port), family=family).detach())
+    def __init__(self, settings: ServerSettings, on_refusal: Callable[[], None]) -> None:
+        family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+        address = settings.host, settings.port
+        super().__init__(fileno=socket.create_server(address, family=family).detach())
         self.open = self._closed = 0
-        self._most, self._on_refusal = most, on_refusal
+        self._most, self._on_refusal = settings.connections, on_refusal
+        self._pause_seconds = 1 / settings.connections_per_second
+        self._pause: asyncio.TimerHandle | None = None
+        self._gate = selectors.DefaultSelector()
+        self._end_pause()
+
+    def fileno(self) -> int:
+        """Return the descriptor that is readable when a connection may be accepted."""
+        return self._gate.fileno()
+
+    def close(self) -> None:
+        """Stop listening."""
+        if self._pause is not None:
+            self._pause.cancel()
+        self._gate.close()
+        super().close()
 
     def count_closed(self) -> None:
         """Count a closed connection; collect garbage at times.
@@ -482,14 +501,27 @@ class _Listener(socket.socket):
             gc.collect()
 
     def accept(self) -> tuple[socket.socket, Any]:
-        """Return a connection and its address; a ConnectionAbortedError where it was closed at once."""
+        """Return a connection and its address.
+
+        Raises:
+            BlockingIOError: During a pause.
+            ConnectionAbortedError: If the connection was closed at once.
+        """
+        if self._pause is not None:
+            raise BlockingIOError
         accepted, address = super().accept()
+        self._gate.unregister(super().fileno())
+        self._pause = asyncio.get_running_loop().call_later(self._pause_seconds, self._end_pause)
         connection = _CountedConnection(self, accepted.detach())
         if self.open > self._most:
             self._on_refusal()
             connection.close()
             raise ConnectionAbortedError
         return connection, address
+
+    def _end_pause(self) -> None:
+        self._pause = None
+        self._gate.register(super().fileno(), selectors.EVENT_READ)
 
 
 class _CountedConnection(socket.socket):
