@@ -342,6 +342,15 @@ def test_of_many_equal_log_records_a_few_pass_and_the_rest_is_counted():
     ]
 
 
+def test_of_equal_log_records_the_first_has_its_traceback():
+    limit, tracebacks = LogLimit(), []
+    for error in (EOFError, EOFError, OSError):
+        record = logging.LogRecord("a", logging.ERROR, "", 0, "failed", (), (error, error(), None))
+        assert limit.filter(record)
+        tracebacks.append(record.exc_info is not None)
+    assert tracebacks == [True, False, True]
+
+
 @pytest.mark.parametrize(
     "content", ["", "two words\nand lines", "-----BEGIN KEY-----\nabc\n", "\u00e9" * 30, "x" * 513]
 )

@@ -4,6 +4,7 @@ The measurements of the slow tests are shown with `-m slow -o log_cli=true -o lo
 """
 
 import contextlib
+import gc
 import logging
 import multiprocessing
 import os
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+from asyncio.sslproto import SSLProtocol
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
 import msgspec
@@ -363,6 +365,21 @@ def test_a_soak_of_fifty_sessions_and_aborted_connections_costs_neither_memory_n
         assert after < 1.05 * before
         assert lines < 500
         assert slow[1] <= 2 * slow[0]
+
+
+def test_tls_handshakes_that_are_cut_off_are_freed_without_python_s_own_collections(tmp_path):
+    certificate, key = write_certificate(tmp_path)
+    gc.disable()
+    try:
+        with running(certificate=certificate, key=key, connections_per_second=1e6) as (_, port):
+            aborter, end = Aborter(port, certificate), time.monotonic() + 10
+            for _ in range(400):
+                aborter.abort(0)
+            while sum(isinstance(one, SSLProtocol) for one in gc.get_objects()) > 200:
+                assert time.monotonic() < end, "more than half of the handshakes are kept"
+                time.sleep(0.1)
+    finally:
+        gc.enable()
 
 
 @pytest.mark.slow

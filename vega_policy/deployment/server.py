@@ -552,24 +552,30 @@ def limited_logs(*names: str) -> Iterator[None]:
 
 
 class LogLimit(logging.Filter):
-    """Passes `most` records of one message in `seconds`; the first one after that counts those dropped."""
+    """Passes `most` records of one message in `seconds`; the first one after that counts those dropped.
+
+    Only the first one has its traceback.
+    """
 
     def __init__(
         self, most: int = 5, seconds: float = 60.0, clock: Callable[[], float] = time.monotonic
     ) -> None:
         super().__init__()
         self._most, self._seconds, self._clock = most, seconds, clock
-        self._seen: dict[tuple[str, str], tuple[float, int]] = {}  # start of the interval, records in it
+        self._seen: dict[tuple[Any, ...], tuple[float, int]] = {}  # start of the interval, records in it
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Return whether the record passes."""
-        key = (record.name, str(record.msg).partition("\n")[0][:100])  # asyncio appends addresses
+        error = record.exc_info and record.exc_info[0]
+        key = (record.name, str(record.msg).partition("\n")[0][:100], error)  # asyncio appends addresses
         now = self._clock()
         start, count = self._seen.pop(key, (now, 0))
         if now - start >= self._seconds:
             if count > self._most:
                 record.msg = f"{record.msg} ({count - self._most} more in {now - start:.0f} s)"
             start, count = now, 0
+        if count:
+            record.exc_info = None
         self._seen[key] = (start, count + 1)
         if len(self._seen) > _MOST_MESSAGES:
             self._seen.pop(next(iter(self._seen)))
