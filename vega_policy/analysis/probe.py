@@ -55,6 +55,7 @@ from vega_policy.analysis.geometry import (
 from vega_policy.analysis.linear_probes import (
     PROPRIOCEPTION,
     STATE,
+    TASK,
     Estimate,
     Metric,
     Sums,
@@ -178,19 +179,18 @@ Numbers = dict[str, Estimate]
 
 
 def future_gains(rows: Mapping[str, Sums], metrics: Mapping[str, Metric]) -> dict[str, dict[str, Numbers]]:
-    """Return by how much each reading of a future, with the state, is better than all others with it."""
-    with_state = {
-        name: x for name, x in rows.items() if name.endswith(f"+ {STATE}") or name == PROPRIOCEPTION
-    }
-    return {
-        first: {
-            other: {key: metric.gain(with_state[first], sums) for key, metric in metrics.items()}
-            for other, sums in with_state.items()
-            if other != first
-        }
-        for first in with_state
-        if first.startswith("future")
-    }
+    """Return by how much each reading of a future is better than all others with the same appended."""
+    proprioception = {STATE: PROPRIOCEPTION, TASK: f"{PROPRIOCEPTION} + task"}
+    gains = {}
+    for appended, alone in proprioception.items():
+        alike = {name: sums for name, sums in rows.items() if name.endswith(f"+ {appended}") or name == alone}
+        for first in (name for name in alike if name.startswith("future")):
+            gains[first] = {
+                other: {key: metric.gain(alike[first], sums) for key, metric in metrics.items()}
+                for other, sums in alike.items()
+                if other != first
+            }
+    return gains
 
 
 def future_tables(rows: Mapping[str, Sums], metrics: Mapping[str, Metric]) -> list[Table]:
