@@ -231,6 +231,9 @@ def write_demonstrations(folder: Path, processes: int = 1, **values: Any) -> lis
     """Write the missing tasks of a `DemonstrationSpec` (its fields are `values`); return one file a task.
 
     The folder belongs to this spec alone.
+
+    Raises:
+        ValueError: If the file has too few demonstrations of a task, or one is too short.
     """
     spec = decode_spec(DemonstrationSpec, values)
     suite, listed = read_header(Path(spec.file))["suite"], read_header(Path(spec.file))["episodes"]

@@ -276,7 +276,11 @@ def _unfold(maps: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def write_moments(settings: ProbeSettings) -> tuple[str, list[Path]]:
-    """Render the moments of demonstrations, or find them in the cache; return a hash of them, and files."""
+    """Render the moments of demonstrations, or find them in the cache; return a hash of them, and files.
+
+    Raises:
+        FileNotFoundError: If a suite has no file of demonstrations.
+    """
     future = settings.future
     shipped = resource("assets") / "demonstrations" / "libero"
     sources = [Path(future.states or shipped) / f"{suite}.safetensors" for suite in future.suites]

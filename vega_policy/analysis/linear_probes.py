@@ -236,6 +236,9 @@ def future_of(demonstration: Demonstration, horizons: Sequence[int], moved: floa
     """Return what happens after each moment; a part has moved where it is more than `moved` metres away.
 
     Where no part moves until the end of the episode, the target is the one that moved last.
+
+    Raises:
+        ValueError: If the episode ends before the longest horizon of a moment, or nothing moves in it.
     """
     steps, paths = demonstration.steps, demonstration.positions
     longest = horizons[-1]
@@ -308,6 +311,9 @@ def probe_future(
 
     A unit holds indices of episodes that are held out together, and is what sums are kept of. The principal
     components are fitted to the same episodes as the probes. Without features only what is appended is read.
+
+    Raises:
+        ValueError: If there are too few units to hold one out and choose a regularisation.
     """
     if len(units) < 3:
         raise ValueError(f"expected at least 3 episodes or tasks to hold some out; got {len(units)}")

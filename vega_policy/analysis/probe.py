@@ -144,7 +144,12 @@ def run(settings: ProbeSettings) -> Path:
 
 
 def run_future(settings: ProbeSettings) -> Path:
-    """Read out of demonstrations what happens next, and write the report; return its page."""
+    """Read out of demonstrations what happens next, and write the report; return its page.
+
+    Raises:
+        FileNotFoundError: If weights or demonstrations are missing.
+        ValueError: If there are too few demonstrations.
+    """
     folder, seconds, found = Path(settings.output_dir), {}, {}
     with _timed("demonstrations", seconds):
         key, files = write_moments(settings)
