@@ -441,3 +441,19 @@ def test_a_missing_folder_names_both_places(tmp_path, monkeypatch):
     monkeypatch.setattr(vega_policy, "PACKAGE", tmp_path / "vega_policy")
     with pytest.raises(FileNotFoundError, match=r"no folder assets in .*vega_policy or "):
         resource("assets")
+
+
+def test_a_reader_that_leaves_early_ends_no_command_in_a_traceback(tmp_path):
+    results = REPOSITORY / "assets" / "results" / "libero"
+    command = [
+        sys.executable,
+        REPOSITORY / "scripts" / "compare_runs.py",
+        results / "vega",
+        results / "none_192",
+    ]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert b"Traceback" not in process.stderr.read()
+    assert process.returncode == 0

@@ -144,7 +144,10 @@ class Command:
             logger.error("%s", text)  # other jobs of a sweep go on; its table marks this one as failed
             return
         if message:
-            print(message)  # noqa: T201
+            try:
+                print(message, flush=True)  # noqa: T201
+            except BrokenPipeError:  # as of `| head`; Python would fail again when it flushes at the end
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def annotate(text: str, comments: Mapping[str, str]) -> str:
