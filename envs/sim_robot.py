@@ -104,6 +104,9 @@ class VegaSim(Robot):
         """Return the state, camera frames (uint8 [h w 3]) and, as `last_command`, the last command in them.
 
         It waits until all commands are executed. With `latency_steps` the observation is that many steps old.
+
+        Raises:
+            DeviceNotConnectedError: If the simulator does not run.
         """
         state, frames, last_command = self._request("observe", None)
         values = dict(zip(STATE_NAMES, state.tolist(), strict=True))

@@ -31,7 +31,11 @@ def __dir__() -> list[str]:
 
 
 def resource(name: str) -> Path:
-    """Return the folder `configs` or `assets`: in an installed package, else in the repository."""
+    """Return the folder `configs` or `assets`: in an installed package, else in the repository.
+
+    Raises:
+        FileNotFoundError: If it is in neither place.
+    """
     for path in (PACKAGE / name, PACKAGE.parent / name):
         if path.is_dir():
             return path

@@ -81,6 +81,11 @@ def fetch_checkpoint(source: str | Path, **hub: Any) -> Path:
 
     `source` may also be a folder of a policy or of a run's checkpoint, or the name of a packaged policy;
     `hub` are options of `huggingface_hub.snapshot_download`, such as `revision`.
+
+    Raises:
+        FileNotFoundError: If it is neither a folder nor available from the hub.
+        DamagedCheckpointError: See `require_intact`.
+        UnsafeCheckpointError: See `check_checkpoint`.
     """
     folder = packaged_policies().get(str(source), Path(source))
     if (folder / PRETRAINED).is_dir():
@@ -175,7 +180,11 @@ def _check_steps(path: Path, steps: list[Any]) -> None:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """Return the folder with `config.json` of a run's checkpoint, or of a packaged policy given by name."""
+    """Return the folder with `config.json` of a run's checkpoint, or of a packaged policy given by name.
+
+    Raises:
+        FileNotFoundError: If there is none; lists what is there and the names of packaged policies.
+    """
     for folder in (path / PRETRAINED, path):
         if (folder / "config.json").is_file():
             return folder

@@ -172,7 +172,11 @@ def read_json(path: Path, *fields: str, kind: type = dict) -> Any:
 
 
 def read_yaml(path: Path, *fields: str) -> dict[str, Any]:
-    """Return the content of a YAML file, a mapping with some fields."""
+    """Return the content of a YAML file, a mapping with some fields.
+
+    Raises:
+        DamagedFileError: If the file holds something else.
+    """
     import yaml
 
     try:
@@ -198,7 +202,11 @@ def _checked(path: Path, content: Any, format: str, fields: Iterable[str], kind:
 
 
 def read_tensors(path: Path) -> dict[str, Any]:
-    """Return the tensors of a safetensors file by name."""
+    """Return the tensors of a safetensors file by name.
+
+    Raises:
+        DamagedFileError: If the file holds something else; the library's own error does not name it.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

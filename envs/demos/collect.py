@@ -127,7 +127,8 @@ class CollectionSettings:
         if values["starts"] is not None:
             visited = VisitedStates(Path(values["starts"]))
             values["starts_hash"] = visited.fingerprint
-            values["tasks"] = values["tasks"] or visited.tasks(values["suite"])
+            if values["tasks"] is None:
+                values["tasks"] = visited.tasks(values["suite"])
         return cls.stored(values)
 
     @classmethod
@@ -447,9 +448,7 @@ def _stored(job: Job, source: Path, env: ManipulationEnv, report: Report) -> Ite
 def _successes(job: Job, env: ManipulationEnv, report: Report) -> Iterator[Recording]:
     found = attempts = 0
     settings = job.settings
-    visited = None
-    if settings.starts is not None:
-        visited = VisitedStates(Path(settings.starts))
+    visited = None if settings.starts is None else VisitedStates(Path(settings.starts))
     seeds = job.seeds[: MAX_ATTEMPTS * job.episodes]
     for seed in seeds:
         options = {"layout": settings.layouts, "visited": visited}

@@ -320,7 +320,11 @@ def widen_start(raw: Any, spread: Array, rng: np.random.Generator) -> None:
 
 
 def start_after_a_miss(raw: Any, body: Array, rng: np.random.Generator) -> None:
-    """Put the hand where a missed grasp leaves it: closed, empty, above the object centre `body` [3]."""
+    """Put the hand where a missed grasp leaves it: closed, empty, above the object centre `body` [3].
+
+    Raises:
+        UnreachableStartError: The arm does not get there.
+    """
     arm, robot = Arm(raw.sim), raw.robots[0]
     shift, turn = rng.uniform(*MISSED_SHIFT), rng.uniform(-MISSED_TURN, MISSED_TURN)
     raw.sim.data.qpos[robot._ref_gripper_joint_pos_indexes] = FINGERS_CLOSED

@@ -317,6 +317,8 @@ def test_a_collection_begins_in_visited_states_and_refuses_others_when_it_resume
     assert [episode.seed for episode in episodes] == [7, 7]
     for episode in episodes:
         assert (shown.states[:5] == episode.initial).all(axis=1).any()
+    with pytest.raises(SystemExit, match=r"has no tasks \[\]"):  # which is not: those that the policy failed
+        collect_command([*arguments[:-1], "tasks=[]", f"root={tmp_path / 'none'}"])
     shutil.rmtree(visits)
     write_visits(visits, [(8, shown.states[:5])])
     with pytest.raises(SystemExit, match="starts_hash"):

@@ -144,7 +144,11 @@ NEEDED = ("config.json", "model.safetensors")
 
 
 def locate_base(base: BaseConfig) -> Path:
-    """Return the local folder of a pre-trained policy, downloaded from the hub if need be."""
+    """Return the local folder of a pre-trained policy, downloaded from the hub if need be.
+
+    Raises:
+        FileNotFoundError: If files are missing.
+    """
     source = base.path or BASES[base.name].source
     folder = Path(source).expanduser()
     if not folder.is_dir():

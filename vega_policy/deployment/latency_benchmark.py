@@ -252,6 +252,10 @@ def benchmark_server(
     Each client sends random frames from its own thread and session as fast as it is answered, after one
     request that is not measured. `overhead_p95_ms` is the latency beyond the time in the model. Start the
     server with a high `server.limits.requests_per_second`.
+
+    Raises:
+        PolicyUnavailableError: If the server is unreachable.
+        PermissionError: If it does not accept the token.
     """
     for number in clients:
         timings, refused = _request_for(address, number, seconds, side)

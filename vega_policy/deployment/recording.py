@@ -141,6 +141,10 @@ def merge_episodes(folder: Path, root: Path, repo_id: str) -> int:
     """Merge the episodes of an `EpisodeRecorder` into one LeRobotDataset in `root` and return their number.
 
     Each episode keeps its files: joining them would rewrite the whole file for each episode.
+
+    Raises:
+        FileNotFoundError: If there is no finished episode.
+        FileExistsError: If `root` exists.
     """
     from lerobot.datasets.aggregate import aggregate_datasets
 

@@ -128,6 +128,10 @@ class VegaRemotePolicy(PreTrainedPolicy):
         """Connect to the server of the user's own config; there are no weights here.
 
         A config from a checkpoint is refused: it would choose the address and the token file.
+
+        Raises:
+            UnsafeCheckpointError: If the config comes from a checkpoint, which would choose the address and
+                the token file.
         """
         if pretrained_name_or_path is not None:
             raise UnsafeCheckpointError(

@@ -302,14 +302,22 @@ class Difference:
 
 
 def success(policy: PolicyRuns, row: str) -> Success | None:
-    """Return a policy's success on a suite or in one of `AVERAGES`; None if it has no such evaluation."""
+    """Return a policy's success on a suite or in one of `AVERAGES`; None if it has no such evaluation.
+
+    Raises:
+        UnpairedRunsError: If its seeds are not of the same episodes.
+    """
     suites = AVERAGES.get(row, (row,))
     seeds = _common_seeds([policy], suites)
     return _success([_solved(policy, suite, seeds) for suite in suites], seeds) if seeds else None
 
 
 def difference(first: PolicyRuns, second: PolicyRuns, row: str) -> Difference | None:
-    """Compare two policies on a suite or in one of `AVERAGES`, on their common seeds; None without any."""
+    """Compare two policies on a suite or in one of `AVERAGES`, on their common seeds; None without any.
+
+    Raises:
+        UnpairedRunsError: If they, or the seeds of one of them, are not of the same episodes.
+    """
     suites = AVERAGES.get(row, (row,))
     seeds = _common_seeds([first, second], suites)
     if not seeds:
@@ -394,7 +402,12 @@ class Comparison:
 
 
 def compare_policies(policies: Sequence[PolicyRuns]) -> Comparison:
-    """Compare policies of different names with the last one, on evaluations at the same <seed>/<suite>."""
+    """Compare policies of different names with the last one, on evaluations at the same <seed>/<suite>.
+
+    Raises:
+        UnpairedRunsError: If one has no evaluation in common with the reference, or they are not of the same
+            episodes.
+    """
     *others, reference = policies
     for policy in others:
         if not policy.runs.keys() & reference.runs.keys():

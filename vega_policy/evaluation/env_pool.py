@@ -120,7 +120,11 @@ class WorkerPool:
         )
 
     def replay(self, episodes: Sequence[RecordedEpisode]) -> list[bool]:
-        """Restore each episode's initial state, execute its actions, and return whether that is a success."""
+        """Restore each episode's initial state, execute its actions, and return whether that is a success.
+
+        Raises:
+            WorkerError: If a simulator failed.
+        """
         self.open(render=False, keep_states=False)
         return self._map("replay", [{"spec": one.spec(), "actions": one.actions} for one in episodes])
 

@@ -280,7 +280,11 @@ class EvaluationFolder:
         self._results = ordered  # after a failed write they may be added again
 
     def gather_shards(self, recorded_ablation: str) -> None:
-        """Add the finished episodes of all shards, and the simulator states of those under one ablation."""
+        """Add the finished episodes of all shards, and the simulator states of those under one ablation.
+
+        Raises:
+            OtherRunError: If a shard has other settings.
+        """
         known = {(result.ablation, result.key) for result in self._results}
         for path in sorted((self.path / SHARD_FOLDER).glob("*_of_*")):
             if not (path / EPISODES_FILE).is_file():

@@ -199,7 +199,11 @@ def write_prompts(path: Path, instructions: list[str]) -> None:
 
 
 def read_prompts(path: Path) -> dict[str, Tensor]:
-    """Return the embedding of each sentence without padding, [n d]."""
+    """Return the embedding of each sentence without padding, [n d].
+
+    Raises:
+        FileNotFoundError: If there is no such file; says how to make it.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; embed the instructions: stages=[prompts]")
     with safe_open(path, framework="pt") as file:

@@ -164,7 +164,11 @@ class NonFiniteGuard:
         self.recent.clear()
 
     def record_bad(self, step: BadStep, run: Path, *, main: bool) -> None:
-        """Count a skipped step; at the limit the main process writes a report before training ends."""
+        """Count a skipped step; at the limit the main process writes a report before training ends.
+
+        Raises:
+            NotFiniteError: At the limit.
+        """
         self.total += 1
         self.in_a_row += 1
         self.recent.append(step)
@@ -196,7 +200,11 @@ def are_finite(*values: float) -> bool:
 
 @contextmanager
 def disk_advice() -> Iterator[None]:
-    """Add to the error of a full disk what to lower."""
+    """Add to the error of a full disk what to lower.
+
+    Raises:
+        DiskFullError: If a write inside failed for want of space.
+    """
     try:
         yield
     except Exception as error:
@@ -210,7 +218,11 @@ def disk_advice() -> Iterator[None]:
 
 @contextmanager
 def memory_guard(config: TrainConfig, tokens: int) -> Iterator[None]:
-    """Turn exhausted memory into advice on what to lower; `tokens` are those of one view's image."""
+    """Turn exhausted memory into advice on what to lower; `tokens` are those of one view's image.
+
+    Raises:
+        MemoryExhaustedError: If memory ran out inside.
+    """
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:

@@ -144,7 +144,12 @@ class Trainer:
         return replicate(self.accelerator, policy, unused)
 
     def fit(self) -> Path:
-        """Train from the state's step to the last one, and return the last checkpoint's folder."""
+        """Train from the state's step to the last one, and return the last checkpoint's folder.
+
+        Raises:
+            TrainingStoppedError: If too many steps were not finite, or memory is full.
+            DiskFullError: If the disk is full.
+        """
         config, state = self.config, self.state
         height, width = state.policy.model.backbone.grid
         main = self.accelerator.is_main_process
