@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from copy import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,7 +30,7 @@ from vega_policy.model.config import ActionHeadConfig, PriorConfig
 from vega_policy.modeling_vega import VegaPolicy
 from vega_policy.training.checkpoint import export_policy
 from vega_policy.training.optim import trainable
-from vega_policy.training.train import train
+from vega_policy.training.train import make_policy, train
 
 
 @pytest.fixture
@@ -116,6 +118,26 @@ def test_starting_from_a_policy_of_other_parts_names_the_fields_that_differ(root
         ValueError, match=r"do not fit this run\. Its policy has head\.name=flow \(here l1\), head\.width=16"
     ):
         train(tiny_run(root, tmp_path / "new", policy=policy))
+
+
+@pytest.mark.parametrize("name", ["flow", "l1"])
+def test_training_for_delay_and_displacement_may_begin_with_a_policy_trained_without(
+    root, run, tmp_path, name
+):
+    policy = VegaPolicy.from_pretrained(run / "checkpoints" / "last" / "pretrained_model")
+    config = copy(policy.config)
+    config.head = replace(config.head, name=name)
+    policy = VegaPolicy(config)
+    policy.save_pretrained(tmp_path / "saved")
+    grown = copy(config)
+    grown.pretrained_path, grown.head = tmp_path / "saved", replace(config.head, prefix_steps=2)
+    grown.displacement = replace(config.displacement, weight=1.0)
+    run_config = tiny_run(root, tmp_path / "new", policy=grown)
+    weights = make_policy(run_config, None, torch.device("cpu")).state_dict()
+    for key, value in policy.state_dict().items():
+        assert torch.equal(weights.pop(key), value)
+    parts = {"displacement"} | ({"embed_prefix"} if name == "l1" else set())
+    assert {key.split(".")[1 if "displacement" in key else 2] for key in weights} == parts
 
 
 def test_starting_from_a_policy_asks_for_the_weights_of_the_prior_that_it_was_trained_with(

@@ -306,13 +306,37 @@ def make_policy(config: TrainConfig, checkpoint: Path | None, device: torch.devi
         vega.prior = replace(vega.prior, fingerprint=saved.prior.fingerprint)
         packaged = saved.backbone.text_encoder_fingerprint
         vega.backbone = replace(vega.backbone, text_encoder_fingerprint=packaged)
+        known = _without_new_parts(vega, saved)
         try:
-            return VegaPolicy.from_pretrained(path, config=vega, strict=True).to(device)
+            policy = VegaPolicy.from_pretrained(path, config=known, strict=True)
         except RuntimeError as error:  # of torch, one line for each weight
             if "loading state_dict" not in str(error):
                 raise
             raise ValueError(_describe_misfit(config.vega.pretrained_path, saved, vega)) from error
+        if known is not vega:
+            grown = VegaPolicy(vega)
+            grown.load_state_dict(policy.state_dict(), strict=False)  # what is missing is what is new
+            policy = grown
+        return policy.to(device)
     return VegaPolicy(config.vega).to(device)
+
+
+def _without_new_parts(vega: VegaConfig, saved: VegaConfig) -> VegaConfig:
+    """Return the configuration without the parts that the saved policy has off and that start as new ones.
+
+    These are the embedding of an action prefix and the displacement head; returns `vega` itself if there is
+    none.
+    """
+    prefix = vega.head.prefix_steps > 0 and not saved.head.prefix_steps
+    displacement = vega.displacement.weight > 0 and not saved.displacement.weight
+    if not prefix and not displacement:
+        return vega
+    known = copy(vega)
+    if prefix:
+        known.head = replace(vega.head, prefix_steps=0)
+    if displacement:
+        known.displacement = replace(vega.displacement, weight=0.0)
+    return known
 
 
 def _describe_misfit(source: Any, saved: VegaConfig, config: VegaConfig) -> str:
