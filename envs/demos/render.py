@@ -81,14 +81,17 @@ def plan_rendering(
     tasks: Sequence[int] | None = None,
     episodes_per_task: int | None = None,
     frame_stride: int = 1,
+    displacement: bool = False,
 ) -> tuple[Plan, list[dict[str, Any]]]:
     """Plan a dataset of all episodes of the files, or of the first few of some tasks of each file.
 
-    With `frame_stride` k only every k-th state of an episode is rendered, its first one included. Returned
-    are the plan, and `state` [t s], `action` [t a] and `instruction` of each episode.
+    With `frame_stride` k only every k-th state of an episode is rendered, its first one included. With
+    `displacement` the features include where the target is. Returned are the plan, and `state` [t s],
+    `action` [t a] and `instruction` of each episode.
 
     Raises:
-        ValueError: If a file is no file of states, no episode is chosen, or cameras or robots differ.
+        ValueError: If a file is no file of states, no episode is chosen, cameras or robots differ, or a
+            suite's targets are not known.
     """
     if frame_stride < 1:
         raise ValueError(f"frame_stride must be at least 1; got {frame_stride}")
@@ -117,11 +120,13 @@ def plan_rendering(
             f"no episode is chosen: {', '.join(map(str, files))} hold none of the tasks {tasks} with "
             f"episodes_per_task={episodes_per_task}"
         )
-    described = _describe(episodes, frame_size, rendering)
+    described = _describe(episodes, frame_size, rendering, displacement)
     return Plan(episodes, frame_size, rendering, **described, frame_stride=frame_stride), values
 
 
-def _describe(episodes: Sequence[PlannedEpisode], frame_size: int, rendering: str) -> dict[str, Any]:
+def _describe(
+    episodes: Sequence[PlannedEpisode], frame_size: int, rendering: str, displacement: bool
+) -> dict[str, Any]:
     """Return features, cameras, rate and robot, which must be the same for all suites."""
     descriptions = {}
     for suite, task in {episode.suite: episode.task for episode in episodes}.items():
@@ -137,7 +142,13 @@ def _describe(episodes: Sequence[PlannedEpisode], frame_size: int, rendering: st
             "robot_type": env.robot_type,
         }
         env.close()
-    if not all(knows_targets(envs.tasks(suite)[0]) for suite in descriptions):
+    unknown = [suite for suite in descriptions if not knows_targets(envs.tasks(suite)[0])]
+    if displacement and unknown:
+        raise ValueError(
+            f"displacement=true: the targets of {', '.join(unknown)} are not known, only those of LIBERO's "
+            "suites. Leave displacement out."
+        )
+    if not displacement:
         for description in descriptions.values():
             description["features"].pop("displacement", None)
     first, *others = descriptions.values()
@@ -197,6 +208,8 @@ def origin(plan: Plan, repo_id: str) -> dict[str, Any]:
     settings = {"suite": "+".join(suites), "frame_size": plan.frame_size, "rendering": plan.rendering}
     if plan.frame_stride > 1:
         settings["frame_stride"] = plan.frame_stride
+    if "displacement" in plan.features:
+        settings["displacement"] = True
     episodes = [episode.identity for episode in plan.episodes]
     return {"settings": {**settings, "repo_id": repo_id}, "episodes": episodes}
 

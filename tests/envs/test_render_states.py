@@ -145,6 +145,18 @@ def test_libero_states_show_the_same_frames_without_the_reset_of_their_episode()
     assert not np.array_equal(frames[0], frames[2])
 
 
+def test_displacement_is_stored_where_it_is_wanted_and_refused_where_no_target_is_known(lift, tmp_path):
+    file, _ = lift
+    with pytest.raises(ValueError, match=r"displacement=true: the targets of lift are not known"):
+        plan_rendering([file], frame_size=SIZE, rendering="fast", displacement=True)
+    shipped = SHIPPED / "libero_object.safetensors"
+    for wanted in (False, True):
+        plan, _ = plan_rendering(
+            [shipped], frame_size=SIZE, rendering="fast", tasks=[0], episodes_per_task=1, displacement=wanted
+        )
+        assert ("displacement" in plan.features) is wanted
+
+
 def displacement_from(env, state, body):
     """The way from the grip point to a body, or to a site, in a state, along the axes of the robot's base."""
     env.restore(state)
@@ -158,9 +170,10 @@ def test_a_stored_displacement_is_the_simulators_to_the_bowl_and_while_it_is_hel
     file, bowl, plate = SHIPPED / "libero_spatial.safetensors", "akita_black_bowl_1_main", "plate_1_main"
     options = {"root": tmp_path / "data", "repo_id": "vega/spatial", "cache_root": tmp_path / "cache"}
     options |= {"tasks": [0], "episodes_per_task": 2, "frame_size": SIZE, "rendering": "fast"}
-    render_states(
-        [file], **options, frame_stride=20, processes=1
-    )  # of all states, also of those not rendered
+    options |= {"frame_stride": 20, "processes": 1}
+    render_states([file], **options, displacement=True)  # of all states, also of those not rendered
+    with pytest.raises(ValueError, match="holds something else"):
+        render_states([file], **options)
     table = read_table(tmp_path / "data", displacement=True)
     env = envs.make("libero_spatial", 0, frame_size=SIZE, rendering="fast")
     switches = []

@@ -27,6 +27,7 @@ FIELDS = {
     "episodes_per_task": None,  # first ones of each task; null takes all
     "frame_stride": 1,  # k: only every k-th state of an episode is rendered (dataset.frame_stride)
     "reuse": [],  # datasets rendered before from states, whose frames are copied
+    "displacement": False,  # true: store where the target is in each frame (policy.displacement)
     "egl_devices": [],  # GPUs over which the processes are spread, such as [0,1]
 }
 
@@ -78,6 +79,7 @@ def render_states(
     episodes_per_task: int | None = None,
     frame_stride: int = 1,
     reuse: list[str] | None = None,
+    displacement: bool = False,
     egl_devices: list[int] | None = None,
 ) -> str:
     """Make one dataset without videos of files of states, and its frames in the training's cache.
@@ -93,6 +95,7 @@ def render_states(
     states, root, cache_root = import_module("envs.demos.render"), Path(root), Path(cache_root)
     start = time.perf_counter()
     chosen = {"tasks": tasks, "episodes_per_task": episodes_per_task, "frame_stride": frame_stride}
+    chosen["displacement"] = displacement
     plan, values = states.plan_rendering(files, frame_size=frame_size, rendering=rendering, **chosen)
     _write_dataset(states, plan, values, root, repo_id, processes)
     plan = states.with_sources(

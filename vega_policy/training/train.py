@@ -409,8 +409,8 @@ def check_displacement(dataset: LocalDataset, weight: float) -> bool:
     if weight and shape != [3]:
         raise DatasetError(
             f"policy.displacement.weight={weight} needs the feature {DISPLACEMENT} [3] in {dataset.root}; "
-            f"got {shape or 'none'}. Render it again from its states into a new folder (vega-render; "
-            "docs/data.md), or set policy.displacement.weight=0."
+            f"got {shape or 'none'}. Render it again from its states into a new folder (vega-render "
+            "displacement=true; docs/data.md), or set policy.displacement.weight=0."
         )
     return weight > 0
 
