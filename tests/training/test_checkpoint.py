@@ -30,7 +30,7 @@ from vega_policy.model.config import ActionHeadConfig, PriorConfig
 from vega_policy.modeling_vega import VegaPolicy
 from vega_policy.training.checkpoint import export_policy
 from vega_policy.training.optim import trainable
-from vega_policy.training.train import make_policy, train
+from vega_policy.training.train import FUSION_PARTS, make_policy, train
 
 
 @pytest.fixture
@@ -138,6 +138,30 @@ def test_training_for_delay_and_displacement_may_begin_with_a_policy_trained_wit
         assert torch.equal(weights.pop(key), value)
     parts = {"displacement"} | ({"embed_prefix"} if name == "l1" else set())
     assert {key.split(".")[1 if "displacement" in key else 2] for key in weights} == parts
+
+
+@pytest.mark.parametrize("prior", [PriorConfig(name="none"), PriorConfig(name="random", seed=1)])
+def test_a_new_fusion_takes_another_prior_and_every_other_weight_of_the_policy(root, run, tmp_path, prior):
+    path = run / "checkpoints" / "last" / "pretrained_model"
+    policy = VegaPolicy.from_pretrained(path)
+    config = copy(policy.config)
+    config.pretrained_path, config.prior = path, prior
+    run_config = tiny_run(root, tmp_path / "new", policy=config, new_fusion=True)
+    started = make_policy(run_config, None, torch.device("cpu"))
+    assert started.config.prior.name == prior.name
+    weights, saved = started.state_dict(), policy.state_dict()
+    assert any(name.startswith(FUSION_PARTS) for name in saved)
+    assert any(name.startswith(FUSION_PARTS) for name in weights) is (prior.name != "none")
+    kept = {name for name in saved if not name.startswith(FUSION_PARTS)}
+    assert kept == {name for name in weights if not name.startswith(FUSION_PARTS)}
+    assert all(torch.equal(weights[name], saved[name]) for name in kept)
+    if prior.name != "none":
+        assert not torch.equal(weights["model.project.0.weight"], saved["model.project.0.weight"])
+
+
+def test_a_new_fusion_without_a_policy_to_start_from_is_refused(root, tmp_path):
+    with pytest.raises(ValueError, match=r"new_fusion=true needs policy\.pretrained_path"):
+        tiny_run(root, tmp_path / "new", new_fusion=True)
 
 
 def test_starting_from_a_policy_asks_for_the_weights_of_the_prior_that_it_was_trained_with(

@@ -78,6 +78,9 @@ class TrainConfig:
     # Resume from the newest intact checkpoint in `output_dir`, or start at step 0 if there is none yet; the
     # same command can be repeated until the run is complete.
     resume: bool = False
+    # With `policy.pretrained_path`: take its weights but for those of projector and fusion, which start as in
+    # a new run; prior and fusion may then be others than its own.
+    new_fusion: bool = False
     seed: int = 0  # seed of initial weights, order of samples, and noise
     steps: int = 30_000  # optimizer steps of the whole run
     # Stop with a checkpoint after this many steps, to be resumed; None runs to the end, 0 builds the cache
@@ -132,6 +135,11 @@ class TrainConfig:
         check_numbers(self, "", average_decay="[0, 1)", stop_after="[0, inf)")
         self._check_shards()
         self._check_pairs()
+        if self.new_fusion and self.policy.pretrained_path is None:
+            raise ValueError(
+                "new_fusion=true needs policy.pretrained_path, whose other weights are taken. Give it, or "
+                "leave new_fusion out: a new run has a new fusion."
+            )
         if self.policy.push_to_hub and not self.policy.repo_id:
             raise ValueError(
                 "policy.push_to_hub=true needs policy.repo_id=USER/NAME, the model's repository."

@@ -62,6 +62,8 @@ from vega_policy.training.validation import spread_evenly
 
 logger = logging.getLogger(__name__)
 
+FUSION_PARTS = ("model.project.", "model.fusion.")  # weights that `new_fusion` initialises
+
 
 def train(config: TrainConfig) -> Path:
     """Train a policy, or resume a run, and return the folder of the last checkpoint.
@@ -302,11 +304,12 @@ def make_policy(config: TrainConfig, checkpoint: Path | None, device: torch.devi
     if config.vega.pretrained_path is not None:
         path = fetch_checkpoint(config.vega.pretrained_path, revision=config.vega.pretrained_revision)
         saved: Any = PreTrainedConfig.from_pretrained(path)
-        vega = copy(config.vega)  # requires the weights of the prior that the policy was trained with
-        vega.prior = replace(vega.prior, fingerprint=saved.prior.fingerprint)
+        vega = copy(config.vega)
+        if not config.new_fusion:  # requires the weights of the prior that the policy was trained with
+            vega.prior = replace(vega.prior, fingerprint=saved.prior.fingerprint)
         packaged = saved.backbone.text_encoder_fingerprint
         vega.backbone = replace(vega.backbone, text_encoder_fingerprint=packaged)
-        known = _without_new_parts(vega, saved)
+        known = _without_new_parts(vega, saved, config.new_fusion)
         try:
             policy = VegaPolicy.from_pretrained(path, config=known, strict=True)
         except RuntimeError as error:  # of torch, one line for each weight
@@ -314,28 +317,34 @@ def make_policy(config: TrainConfig, checkpoint: Path | None, device: torch.devi
                 raise
             raise ValueError(_describe_misfit(config.vega.pretrained_path, saved, vega)) from error
         if known is not vega:
-            grown = VegaPolicy(vega)
-            grown.load_state_dict(policy.state_dict(), strict=False)  # what is missing is what is new
-            policy = grown
+            weights = policy.state_dict()
+            if config.new_fusion:
+                weights = {
+                    name: value for name, value in weights.items() if not name.startswith(FUSION_PARTS)
+                }
+            policy = VegaPolicy(vega)
+            policy.load_state_dict(weights, strict=False)  # what is missing is what is new
         return policy.to(device)
     return VegaPolicy(config.vega).to(device)
 
 
-def _without_new_parts(vega: VegaConfig, saved: VegaConfig) -> VegaConfig:
-    """Return the configuration without the parts that the saved policy has off and that start as new ones.
+def _without_new_parts(vega: VegaConfig, saved: VegaConfig, new_fusion: bool) -> VegaConfig:
+    """Return the configuration with which the saved weights fit; `vega` itself if that is it.
 
-    These are the embedding of an action prefix and the displacement head; returns `vega` itself if there is
-    none.
+    It leaves out parts that the saved policy has off and that start as new ones, the embedding of an action
+    prefix and the displacement head, and has the saved prior and fusion where the run's own are new.
     """
     prefix = vega.head.prefix_steps > 0 and not saved.head.prefix_steps
     displacement = vega.displacement.weight > 0 and not saved.displacement.weight
-    if not prefix and not displacement:
+    if not prefix and not displacement and not new_fusion:
         return vega
     known = copy(vega)
     if prefix:
         known.head = replace(vega.head, prefix_steps=0)
     if displacement:
         known.displacement = replace(vega.displacement, weight=0.0)
+    if new_fusion:
+        known.prior, known.fusion = saved.prior, saved.fusion
     return known
 
 
