@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import threading
 from dataclasses import replace
 from functools import partial
 
@@ -75,6 +76,30 @@ def test_cached_features_are_those_of_the_live_model(loaded, tmp_path):
         assert found.dtype == torch.bfloat16
         torch.testing.assert_close(found.float(), expected, rtol=2**-7, atol=1e-3)
     assert not torch.allclose(semantic[0], semantic[1], atol=1e-3)
+
+
+def test_each_core_encodes_batches_of_its_own_and_the_rows_stay_in_order(loaded, tmp_path, monkeypatch):
+    _, policy, data = loaded
+    monkeypatch.setitem(features.BATCH, "cpu", 2)  # several batches an episode
+    encode, threads = policy.model.backbone.encode, []
+
+    def note(frames):
+        threads.append((threading.current_thread().name, torch.get_num_threads()))
+        return encode(frames)
+
+    monkeypatch.setattr(policy.model.backbone, "encode", note)
+    before = torch.get_num_threads()
+    try:
+        for cores in (1, 3):
+            torch.set_num_threads(cores)
+            build(policy, data, tmp_path / str(cores))
+            assert torch.get_num_threads() == cores
+    finally:
+        torch.set_num_threads(before)
+    assert content(tmp_path / "1") == content(tmp_path / "3")
+    workers = [one for one in threads if one[0].startswith("in_parallel")]
+    assert len(set(workers)) > 1
+    assert {count for _, count in workers} == {1}
 
 
 def test_cached_frames_give_the_batches_of_decoded_videos(root, tmp_path):

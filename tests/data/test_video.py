@@ -106,4 +106,4 @@ def test_little_is_held_ahead_and_who_stops_early_leaves_no_thread(merged, monke
     next(reader)
     assert 1 <= len(begun) <= 6  # three instants of two cameras
     reader.close()
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("decoding")]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("in_parallel")]

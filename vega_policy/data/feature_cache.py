@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import accumulate
 from math import prod
 from pathlib import Path
@@ -33,7 +34,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vega_policy.data.dataset_files import hash_bytes
-from vega_policy.data.video import MeanFrames
+from vega_policy.data.video import MeanFrames, in_parallel
 from vega_policy.model.config import BackboneConfig, PriorConfig
 from vega_policy.model.observation import stack_views
 from vega_policy.model.vega import VegaModel
@@ -285,7 +286,7 @@ def _build_episodes(
     """Encode the episodes that are not finished, and record them."""
     if not drafts:
         return
-    root, lengths, starts = drafts[0].root, drafts[0].lengths, drafts[0].starts
+    root, lengths = drafts[0].root, drafts[0].lengths
     finished = set.intersection(*(draft.reload() for draft in drafts))
     left = [episode for episode in episodes if episode not in finished]
     total, frames = (sum(lengths[episode] for episode in some) for some in (episodes, left))
@@ -302,26 +303,73 @@ def _build_episodes(
             stack.enter_context(draft.recording(part))
         bar = tqdm(total=total, initial=total - frames, desc="Caching " + ", ".join(sizes), unit="frame")
         stack.enter_context(bar)
-        clips = iter(read(left) if left else ())
-        for episode in left:
-            row, end, mean = starts[episode], starts[episode] + lengths[episode], MeanFrames()
-            while row < end and (clip := next(clips, None)) is not None:
-                mean.add(clip)
-                for start in range(0, len(next(iter(clip.values()))), batch):
-                    instants = {camera: stretch[start : start + batch] for camera, stretch in clip.items()}
-                    count = len(next(iter(instants.values())))
-                    words = None if instructions is None else instructions[row : row + count]
-                    values = _encode(model, instants, list(sizes), words)
-                    for draft in drafts:
-                        draft.write(row, values[draft.stream.name])
-                    row += count
-                    bar.update(count)
-            if row != end:
-                raise CacheError(
-                    f"episode {episode}: expected {lengths[episode]} frames, {end - row} missing."
-                )
+        chosen = _batches(read, left, drafts[0], batch, instructions)
+        for one, values in _encode_each(model, list(sizes), chosen):
             for draft in drafts:
-                draft.finish(episode, mean)
+                draft.write(one.row, values[draft.stream.name])
+            bar.update(len(next(iter(values.values()))))
+            if one.mean is not None:
+                for draft in drafts:
+                    draft.finish(one.episode, one.mean)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Consecutive instants of one episode that are encoded at once."""
+
+    episode: int
+    row: int  # of the first one in the cache
+    instants: dict[str, Tensor]  # by camera, uint8 [b 3 h w]
+    words: Sequence[str] | None  # instruction of each, where the prior reads them
+    mean: MeanFrames | None  # of the whole episode, in its last batch
+
+
+def _batches(
+    read: ClipReader,
+    episodes: Sequence[int],
+    draft: "_StreamDraft",
+    size: int,
+    instructions: Sequence[str] | None,
+) -> Iterator[_Batch]:
+    """Yield the instants of episodes, at most `size` at once; CacheError if frames are missing."""
+    clips = iter(read(episodes) if episodes else ())
+    for episode in episodes:
+        row, end = draft.starts[episode], draft.starts[episode] + draft.lengths[episode]
+        mean = MeanFrames()
+        while row < end and (clip := next(clips, None)) is not None:
+            mean.add(clip)
+            for start in range(0, len(next(iter(clip.values()))), size):
+                instants = {camera: stretch[start : start + size] for camera, stretch in clip.items()}
+                count = len(next(iter(instants.values())))
+                words = None if instructions is None else instructions[row : row + count]
+                yield _Batch(episode, row, instants, words, mean if row + count == end else None)
+                row += count
+        if row != end:
+            raise CacheError(
+                f"episode {episode}: expected {draft.lengths[episode]} frames, {end - row} missing."
+            )
+
+
+def _encode_each(
+    model: VegaModel, names: Sequence[str], batches: Iterator[_Batch]
+) -> Iterator[tuple[_Batch, dict[str, Tensor]]]:
+    """Yield each batch with its values by stream, in order.
+
+    On a CPU each core encodes a batch of its own: the layers are too small to be divided among cores.
+    """
+
+    def encode(one: _Batch) -> tuple[_Batch, dict[str, Tensor]]:
+        return one, _encode(model, one.instants, names, one.words)
+
+    cores = torch.get_num_threads() if next(model.parameters()).device.type == "cpu" else 1
+    if cores == 1:
+        yield from map(encode, batches)
+        return
+    try:
+        jobs = (partial(encode, one) for one in batches)
+        yield from in_parallel(jobs, cores, 2 * cores, partial(torch.set_num_threads, 1))
+    finally:
+        torch.set_num_threads(cores)
 
 
 def _complete(drafts: "Sequence[_StreamDraft]") -> None:

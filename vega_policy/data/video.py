@@ -47,7 +47,7 @@ def frames_in_order(
     videos = all(dataset.is_video(camera) for camera in cameras)
     workers = available_cores() if videos and backend == "pyav" else 1
     size = STRETCH * sum(prod(dataset.features[camera]["shape"]) for camera in cameras)
-    return _in_parallel(jobs, workers, ahead=max(1, min(2 * workers, HELD_BYTES // size)))
+    return in_parallel(jobs, workers, ahead=max(1, min(2 * workers, HELD_BYTES // size)))
 
 
 def sampled_mean_frames(dataset: LocalDataset, cameras: list[str], backend: str) -> dict[str, Tensor]:
@@ -79,10 +79,15 @@ class MeanFrames:
         return {camera: (total / (255 * self._count)).float() for camera, total in self.sums.items()}
 
 
-def _in_parallel(jobs: Iterator[Callable[[], Clips]], workers: int, ahead: int) -> Iterator[Clips]:
-    """Yield results in the jobs' order, at most `ahead` of them started in advance."""
-    begun: deque[Future[Clips]] = deque()
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="decoding")
+def in_parallel[T](
+    jobs: Iterator[Callable[[], T]], workers: int, ahead: int, start: Callable[[], None] | None = None
+) -> Iterator[T]:
+    """Yield results in the jobs' order, at most `ahead` of them started in advance, in `workers` threads.
+
+    Each thread calls `start` once before its first job.
+    """
+    begun: deque[Future[T]] = deque()
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="in_parallel", initializer=start)
     try:
         for job in jobs:
             begun.append(pool.submit(job))
