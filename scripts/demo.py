@@ -1,4 +1,4 @@
-"""Collect demonstrations, train a policy and evaluate it with its blind ablation: the stages of `make demo`.
+"""Collect and render demonstrations, train a policy, evaluate it also blind: the stages of `make demo`.
 
 Each stage is a command that can be run by itself. A finished stage is skipped, an interrupted one resumes.
 """
@@ -18,8 +18,18 @@ STAGES = {
     "collect": [
         "collect_demos.py",
         "env=lift_wide",
+        "format=states",  # rendered afterwards, only the frames that training reads
         "episodes_per_task=200",
         f"root={OUTPUT}/demonstrations",
+    ],
+    "render": [
+        "render_demos.py",
+        f"{OUTPUT}/demonstrations.safetensors",
+        f"root={OUTPUT}/demonstrations",
+        "repo_id=vega/lift_wide",
+        "frame_size=128",
+        "rendering=fast",
+        "frame_stride=2",
     ],
     "train": ["train_policy.py", "experiment=demo", f"output_dir={OUTPUT}/train", "resume=true"],
     "evaluate": [

@@ -1,11 +1,15 @@
 """The stages of `make demo`, their seconds, and a stage that fails."""
 
 import json
+import shlex
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
+
+from vega_policy.cli import generated_groups
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "demo.py"
 
@@ -39,7 +43,7 @@ def summary_of(demo):
 
 def test_it_collects_trains_evaluates_and_prints_the_paths_of_videos_and_report(demo, capsys):
     demo.main()
-    assert demo.called == ["collect_demos.py", "train_policy.py", "eval_policy.py"]
+    assert demo.called == ["collect_demos.py", "render_demos.py", "train_policy.py", "eval_policy.py"]
     assert summary_of(demo)["success_rate"] == 0.5
     printed = capsys.readouterr().out
     assert "outputs/demo/eval/videos" in printed
@@ -51,7 +55,7 @@ def test_its_seconds_are_those_of_all_starts_with_the_installation(demo, monkeyp
     demo.main()
     demo.main()
     summary = summary_of(demo)
-    assert set(summary["seconds_by_stage"]) == {"install", "collect", "train", "evaluate"}
+    assert set(summary["seconds_by_stage"]) == {"install", "collect", "render", "train", "evaluate"}
     assert summary["seconds_by_stage"]["install"] == pytest.approx(60, abs=5)
     assert summary["seconds_total"] == pytest.approx(sum(summary["seconds_by_stage"].values()))
 
@@ -60,13 +64,18 @@ def test_a_stage_that_fails_ends_it_and_the_next_start_goes_on(demo):
     demo.codes["train_policy.py"] = 3
     with pytest.raises(SystemExit, match="train ended with exit code 3"):
         demo.main()
-    assert demo.called == ["collect_demos.py", "train_policy.py"]
+    assert demo.called == ["collect_demos.py", "render_demos.py", "train_policy.py"]
     demo.codes.clear()
     demo.main()
     assert summary_of(demo)["seconds_total"] >= 0
 
 
-def test_training_reads_the_demonstrations_that_the_demo_collects(demo):
-    dataset = (SCRIPT.parent.parent / "configs" / "dataset" / "demo.yaml").read_text()
-    (root,) = (argument for argument in demo.STAGES["collect"] if argument.startswith("root="))
-    assert f"root: {root.removeprefix('root=')}\n" in dataset
+def test_training_reads_the_frames_that_the_demo_renders(demo):
+    """In the message for missing demonstrations, too."""
+    dataset = OmegaConf.load(SCRIPT.parent.parent / "configs" / "dataset" / "demo.yaml")
+    commands = [shlex.join(["python", f"scripts/{script}", *rest]) for script, *rest in demo.STAGES.values()]
+    assert dataset.collect_command == " && ".join(commands[:2])
+    rendered = dict(argument.split("=") for argument in demo.STAGES["render"][2:])
+    assert rendered["root"] == dataset.root
+    assert rendered["frame_stride"] == str(dataset.frame_stride)
+    assert rendered["repo_id"] == generated_groups()["dataset"]["lift_wide"]["repo_id"]

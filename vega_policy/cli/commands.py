@@ -565,7 +565,7 @@ BENCHMARK_FIELDS: dict[str, Any] = {
     "cases": ["live", "cached", "none"],  # of the prior's features
     "variants": None,  # of eager, compiled
     # dataset
-    "root": "outputs/demo/demonstrations",
+    "root": "outputs/demonstrations/lift_wide",  # with videos: vega-collect env=lift_wide
     "repo_id": "vega/lift_wide",
     "cache_root": "outputs/cache",
     "cached": ["semantic", "prior"],  # of frames, semantic, prior
