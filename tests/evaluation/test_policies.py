@@ -187,6 +187,12 @@ def test_several_suites_share_the_simulators_and_have_a_folder_each(act, tmp_pat
         assert both[suite]["settings"]["suite"] == suite
 
 
+def test_a_list_of_one_suite_has_a_folder_for_it_as_a_longer_list_has(act, tmp_path):
+    evaluate_checkpoint(evaluation_config(act, tmp_path / "list", "env.suite=[near]"))
+    assert len(read_episodes(tmp_path / "list" / "near")) > 0
+    assert not (tmp_path / "list" / "episodes.parquet").exists()
+
+
 def test_perturbations_are_paired_with_none_by_initial_state_and_share_a_table(act, tmp_path):
     axes = "env.perturbation=[none,light,layout]"
     summaries = evaluate_checkpoint(evaluation_config(act, tmp_path / "all", axes))

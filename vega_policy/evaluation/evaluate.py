@@ -192,9 +192,10 @@ def _listed(value: str | Sequence[str]) -> list[str]:
 def _open_evaluations(config: Mapping[str, Any], provenance: dict[str, Any]) -> dict[str, Evaluation]:
     """Open the evaluation of each suite and perturbation, by suite, or by "suite/perturbation" of several.
 
-    Each has a folder of its own, if there are several.
+    Each of a list has a folder of its own, also of a list of one.
     """
     environment, functions = config["env"], config["environments"]
+    one_suite, one_axis = (isinstance(environment[name], str) for name in ("suite", "perturbation"))
     suites, axes = _listed(environment["suite"]), _listed(environment["perturbation"])
     evaluations: dict[str, Evaluation] = {}
     for suite, axis in product(suites, axes):
@@ -203,8 +204,8 @@ def _open_evaluations(config: Mapping[str, Any], provenance: dict[str, Any]) -> 
         prompts = [task.instruction for task in tasks]
         if axis != "none":
             prompts = resolve(functions["prompts"])(suite, axis, settings.perturbation_strength)
-        parts = ([suite] if len(suites) > 1 else []) + ([axis] if len(axes) > 1 else [])
-        name = suite if len(axes) == 1 else f"{suite}/{axis}"
+        parts = ([] if one_suite else [suite]) + ([] if one_axis else [axis])
+        name = suite if one_axis else f"{suite}/{axis}"
         shard = Shard(config["shard"], config["shards"])
         folder = Path(config["output_dir"], *parts)
         evaluations[name] = Evaluation(settings, tasks, folder, provenance, shard, prompts)
