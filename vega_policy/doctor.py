@@ -207,7 +207,7 @@ def _settle_distance() -> float:
 
 def check_memory() -> Check:
     """There is memory for the demo."""
-    from vega_policy.provenance import hardware
+    from vega_policy.run_dir import hardware
 
     total = hardware()["memory_gb"]
     found = f"{total:.0f} GB"

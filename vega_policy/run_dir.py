@@ -1,4 +1,4 @@
-"""Crash-safe files and folders: atomic writes, one lock a folder, and the rule for resuming a run.
+"""Crash-safe files and folders, one lock a folder, the rule for resuming, and a run's code and hardware.
 
     with open_run(folder, settings) as resumed:        # lock, then same settings resume, others are refused
         write_json(folder / "summary.json", summary)   # the old content or the new one, whatever is killed
@@ -7,7 +7,7 @@
 
 Everything is written beside its target, flushed to disk and renamed. Names of drafts start with a dot and end
 with `.partial`; `remove_partial` deletes those that a killed process left. A full disk is a `DiskFullError`
-wherever these functions write or hold a lock. Only `read_tensors` imports torch.
+wherever these functions write or hold a lock. Torch is imported by the functions that need it.
 """
 
 import errno
@@ -15,13 +15,19 @@ import fcntl
 import json
 import logging
 import os
+import platform
 import shutil
 import socket
+import subprocess
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import UTC, datetime
+from functools import cache
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any, TextIO
+
+from vega_policy import PACKAGE
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +35,7 @@ LOCK, SETTINGS = ".lock", "settings.json"
 _PARTIAL = ".partial"
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS}
+_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS}
 
 
@@ -472,3 +479,84 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def environment() -> dict[str, Any]:
+    """Return code revision, Python version, versions of all packages, and hardware."""
+    return {
+        "code": code_revision(),
+        "python": platform.python_version(),
+        "packages": packages(),
+        "hardware": hardware(),
+    }
+
+
+@cache
+def packages() -> dict[str, str]:
+    """Return the versions of all installed packages by name, read once a process."""
+    found = (distribution.metadata for distribution in distributions())
+    return dict(sorted((metadata["Name"], metadata["Version"]) for metadata in found))
+
+
+@cache
+def code_revision() -> dict[str, Any]:
+    """Return the git revision of this package and whether tracked files are changed; None if installed."""
+    revision = _git("rev-parse", "HEAD")
+    if revision is None:
+        return {"revision": None, "changed": None}
+    return {"revision": revision, "changed": bool(_git("status", "--porcelain", "--untracked-files=no"))}
+
+
+@cache
+def hardware() -> dict[str, Any]:
+    """Return processor, memory (GB) and accelerators."""
+    import torch
+
+    gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    return {
+        "system": platform.platform(),
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
+        "gpus": [f"{gpu.name}, {gpu.total_memory / 1e9:.0f} GB" for gpu in gpus],
+        "cuda": torch.version.cuda if gpus else None,
+    }
+
+
+def available_cores() -> int:
+    """Return the number of cores that this process may use; in a container, its quota."""
+    cores = len(os.sched_getaffinity(0))
+    if not _QUOTA.is_file():
+        return cores
+    limit, period = _QUOTA.read_text().split()
+    return cores if limit == "max" else min(cores, max(1, int(limit) // int(period)))
+
+
+def use_available_cores() -> None:
+    """Set torch's threads to the available cores, unless OMP_NUM_THREADS is set.
+
+    In a container torch counts the host's cores, which makes small models many times slower.
+    """
+    if "OMP_NUM_THREADS" not in os.environ:
+        import torch
+
+        torch.set_num_threads(available_cores())
+
+
+def _git(*arguments: str) -> str | None:
+    if not (PACKAGE.parent / ".git").exists():  # an installed package may lie inside another repository
+        return None
+    try:
+        answer = subprocess.run(
+            ["git", *arguments], cwd=PACKAGE, capture_output=True, text=True, check=True, timeout=30
+        )
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        return None
+    return answer.stdout.strip()
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

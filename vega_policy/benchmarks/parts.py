@@ -39,7 +39,7 @@ from vega_policy.model.vega import VegaModel
 from vega_policy.priors import PRIORS, resolve
 from vega_policy.priors.wan import LatentWorldSimulator
 from vega_policy.priors.wan_fast import CapturedWan, FastWan, Plan, capture
-from vega_policy.provenance import use_available_cores
+from vega_policy.run_dir import use_available_cores
 from vega_policy.training.config import TrainConfig
 from vega_policy.training.distributed import make_accelerator
 from vega_policy.training.logging import Progress

@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 
 from vega_policy.data.dataset import FrameTable, LocalDataset
 from vega_policy.data.dataset_files import DatasetError, list_files
-from vega_policy.provenance import available_cores
+from vega_policy.run_dir import available_cores
 
 STRETCH = 128  # time steps read at once, a multiple of `feature_cache.BATCH`
 HELD_BYTES = 2**30  # that stretches which are read ahead hold together, at most

@@ -34,8 +34,7 @@ from vega_policy.pretraining.transformer import (
     still_loss,
 )
 from vega_policy.priors.wan import TRAINING
-from vega_policy.provenance import hardware
-from vega_policy.run_dir import atomic_folder, read_tensors, write_bytes, write_json, write_text
+from vega_policy.run_dir import atomic_folder, hardware, read_tensors, write_bytes, write_json, write_text
 
 LARGEST = 24_000_000  # bytes that a shipped folder may have
 SHOWN, SAMPLES, FRAMES_PER_SECOND = 6, 4, 5

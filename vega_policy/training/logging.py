@@ -27,8 +27,15 @@ from tqdm import tqdm
 from vega_policy.checkpoints import BEST, CHECKPOINTS, PRETRAINED, list_checkpoints, read_scores
 from vega_policy.configuration_vega import VegaConfig
 from vega_policy.evaluation.policies import checkpoint_fingerprint
-from vega_policy.provenance import code_revision, environment, hardware
-from vega_policy.run_dir import drop_lines_after, read_json, write_json, write_text
+from vega_policy.run_dir import (
+    code_revision,
+    drop_lines_after,
+    environment,
+    hardware,
+    read_json,
+    write_json,
+    write_text,
+)
 from vega_policy.training.checkpoint import CARD, METRICS, read_step
 from vega_policy.training.config import TrainConfig, encode
 

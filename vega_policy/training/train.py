@@ -48,8 +48,7 @@ from vega_policy.model.compilation import compile_blocks
 from vega_policy.model.observation import stack_views
 from vega_policy.modeling_vega import VegaPolicy
 from vega_policy.processor_vega import make_vega_pre_post_processors
-from vega_policy.provenance import use_available_cores
-from vega_policy.run_dir import check_space, flatten, lock_folder
+from vega_policy.run_dir import check_space, flatten, lock_folder, use_available_cores
 from vega_policy.training import checkpoint as checkpoints
 from vega_policy.training.checkpoint import MEAN_FRAMES, Origin, TrainState, check_folder, claim_folder
 from vega_policy.training.config import TrainConfig, encode
