@@ -25,6 +25,7 @@ FAMILIES = {
         "metaworld_hard",
         "metaworld_very_hard",
     ),
+    "envs.so101": ("so101_pick_cube",),
 }
 """Module of each family -> the suites it offers. A module has `tasks(suite)` and `make(task, ...)`."""
 

@@ -55,8 +55,14 @@ class ManipulationEnv(gymnasium.Env, abc.ABC):
     action_size: ClassVar[int] = 7
     state_size: ClassVar[int] = 8
     robot_type: ClassVar[str] = "panda"
+    # Entries of actions and state as LeRobot's robots name them; None where a dataset names none.
+    action_names: ClassVar[tuple[str, ...] | None] = None
+    state_names: ClassVar[tuple[str, ...] | None] = None
+    noise_unit: ClassVar[float] = 1.0  # action noise of 1 in the action's units
+    position_unit: ClassVar[str] = "metres"  # of the state's first three entries
     # whether `restore` also places what an episode's seed places
     states_hold_fixtures: ClassVar[bool] = False
+    action_space: gymnasium.spaces.Box  # pyright: ignore[reportIncompatibleVariableOverride]
     raw: Any
     _mujoco: Any
     model: Any
@@ -116,7 +122,7 @@ class ManipulationEnv(gymnasium.Env, abc.ABC):
         self._reset_simulator(seed, options)
 
     def step(self, action: np.ndarray) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
-        """Execute one action [a], clipped to [-1, 1] as robot controllers do, and observe.
+        """Execute one action [a], clipped to `action_space` as robot controllers do, and observe.
 
         Returns observation, reward (1 on success, else 0), success, whether the horizon is reached, and
         `{"is_success": bool}`.
@@ -132,12 +138,21 @@ class ManipulationEnv(gymnasium.Env, abc.ABC):
         action = np.asarray(action, dtype=np.float64)
         if action.shape != (self.action_size,) or not np.isfinite(action).all():
             raise ValueError(
-                f"expected {self.action_size} finite action values in [-1, 1], "
+                f"expected {self.action_size} finite action values in {self.action_space}, "
                 f"got shape {action.shape}: {action}"
             )
-        self.success = self._advance(action.clip(-1.0, 1.0))
+        self.success = self._advance(action.clip(self.action_space.low, self.action_space.high))
         self._steps += 1
         return self.success, self._steps >= self._max_episode_steps
+
+    def holding_action(self, last: np.ndarray | None) -> np.ndarray:
+        """Return the action [a] that holds still after the `last` one; None at the start of an episode.
+
+        Here actions are displacements, and the last entry is the gripper, which opens at the start.
+        """
+        hold = np.zeros(self.action_size)
+        hold[-1] = -1.0 if last is None else last[-1]
+        return hold
 
     def observe(self) -> Observation:
         """Observe the present state; frames are rendered now."""

@@ -9,12 +9,13 @@ import subprocess
 import sys
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from lerobot.robots.robot import Robot
 from lerobot.utils.errors import DeviceAlreadyConnectedError, DeviceNotConnectedError
 
+from envs import so101
 from envs.lerobot_configs import VegaSimConfig
 
 STATE_NAMES = ("x.pos", "y.pos", "z.pos", "rx.pos", "ry.pos", "rz.pos", "finger1.pos", "finger2.pos")
@@ -24,13 +25,26 @@ ACTION_NAMES = ("x.vel", "y.vel", "z.vel", "roll.vel", "pitch.vel", "yaw.vel", "
 """Entries of an action: displacements a step (1 is 5 cm or 0.5 rad), and the gripper (-1 open, 1 closed)."""
 
 CAMERAS = ("image", "image2")
+
+
+class Interface(NamedTuple):
+    """Entries of a robot's state and action, and its cameras, in order."""
+
+    state: tuple[str, ...]
+    action: tuple[str, ...]
+    cameras: tuple[str, ...]
+
+
+PANDA = Interface(STATE_NAMES, ACTION_NAMES, CAMERAS)
+SO101 = Interface(so101.NAMES, so101.NAMES, (so101.CAMERA,))
+
 _SIMULATOR = Path(__file__).with_name("sim_robot_process.py")
 _START_TIMEOUT, _ANSWER_TIMEOUT = 180.0, 20.0  # s
 _SINGLE_THREADED = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
 class VegaSim(Robot):
-    """A robosuite or LIBERO scene behind LeRobot's robot interface.
+    """A robosuite, LIBERO or SO-101 scene behind LeRobot's robot interface.
 
     The simulator takes 20 steps a second, the first one with the first command of an episode. A command is
     executed in the next step; without one the hand holds still. An observation waits until all commands are
@@ -44,19 +58,21 @@ class VegaSim(Robot):
         super().__init__(config)
         self.config = config
         self.commands_sent = 0  # number of the last command
+        self._interface = SO101 if config.suite == so101.SUITE else PANDA
+        self._start: dict[str, float] = {}  # pose in which every scene begins
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
 
     @property
     def observation_features(self) -> dict[str, Any]:
         """Entries of the state, and cameras as (height, width, 3)."""
-        size = self.config.frame_size
-        return {**dict.fromkeys(STATE_NAMES, float), **dict.fromkeys(CAMERAS, (size, size, 3))}
+        size, interface = self.config.frame_size, self._interface
+        return {**dict.fromkeys(interface.state, float), **dict.fromkeys(interface.cameras, (size, size, 3))}
 
     @property
     def action_features(self) -> dict[str, Any]:
         """Entries of the action."""
-        return dict.fromkeys(ACTION_NAMES, float)
+        return dict.fromkeys(self._interface.action, float)
 
     @property
     def is_connected(self) -> bool:
@@ -92,7 +108,7 @@ class VegaSim(Robot):
                 env={**os.environ, **_SINGLE_THREADED},
                 start_new_session=True,  # Ctrl-C is for the client
             )
-        self._connection, self.commands_sent = Connection(ours.detach()), 0
+        self._connection, self.commands_sent, self._start = Connection(ours.detach()), 0, {}
         options = {name: getattr(self.config, name) for name in VegaSimConfig.__annotations__}
         self._connection.send((sys.path, options))
         if not self._connection.poll(_START_TIMEOUT):
@@ -109,25 +125,28 @@ class VegaSim(Robot):
             DeviceNotConnectedError: If the simulator does not run.
         """
         state, frames, last_command = self._request("observe", None)
-        values = dict(zip(STATE_NAMES, state.tolist(), strict=True))
+        values = dict(zip(self._interface.state, state.tolist(), strict=True))
+        self._start = self._start or values
         return {**values, **frames, "last_command": last_command}
 
     def send_action(self, action: dict[str, float]) -> dict[str, float]:
         """Queue one command for the next step.
 
         A pose (the state's entries) is LeRobot's command to return to the start: a new scene is drawn, unless
-        no command has changed the present one. It returns when the new scene is observable.
+        no command has changed the present one. It returns when the new scene is observable. Where actions are
+        poses themselves, only the exact pose of the first observation is that command.
 
         Raises:
             DeviceNotConnectedError: If the simulator does not run.
             ValueError: If the command has other entries, or values that are not finite.
         """
-        if set(action) == set(STATE_NAMES):
+        state, names = self._interface.state, self._interface.action
+        if set(action) == set(state) and (state != names or action == self._start):
             self._request("return", None)
             return action
-        if set(action) != set(ACTION_NAMES):
-            raise ValueError(f"expected the entries {list(ACTION_NAMES)}, got {list(action)}")
-        values = np.array([float(action[name]) for name in ACTION_NAMES])
+        if set(action) != set(names):
+            raise ValueError(f"expected the entries {list(names)}, got {list(action)}")
+        values = np.array([float(action[name]) for name in names])
         if not np.isfinite(values).all():
             raise ValueError(f"expected finite values, got {action}")
         self.commands_sent += 1

@@ -49,6 +49,7 @@ class WallClockRobot:
         self._is_started = False  # a command has arrived in this scene
         self._is_returned = False  # a new scene is requested
         self._is_closed = False
+        self._position_unit = ""  # of the state's first three entries
         self.ready = threading.Event()
         self.failure: str | None = None
 
@@ -96,6 +97,7 @@ class WallClockRobot:
         environment = None
         try:
             environment = self._make()
+            self._position_unit = environment.position_unit
             self._run_episodes(environment)
         except (RuntimeError, ValueError, OSError, ImportError) as error:
             from vega_policy.config import describe_error  # found only now: `main` sets the search path
@@ -135,8 +137,7 @@ class WallClockRobot:
     def _run_episode(self, environment: Any) -> dict[str, Any]:
         """Step until the client requests a new scene or closes, and return the episode's record."""
         period = 1.0 / environment.metadata["render_fps"]
-        hold = np.zeros(environment.action_space.shape[0])
-        hold[-1] = -1.0
+        last: np.ndarray | None = None
         steps = held = late = number = 0
         success, won_at = False, None
         start = due = time.monotonic()
@@ -144,8 +145,8 @@ class WallClockRobot:
             with self._changed:
                 number, action = self._commands.popleft() if self._commands else (number, None)
             held += action is None
-            hold[-1] = hold[-1] if action is None else action[-1]
-            success_now, _ = environment.step_blindly(hold if action is None else action)
+            last = environment.holding_action(last) if action is None else action
+            success_now, _ = environment.step_blindly(last)
             steps += 1
             if success_now and not success:
                 success, won_at = True, round(time.monotonic() - start, 3)
@@ -184,9 +185,8 @@ class WallClockRobot:
         after = self.observe()
         if before is not None and after is not None:
             moved = float(np.abs(after[0][:3] - before[0][:3]).max())
-            self._log(
-                {"event": "client gone", "pending_commands": pending, "then_moved_metres": round(moved, 5)}
-            )
+            moved_key = f"then_moved_{self._position_unit}"
+            self._log({"event": "client gone", "pending_commands": pending, moved_key: round(moved, 5)})
 
     def _log(self, record: dict[str, Any]) -> None:
         line = json.dumps({"time": round(time.time(), 3), **record})

@@ -22,6 +22,8 @@ from envs.demos.planner_arm import (
 from envs.demos.planner_grasping import FailedAttemptError, NoGraspError, Workcell
 from envs.demos.tasks import DEMONSTRATORS, achieve_goals, lift
 from envs.metaworld import packaged_policy
+from envs.so101 import SUITE as SO101_SUITE
+from envs.so101 import CubePicker
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +32,7 @@ type ActionPair = tuple[NDArray[np.float32], NDArray[np.float32]]
 
 ROTATION_NOISE = 0.3  # of the translation's: turning the hand moves the fingers through clutter sooner
 METAWORLD_SUCCESSES = 3  # steps in a row that end a recording; some handles spring back after 5
+SO101_ATTEMPTS = 3
 
 
 @dataclass(frozen=True)
@@ -94,8 +97,8 @@ def demonstrate(
     The caller steps the environment with each executed action before it takes the next one. The iteration
     ends with the task, or where no grasp fits, an attempt fails without `retries` or the arm does not reach
     its start; only the environment knows whether it succeeded. `noise` is the stationary standard deviation
-    of the action noise in fractions of full scale [0, 1]; precise phases bear a third of it, the gripper
-    none.
+    of the action noise in fractions of full scale [0, 1], for joint positions of the environment's
+    `noise_unit`; precise phases bear a third of it, the gripper none.
 
     Raises:
         ValueError: No demonstrator for this task, noise outside its range, or an option that this
@@ -103,16 +106,22 @@ def demonstrate(
     """
     options = options or DemonstrationOptions()
     walk = OrnsteinUhlenbeck(noise, options.noise_correlation, rng)
-    commands = _metaworld_commands if env.task.suite.startswith("metaworld_") else _panda_commands
     try:
-        for command in commands(env, options, rng):
-            clean = np.clip(command.action, -1.0, 1.0)
+        for command in _commands(env)(env, options, rng):
+            low, high = env.action_space.low, env.action_space.high
+            clean = np.clip(command.action, low, high)
+            disturbance = env.noise_unit * command.noise_share * walk.step()[: len(clean) - 1]
             executed = clean.copy()
-            disturbed = clean[:-1] + command.noise_share * walk.step()[: len(clean) - 1]  # not the gripper
-            executed[:-1] = np.clip(disturbed, -1.0, 1.0)
+            executed[:-1] = np.clip(clean[:-1] + disturbance, low[:-1], high[:-1])  # not the gripper
             yield executed.astype(np.float32), clean.astype(np.float32)
     except (NoGraspError, FailedAttemptError, UnreachableStartError) as error:
         logger.info("%s: the demonstration ends early: %s", env.task.name, error)
+
+
+def _commands(env: Any) -> Callable[[Any, DemonstrationOptions, np.random.Generator], Iterator[Command]]:
+    if env.task.suite == SO101_SUITE:
+        return _so101_commands
+    return _metaworld_commands if env.task.suite.startswith("metaworld_") else _panda_commands
 
 
 def _panda_commands(env: Any, options: DemonstrationOptions, rng: np.random.Generator) -> Iterator[Command]:
@@ -142,7 +151,8 @@ def _program(env: Any) -> Callable[[Workcell], Skill]:
     if env.task.name not in DEMONSTRATORS:
         raise ValueError(
             f"no demonstrator for task {env.task.name!r} of suite {env.task.suite!r}; there are "
-            f"demonstrators for every libero_* and metaworld_* suite and for {sorted(DEMONSTRATORS)}"
+            f"demonstrators for every libero_* and metaworld_* suite, for {SO101_SUITE} and for "
+            f"{sorted(DEMONSTRATORS)}"
         )
     return DEMONSTRATORS[env.task.name]
 
@@ -152,11 +162,7 @@ def _metaworld_commands(env: Any, options: DemonstrationOptions, _: np.random.Ge
 
     Some of these policies exceed full scale; the commands are clipped, so that they are what is executed.
     """
-    if any(options.detour) or any(options.start_spread) or options.missed_fraction:
-        raise ValueError(
-            "Meta-World's demonstrators support no detour, start_spread or missed_fraction; set them to "
-            f"zeros, got {options.detour}, {options.start_spread} and {options.missed_fraction}"
-        )
+    _refuse_other_starts(options, "Meta-World's demonstrators support")
     policy, successes = packaged_policy(env.task.name), 0
     for _step in range(env.task.horizon):
         with warnings.catch_warnings():
@@ -166,3 +172,20 @@ def _metaworld_commands(env: Any, options: DemonstrationOptions, _: np.random.Ge
         successes = successes + 1 if env.success else 0
         if successes >= (METAWORLD_SUCCESSES if options.follow_through else 1):
             return
+
+
+def _so101_commands(env: Any, options: DemonstrationOptions, _: np.random.Generator) -> Iterator[Command]:
+    """Yield the commands of SO-101's demonstrator until the cube is lifted."""
+    _refuse_other_starts(options, "SO-101's demonstrator supports")
+    for action, noise_share in CubePicker(env).commands(SO101_ATTEMPTS if options.retries else 1):
+        yield Command(action, noise_share)
+        if env.success and not options.follow_through:
+            return
+
+
+def _refuse_other_starts(options: DemonstrationOptions, who: str) -> None:
+    if any(options.detour) or any(options.start_spread) or options.missed_fraction:
+        raise ValueError(
+            f"{who} no detour, start_spread or missed_fraction; set them to zeros, got {options.detour}, "
+            f"{options.start_spread} and {options.missed_fraction}"
+        )

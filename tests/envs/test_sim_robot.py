@@ -23,7 +23,7 @@ class Table:
     """Replaces a simulator: counts steps, succeeds at command 1; a step takes `seconds`."""
 
     metadata = {"render_fps": 50}  # noqa: RUF012 gymnasium's own name
-    action_space = type("Space", (), {"shape": (2,)})
+    position_unit = "metres"
 
     def __init__(self, horizon=10, seconds=0.0):
         self.horizon, self.seconds = horizon, seconds
@@ -38,6 +38,9 @@ class Table:
         self.actions.append(np.array(action))
         self.steps += 1
         return action[0] == 1.0, self.steps >= self.horizon
+
+    def holding_action(self, last):
+        return np.array([0.0, -1.0 if last is None else last[-1]])
 
     def observe(self):
         return {

@@ -346,8 +346,9 @@ def generated_groups() -> dict[str, Options]:
 def _environments() -> Iterator[tuple[str, dict[str, Any]]]:
     families: dict[str, tuple[str, ...]] = import_module("envs").FAMILIES
     for family, suites in families.items():
-        # Published numbers of LIBERO and Meta-World are of 256 pixels; robosuite's tasks are ours.
-        size, rendering = (128, "fast") if family == "envs.robosuite" else (256, "full")
+        # Published numbers of LIBERO and Meta-World are of 256 pixels; the others have none.
+        published = family in ("envs.libero", "envs.metaworld")
+        size, rendering = (256, "full") if published else (128, "fast")
         for suite in suites:
             yield suite, {"suite": suite, "frame_size": size, "rendering": rendering}
 
@@ -355,7 +356,7 @@ def _environments() -> Iterator[tuple[str, dict[str, Any]]]:
 def _demonstrations() -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the datasets that collect_demos.py writes; other fields are those of dataset/lerobot.yaml."""
     envs = import_module("envs")
-    single_task = set(envs.FAMILIES["envs.robosuite"]) - {"robosuite"}
+    single_task = {*envs.FAMILIES["envs.robosuite"], *envs.FAMILIES["envs.so101"]} - {"robosuite"}
     for suite in envs.suite_names():
         root, command = f"outputs/demonstrations/{suite}", f"python scripts/collect_demos.py env={suite}"
         node = {"repo_id": f"vega/{suite}", "root": root, "collect_command": command}
