@@ -14,7 +14,7 @@ from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.policies.factory import get_policy_class, make_pre_post_processors
 from lerobot.policies.rtc.configuration_rtc import RTCConfig
 from lerobot.processor.factory import make_default_processors
-from lerobot.rollout.inference.factory import RTCInferenceConfig
+from lerobot.rollout.inference.factory import RTCInferenceConfig, SyncInferenceConfig
 from lerobot.rollout.robot_wrapper import ThreadSafeRobot
 from lerobot.utils.feature_utils import hw_to_dataset_features
 from omegaconf import MissingMandatoryValue, OmegaConf
@@ -295,6 +295,24 @@ def test_in_real_time_chunking_relative_actions_under_way_are_relative_to_the_ne
     assert given[0] is None
     restored = postprocess(given[1][None])  # adds the state that was observed last
     torch.testing.assert_close(restored, planned[0][:, 1:], atol=1e-5, rtol=1e-5)
+
+
+def test_lerobots_refusal_of_relative_actions_without_real_time_chunking_is_not_ours(monkeypatch):
+    seen = []
+
+    def build(rollout, *given, **options):  # LeRobot 0.6.1 raises NotImplementedError for SyncInferenceConfig
+        seen.append(type(rollout.inference))
+        raise ConnectionError("no robot")
+
+    monkeypatch.setattr("vega_policy.deployment.deploy.build_rollout_context", build)
+    for relative in (True, False):
+        policy = SimpleNamespace(use_relative_actions=relative)
+        rollout = SimpleNamespace(policy=policy, inference=SyncInferenceConfig(), robot=None)
+        monkeypatch.setattr("vega_policy.deployment.deploy.read_rollout", lambda config, one=rollout: one)
+        with pytest.raises(ConnectionError, match="no robot"):
+            deploy(composed("robot=vega_sim", "server.url=ws://127.0.0.1:1"))
+        assert isinstance(rollout.inference, SyncInferenceConfig)  # the engine that is made afterwards
+    assert seen == [RTCInferenceConfig, SyncInferenceConfig]
 
 
 def test_a_person_takes_over_and_returns_control():

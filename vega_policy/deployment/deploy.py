@@ -17,6 +17,7 @@ import lerobot.scripts.lerobot_rollout  # noqa: F401 registers LeRobot's own rob
 import numpy as np
 import rerun
 from lerobot.configs.policies import PreTrainedConfig
+from lerobot.policies.rtc.configuration_rtc import RTCConfig
 from lerobot.policies.rtc.relative import reanchor_relative_rtc_prefix
 from lerobot.processor import NormalizerProcessorStep, RelativeActionsProcessorStep
 from lerobot.robots.config import RobotConfig
@@ -112,6 +113,10 @@ def deploy(config: Mapping[str, Any]) -> Deployment:
 
 def _connect(rollout: RolloutConfig, shutdown: threading.Event, safety: SafetyFilter) -> RolloutContext:
     """Return LeRobot's rollout with the robot connected."""
+    inference = rollout.inference
+    if vars(rollout.policy).get("use_relative_actions") and not isinstance(inference, RTCInferenceConfig):
+        # LeRobot refuses relative actions for its engine `sync`, which `make_engine` replaces.
+        rollout.inference = RTCInferenceConfig(rtc=RTCConfig(enabled=False))
     try:
         return build_rollout_context(rollout, shutdown, robot_action_processor=safe_action_pipeline(safety))
     except ImportError as error:
@@ -120,6 +125,8 @@ def _connect(rollout: RolloutConfig, shutdown: threading.Event, safety: SafetyFi
             f"robot {kind}: {str(error).splitlines()[0]} Install it: pip install "
             f"'lerobot_policy_vega[{'so101' if kind.startswith('so10') else 'robot'}]'"
         ) from error
+    finally:
+        rollout.inference = inference
 
 
 def read_rollout(config: Mapping[str, Any]) -> RolloutConfig:
