@@ -472,7 +472,7 @@ def write_metadata(root: Path, metadata: Mapping[str, Any]) -> None:
 
 def package_versions() -> dict[str, str]:
     """Return the versions of the packages that decide a dataset's content."""
-    installed = {distribution.name for distribution in importlib.metadata.distributions()}
+    installed = {distribution.name.replace("_", "-") for distribution in importlib.metadata.distributions()}
     return {name: importlib.metadata.version(name) for name in PACKAGES if name in installed}
 
 

