@@ -532,15 +532,16 @@ def available_cores() -> int:
     return cores if limit == "max" else min(cores, max(1, int(limit) // int(period)))
 
 
-def use_available_cores() -> None:
-    """Set torch's threads to the available cores, unless OMP_NUM_THREADS is set.
+def use_available_cores(spare: int = 0) -> None:
+    """Set torch's threads to the available cores but `spare` ones, unless OMP_NUM_THREADS is set.
 
-    In a container torch counts the host's cores, which makes small models many times slower.
+    In a container torch counts the host's cores, which makes small models many times slower. So does other
+    work on one of the cores: torch's threads wait for each other at every layer.
     """
     if "OMP_NUM_THREADS" not in os.environ:
         import torch
 
-        torch.set_num_threads(available_cores())
+        torch.set_num_threads(max(1, available_cores() - spare))
 
 
 def _git(*arguments: str) -> str | None:

@@ -20,7 +20,7 @@ from lerobot.utils.feature_utils import hw_to_dataset_features
 from omegaconf import MissingMandatoryValue, OmegaConf
 
 from tests.training_runs import tiny_policy
-from vega_policy import resource
+from vega_policy import resource, run_dir
 from vega_policy.deployment.control_loop import SafeRollout, StepClock, creates_scenes, delayed
 from vega_policy.deployment.deploy import deploy, make_engine, read_rollout, read_safety
 from vega_policy.deployment.remote_policy import VegaRemoteConfig, VegaRemotePolicy
@@ -99,6 +99,16 @@ def test_a_deployment_needs_one_policy():
     assert (remote.robot.type, remote.fps, remote.task) == ("vega_sim", 20, "lift it")
     assert remote.policy.latency_steps == 0
     assert remote.robot.log_file == Path("outputs/deploy/vega_sim.jsonl")
+
+
+def test_a_policy_leaves_a_core_to_cameras_and_the_control_loop(monkeypatch):
+    chosen = []
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(run_dir, "available_cores", lambda: 4)
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    with pytest.raises(ValueError, match="either a checkpoint or server"):
+        deploy({"checkpoint": None, "server": {"url": None}})
+    assert chosen == [3]
 
 
 def test_lerobot_finds_the_remote_policy_and_its_processors_by_type():

@@ -56,6 +56,7 @@ from vega_policy.deployment.safety import (
 from vega_policy.evaluation.env_worker import resolve
 from vega_policy.evaluation.policies import choose_device
 from vega_policy.modeling_vega import VegaPolicy
+from vega_policy.run_dir import use_available_cores
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +90,7 @@ def deploy(config: Mapping[str, Any]) -> Deployment:
         FileNotFoundError: If the checkpoint does not exist.
         ConnectionError: If the robot or the policy server is unreachable.
     """
+    use_available_cores(spare=1)  # for cameras and the control loop
     rollout = read_rollout(config)
     safety = read_safety(config)
     creates_scenes(config["robot"])

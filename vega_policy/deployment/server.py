@@ -51,6 +51,7 @@ from vega_policy.evaluation.policies import (
     to_lerobot,
 )
 from vega_policy.modeling_vega import VegaPolicy
+from vega_policy.run_dir import use_available_cores
 
 logger = logging.getLogger(__name__)
 
@@ -151,6 +152,7 @@ def serve_forever(config: Any) -> None:
         ValueError: If a setting is wrong.
         OSError: If the address is taken, or a file cannot be used.
     """
+    use_available_cores(spare=1)  # for decoding frames, and a robot's own process
     dialect = {name: config[name] for name in ("dialect", "client_keys", "ignored_keys")}
     settings = replace(read_server_settings(config["server"]), **dialect)
     policy = load_served_policy(
