@@ -1,7 +1,8 @@
-"""Pre-trained LeRobot policies as a base: the same policy at first, with eyes that learn to see more."""
+"""Pre-trained LeRobot policies as a base: the same policy at first, whose fusion then learns."""
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from tests.policies import batch
 from vega_policy.model.config import FusionConfig, PriorConfig
 from vega_policy.modeling_vega import VegaPolicy
 from vega_policy.processor_vega import make_vega_pre_post_processors
+from vega_policy.training.train import make_policy
 
 NAMES = ["smolvla", "pi0", "pi05"]
 
@@ -58,6 +60,17 @@ def test_a_new_policy_is_its_base_bit_by_bit(name, bases):
     with torch.no_grad():
         policy.model.scale += 1.0
     assert not torch.equal(policy.predict_action_chunk(dict(seen), noise=noise), chunks[0])
+
+
+def test_a_new_fusion_begins_with_the_base_again(bases, tmp_path):
+    policy = VegaPolicy(based_config("smolvla", bases("smolvla")))
+    with torch.no_grad():
+        policy.model.scale += 1.0
+    policy.save_pretrained(tmp_path)
+    policy.config.pretrained_path = tmp_path
+    for new_fusion, scale in ((True, 0.0), (False, 1.0)):
+        run = SimpleNamespace(vega=policy.config, new_fusion=new_fusion)
+        assert make_policy(run, None, torch.device("cpu")).model.scale == scale
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -120,6 +120,19 @@ def test_starting_from_a_policy_of_other_parts_names_the_fields_that_differ(root
         train(tiny_run(root, tmp_path / "new", policy=policy))
 
 
+def test_of_an_exported_policy_as_well_and_parts_that_start_as_new_ones_are_not_named(
+    root, exported, tmp_path
+):
+    config = copy(VegaPolicy.from_pretrained(exported).config)
+    config.pretrained_path, config.push_to_hub = exported, False
+    config.head = replace(config.head, name="l1", prefix_steps=2)
+    config.fusion = replace(config.fusion, context_scale=0.5)
+    config.displacement = replace(config.displacement, weight=1.0, noise=0.5)
+    run_config = tiny_run(root, tmp_path / "new", policy=config, new_fusion=True)
+    with pytest.raises(ValueError, match=r"Its policy has head\.name=flow \(here l1\)\. Give its values"):
+        make_policy(run_config, None, torch.device("cpu"))
+
+
 @pytest.mark.parametrize("name", ["flow", "l1"])
 def test_training_for_delay_and_displacement_may_begin_with_a_policy_trained_without(
     root, run, tmp_path, name

@@ -61,7 +61,8 @@ from vega_policy.training.validation import spread_evenly
 
 logger = logging.getLogger(__name__)
 
-FUSION_PARTS = ("model.project.", "model.fusion.")  # weights that `new_fusion` initialises
+# Weights that `new_fusion` initialises; `scale` is that of a base (zero: a new policy equals its base).
+FUSION_PARTS = ("model.project.", "model.fusion.", "model.scale")
 
 
 def train(config: TrainConfig) -> Path:
@@ -311,10 +312,10 @@ def make_policy(config: TrainConfig, checkpoint: Path | None, device: torch.devi
         known = _without_new_parts(vega, saved, config.new_fusion)
         try:
             policy = VegaPolicy.from_pretrained(path, config=known, strict=True)
-        except RuntimeError as error:  # of torch, one line for each weight
-            if "loading state_dict" not in str(error):
+        except (RuntimeError, ValueError) as error:  # torch's has a line for each weight
+            if not any(words in str(error) for words in ("loading state_dict", "missing or superfluous")):
                 raise
-            raise ValueError(_describe_misfit(config.vega.pretrained_path, saved, vega)) from error
+            raise ValueError(_describe_misfit(config.vega.pretrained_path, saved, known)) from error
         if known is not vega:
             weights = policy.state_dict()
             if config.new_fusion:
@@ -330,8 +331,8 @@ def make_policy(config: TrainConfig, checkpoint: Path | None, device: torch.devi
 def _without_new_parts(vega: VegaConfig, saved: VegaConfig, new_fusion: bool) -> VegaConfig:
     """Return the configuration with which the saved weights fit; `vega` itself if that is it.
 
-    It leaves out parts that the saved policy has off and that start as new ones, the embedding of an action
-    prefix and the displacement head, and has the saved prior and fusion where the run's own are new.
+    Two parts that the saved policy does not have start as new ones and are off in it: the embedding of an
+    action prefix and the displacement head. With `new_fusion` prior and fusion are the saved ones.
     """
     prefix = vega.head.prefix_steps > 0 and not saved.head.prefix_steps
     displacement = vega.displacement.weight > 0 and not saved.displacement.weight
@@ -341,7 +342,7 @@ def _without_new_parts(vega: VegaConfig, saved: VegaConfig, new_fusion: bool) ->
     if prefix:
         known.head = replace(vega.head, prefix_steps=0)
     if displacement:
-        known.displacement = replace(vega.displacement, weight=0.0)
+        known.displacement = saved.displacement
     if new_fusion:
         known.prior, known.fusion = saved.prior, saved.fusion
     return known
