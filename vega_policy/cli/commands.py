@@ -669,8 +669,9 @@ def _latency(options: SimpleNamespace) -> Iterator[dict[str, Any]]:
     env = options.env
     if env["suite"] in import_module("envs").FAMILIES["envs.so101"]:
         raise ValueError(
-            f"latency: where no command arrives, the hand gets displacements of zero, but actions of "
-            f"{env['suite']} are positions. Measure on the clock: vega-deploy robot=vega_sim, then part=logs."
+            "latency: expected a suite whose actions are displacements, since zeros stand for a step without "
+            f"a command; actions of {env['suite']} are positions. Measure on the wall clock: vega-deploy "
+            "robot=vega_sim, then vega-benchmark logs."
         )
     tasks = select_tasks(import_module("envs").tasks(env["suite"]), options.tasks)
     official = all(task.official_states for task in tasks)

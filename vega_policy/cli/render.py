@@ -133,7 +133,16 @@ def _write_dataset(
             states.write_origin(draft, plan, repo_id)
     expected, found = states.origin(plan, repo_id), states.read_origin(root)
     if found is None or {name: found[name] for name in expected} != expected:
-        raise ValueError(f"{root} holds something else than these states rendered so; choose another root")
+        got = "a dataset that is not of states" if found is None else _describe_origin(found)
+        raise ValueError(
+            f"{root} holds something else than these states rendered so: expected "
+            f"{_describe_origin(expected)}, got {got}; choose another root"
+        )
+
+
+def _describe_origin(origin: dict[str, Any]) -> str:
+    settings = " ".join(f"{name}={value}" for name, value in origin["settings"].items())
+    return f"{len(origin['episodes'])} episodes with {settings}"
 
 
 def _frames_stream(root: Path, repo_id: str, plan: Any) -> Any:
