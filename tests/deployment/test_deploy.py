@@ -24,6 +24,7 @@ from vega_policy import resource, run_dir
 from vega_policy.deployment.control_loop import SafeRollout, StepClock, creates_scenes, delayed
 from vega_policy.deployment.deploy import deploy, make_engine, read_rollout, read_safety
 from vega_policy.deployment.remote_policy import VegaRemoteConfig, VegaRemotePolicy
+from vega_policy.deployment.rtc import RealTimeEngine
 from vega_policy.deployment.safety import JointLimits, SafetyFilter, safe_action_pipeline
 from vega_policy.modeling_vega import VegaPolicy
 from vega_policy.processor_vega import make_vega_pre_post_processors
@@ -273,21 +274,20 @@ def relative_policy():
     return policy, processors
 
 
-def test_in_real_time_chunking_relative_actions_under_way_are_relative_to_the_new_state():
+def plan_two_chunks(inference):
+    """Two chunks of a relative policy, one action executed between: engine, what each was given, plans."""
     policy, (preprocess, postprocess) = relative_policy()
     safety = SafetyFilter(LIMITS, period=0.1, max_observation_age=1e9)
     context = make_context(Robot(), None, safety)
     context.policy = SimpleNamespace(policy=policy, preprocessor=preprocess, postprocessor=postprocess)
-    context.runtime.cfg = SimpleNamespace(
-        fps=10, task="lift", device="cpu", inference=RTCInferenceConfig(queue_threshold=4)
-    )
+    context.runtime.cfg = SimpleNamespace(fps=10, task="lift", device="cpu", inference=inference)
     image = {"dtype": "video", "shape": (32, 32, 3), "names": ["height", "width", "channels"]}
     context.data.dataset_features["observation.images.front"] = image
     engine, given, planned = make_engine(context, safety, 0), [], []
     predict = policy.predict_action_chunk
 
     def remember(batch, **rtc):
-        given.append(rtc["prev_chunk_left_over"])
+        given.append(rtc)
         return predict(batch, **rtc)
 
     def keep(chunk):
@@ -302,9 +302,23 @@ def test_in_real_time_chunking_relative_actions_under_way_are_relative_to_the_ne
         engine.predict_if_due()
         if pan == 0.0:
             engine.get_action(None)  # the first of four actions is executed, three are left
-    assert given[0] is None
-    restored = postprocess(given[1][None])  # adds the state that was observed last
+    return engine, given, planned, postprocess
+
+
+def test_in_real_time_chunking_relative_actions_under_way_are_relative_to_the_new_state():
+    _, given, planned, postprocess = plan_two_chunks(RTCInferenceConfig(queue_threshold=4))
+    assert given[0]["prev_chunk_left_over"] is None
+    restored = postprocess(given[1]["prev_chunk_left_over"][None])  # adds the state that was observed last
     torch.testing.assert_close(restored, planned[0][:, 1:], atol=1e-5, rtol=1e-5)
+
+
+def test_inference_async_predicts_without_the_last_chunk_in_the_same_engine():
+    inference = read_rollout(composed("server.url=ws://127.0.0.1:1", "inference=async")).inference
+    assert (inference.type, inference.queue_threshold) == ("rtc", 10)
+    engine, given, planned, _ = plan_two_chunks(inference)
+    assert given == [{}, {}]
+    assert isinstance(engine, RealTimeEngine)
+    torch.testing.assert_close(engine.get_action(None), planned[1][0, 0])
 
 
 def test_lerobots_refusal_of_relative_actions_without_real_time_chunking_is_not_ours(monkeypatch):

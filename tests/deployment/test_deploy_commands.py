@@ -150,10 +150,11 @@ def test_a_deployment_records_every_step_and_stays_within_limits(checkpoint, tmp
     assert log_of(tmp_path / "vega_sim.jsonl")
 
 
+ASYNC = ("inference=async", "inference.queue_threshold=2")
 RTC = ("inference=rtc", "inference.queue_threshold=2", "inference.rtc.execution_horizon=3")
 
 
-@pytest.mark.parametrize("inference", [("inference=sync",), RTC])
+@pytest.mark.parametrize("inference", [("inference=sync",), ASYNC, RTC])
 def test_a_deployment_through_a_server(checkpoint, tmp_path, inference):
     with running(load_served_policy(checkpoint, device="cpu")) as (server, port):
         deploy(

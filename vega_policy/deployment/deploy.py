@@ -239,8 +239,9 @@ def make_engine(context: RolloutContext, safety: SafetyFilter, latency_steps: in
 
     def predict(observation: Any, delay: int, since: Tensor | None) -> tuple[Tensor, Tensor]:
         batch = observation if reads_history else prepare_batch(context, observation)
-        if not (is_vega or isinstance(inference, RTCInferenceConfig)):
-            return predict_chunk(context, batch)
+        if not continues:
+            chunk, actions = predict_chunk(context, batch)
+            return (chunk, actions) if relative is None else (actions, actions)
         if relative is None:
             return predict_chunk(context, batch, inference_delay=delay, prev_chunk_left_over=since)
         if since is not None:
@@ -255,6 +256,8 @@ def make_engine(context: RolloutContext, safety: SafetyFilter, latency_steps: in
     steps: list[Any] = list(context.policy.preprocessor.steps)
     relative = next((s for s in steps if isinstance(s, RelativeActionsProcessorStep) and s.enabled), None)
     is_vega = isinstance(policy, VegaPolicy | VegaRemotePolicy)
+    # A chunk is predicted with the actions under way, but for LeRobot's sync and for `inference=async`.
+    continues = inference.rtc.enabled if isinstance(inference, RTCInferenceConfig) else is_vega
     reads_history = isinstance(policy, VegaPolicy) and policy.config.prior.clip == "history"
     if not isinstance(inference, RTCInferenceConfig):
         remote = isinstance(policy, VegaRemotePolicy)
@@ -263,7 +266,7 @@ def make_engine(context: RolloutContext, safety: SafetyFilter, latency_steps: in
         )
         prepare = partial(prepare_batch, context) if reads_history else None
         return SyncEngine(predict, reset, safety, under_way, action_steps=executed, prepare=prepare)
-    if is_vega:
+    if is_vega and continues:
         # without the adapter to LeRobot's queue
         policy.use_rtc(replace(policy.config.rtc_config, enabled=True))
     threshold = inference.queue_threshold

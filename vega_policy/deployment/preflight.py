@@ -246,7 +246,7 @@ def _check_latency(policy: PolicySpec, timing: Timing) -> Check:
             message = f"{measured}: the robot would wait longer than a chunk of {size} lasts; lower robot.fps"
             return Check(name, FAILED, message)
         if slow > step:
-            return Check(name, WARNING, measured + "; the robot waits at each chunk: try inference=rtc")
+            return Check(name, WARNING, measured + "; the robot waits at each chunk: try inference=async")
         return Check(name, OK, measured)
     delay, threshold = math.ceil(slow * timing.fps), timing.queue_threshold
     if size is not None and threshold >= size:
