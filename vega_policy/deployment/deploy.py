@@ -256,7 +256,7 @@ def make_engine(context: RolloutContext, safety: SafetyFilter, latency_steps: in
     steps: list[Any] = list(context.policy.preprocessor.steps)
     relative = next((s for s in steps if isinstance(s, RelativeActionsProcessorStep) and s.enabled), None)
     is_vega = isinstance(policy, VegaPolicy | VegaRemotePolicy)
-    # A chunk is predicted with the actions under way, but for LeRobot's sync and for `inference=async`.
+    # With rtc, and with sync for our own policies, a chunk is predicted with the actions under way.
     continues = inference.rtc.enabled if isinstance(inference, RTCInferenceConfig) else is_vega
     reads_history = isinstance(policy, VegaPolicy) and policy.config.prior.clip == "history"
     if not isinstance(inference, RTCInferenceConfig):
