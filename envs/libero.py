@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import re
 from collections.abc import Callable
 from functools import cache
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from envs.base import LAYOUTS, Observation, Task, global_seed
-from envs.rendering import quiet_import
+from envs.rendering import check_package, quiet_import
 from envs.robosuite import PandaEnv, load_robosuite
 
 if TYPE_CHECKING:
@@ -281,15 +280,7 @@ def _folder(kind: str) -> Path:
 @cache
 def _check_package() -> None:
     """Refuse other distributions of LIBERO: they prompt at import, write into the home folder, lack PRO."""
-    try:
-        found = importlib.metadata.version(PACKAGE)
-    except importlib.metadata.PackageNotFoundError:
-        found = "none"
-    if found != VERSION:
-        raise RuntimeError(
-            f"the LIBERO suites need {PACKAGE} {VERSION}, found {found}; install it with: "
-            "pip install 'lerobot_policy_vega[libero]'"
-        )
+    check_package("the LIBERO suites need", PACKAGE, VERSION, "libero")
 
 
 @cache

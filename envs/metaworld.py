@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import json
 from functools import cache
@@ -12,7 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from envs.base import ManipulationEnv, Task, global_seed
-from envs.rendering import CameraRig, load_mujoco, profile, quiet_import
+from envs.rendering import CameraRig, check_package, load_mujoco, profile, quiet_import
 
 VERSION = "3.0.0"
 HORIZON = 500
@@ -122,15 +121,7 @@ def _table() -> dict[str, Any]:
 
 @cache
 def _load_metaworld() -> Any:
-    try:
-        found = importlib.metadata.version("metaworld")
-    except importlib.metadata.PackageNotFoundError:
-        found = "none"
-    if found != VERSION:
-        raise RuntimeError(
-            f"the Meta-World suites need metaworld {VERSION}, found {found}; install it with: "
-            "pip install 'lerobot_policy_vega[metaworld]'"
-        )
+    check_package("the Meta-World suites need", "metaworld", VERSION, "metaworld")
     load_mujoco()
     with quiet_import():
         import metaworld

@@ -132,6 +132,23 @@ def check_mujoco_version() -> None:
         )
 
 
+def check_package(needs: str, package: str, version: str, extra: str) -> None:
+    """Require this version of a simulator's package; `needs` begins the message ("the LIBERO suites need").
+
+    Raises:
+        RuntimeError: If another version is installed, or none; it names the extra that installs it.
+    """
+    try:
+        found = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        found = "none"
+    if found != version:
+        raise RuntimeError(
+            f"{needs} {package} {version}, found {found}; install it with: "
+            f"pip install 'lerobot_policy_vega[{extra}]'"
+        )
+
+
 def check_egl() -> None:
     """Raise a RuntimeError that names the packages to install if the EGL library is missing."""
     try:

