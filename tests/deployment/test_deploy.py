@@ -26,6 +26,7 @@ from vega_policy.deployment.deploy import deploy, make_engine, read_rollout, rea
 from vega_policy.deployment.remote_policy import VegaRemoteConfig, VegaRemotePolicy
 from vega_policy.deployment.rtc import RealTimeEngine
 from vega_policy.deployment.safety import JointLimits, SafetyFilter, safe_action_pipeline
+from vega_policy.deployment.server import serve_forever
 from vega_policy.modeling_vega import VegaPolicy
 from vega_policy.processor_vega import make_vega_pre_post_processors
 
@@ -109,7 +110,11 @@ def test_a_policy_leaves_a_core_to_cameras_and_the_control_loop(monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
     with pytest.raises(ValueError, match="either a checkpoint or server"):
         deploy({"checkpoint": None, "server": {"url": None}})
-    assert chosen == [3]
+    with initialize_config_dir(str(resource("configs")), version_base=None):
+        config = OmegaConf.to_container(compose("serve", ["checkpoint=nowhere"]), resolve=True)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        serve_forever(config)
+    assert chosen == [3, 3]
 
 
 def test_lerobot_finds_the_remote_policy_and_its_processors_by_type():
