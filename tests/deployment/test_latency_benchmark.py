@@ -1,13 +1,16 @@
 """Success against delay in virtual time, and the logs of the simulated robot on the wall clock."""
 
 import json
+import math
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from vega_policy.deployment.latency_benchmark import Cell, benchmark_latency, summarize_log
+import envs
+from vega_policy.deployment.latency_benchmark import Cell, DelayedPlan, benchmark_latency, summarize_log
 from vega_policy.evaluation.env_worker import EnvRunner, TaskEnv
 from vega_policy.evaluation.episodes import plan_episodes
 from vega_policy.evaluation.policies import PolicyDescription
@@ -64,6 +67,9 @@ class Numbers:
         if action[0] != 0 and self.done >= 0:
             self.done = self.done + 1 if action[0] == self.done + 1 else -1
         return self.done == self.goal, self.steps >= 100
+
+    def holding_action(self, last):
+        return np.array([0.0, -1.0 if last is None else last[-1]])
 
     def observe(self):
         return {"agent_pos": np.array([self.done], np.float32)}
@@ -147,6 +153,35 @@ def test_commands_under_way_are_repeated_without_alignment_and_lost_by_the_clock
     assert [row["lost"] for row in rows] == [0, 0, 2, 2]
     held = rows[0]["steps"] - sum(20 + index for index in range(2)) / 2
     assert held > 5  # the robot waits for each chunk, and the last command takes a step more
+
+
+def run_commands(suite, chunks, hold):
+    """Return the outcome of chunks [n t a] that arrive late; `hold` yields the commands of `advance`."""
+    runner = EnvRunner(TaskEnv(partial(envs.make, render=False), {}), keep_states=True)
+    runner.begin({"suite": suite, "task_index": 0, "seed": 3, "initial_state": None})
+    plan = DelayedPlan(Cell("aligned", 3, 2), action_steps=4, threshold=0, action_size=7)
+    for chunk in chunks:
+        outcome = runner.execute(hold(plan.advance(chunk)))["outcome"]
+    runner.env.close()
+    return outcome
+
+
+@pytest.mark.parametrize("suite", ["lift_wide", "libero_spatial"])
+def test_without_a_command_displacements_are_zero_and_the_gripper_keeps_its_last_command(suite):
+    last = -1.0
+
+    def zeros(commands):
+        nonlocal last
+        for number, command in enumerate(commands):
+            commands[number] = np.float32([0, 0, 0, 0, 0, 0, last]) if command is None else command
+            last = commands[number][-1]
+        return np.stack(commands)
+
+    horizon = envs.tasks(suite)[0].horizon
+    chunks = np.random.default_rng(0).uniform(-1, 1, (math.ceil(horizon / 7), 8, 7)).astype(np.float32)
+    expected, found = (run_commands(suite, chunks, hold) for hold in (zeros, list))
+    assert expected["length"] == horizon
+    assert np.array_equal(found["states"], expected["states"])
 
 
 def test_the_policy_continues_the_actions_since_its_observation(tmp_path):

@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import time
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,7 +17,7 @@ from envs.lerobot_configs import VegaSimConfig
 from envs.sim_robot import VegaSim
 from envs.so101 import NAMES, SUITE, VERSION
 from vega_policy import resource
-from vega_policy.cli.commands import benchmark
+from vega_policy.evaluation.env_worker import EnvRunner, TaskEnv
 
 HOME = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 9.09], np.float32)
 
@@ -82,12 +83,6 @@ def test_the_simulated_robot_has_the_entries_of_lerobots_arm(monkeypatch):
         robot.send_action({"x.vel": 0.0})
 
 
-def test_the_delay_benchmark_refuses_actions_that_are_positions(monkeypatch):
-    monkeypatch.setattr("sys.argv", ["benchmark.py", "latency", "checkpoint=none", f"env={SUITE}"])
-    with pytest.raises(SystemExit, match=f"actions of {SUITE} are positions"):
-        benchmark.main()
-
-
 def test_an_episode_depends_on_its_seed_alone_not_on_rendering_or_being_observed(arm):
     first = trajectory(arm, 3)[1]
     assert not np.array_equal(first, trajectory(arm, 4)[1])
@@ -123,6 +118,20 @@ def test_state_and_action_are_degrees_and_percent_and_know_no_cube(arm):
     held = arm.holding_action(None)
     np.testing.assert_allclose(held, arm.observe()["agent_pos"])
     assert arm.holding_action(goal) is goal
+
+
+def test_without_a_command_the_arm_stays_at_its_start_and_at_its_last_target():
+    pytest.importorskip("lerobot_env_so101")
+    runner = EnvRunner(TaskEnv(partial(envs.make, render=False), {}), keep_states=False)
+    start = runner.begin({"suite": SUITE, "task_index": 0, "seed": 0, "initial_state": None})
+    np.testing.assert_allclose(start["observation"]["state"], HOME, atol=0.01)
+    waiting = runner.execute([None] * 20)
+    np.testing.assert_allclose(waiting["observation"]["state"], HOME, atol=4.0)  # gravity bends the servos
+    target = np.array([40.0, -20.0, 30.0, 50.0, -60.0, 80.0])
+    reached = runner.execute([target] * 40)["observation"]["state"]
+    held = runner.execute([None] * 40)["observation"]["state"]
+    np.testing.assert_allclose(held, reached, atol=0.1)
+    runner.env.close()
 
 
 def test_actions_beyond_the_joints_are_clipped_and_others_refused(arm):

@@ -667,12 +667,6 @@ def _latency(options: SimpleNamespace) -> Iterator[dict[str, Any]]:
     if options.checkpoint is None:
         raise ValueError("latency: no value for checkpoint. Add checkpoint=FOLDER to the command line.")
     env = options.env
-    if env["suite"] in import_module("envs").FAMILIES["envs.so101"]:
-        raise ValueError(
-            "latency: expected a suite whose actions are displacements, since zeros stand for a step without "
-            f"a command; actions of {env['suite']} are positions. Measure on the wall clock: vega-deploy "
-            "robot=vega_sim, then vega-benchmark logs."
-        )
     tasks = select_tasks(import_module("envs").tasks(env["suite"]), options.tasks)
     official = all(task.official_states for task in tasks)
     episodes = plan_episodes(tasks, math.ceil(options.episodes / len(tasks)), 0, official_states=official)

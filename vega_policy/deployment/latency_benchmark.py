@@ -65,7 +65,7 @@ class Cell:
 class DelayedPlan:
     """An episode's plan in virtual time: the commands that reach the environment, whatever machine runs it.
 
-    A command reaches it `under_way` steps after it was sent; where none does, the hand holds still.
+    A command reaches it `under_way` steps after it was sent; where none does, the environment holds still.
     """
 
     def __init__(self, cell: Cell, *, action_steps: int, threshold: int, action_size: int) -> None:
@@ -75,9 +75,7 @@ class DelayedPlan:
         self._plan = np.zeros((0, action_size), np.float32)  # all actions of the episode by index
         self._sent = self._executed = 0  # the next index of each
         self._pipeline: deque[np.ndarray | None] = deque([None] * cell.under_way)
-        self._hold = np.zeros(action_size, np.float32)
-        self._hold[-1] = -1.0
-        self._commands: list[np.ndarray] = []
+        self._commands: list[np.ndarray | None] = []
 
     def context(self) -> RTCContext | None:
         """Return the actions that the next chunk continues, or None."""
@@ -88,8 +86,8 @@ class DelayedPlan:
             return None
         return RTCContext(since, min(delay, len(since)), 10, 10.0) if len(since) else None
 
-    def advance(self, chunk: np.ndarray) -> np.ndarray:
-        """Return the commands [n a] from a chunk's observation until the next one; see `rollout.Plan`."""
+    def advance(self, chunk: np.ndarray) -> list[np.ndarray | None]:
+        """Return the commands [a] from a chunk's observation until the next one; see `rollout.Plan`."""
         observed, self._commands = self._executed, []
         for _ in range(self._cell.delay):
             self._step()
@@ -100,17 +98,15 @@ class DelayedPlan:
         self._step()
         while len(self._plan) - self._sent > self._threshold:
             self._step()
-        return np.stack(self._commands)
+        return self._commands
 
     def _step(self) -> None:
         """Send the next action, if there is one, and execute the command that is due."""
         self._pipeline.append(self._plan[self._sent] if self._sent < len(self._plan) else None)
         self._sent = min(self._sent + 1, len(self._plan))
         due = self._pipeline.popleft()
-        if due is not None:
-            self._executed += 1
-            self._hold[-1] = due[-1]
-        self._commands.append(self._hold.copy() if due is None else due)
+        self._executed += due is not None
+        self._commands.append(due)
 
 
 def benchmark_latency(

@@ -18,7 +18,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from vega_policy.evaluation.env_worker import MEMORY_BYTES, EnvReport, EpisodeSpec, map_frames
+from vega_policy.evaluation.env_worker import MEMORY_BYTES, Commands, EnvReport, EpisodeSpec, map_frames
 
 _WORKER_FILE = Path(__file__).with_name("env_worker.py")
 _SECONDS_TO_CLOSE = 20.0
@@ -89,8 +89,8 @@ class WorkerPool:
         """Let a worker start an episode; `receive` returns its first observation."""
         self._workers[worker].request("begin", spec=spec)
 
-    def execute(self, worker: int, actions: np.ndarray) -> None:
-        """Let a worker execute actions [t a]; `receive` returns what they led to."""
+    def execute(self, worker: int, actions: Commands) -> None:
+        """Let a worker execute actions [t a], None to hold still; `receive` returns what they led to."""
         self._workers[worker].request("execute", actions=actions)
 
     def receive(self, *, all_of_them: bool = False, block: bool = True) -> Iterator[tuple[int, EnvReport]]:

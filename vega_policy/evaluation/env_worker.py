@@ -18,11 +18,14 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any, NotRequired, TypedDict
 
 import numpy as np
+
+Commands = Sequence[np.ndarray | None] | np.ndarray
+"""Actions [t a] of an episode; None is a step without a command."""
 
 
 class EpisodeSpec(TypedDict):
@@ -130,6 +133,7 @@ class EnvRunner:
         self.keep_states = keep_states
         self.history = history
         self._past: deque[dict[str, np.ndarray]] = deque()
+        self._last: np.ndarray | None = None  # the last executed action
         self._length = 0
         self._initial_hash = ""
         self._states: list[np.ndarray] = []
@@ -142,20 +146,24 @@ class EnvRunner:
         for _ in range(self.history - 1):
             self._remember(observation)
         state = self.env.environment.simulator_state()
-        self._length, self._initial_hash = 0, state_hash(state)
+        self._last, self._length, self._initial_hash = None, 0, state_hash(state)
         self._states = [state] if self.keep_states else []
         return {"outcome": None, "observation": self._observation(observation)}
 
-    def execute(self, actions: np.ndarray) -> EnvReport:
-        """Execute actions [t a] until success or truncation; observe if the episode goes on."""
+    def execute(self, actions: Commands) -> EnvReport:
+        """Execute actions [t a] until success or truncation; observe if the episode goes on.
+
+        The environment holds still where an action is None.
+        """
         outcome = self._execute(actions)
         observation = self._observation(self.env.environment.observe()) if outcome is None else None
         return {"outcome": outcome, "observation": observation}
 
-    def _execute(self, actions: np.ndarray) -> Outcome | None:
+    def _execute(self, actions: Commands) -> Outcome | None:
         environment = self.env.environment
         for step, action in enumerate(actions, start=1):
-            success, truncated = environment.step_blindly(action)
+            self._last = environment.holding_action(self._last) if action is None else action
+            success, truncated = environment.step_blindly(self._last)
             self._length += 1
             if self.keep_states:
                 self._states.append(environment.simulator_state())
@@ -216,8 +224,8 @@ class Worker:
         """Start an episode and observe."""
         return self._share(self._runner.begin(spec))
 
-    def execute(self, actions: np.ndarray) -> EnvReport:
-        """Execute actions [t a] of the running episode."""
+    def execute(self, actions: Commands) -> EnvReport:
+        """Execute actions [t a] of the running episode, None to hold still."""
         return self._share(self._runner.execute(actions))
 
     def replay(self, spec: EpisodeSpec, actions: np.ndarray) -> bool:

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from vega_policy.evaluation.env_pool import WorkerPool
-from vega_policy.evaluation.env_worker import EnvObservation, EnvReport, Outcome
+from vega_policy.evaluation.env_worker import Commands, EnvObservation, EnvReport, Outcome
 from vega_policy.evaluation.episodes import Episode
 from vega_policy.evaluation.policies import ObservationBatch, check_compatible, stack_observations
 
@@ -38,8 +38,11 @@ class Plan(Protocol):
         """Return what a policy with real-time chunking is given besides the observation, or None."""
         ...
 
-    def advance(self, chunk: np.ndarray) -> np.ndarray:
-        """Return the commands [n a], n >= 1, executed from a chunk's observation until the next one."""
+    def advance(self, chunk: np.ndarray) -> Commands:
+        """Return the commands [a], at least one, executed from a chunk's observation until the next one.
+
+        None is a step without a command, in which the environment holds still.
+        """
         ...
 
 
