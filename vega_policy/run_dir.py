@@ -18,6 +18,7 @@ import os
 import platform
 import shutil
 import socket
+import stat
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -166,6 +167,17 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
+def write_tensors(path: Path, tensors: Mapping[str, Any], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file atomically; its folder is made if missing.
+
+    The library's own `save_file` writes a temporary file beside its target, whose name is no draft's: a kill
+    leaves it.
+    """
+    from safetensors.torch import save
+
+    write_bytes(path, save(dict(tensors), metadata))
+
+
 def read_json(path: Path, *fields: str, kind: type = dict) -> Any:
     """Return the content of a JSON file: an object with some fields, or another kind of value.
 
@@ -246,8 +258,15 @@ def atomic_folder(target: Path) -> Iterator[Path]:
 
 
 def complete_folder(draft: Path, target: Path) -> None:
-    """Flush a draft folder to disk and rename it to `target`, without the lock that it may hold."""
+    """Flush a draft folder to disk and rename it to `target`, without the lock and drafts that it may hold.
+
+    Its files are as readable as the folder: safetensors' `save_file` leaves them to their owner alone.
+    """
+    remove_partial(draft)
+    readable = draft.stat().st_mode & 0o666
     for path in sorted(draft.rglob("*"), reverse=True):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(stat.S_IMODE(path.stat().st_mode) | readable)
         _sync(path)
     (draft / LOCK).unlink(missing_ok=True)
     _sync(draft)

@@ -2,11 +2,14 @@
 
 import errno
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from vega_policy import run_dir
 from vega_policy.run_dir import (
@@ -76,6 +79,35 @@ path = Path({str(tmp_path)!r}) / "target"
     assert len(names(tmp_path)) == 1
     remove_partial(tmp_path)
     assert names(tmp_path) == []
+
+
+def test_a_kill_in_the_middle_of_writing_tensors_leaves_only_a_draft(tmp_path):
+    program = f"""
+import resource, signal
+from pathlib import Path
+import torch
+from vega_policy.run_dir import write_tensors
+folder = Path({str(tmp_path)!r})
+write_tensors(folder / "target", {{"a": torch.ones(3)}})
+signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # the limit kills within the write
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+write_tensors(folder / "target", {{"a": torch.zeros(10_000)}})
+"""
+    assert subprocess.run([sys.executable, "-c", program], timeout=60).returncode == -signal.SIGXFSZ
+    remove_partial(tmp_path)
+    assert names(tmp_path) == ["target"]
+    assert read_tensors(tmp_path / "target")["a"].tolist() == [1, 1, 1]
+
+
+def test_files_of_a_folder_are_as_readable_as_the_folder_and_no_draft_is_kept(tmp_path):
+    with atomic_folder(tmp_path / "target") as draft:
+        save_file({"a": torch.ones(3)}, draft / "private")
+        (draft / "program").touch(0o755)
+        (draft / ".half.1.partial").touch()
+    assert names(tmp_path / "target") == ["private", "program"]
+    readable = (tmp_path / "target").stat().st_mode & 0o666
+    assert (tmp_path / "target" / "private").stat().st_mode & 0o777 == readable
+    assert (tmp_path / "target" / "program").stat().st_mode & 0o777 == readable | 0o111
 
 
 def test_a_folder_whose_writing_failed_does_not_exist(tmp_path):

@@ -29,7 +29,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -41,7 +40,6 @@ from vega_policy.model.vega import VegaModel
 from vega_policy.priors import resolve
 from vega_policy.priors.base import fingerprint_weights
 from vega_policy.run_dir import (
-    atomic_file,
     check_space,
     complete_folder,
     free_space,
@@ -50,6 +48,7 @@ from vega_policy.run_dir import (
     read_json,
     read_tensors,
     remove_partial,
+    write_tensors,
     write_text,
 )
 
@@ -463,8 +462,7 @@ class _StreamDraft:
 
     def _record(self) -> None:
         os.fdatasync(self._file.fileno())  # what is recorded is on the disk
-        with atomic_file(self._note) as draft:
-            save_file(self._mine, draft)
+        write_tensors(self._note, self._mine)
         self._last = time.monotonic()
 
     def complete(self) -> None:
@@ -481,7 +479,7 @@ class _StreamDraft:
                 for camera in self.stream.key["cameras"]
             }
             mean = {camera: (total / (255 * self.starts[-1])).float() for camera, total in totals.items()}
-            save_file(mean, self._folder / MEAN_FRAMES)
+            write_tensors(self._folder / MEAN_FRAMES, mean)
             manifest = {"key": self.stream.key, "shape": list(self.row.shape)}
             manifest["dtype"] = str(TYPES[self.stream.name])
             write_text(self._folder / MANIFEST, json.dumps(manifest, indent=2))
@@ -525,7 +523,8 @@ def draft_frames(root: Path, stream: Stream, rows: int) -> Iterator[FramesDraft]
         check_space(root, rows * prod(shape) - written, f"the cache of {rows} frames")
         yield draft
         mean = {name: torch.as_tensor(total) / (255 * rows) for name, total in draft.sums.items()}
-        save_file({name: mean[name].float().contiguous() for name in cameras}, folder / MEAN_FRAMES)
+        tensors = {name: mean[name].float().contiguous() for name in cameras}
+        write_tensors(folder / MEAN_FRAMES, tensors)
         manifest = {"key": stream.key, "shape": shape, "dtype": str(TYPES[stream.name])}
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=2))
         complete_folder(folder, root / stream.folder)  # still locked: a second start must not resume it

@@ -12,14 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
 
 from vega_policy.pretraining import TransformerSettings
 from vega_policy.pretraining.clips import Loss, StepRandomness
 from vega_policy.priors.base import PROMPT_LENGTH
-from vega_policy.run_dir import atomic_file
+from vega_policy.run_dir import write_tensors
 
 BATCH = 16  # clips that are measured at once
 EMPTY = ""
@@ -194,8 +193,7 @@ def write_prompts(path: Path, instructions: list[str]) -> None:
     for index, sentence in enumerate(sentences):
         tokens, mask = encoder([sentence])
         tensors[f"{index}"] = tokens[0][mask[0]].contiguous()
-    with atomic_file(path) as draft:
-        save_file(tensors, draft, metadata={"sentences": json.dumps(sentences)})
+    write_tensors(path, tensors, {"sentences": json.dumps(sentences)})
 
 
 def read_prompts(path: Path) -> dict[str, Tensor]:

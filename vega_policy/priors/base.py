@@ -13,7 +13,6 @@ from einops import rearrange
 from huggingface_hub import snapshot_download
 from huggingface_hub.constants import HF_HOME
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
@@ -21,7 +20,7 @@ from transformers import PreTrainedModel
 from vega_policy.model.config import PriorConfig
 from vega_policy.model.observation import check_frames, resize
 from vega_policy.priors import PriorEntry
-from vega_policy.run_dir import DiskFullError, atomic_file, read_json, read_tensors
+from vega_policy.run_dir import DiskFullError, read_json, read_tensors, write_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -160,8 +159,7 @@ def empty_prompt(config: PriorConfig, folder: Path, width: int, encode: Callable
         )
     prompt = encode(folder)
     try:
-        with atomic_file(cached) as draft:
-            save_file({"prompt": prompt}, draft)
+        write_tensors(cached, {"prompt": prompt})
     except (OSError, DiskFullError) as error:  # such as a home that is read-only
         logger.warning("The empty prompt is not cached, and will be encoded again: %s", error)
     return prompt

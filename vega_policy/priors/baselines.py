@@ -19,7 +19,7 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderKLWan
 from einops import rearrange, repeat
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import DINOv3ViTModel, VJEPA2Model
@@ -39,13 +39,13 @@ from vega_policy.priors.base import (
 from vega_policy.priors.unet import latent_mean
 from vega_policy.run_dir import (
     OtherRunError,
-    atomic_file,
     read_json,
     read_tensors,
     remove_partial,
     require_empty,
     require_folder,
     write_json,
+    write_tensors,
 )
 
 logger = logging.getLogger(__name__)
@@ -312,9 +312,7 @@ class FeatureWriter:
         shard = {"signature": signature(frames), "features": features}
         path = self._folder / SHARD.format(len(self._rows))
         tensors = {key: value.cpu().contiguous() for key, value in shard.items()}
-        needed = sum(value.numel() * value.element_size() for value in tensors.values())
-        with atomic_file(path, needed) as draft:
-            save_file(tensors, draft, metadata={"model": self._model})
+        write_tensors(path, tensors, {"model": self._model})
         self._rows.append(len(frames))
 
     def close(self) -> None:
