@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -19,14 +20,19 @@ from vega_policy.analysis.probe import (
 )
 from vega_policy.analysis.spatial_qa import Question, chance_scores, make_question_set, score
 from vega_policy.analysis.spatial_qa_model import (
+    QUESTION_PAIRS,
     AnswerCodec,
     Features,
     QATraining,
     QuestionSampler,
     SpatialQAModel,
+    compare_arms,
     compare_models,
+    mean_loss,
     predict_answers,
     qa_model_config,
+    question_arms,
+    split_scenes,
     train_qa_model,
 )
 from vega_policy.evaluation.report import Section, render_report
@@ -116,6 +122,35 @@ def test_a_step_samples_few_scenes_and_all_kinds_equally_often():
     assert fraction == pytest.approx(0.5, abs=0.06), "a tenth of the questions, half of the samples"
 
 
+def counted(labels):
+    """Return one question about each scene, whose planted answer is the scene's number modulo 2."""
+    asked = [
+        Question(scene, "object_count", "How many?", ("0", "1"), choice=str(label), objects=("bowl",))
+        for scene, label in enumerate(labels)
+    ]
+    planted = torch.zeros(len(asked), 4, 112, *GRID)
+    planted[::2, :, 0] = 1.0
+    return asked, Features(planted, None)
+
+
+def test_held_out_scenes_choose_the_step_and_train_nothing():
+    training = QATraining(steps=12, scenes=4, evaluations=1, held_out=5)
+    weights = []
+    for flipped in (0, 1):  # the answers to every fifth scene
+        asked, features = counted([scene % 2 ^ (flipped and scene % 5 == 4) for scene in range(20)])
+        codec = AnswerCodec(asked)
+        model, curve = train_qa_model(CONFIG, codec, codec.encode(asked), features, training)
+        weights.append(torch.cat([part.flatten() for part in model.parameters()]))
+        assert [point.step for point in curve] == [12]
+    assert torch.equal(*weights)
+    training = replace(training, evaluations=6, learning_rate=1e-2)
+    model, curve = train_qa_model(CONFIG, codec, codec.encode(asked), features, training)
+    batch = codec.encode(asked)
+    kept = mean_loss(model, features, batch[split_scenes(batch, 5)[1]])
+    assert kept == pytest.approx(min(point.held_out for point in curve), abs=1e-6)
+    assert len({round(point.held_out, 4) for point in curve}) > 1
+
+
 def test_answers_do_not_depend_on_the_other_questions_of_the_batch():
     asked = [
         Question(index % 3, "object_count", f"How many of {index}?", ("0", "1"), choice="0")
@@ -139,7 +174,17 @@ def test_frozen_encoders_stay_frozen_and_the_rest_is_trained():
         for name, part in model.named_parameters()
         if part.requires_grad
     }
-    assert {"backbone", "fusion", "project", "queries", "attention", "name", "number", "box"} <= learning
+    assert {
+        "backbone",
+        "fusion",
+        "project",
+        "places",
+        "blocks",
+        "option",
+        "name",
+        "number",
+        "box",
+    } <= learning
     frozen = {name for name, part in model.named_parameters() if not part.requires_grad}
     assert any("image_encoder" in name for name in frozen)
     assert not any("matrix" in name for name, _ in model.named_parameters()), "the prior is no part of it"
@@ -197,13 +242,31 @@ def test_a_second_run_neither_encodes_nor_trains_and_gives_the_same_scores(compa
     before = {path: path.stat().st_mtime_ns for path in cache.folder.iterdir()}
     again = compare_models(replace(cache, scenes=blank), questions, CONFIG, PRIOR, TRAINING)
     assert {path: path.stat().st_mtime_ns for path in cache.folder.iterdir()} == before
-    assert again.scores.losses == first.scores.losses
+    assert again.scores.curves == first.scores.curves
     for name, scores in first.scores.scores.items():
         np.testing.assert_array_equal(again.scores.scores[name], scores)
+
+
+def test_every_arm_answers_with_every_seed_and_all_answers_are_kept(compared, tmp_path):
+    questions, cache, _ = compared
+    arms = question_arms(PRIOR, None)
+    assert [arm.name for arm in arms] == ["words only", "semantic only", "fused", "prior only"]
+    result = compare_arms(cache, questions, CONFIG, arms, TRAINING, [0, 1])
+    (tmp_path / "answers.parquet").write_bytes(result.to_parquet())
+    table = pd.read_parquet(tmp_path / "answers.parquet")
+    assert len(table) == len(questions.test)
+    for name in ("words only", "prior only"):
+        both = [table[f"{name}, seed {seed}: score"].to_numpy() for seed in (0, 1)]
+        np.testing.assert_allclose(np.mean(both, axis=0), result.scores[name])
+    assert (table.groupby("question")["words only, seed 0: answer"].nunique() == 1).all(), "it has no scene"
+    assert (table.groupby("question")["prior only, seed 0: answer"].nunique() > 1).any()
+    rows = [row[0] for row in qa_table(result, QUESTION_PAIRS)[0].rows]
+    assert "fused minus semantic only" in rows
+    assert "fused, future minus words only" not in rows, "that model was not trained"
 
 
 @pytest.mark.slow
 def test_other_steps_train_other_models(compared):
     questions, cache, first = compared
     compare_models(cache, questions, CONFIG, PRIOR, replace(TRAINING, steps=4))
-    assert len(list(cache.folder.glob("*.pt"))) == 2 * len(first.scores.losses)
+    assert len(list(cache.folder.glob("*.pt"))) == 2 * len(first.scores.curves)

@@ -54,6 +54,15 @@ def test_all_seven_kinds_are_generated():
     assert {question.kind for question in questions} == set(KINDS)
 
 
+def test_a_question_lists_the_objects_that_its_text_names():
+    questions = [question for one in scenes(20) for question in generate_questions(0, one, ["bowl"])]
+    for question in questions:
+        assert 1 <= len(question.objects) <= 4
+        assert all(words in question.text for words in question.objects), question
+        if question.kind in ("relative_distance", "appearance_order"):
+            assert set(question.options) <= set(question.objects)
+
+
 def test_no_question_is_about_an_invisible_object():
     one = scene(np.random.default_rng(0), presence=1.0)
     one.views.segments[one.views.segments == 2] = -1  # the plate

@@ -57,16 +57,27 @@ class SweepSettings:
 class QuestionSettings:
     """Spatial questions about random layouts of the suite, and how models learn to answer them."""
 
-    scenes: int = 240  # 0 switches questions off; scenes from folders have no objects and no questions
+    scenes: int = 600  # 0 switches questions off; scenes from folders have no objects and no questions
     frame_size: int = 128  # side of the frames in pixels
-    max_per_kind: int = 1500  # training questions of one kind
-    max_texts: int = 60  # different texts of one kind
+    max_per_kind: int = 6000  # training questions of one kind
+    max_texts: int = 120  # different texts of one kind
     steps: int = 400  # optimizer steps of each model
     scenes_per_step: int = 16
     questions_per_scene: int = 12
-    learning_rate: float = 1e-3  # peak
+    learning_rate: float = 2e-3  # peak
+    dropout: float = 0.1  # in the answer head
     depth: int = 0  # trunk blocks of the backbone; the answer head attends to its output
     latents: int | None = None  # latents into which views are resampled; None keeps all tokens
+    # Of measure=questions alone.
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])  # of each model's weights and order
+    future_path: str | None = None  # weights of the same prior that are read with clip=future, too
+    future_layers: list[int] = field(default_factory=lambda: [2, 5])
+
+    def __post_init__(self) -> None:
+        counts = dict.fromkeys(("steps", "scenes_per_step", "questions_per_scene"), "[1, inf)")
+        check_numbers(self, "questions.", **counts, dropout="[0, 1)", scenes="[0, inf)")
+        if not self.seeds or not self.future_layers:
+            raise ValueError("questions: expected at least one of seeds and of future_layers")
 
 
 @dataclass(frozen=True)
@@ -116,7 +127,7 @@ class ProbeSettings:
     sweep: SweepSettings = field(default_factory=SweepSettings)
     questions: QuestionSettings = field(default_factory=QuestionSettings)
     episode: EpisodeSettings = field(default_factory=EpisodeSettings)
-    measure: str = "space"  # or "future"
+    measure: str = "space"  # or "questions", "future"
     future: FutureSettings = field(default_factory=FutureSettings)
     cache_root: str = "outputs/cache/analysis"  # rendered scenes and measured numbers
     frame_size: int = 224  # pixels, a multiple of 16: one token for 16x16 pixels
@@ -132,7 +143,7 @@ class ProbeSettings:
     def __post_init__(self) -> None:
         if self.prior.name == "none":
             raise ValueError("prior=none leaves nothing to probe; choose a prior, such as prior=wan_tiny")
-        check_choices(self, "", measure=("space", "future"))
+        check_choices(self, "", measure=("space", "questions", "future"))
         if self.frame_size % STRIDE:
             raise ValueError(f"frame_size must be a multiple of {STRIDE}; got {self.frame_size}")
         if self.measure == "future":
@@ -142,6 +153,8 @@ class ProbeSettings:
                 f"probes of space read single frames (prior.clip=frame); got {self.prior.clip!r}. Those of "
                 "the future also read prior.clip=future: measure=future"
             )
+        elif self.measure == "questions" and not (self.questions.scenes and self.scenes.suite):
+            raise ValueError("measure=questions renders its scenes: it needs a suite and questions.scenes")
         elif len(self.prior.layers) > 1:
             raise ValueError(
                 f"probes of space read one layer at a time; got prior.layer={list(self.prior.layers)}"

@@ -413,10 +413,10 @@ class FeatureCache:
 
     def prior(self, config: PriorConfig, grid: tuple[int, int], untrained: bool = False) -> Tensor:
         """Return the output of a prior, or of its untrained copy, [s v d gh gw]."""
-        if untrained:
-            prior = build_untrained_copy(replace(resolve(config), engine="plain"), grid)
-        else:
-            prior = make_prior(config, grid)
+        prior = build_untrained_copy(resolve(config), grid) if untrained else make_prior(config, grid)
+        clip = {}
+        if config.clip != "frame":
+            clip = {name: getattr(config, name) for name in ("clip", "future_slots", "slot_pool", "prompt")}
         return self._load_or_encode(
             f"untrained {config.name}" if untrained else config.name,
             lambda: lambda frames: prior(frames[:, None, None])[:, 0].float(),
@@ -426,6 +426,7 @@ class FeatureCache:
             seed=config.seed,
             input_size=config.input_size,
             untrained=untrained,
+            **clip,
         )
 
     @torch.no_grad()

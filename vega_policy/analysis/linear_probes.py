@@ -405,3 +405,22 @@ def probe_moments(
         sums = probe_future(features, chosen, futures, groups, settings.horizons, settings.components)
         found |= {(unit, names[key]): part for key, part in sums.items()}
     return found
+
+
+Numbers = dict[str, Estimate]
+"""Key of `future_metrics` -> value."""
+
+
+def future_gains(rows: Mapping[str, Sums], metrics: Mapping[str, Metric]) -> dict[str, dict[str, Numbers]]:
+    """Return by how much each reading of a future is better than all others with the same appended."""
+    proprioception = {STATE: PROPRIOCEPTION, TASK: f"{PROPRIOCEPTION} + task"}
+    gains = {}
+    for appended, alone in proprioception.items():
+        alike = {name: sums for name, sums in rows.items() if name.endswith(f"+ {appended}") or name == alone}
+        for first in (name for name in alike if name.startswith("future")):
+            gains[first] = {
+                other: {key: metric.gain(alike[first], sums) for key, metric in metrics.items()}
+                for other, sums in alike.items()
+                if other != first
+            }
+    return gains

@@ -10,7 +10,7 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -53,26 +53,27 @@ from vega_policy.analysis.geometry import (
     world_points,
 )
 from vega_policy.analysis.linear_probes import (
-    PROPRIOCEPTION,
-    STATE,
-    TASK,
     Estimate,
     Metric,
     Sums,
+    future_gains,
     future_metrics,
     future_of,
     probe_moments,
 )
 from vega_policy.analysis.spatial_qa import KINDS, QuestionSet, make_question_set
 from vega_policy.analysis.spatial_qa_model import (
-    CONTROLS,
+    FUSED_PAIRS,
+    QUESTION_PAIRS,
     Features,
     QAComparison,
     QAScores,
     QATraining,
     SpatialQAModel,
+    compare_arms,
     compare_models,
     qa_model_config,
+    question_arms,
 )
 from vega_policy.data.scenes import Demonstration, Scene, Views, load_scene
 from vega_policy.evaluation.report import (
@@ -84,13 +85,14 @@ from vega_policy.evaluation.report import (
     encode_video,
     render_report,
 )
+from vega_policy.model.config import ModelConfig
 from vega_policy.model.observation import resize
 from vega_policy.priors import has_trained_weights, resolve
 from vega_policy.run_dir import atomic_file, write_bytes, write_json, write_text
 
 logger = logging.getLogger(__name__)
 
-PAGE, SUMMARY = "report.html", "summary.json"
+PAGE, SUMMARY, ANSWERS = "report.html", "summary.json", "answers.parquet"
 GATE_VIDEO, RECORDING = "gate.mp4", "episode.rrd"
 QUESTION_SHOTS, QUESTION_VIEWS = "overview_and_pan", 4
 
@@ -105,8 +107,8 @@ def run(settings: ProbeSettings) -> Path:
         ValueError: If settings do not fit each other.
         FileNotFoundError: If weights or posed frames are missing.
     """
-    if settings.measure == "future":
-        return run_future(settings)
+    if settings.measure != "space":
+        return {"future": run_future, "questions": run_questions}[settings.measure](settings)
     folder, seconds = Path(settings.output_dir), {}
     with _timed("scenes", seconds):
         scenes = load_scenes(settings)
@@ -120,7 +122,8 @@ def run(settings: ProbeSettings) -> Path:
     comparison, has_video = None, False
     if settings.questions.scenes and settings.scenes.suite:
         with _timed("questions", seconds):
-            comparison = answer_questions(settings)
+            cache, questions, config, training = prepare_questions(settings)
+            comparison = compare_models(cache, questions, config, settings.prior, training)
         if settings.episode.steps:
             with _timed("episode", seconds):
                 has_video = record_gate(folder, settings, comparison.model)
@@ -131,7 +134,7 @@ def run(settings: ProbeSettings) -> Path:
         for spec, row in sweep.table().items()
     ]
     if comparison is not None:
-        summary["answers"] = _summarize_scores(comparison.scores)
+        summary["answers"] = _summarize_scores(comparison.scores, FUSED_PAIRS)
     write_json(folder / SUMMARY, summary)
     sections = [Section("Does training help?", [Paragraph(statement, "verdict")])]
     sections += _sweep_sections(sweep, figures, len(scenes.scenes))
@@ -171,31 +174,16 @@ def run_future(settings: ProbeSettings) -> Path:
         title = f"Held-out {unit}: {moments} moments of {len(episodes)} episodes"
         sections.append(Section(title, list(future_tables(rows, metrics))))
         for table in future_tables(rows, metrics):
-            lines = [table.header, ["---"] * len(table.header), *table.rows]
-            logger.info("%s\n%s", title, "\n".join(f"| {' | '.join(line)} |" for line in lines))
+            _log_table(title, table)
     values = {**asdict(settings), "seconds": seconds}
     sections.append(Section("Settings", [Table(("setting", "value"), list(values.items()))]))
     write_text(folder / PAGE, render_report(f"The future in {settings.prior.name}", sections))
     return folder / PAGE
 
 
-Numbers = dict[str, Estimate]
-"""Key of `future_metrics` -> value."""
-
-
-def future_gains(rows: Mapping[str, Sums], metrics: Mapping[str, Metric]) -> dict[str, dict[str, Numbers]]:
-    """Return by how much each reading of a future is better than all others with the same appended."""
-    proprioception = {STATE: PROPRIOCEPTION, TASK: f"{PROPRIOCEPTION} + task"}
-    gains = {}
-    for appended, alone in proprioception.items():
-        alike = {name: sums for name, sums in rows.items() if name.endswith(f"+ {appended}") or name == alone}
-        for first in (name for name in alike if name.startswith("future")):
-            gains[first] = {
-                other: {key: metric.gain(alike[first], sums) for key, metric in metrics.items()}
-                for other, sums in alike.items()
-                if other != first
-            }
-    return gains
+def _log_table(title: str, table: Table) -> None:
+    lines = [table.header, ["---"] * len(table.header), *table.rows]
+    logger.info("%s\n%s", title, "\n".join(f"| {' | '.join(line)} |" for line in lines))
 
 
 def future_tables(rows: Mapping[str, Sums], metrics: Mapping[str, Metric]) -> list[Table]:
@@ -327,13 +315,16 @@ def draw_figures(
     return {"features": images[0], "correspondence": images[1], "sweep": heat_maps}
 
 
-def answer_questions(settings: ProbeSettings) -> QAComparison:
-    """Generate questions about random layouts, train the models, score them on unseen scenes."""
+def prepare_questions(
+    settings: ProbeSettings,
+) -> tuple[FeatureCache, QuestionSet, ModelConfig, QATraining]:
+    """Render random layouts, generate questions; return also how models are built and trained."""
     questions = settings.questions
     spec = {"count": questions.scenes, "frame_size": questions.frame_size, "seed": settings.seed + 1}
     spec |= {"shots": QUESTION_SHOTS, "views": QUESTION_VIEWS, "layout": "random"}
     key, scenes = render_scenes(settings, spec)
-    question_set = make_question_set(scenes, questions.max_per_kind, questions.max_texts, settings.seed)
+    limits = (questions.max_per_kind, questions.max_texts, settings.seed)
+    question_set = make_question_set(scenes, *limits)
     backbone = replace(settings.backbone, depth=questions.depth, latents=questions.latents)
     config = qa_model_config(backbone, settings.fusion, questions.frame_size, QUESTION_VIEWS)
     training = QATraining(
@@ -341,10 +332,41 @@ def answer_questions(settings: ProbeSettings) -> QAComparison:
         scenes=questions.scenes_per_step,
         questions=questions.questions_per_scene,
         learning_rate=questions.learning_rate,
+        dropout=questions.dropout,
         seed=settings.seed,
     )
     cache = FeatureCache(scenes, key, questions.frame_size, Path(settings.cache_root) / "answers")
-    return compare_models(cache, question_set, config, settings.prior, training)
+    return cache, question_set, config, training
+
+
+def run_questions(settings: ProbeSettings) -> Path:
+    """Train models with and without the prior to answer spatial questions; write the report, return its page.
+
+    Every answer to a test question goes to answers.parquet.
+    """
+    folder, seconds = Path(settings.output_dir), {}
+    with _timed("scenes", seconds):
+        cache, questions, config, training = prepare_questions(settings)
+    future = None
+    if settings.questions.future_path is not None:
+        path, layers = settings.questions.future_path, tuple(settings.questions.future_layers)
+        future = replace(settings.prior, path=path, clip="future", layer=layers, noise_level=None)
+    arms = question_arms(settings.prior, future)
+    with _timed("models", seconds):
+        scores = compare_arms(cache, questions, config, arms, training, settings.questions.seeds)
+    tables = qa_table(scores, QUESTION_PAIRS)
+    _log_table("Spatial questions", tables[0])
+    write_bytes(folder / ANSWERS, scores.to_parquet())
+    count = {"scenes": len(cache.scenes), "training": len(questions.train), "test": len(questions.test)}
+    values = {"settings": asdict(settings.questions), "questions": count, "seconds": seconds}
+    write_json(folder / SUMMARY, values | _summarize_scores(scores, QUESTION_PAIRS))
+    sections = [
+        Section("Spatial questions", tables),
+        Section("Examples", [examples_table(questions)]),
+        Section("Settings", [Table(("setting", "value"), list({**asdict(settings), **values}.items()))]),
+    ]
+    write_text(folder / PAGE, render_report(f"Spatial questions, {settings.prior.name}", sections))
+    return folder / PAGE
 
 
 def record_gate(folder: Path, settings: ProbeSettings, model: SpatialQAModel) -> bool:
@@ -413,14 +435,21 @@ def _question_sections(comparison: QAComparison | None, has_video: bool) -> list
     return sections
 
 
-def _summarize_scores(scores: QAScores) -> dict[str, Any]:
+def _summarize_scores(scores: QAScores, pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
     kinds = {"mean": None} | {kind: kind for kind in scores.kinds}
     means = {
         name: {label: _round(scores.mean(name, kind)) for label, kind in kinds.items()}
         for name in scores.scores
     }
-    gain = {label: _round(scores.gain("fused", "semantic only", kind)) for label, kind in kinds.items()}
-    return {"scores": means, "fused minus semantic only": gain, "losses": scores.losses}
+    gains = {
+        f"{first} minus {second}": {x: _round(scores.gain(first, second, kind)) for x, kind in kinds.items()}
+        for first, second in scores.known(pairs)
+    }
+    curves = {
+        name: {seed: [asdict(point) for point in curve] for seed, curve in group.items()}
+        for name, group in scores.curves.items()
+    }
+    return {"scores": means, "gains": gains, "curves": curves}
 
 
 def _round(number: Estimate) -> list[float | None]:
@@ -485,8 +514,8 @@ def best_table(sweep: Sweep) -> list[Block]:
     return [Table(("metric", "best features", "value"), rows), Paragraph(note, "quiet")]
 
 
-def qa_table(result: QAScores) -> list[Block]:
-    """Return the scores of every model by kind of question, and the fused model's gains."""
+def qa_table(result: QAScores, pairs: Sequence[tuple[str, str]] = FUSED_PAIRS) -> tuple[Table, Paragraph]:
+    """Return the scores of every model by kind of question, and how much the first of each pair is better."""
     counts = [sum(question.kind == kind for question in result.questions) for kind in result.kinds]
     columns = (None, *result.kinds)
     rows = [("test questions", str(sum(counts)), *map(str, counts))]
@@ -494,17 +523,16 @@ def qa_table(result: QAScores) -> list[Block]:
         (name, *(format_estimate(result.mean(name, kind)) for kind in columns)) for name in result.scores
     ]
     rows += [
-        (f"fused minus {other}", *(format_estimate(result.gain("fused", other, kind)) for kind in columns))
-        for other in CONTROLS
-        if other in result.scores
+        (f"{first} minus {second}", *(format_estimate(result.gain(first, second, x)) for x in columns))
+        for first, second in result.known(pairs)
     ]
     note = (
         "Accuracy for choices, mean relative accuracy for distances and sizes (VSI-Bench), Acc@0.25 for "
-        "grounding (ScanRefer); intervals over test scenes. Every answer to a text is correct equally often, "
-        "so that the text alone should stay at chance."
+        "grounding (ScanRefer); means over seeds, intervals over test scenes. Every answer to a text is "
+        "correct equally often, so that the text alone should stay at chance."
     )
     header = ("model", "mean of kinds", *(kind.replace("_", " ") for kind in result.kinds))
-    return [Table(header, rows), Paragraph(note, "quiet")]
+    return Table(header, rows), Paragraph(note, "quiet")
 
 
 def examples_table(questions: QuestionSet) -> Table:

@@ -58,6 +58,7 @@ class Question:
     number: float | None = None  # cm
     box: tuple[float, ...] | None = None  # centre and sides [6] in the robot's frame (m)
     label: str = ""  # answer, or bin of it, by which the questions of one text are balanced
+    objects: tuple[str, ...] = ()  # words of the text that name or describe an object, in its order
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,8 @@ def _object_counts(
     texts = {f"How many of these are there: {name}?": name for name in categories}
     for text, name in [*texts.items(), ("How many movable things are there in all?", None)]:
         count = str(sum(name in (None, one.category) for one in movable))
-        yield Question(index, "object_count", text, COUNTS, choice=count, label=count)
+        named = (name or "movable things",)
+        yield Question(index, "object_count", text, COUNTS, choice=count, label=count, objects=named)
 
 
 def _absolute_distances(index: int, unique: Sequence[SceneObject]) -> Iterator[Question]:
@@ -138,7 +140,8 @@ def _absolute_distances(index: int, unique: Sequence[SceneObject]) -> Iterator[Q
         label = f"{BIN * (number // BIN):.0f} cm"
         if label in BINS:
             text = f"How far apart are the middles of {first.category} and {second.category}, in cm?"
-            yield Question(index, "absolute_distance", text, number=number, label=label)
+            named = (first.category, second.category)
+            yield Question(index, "absolute_distance", text, number=number, label=label, objects=named)
 
 
 def _object_sizes(index: int, scene: Scene, visible: Sequence[SceneObject]) -> Iterator[Question]:
@@ -151,7 +154,8 @@ def _object_sizes(index: int, scene: Scene, visible: Sequence[SceneObject]) -> I
         if abs(ordered[0].centre[axis] - ordered[1].centre[axis]) >= MARGIN:
             text = f"How long is the longest side of the movable thing {words}, in cm?"
             number, label = 100 * ordered[0].longest, ordered[0].category
-            yield Question(index, "object_size", text, number=number, label=label)
+            named = (f"movable thing {words}",)
+            yield Question(index, "object_size", text, number=number, label=label, objects=named)
 
 
 def _relative_distances(index: int, unique: Sequence[SceneObject]) -> Iterator[Question]:
@@ -163,7 +167,8 @@ def _relative_distances(index: int, unique: Sequence[SceneObject]) -> Iterator[Q
             if second >= RATIO * first and second - first >= MARGIN:
                 names = tuple(one.category for one in options)
                 text = f"Which of these is closest to {reference.category}: {', '.join(names)}?"
-                yield _choice(index, "relative_distance", text, names, near[0].category)
+                named = (reference.category, *names)
+                yield _choice(index, "relative_distance", text, names, near[0].category, named)
 
 
 def _relative_directions(index: int, unique: Sequence[SceneObject]) -> Iterator[Question]:
@@ -177,7 +182,8 @@ def _relative_directions(index: int, unique: Sequence[SceneObject]) -> Iterator[
             continue
         answer = f"{'front' if abs(angle) < math.pi / 2 else 'back'} {'left' if angle > 0 else 'right'}"
         text = f"Standing at {origin.category} and facing {facing.category}, where is {target.category}?"
-        yield _choice(index, "relative_direction", text, DIRECTIONS, answer)
+        named = (origin.category, facing.category, target.category)
+        yield _choice(index, "relative_direction", text, DIRECTIONS, answer, named)
 
 
 def _appearance_orders(
@@ -194,11 +200,13 @@ def _appearance_orders(
         first = [name for name in names if first_view[name] == earliest]
         if len(first) == 1:
             text = f"Which of these appears first while the camera pans: {', '.join(names)}?"
-            yield _choice(index, "appearance_order", text, names, first[0])
+            yield _choice(index, "appearance_order", text, names, first[0], names)
 
 
-def _choice(index: int, kind: str, text: str, options: tuple[str, ...], answer: str) -> Question:
-    return Question(index, kind, text, options, choice=answer, label=answer)
+def _choice(
+    index: int, kind: str, text: str, options: tuple[str, ...], answer: str, objects: tuple[str, ...]
+) -> Question:
+    return Question(index, kind, text, options, choice=answer, label=answer, objects=objects)
 
 
 def _groundings(
@@ -206,7 +214,7 @@ def _groundings(
 ) -> Iterator[Question]:
     for one in unique:
         if one.movable:
-            yield _box(index, f"Where is the {one.category}?", one)
+            yield _box(index, one.category, one)
     movable = [one for one in visible if one.movable]
     for category in sorted({one.category for one in movable}):
         same = [one for one in movable if one.category == category]
@@ -215,16 +223,18 @@ def _groundings(
         left, right = sorted(same, key=lambda one: -one.centre[1])
         if left.centre[1] - right.centre[1] >= MARGIN:
             for side, one in (("left", left), ("right", right)):
-                yield _box(index, f"Where is the {category} on the {side}, as the robot sees it?", one)
+                yield _box(index, f"{category} on the {side}", one, ending=", as the robot sees it")
         for anchor in unique:
             near, far = sorted(same, key=lambda one, a=anchor: distance(one, a))
             if anchor.movable and distance(far, anchor) - distance(near, anchor) >= MARGIN:
-                yield _box(index, f"Where is the {category} closer to {anchor.category}?", near)
-                yield _box(index, f"Where is the {category} farther from {anchor.category}?", far)
+                yield _box(index, f"{category} closer to {anchor.category}", near, anchor.category)
+                yield _box(index, f"{category} farther from {anchor.category}", far, anchor.category)
 
 
-def _box(index: int, text: str, target: SceneObject) -> Question:
-    return Question(index, "grounding", text, box=(*target.centre, *target.size))
+def _box(index: int, words: str, target: SceneObject, *others: str, ending: str = "") -> Question:
+    """Return the question where the object is that `words` describe; `others` are those they mention."""
+    box = (*target.centre, *target.size)
+    return Question(index, "grounding", f"Where is the {words}{ending}?", box=box, objects=(words, *others))
 
 
 def balance(

@@ -4,6 +4,7 @@ A scene is encoded once, without the question; the question's queries then atten
 encoders are not run here: their features are computed before.
 """
 
+import io
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -11,7 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
@@ -27,17 +31,36 @@ from vega_policy.analysis.spatial_qa import (
     text_only_scores,
 )
 from vega_policy.model.config import ActionHeadConfig, BackboneConfig, FusionConfig, ModelConfig, PriorConfig
-from vega_policy.model.layers import Attention, Mlp
+from vega_policy.model.layers import Attention, Block, Mlp
 from vega_policy.model.observation import Observation
 from vega_policy.model.vega import VegaModel
 from vega_policy.run_dir import atomic_file
 
 STATE_DIM = 1  # there is no proprioception: the state is one zero
-QUERIES = 4  # per question: it may name three objects
+OBJECTS = 4  # that a question names at most
+BLOCKS, HEADS = 2, 4  # of the answer head
 ANSWER_BATCH = 512
 TEXT_ONLY = "text only (constant)"
-CONTROLS = ("semantic only", "fused, random prior", "fused, untrained copy", "fused, blind", TEXT_ONLY)
-"""Models that the fused one is compared with."""
+SEMANTIC, FUSED, WORDS, PRIOR_ONLY = "semantic only", "fused", "words only", "prior only"
+COPY, FUTURE = "fused, untrained copy", "fused, future"
+FUSED_PAIRS = tuple(
+    (FUSED, other)
+    for other in (SEMANTIC, "fused, random prior", COPY, PRIOR_ONLY, "fused, blind", WORDS, TEXT_ONLY)
+)
+"""Models that are compared, the first minus the second."""
+QUESTION_PAIRS = (
+    (SEMANTIC, WORDS),
+    (FUSED, WORDS),
+    (FUTURE, WORDS),
+    (PRIOR_ONLY, WORDS),
+    (FUSED, SEMANTIC),
+    (FUTURE, SEMANTIC),
+    (FUSED, COPY),
+    (COPY, SEMANTIC),
+    (FUTURE, FUSED),
+    (PRIOR_ONLY, SEMANTIC),
+)
+"""The same for measure=questions."""
 
 # Position embeddings have unit amplitude and a fresh projector's output a fifth of that: with the default
 # initialisation, models did not find the content of tokens in hundreds of steps.
@@ -74,6 +97,8 @@ class QuestionBatch:
     scene: Tensor  # [b]
     texts: list[str]
     kinds: list[str]
+    objects: list[tuple[str, ...]]  # that each question names
+    named: Tensor  # [b k], index of each object's name among the answers, or -1
     allowed: Tensor  # bool [b n], names that are options; none for numbers and boxes
     choice: Tensor  # [b], index of the correct name, or -1
     number: Tensor  # [b], standardised logarithm of the correct number, or nan
@@ -81,8 +106,17 @@ class QuestionBatch:
 
     def __getitem__(self, rows: Tensor) -> "QuestionBatch":
         """Select questions."""
-        texts, kinds = ([words[row] for row in rows.tolist()] for words in (self.texts, self.kinds))
-        parts = (self.allowed[rows], self.choice[rows], self.number[rows], self.box[rows])
+        chosen = rows.tolist()
+        texts, kinds = ([words[row] for row in chosen] for words in (self.texts, self.kinds))
+        objects = [self.objects[row] for row in chosen]
+        parts = (
+            objects,
+            self.named[rows],
+            self.allowed[rows],
+            self.choice[rows],
+            self.number[rows],
+            self.box[rows],
+        )
         return QuestionBatch(self.scene[rows], texts, kinds, *parts)
 
     def __len__(self) -> int:
@@ -103,11 +137,14 @@ class AnswerCodec:
         """Encode questions whose options all occur in training."""
         index = {name: place for place, name in enumerate(self.names)}
         allowed = torch.zeros(len(questions), len(self.names), dtype=torch.bool)
+        named = torch.full((len(questions), OBJECTS), -1)
         choice = torch.full((len(questions),), -1)
         number = torch.full((len(questions),), float("nan"))
         box = torch.full((len(questions), 6), float("nan"))
         for row, question in enumerate(questions):
             allowed[row, [index[name] for name in question.options]] = True
+            places = [index.get(name, -1) for name in question.objects]
+            named[row, : len(places)] = torch.tensor(places, dtype=torch.long)
             if question.choice is not None:
                 choice[row] = index[question.choice]
             if question.number is not None:
@@ -118,7 +155,8 @@ class AnswerCodec:
                 box[row] = torch.from_numpy((np.array(question.box) - mean) / deviation)
         scene = torch.tensor([question.scene for question in questions])
         texts, kinds = [question.text for question in questions], [question.kind for question in questions]
-        return QuestionBatch(scene, texts, kinds, allowed, choice, number, box)
+        objects = [question.objects for question in questions]
+        return QuestionBatch(scene, texts, kinds, objects, named, allowed, choice, number, box)
 
     def decode(self, batch: QuestionBatch, logits: Tensor, number: Tensor, box: Tensor) -> list[Any]:
         """Decode network outputs to a name, a number (cm) or a box [6] (m) for each question."""
@@ -157,12 +195,17 @@ class Standardize(nn.Module):
 
 
 class ContextAttention(nn.Module):
-    """Attention of many questions' queries to the contexts of few scenes; keys are computed once a scene."""
+    """Attention of many questions' objects to the contexts of few scenes; keys are computed once a scene.
+
+    Beside what the softmax reads, each head's log-sum-exp enters: it grows with the number of tokens that
+    match, which a softmax hides from a question such as how many.
+    """
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.norm_query, self.norm_context = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attention = Attention(width, heads)
+        self.evidence = nn.Linear(heads, width)
         with torch.no_grad():
             self.attention.q_proj.weight.mul_(ATTENTION_GAIN)
             self.attention.kv_proj.weight[:width].mul_(ATTENTION_GAIN)
@@ -177,8 +220,36 @@ class ContextAttention(nn.Module):
         place[order] = torch.arange(len(scene)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
         table = queries.new_zeros(len(context), int(counts.max()), *queries.shape[1:])
         table = table.index_put((scene, place), self.norm_query(queries))
-        read = self.attention(table.flatten(1, 2), self.norm_context(context), mask)
-        return queries + read.unflatten(1, table.shape[1:3])[scene, place]
+        read = self._attend(table.flatten(1, 2), self.norm_context(context), mask)
+        return read.unflatten(1, table.shape[1:3])[scene, place]
+
+    def _attend(self, queries: Tensor, context: Tensor, mask: Tensor) -> Tensor:
+        """[u m d], context [u n d], mask [u n] -> [u m d]."""
+        query = rearrange(self.attention.q_proj(queries), "u m (h e) -> u h m e", h=self.attention.heads)
+        key, value = self.attention.kv_cache(context)
+        scores = query @ key.mT / query.shape[-1] ** 0.5
+        scores = scores + (~mask[:, None, None]).float() * -1e4
+        matching = scores.logsumexp(-1, keepdim=True)  # [u h m 1]
+        weights = (scores - matching).exp()
+        read = self.attention.out_proj(rearrange(weights @ value, "u h m e -> u m (h e)"))
+        matching = matching - mask.sum(-1).log()[:, None, None, None]
+        return read + self.evidence(rearrange(matching, "u h m 1 -> u m h"))
+
+
+class AnswerBlock(nn.Module):
+    """The objects that a question names read its scene, then each other and the question."""
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.scene, self.dropout = ContextAttention(width, heads), nn.Dropout(dropout)
+        self.question = Block(width, heads, dropout)
+
+    def forward(
+        self, tokens: Tensor, is_token: Tensor, scene: Tensor, context: Tensor, mask: Tensor
+    ) -> Tensor:
+        """Tokens [b k d], mask of those there are [b k], and the scenes of `ContextAttention` -> [b k d]."""
+        tokens = tokens + self.dropout(self.scene(tokens, scene, context, mask))
+        return self.question(tokens, is_token)
 
 
 def qa_model_config(
@@ -204,7 +275,7 @@ class SpatialQAModel(nn.Module):
     `names` is the number of names that an answer may be; `features` give the scale of the encoders' channels.
     """
 
-    def __init__(self, config: ModelConfig, names: int, features: Features) -> None:
+    def __init__(self, config: ModelConfig, names: int, features: Features, dropout: float = 0.1) -> None:
         super().__init__()
         self.encoder = VegaModel(config)
         self.encoder.head = nn.Identity()
@@ -220,23 +291,46 @@ class SpatialQAModel(nn.Module):
         self.semantic = nn.Identity() if is_pretrained else Standardize(features.semantic)
         self.prior = None if features.prior is None else Standardize(features.prior)
         width = self.encoder.backbone.width
-        self.queries = nn.Parameter(torch.randn(QUERIES, width))
-        self.norm_text = nn.BatchNorm1d(width, affine=False)  # removes what all questions have in common
-        self.text_to_queries = nn.Linear(width, QUERIES * width)
-        self.attention = ContextAttention(width, config.backbone.heads)
-        total = QUERIES * width
-        self.norm, self.mix = nn.LayerNorm(total), Mlp(total, 2 * width, total)
-        self.output = nn.Sequential(nn.LayerNorm(total), nn.Linear(total, 2 * width), nn.GELU())
-        self.name, self.number, self.box = (nn.Linear(2 * width, size) for size in (names, 1, 6))
+        if isinstance(view := getattr(self.encoder.backbone, "view", None), nn.Parameter):
+            nn.init.normal_(view)  # as large as the position: the views of a scene differ in what they show
+        self.places = nn.Parameter(torch.randn(1 + OBJECTS, width))  # of the question, and of its objects
+        self.norm_text = nn.BatchNorm1d(width, affine=False)  # removes what all texts have in common
+        self.blocks = nn.ModuleList(AnswerBlock(width, HEADS, dropout) for _ in range(BLOCKS))
+        self.norm = nn.LayerNorm(width)
+        self.output = nn.Sequential(
+            nn.Linear((1 + OBJECTS) * width, 2 * width), nn.GELU(), nn.Dropout(dropout)
+        )
+        self.name, self.number = nn.Linear(2 * width, names), nn.Linear(2 * width, 1)
+        self.option, self.box = Mlp(width, width, 1), Mlp(width, width, 6)
 
     def forward(self, features: Features, batch: QuestionBatch) -> tuple[Tensor, Tensor, Tensor]:
         """Return logits of names [b n], numbers [b] and boxes [b 6]."""
         context, mask, scene = self.encode_context(features, batch)
-        text = self.norm_text(self.encoder.backbone.pool(batch.texts))
-        queries = self.queries + self.text_to_queries(text).unflatten(1, self.queries.shape)
-        read = self.attention(queries, scene, context, mask).flatten(1)
-        hidden = self.output(read + self.mix(self.norm(read)))
-        return self.name(hidden), self.number(hidden)[:, 0], self.box(hidden)
+        tokens, is_token = self.embed_text(batch)
+        for block in self.blocks:
+            tokens = block(tokens, is_token, scene, context, mask)
+        tokens = self.norm(tokens) * is_token[..., None]
+        hidden, objects = self.output(tokens.flatten(1)), tokens[:, 1:]
+        option = self.option(objects)[..., 0] * (
+            batch.named >= 0
+        )  # an answer may be an object of the question
+        logits = self.name(hidden).scatter_add(1, batch.named.clamp_min(0), option)
+        return logits, self.number(hidden)[:, 0], self.box(objects[:, 0])
+
+    def embed_text(self, batch: QuestionBatch) -> tuple[Tensor, Tensor]:
+        """Return a token for each question and each object that it names, [b k d], and a mask, [b k]."""
+        phrases = [(text, *named) for text, named in zip(batch.texts, batch.objects, strict=True)]
+        unique = {
+            part: place for place, part in enumerate(dict.fromkeys(part for row in phrases for part in row))
+        }
+        embedded = self.encoder.backbone.pool(list(unique))
+        absent = [-1] * OBJECTS
+        index = torch.tensor([([unique[part] for part in row] + absent)[: 1 + OBJECTS] for row in phrases])
+        is_token = index >= 0
+        chosen = self.norm_text(embedded[index[is_token]])
+        tokens = self.places.expand(len(batch), -1, -1).clone()
+        tokens[is_token] = tokens[is_token] + chosen
+        return tokens, is_token
 
     def encode_context(self, features: Features, batch: QuestionBatch) -> tuple[Tensor, Tensor, Tensor]:
         """Return the policy's contexts [u s d], their mask [u s], and each question's context, [b]."""
@@ -257,16 +351,19 @@ class SpatialQAModel(nn.Module):
         observation = Observation(None, state, texts, semantic=semantic, prior=prior)
         return self.encoder.fuse(semantic, observation)
 
-    def loss(self, features: Features, batch: QuestionBatch) -> Tensor:
-        """Return the mean over questions of cross entropy (choices) and absolute error (numbers, boxes)."""
+    def losses(self, features: Features, batch: QuestionBatch) -> Tensor:
+        """Return cross entropies (choices) and absolute errors (numbers, boxes) of questions, [b]."""
         logits, number, box = self(features, batch)
-        is_choice = batch.choice >= 0
         logits = logits.masked_fill(~batch.allowed, -1e4)
-        total = functional.cross_entropy(logits[is_choice], batch.choice[is_choice], reduction="sum")
+        choices = functional.cross_entropy(logits, batch.choice.clamp_min(0), reduction="none")
+        numbers = (number - batch.number.nan_to_num()).abs()
+        boxes = (box - batch.box.nan_to_num()).abs().mean(dim=1)
         is_number = batch.number.isfinite()
-        total = total + (number[is_number] - batch.number[is_number]).abs().sum()
-        is_box = batch.box.isfinite().all(dim=1)
-        return (total + (box[is_box] - batch.box[is_box]).abs().mean(dim=1).sum()) / len(batch)
+        return torch.where(batch.choice >= 0, choices, torch.where(is_number, numbers, boxes))
+
+    def loss(self, features: Features, batch: QuestionBatch) -> Tensor:
+        """Return the mean of `losses`."""
+        return self.losses(features, batch).mean()
 
 
 @dataclass(frozen=True)
@@ -278,7 +375,25 @@ class QATraining:
     questions: int = 12  # per scene; all kinds are drawn equally often
     learning_rate: float = 1e-3  # peak
     weight_decay: float = 1e-2
+    dropout: float = 0.1  # in the answer head
+    held_out: int = 10  # every tenth training scene chooses the step whose weights are kept
+    evaluations: int = 20  # of the held-out scenes
     seed: int = 0  # of weights and order
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One point of a training curve; losses are means over kinds of question."""
+
+    step: int
+    training: float  # since the last point
+    held_out: float  # of training scenes that are left out
+
+
+def split_scenes(questions: QuestionBatch, every: int) -> tuple[Tensor, Tensor]:
+    """Return the rows of the questions to train on, and those about every `every`-th scene."""
+    held_out = torch.isin(questions.scene, questions.scene.unique()[every - 1 :: every])
+    return (~held_out).nonzero()[:, 0], held_out.nonzero()[:, 0]
 
 
 class QuestionSampler:
@@ -312,18 +427,24 @@ def train_qa_model(
     features: Features,
     training: QATraining,
     label: str = "answers",
-) -> tuple[SpatialQAModel, float]:
-    """Return a trained model in evaluation mode, and the mean loss of the last tenth of the steps."""
+) -> tuple[SpatialQAModel, list[Evaluation]]:
+    """Return a trained model in evaluation mode, and its training curve.
+
+    The weights are those with the lowest loss on held-out training scenes; without such, the last ones.
+    """
     torch.manual_seed(training.seed)
-    model = SpatialQAModel(config, len(codec.names), features)
+    model = SpatialQAModel(config, len(codec.names), features, training.dropout)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, training.learning_rate, weight_decay=training.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, training.learning_rate, training.steps, pct_start=0.1
     )
-    sampler = QuestionSampler(questions, training)
-    losses = []
-    for _ in tqdm(range(training.steps), f"Training {label}", unit="step"):
+    rows, held_out = split_scenes(questions, training.held_out)
+    sampler, left_out = QuestionSampler(questions[rows], training), questions[held_out]
+    questions, every = questions[rows], max(1, training.steps // training.evaluations)
+    curve: list[Evaluation] = []
+    losses, best = [], {}
+    for step in tqdm(range(1, training.steps + 1), f"Training {label}", unit="step", mininterval=5):
         loss = model.loss(features, questions[sampler.sample()])
         optimizer.zero_grad()
         loss.backward()
@@ -331,7 +452,32 @@ def train_qa_model(
         optimizer.step()
         schedule.step()
         losses.append(loss.item())
-    return model.eval(), float(np.mean(losses[-max(1, training.steps // 10) :]))
+        if step % every == 0 or step == training.steps:
+            loss_left_out = mean_loss(model, features, left_out)
+            if not loss_left_out >= min((point.held_out for point in curve), default=float("inf")):
+                best = {name: part.clone() for name, part in trained_state(model).items()}
+            curve.append(Evaluation(step, float(np.mean(losses[-every:])), loss_left_out))
+    model.load_state_dict(best, strict=False)
+    return model.eval(), curve
+
+
+def trained_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return the state of a model without the weights of frozen encoders."""
+    frozen = {name for name, part in model.named_parameters() if not part.requires_grad}
+    return {name: part for name, part in model.state_dict().items() if name not in frozen}
+
+
+@torch.no_grad()
+def mean_loss(model: SpatialQAModel, features: Features, questions: QuestionBatch) -> float:
+    """Return the mean over kinds of the loss without dropout; nan without questions."""
+    if not len(questions):
+        return float("nan")
+    model.eval()
+    order = questions.scene.argsort(stable=True)
+    losses = torch.cat([model.losses(features, questions[rows]) for rows in order.split(ANSWER_BATCH)])
+    model.train()
+    kinds = np.array(questions.kinds)[order.numpy()]
+    return float(np.mean([losses.numpy()[kinds == kind].mean() for kind in set(questions.kinds)]))
 
 
 @torch.no_grad()
@@ -354,7 +500,18 @@ class QAScores:
 
     questions: list[Question]
     scores: dict[str, np.ndarray] = field(default_factory=dict)  # model -> score of each question in [0, 1]
-    losses: dict[str, float] = field(default_factory=dict)  # trained model -> final training loss
+    # Of trained models and their seeds; a model's score is the mean over its seeds.
+    seeds: dict[str, dict[int, np.ndarray]] = field(default_factory=dict)  # scores
+    answers: dict[str, dict[int, list[Any]]] = field(default_factory=dict)
+    curves: dict[str, dict[int, list[Evaluation]]] = field(default_factory=dict)
+
+    def add(self, name: str, seed: int, answers: list[Any], curve: list[Evaluation]) -> None:
+        """Add what a model answers that was trained with one seed."""
+        scores = np.array([score(q, one) for q, one in zip(self.questions, answers, strict=True)])
+        self.seeds.setdefault(name, {})[seed] = scores
+        self.answers.setdefault(name, {})[seed] = answers
+        self.curves.setdefault(name, {})[seed] = curve
+        self.scores[name] = np.mean(list(self.seeds[name].values()), axis=0)
 
     @property
     def kinds(self) -> list[str]:
@@ -369,16 +526,43 @@ class QAScores:
         """Return the mean score of the first model minus that of the second, paired by scene."""
         return difference(self._sums(first, kind), self._sums(second, kind), _mean_of_kinds)
 
+    def known(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+        """Return the pairs of models that both have scores."""
+        return [pair for pair in pairs if set(pair) <= self.scores.keys()]
+
+    def to_parquet(self) -> bytes:
+        """Return a table with a row for each test question: its answer, and those of all models and seeds."""
+        columns: dict[str, list[Any]] = {
+            "scene": [question.scene for question in self.questions],
+            "kind": [question.kind for question in self.questions],
+            "question": [question.text for question in self.questions],
+            "correct": [_to_text(q.choice or q.number or q.box) for q in self.questions],
+        }
+        for name, answers in self.answers.items():
+            for seed, part in answers.items():
+                columns[f"{name}, seed {seed}: answer"] = [_to_text(answer) for answer in part]
+                columns[f"{name}, seed {seed}: score"] = self.seeds[name][seed].tolist()
+        buffer = io.BytesIO()
+        pyarrow.parquet.write_table(pyarrow.table(columns), buffer, compression="zstd")
+        return buffer.getvalue()
+
     def _sums(self, name: str, kind: str | None) -> np.ndarray:
         """Return summed scores and counts, [scenes 2 kinds]."""
         kinds = [kind] if kind else self.kinds
-        scenes = sorted({question.scene for question in self.questions})
-        sums = np.zeros((len(scenes), 2 * len(kinds)))
+        places = {scene: row for row, scene in enumerate(sorted({q.scene for q in self.questions}))}
+        sums = np.zeros((len(places), 2 * len(kinds)))
         for question, number in zip(self.questions, self.scores[name], strict=True):
             if question.kind in kinds:
-                row, column = scenes.index(question.scene), 2 * kinds.index(question.kind)
+                row, column = places[question.scene], 2 * kinds.index(question.kind)
                 sums[row, column : column + 2] += number, 1
         return sums
+
+
+def _to_text(answer: Any) -> str:
+    """Return a name, a number to the millimetre (cm) or a box to the millimetre (m)."""
+    if isinstance(answer, str):
+        return answer
+    return f"{answer:.1f}" if isinstance(answer, float) else " ".join(f"{side:.3f}" for side in answer)
 
 
 def _mean_of_kinds(sums: np.ndarray) -> np.ndarray:
@@ -395,6 +579,32 @@ class QAComparison:
     questions: QuestionSet
 
 
+@dataclass(frozen=True)
+class Arm:
+    """One model of a comparison: what it is given."""
+
+    name: str
+    prior: PriorConfig = field(default_factory=lambda: PriorConfig(name="none"))
+    fusion: str | None = None  # None: the configured one
+    is_untrained: bool = False  # reads the untrained copy of the prior
+    is_blind: bool = False  # every scene has the mean features of all: words alone remain
+
+
+def question_arms(prior: PriorConfig, future: PriorConfig | None) -> list[Arm]:
+    """Return the arms of measure=questions; `future` is a prior that is read with clip=future."""
+    arms = [
+        Arm(WORDS, is_blind=True),
+        Arm(SEMANTIC),
+        Arm(FUSED, prior),
+        Arm(PRIOR_ONLY, prior, fusion="prior_only"),
+    ]
+    if has_untrained_copy(prior):
+        arms.append(Arm(COPY, prior, is_untrained=True))
+    if future is not None:
+        arms.append(Arm(FUTURE, future))
+    return arms
+
+
 def compare_models(
     cache: FeatureCache, questions: QuestionSet, config: ModelConfig, prior: PriorConfig, training: QATraining
 ) -> QAComparison:
@@ -403,90 +613,102 @@ def compare_models(
     `config` is an encoder without a prior, of `qa_model_config`. Ablations replace the fused model's prior
     features at test time.
     """
-    result = QAScores(questions.test)
-    result.scores["chance"] = chance_scores(questions.train, questions.test)
-    result.scores[TEXT_ONLY] = text_only_scores(questions.train, questions.test)
-    trainer = _CachedTrainer(cache, questions, config, training, result)
-    semantic = cache.semantic(config.backbone)
-    grid = semantic.shape[-2], semantic.shape[-1]
-    features = Features(semantic, cache.prior(prior, grid))
-    trainer.train_and_score("semantic only", PriorConfig(name="none"), Features(semantic, None))
-    others = {"random prior": (PriorConfig(name="random"), False)}
+    arms = [Arm(SEMANTIC), Arm("fused, random prior", PriorConfig(name="random"))]
     if has_untrained_copy(prior):
-        others["untrained copy"] = (prior, True)
-    for name, (other, is_untrained) in others.items():
-        other_features = Features(semantic, cache.prior(other, grid, is_untrained))
-        trainer.train_and_score(f"fused, {name}", other, other_features)
-    fused = trainer.train_and_score("fused", prior, features)
+        arms.append(Arm(COPY, prior, is_untrained=True))
+    arms += [Arm("fused, blind", prior, is_blind=True), Arm(FUSED, prior)]
+    trainer = _CachedTrainer(cache, questions, config)
+    for arm in arms:
+        fused, features = trainer.add(arm, training)
     for name, ablated in ablate_prior(features).items():
-        result.scores[f"fused, prior {name}"] = trainer.score(fused, ablated)
-    trainer.train_and_score("fused, blind", prior, features.mean())
-    return QAComparison(result, fused, questions)
+        answers = trainer.answer(fused, ablated)
+        scores = [score(q, one) for q, one in zip(questions.test, answers, strict=True)]
+        trainer.result.scores[f"fused, prior {name}"] = np.array(scores)
+    return QAComparison(trainer.result, fused, questions)
+
+
+def compare_arms(
+    cache: FeatureCache,
+    questions: QuestionSet,
+    config: ModelConfig,
+    arms: Sequence[Arm],
+    training: QATraining,
+    seeds: Sequence[int],
+) -> QAScores:
+    """Train and test every arm with every seed; models that the cache holds are not trained again."""
+    trainer = _CachedTrainer(cache, questions, config)
+    for arm in arms:
+        for seed in seeds:
+            trainer.add(arm, replace(training, seed=seed))
+    return trainer.result
 
 
 class _CachedTrainer:
-    """Trains models on the same questions, or loads them from the cache, and scores them on the same test."""
+    """Trains models on the same questions, or loads them from the cache, and tests them on the same ones."""
 
-    def __init__(
-        self,
-        cache: FeatureCache,
-        questions: QuestionSet,
-        config: ModelConfig,
-        training: QATraining,
-        result: QAScores,
-    ) -> None:
+    def __init__(self, cache: FeatureCache, questions: QuestionSet, config: ModelConfig) -> None:
         self._cache, self._questions, self._config = cache, questions, config
-        self._training, self._result, self._codec = training, result, AnswerCodec(questions.train)
+        self._codec, self.result = AnswerCodec(questions.train), QAScores(questions.test)
         self._train, self._test = self._codec.encode(questions.train), self._codec.encode(questions.test)
+        self.result.scores["chance"] = chance_scores(questions.train, questions.test)
+        self.result.scores[TEXT_ONLY] = text_only_scores(questions.train, questions.test)
+        self._encoded: tuple[Arm, Features] | None = None  # of the last arm
 
-    def train_and_score(self, name: str, prior: PriorConfig, features: Features) -> SpatialQAModel:
-        """Train or load a model; add its test scores and training loss to the result."""
-        config = replace(self._config, prior=prior)
+    def add(self, arm: Arm, training: QATraining) -> tuple[SpatialQAModel, Features]:
+        """Train or load a model and add its answers to the result."""
+        features = self._encode(arm)
+        fusion = replace(self._config.fusion, name=arm.fusion or self._config.fusion.name)
+        config = replace(self._config, prior=arm.prior, fusion=fusion)
         path = None
         if self._cache.folder is not None:
-            path = self._cache.folder / f"answers-{self._key(name, config, features)}.pt"
+            path = self._cache.folder / f"answers-{self._key(arm, config, training, features)}.pt"
         if path is not None and path.is_file():
-            model, loss = self._load(path, config, features)
+            model, curve = self._load(path, config, training, features)
         else:
-            model, loss = train_qa_model(config, self._codec, self._train, features, self._training, name)
+            model, curve = train_qa_model(config, self._codec, self._train, features, training, arm.name)
             if path is not None:
-                _save_model(path, model, loss)
-        self._result.losses[name] = loss
-        self._result.scores[name] = self.score(model, features)
-        return model
+                with atomic_file(path) as draft:
+                    points = [asdict(point) for point in curve]
+                    torch.save({"weights": trained_state(model), "curve": points}, draft)
+        self.result.add(arm.name, training.seed, self.answer(model, features), curve)
+        return model, features
 
-    def score(self, model: SpatialQAModel, features: Features) -> np.ndarray:
-        """Return the score of each test question."""
-        answers = predict_answers(model, self._codec, self._test, features)
-        return np.array([score(q, one) for q, one in zip(self._questions.test, answers, strict=True)])
+    def answer(self, model: SpatialQAModel, features: Features) -> list[Any]:
+        """Return the answer to each test question."""
+        return predict_answers(model, self._codec, self._test, features)
 
-    def _load(self, path: Path, config: ModelConfig, features: Features) -> tuple[SpatialQAModel, float]:
+    def _encode(self, arm: Arm) -> Features:
+        if self._encoded is None or self._encoded[0] != arm:
+            self._encoded = None
+            semantic, prior = self._cache.semantic(self._config.backbone), None
+            if arm.prior.name != "none":
+                grid = semantic.shape[-2], semantic.shape[-1]
+                prior = self._cache.prior(arm.prior, grid, arm.is_untrained)
+            features = Features(semantic, prior)
+            self._encoded = arm, features.mean() if arm.is_blind else features
+        return self._encoded[1]
+
+    def _load(
+        self, path: Path, config: ModelConfig, training: QATraining, features: Features
+    ) -> tuple[SpatialQAModel, list[Evaluation]]:
         stored = torch.load(path, weights_only=True)
-        torch.manual_seed(self._training.seed)  # frozen encoders are not stored and may come from the seed
+        torch.manual_seed(training.seed)  # frozen encoders are not stored and may come from the seed
         model = SpatialQAModel(config, len(self._codec.names), features)
         keys = model.load_state_dict(stored["weights"], strict=False)
         trained = {name for name, part in model.named_parameters() if part.requires_grad}
         if keys.unexpected_keys or trained & set(keys.missing_keys):
             raise ValueError(f"{path} was trained by other code; delete it to train the model again")
-        return model.eval(), stored["loss"]
+        return model.eval(), [Evaluation(**point) for point in stored["curve"]]
 
-    def _key(self, name: str, config: ModelConfig, features: Features) -> str:
+    def _key(self, arm: Arm, config: ModelConfig, training: QATraining, features: Features) -> str:
         """Return a hash over all that determines the trained weights; features enter by their sums."""
         sums = [
-            None if part is None else part.double().sum().item()
+            None if part is None else part.sum(dtype=torch.float64).item()
             for part in (features.semantic, features.prior)
         ]
         content = [(q.scene, q.text, q.label, q.number, q.box) for q in self._questions.train]
-        values = {"config": asdict(config), "training": asdict(self._training), "features": sums}
-        return cache_key(answers=2, model=name, scenes=self._cache.key, questions=content, **values)
-
-
-def _save_model(path: Path, model: SpatialQAModel, loss: float) -> None:
-    """Save all but the weights of frozen encoders."""
-    frozen = {name for name, part in model.named_parameters() if not part.requires_grad}
-    weights = {name: part for name, part in model.state_dict().items() if name not in frozen}
-    with atomic_file(path) as draft:
-        torch.save({"weights": weights, "loss": loss}, draft)
+        values = {"config": asdict(config), "training": asdict(training), "features": sums}
+        return cache_key(answers=3, arm=asdict(arm), scenes=self._cache.key, questions=content, **values)
 
 
 def ablate_prior(features: Features, seed: int = 0) -> Mapping[str, Features]:

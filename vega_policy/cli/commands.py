@@ -452,13 +452,15 @@ def pretrain(config: DictConfig) -> str:
         "vega-probe prior=wan_tiny scenes=libero_spatial",
         "vega-probe prior=wan_tiny prior.path=FOLDER                  other weights against untrained ones",
         "vega-probe scenes=folder 'scenes.folders=[A,B,C]'            posed frames (transforms.json)",
+        "vega-probe measure=questions prior=wan_tiny                  spatial questions with and without it",
         "vega-probe measure=future prior=wan_tiny prior.path=FOLDER prior.clip=future 'prior.layer=[2,5]'",
     ],
 )
 def probe(config: DictConfig) -> str:
     """Measure what a frozen prior encodes about space: correspondence, linear probes, questions.
 
-    With measure=future: what it encodes about the next steps of demonstrations, by linear probes.
+    With measure=questions: whether it helps to answer spatial questions, with several seeds. With
+    measure=future: what it encodes about the next steps of demonstrations, by linear probes.
     """
     from vega_policy.analysis import decode
     from vega_policy.analysis.probe import run
