@@ -1,6 +1,8 @@
 """Question-answering models read planted answers, guess without vision, and are cached."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -9,6 +11,7 @@ import torch
 
 from tests.policies import TEXT_ENCODER
 from tests.synthetic_scenes import scenes
+from vega_policy.analysis import decode
 from vega_policy.analysis.features import FeatureCache
 from vega_policy.analysis.probe import (
     Episode,
@@ -16,6 +19,7 @@ from vega_policy.analysis.probe import (
     examples_table,
     overlay_gate,
     qa_table,
+    run,
     write_recording,
 )
 from vega_policy.analysis.spatial_qa import Question, chance_scores, make_question_set, score
@@ -35,9 +39,11 @@ from vega_policy.analysis.spatial_qa_model import (
     split_scenes,
     train_qa_model,
 )
+from vega_policy.data.scenes import save_scene
 from vega_policy.evaluation.report import Section, render_report
 from vega_policy.model.config import BackboneConfig, FusionConfig, PriorConfig
 
+ASSETS = Path(__file__).parents[2] / "assets"
 GRID = (4, 4)
 SMALL = BackboneConfig(
     width=32,
@@ -270,3 +276,55 @@ def test_other_steps_train_other_models(compared):
     questions, cache, first = compared
     compare_models(cache, questions, CONFIG, PRIOR, replace(TRAINING, steps=4))
     assert len(list(cache.folder.glob("*.pt"))) == 2 * len(first.scores.curves)
+
+
+def write_synthetic(folder, count, **_):
+    """Write synthetic scenes in place of the simulator's."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{index}.npz" for index in range(count)]
+    for path, one in zip(paths, scenes(count), strict=True):
+        save_scene(one, path)
+    return paths
+
+
+QUESTIONS = {
+    "prior": {"name": "wan_tiny"},
+    "backbone": {name: getattr(SMALL, name) for name in ("width", "heads", "pretrained", "text_encoder")}
+    | {"freeze_image_encoder": True, "freeze_text_encoder": True},
+    "scenes": {"name": "s", "suite": "libero_spatial"},
+    "output_dir": "x",
+    "measure": "questions",
+    "scene_writer": f"{__name__}.write_synthetic",
+}
+
+
+def test_a_run_compares_frame_and_future_and_resumes_from_its_cache(tmp_path, monkeypatch):
+    questions = {"scenes": 24, "frame_size": 32, "steps": 2, "scenes_per_step": 2, "seeds": [0]}
+    questions |= {"future_path": str(ASSETS / "wan_tiny_future"), "max_per_kind": 40}
+    node = QUESTIONS | {"questions": questions, "cache_root": str(tmp_path / "cache")}
+    settings = decode(node | {"output_dir": str(tmp_path / "run")})
+    page = run(settings)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    trained = {"words only", "semantic only", "fused", "prior only", "fused, untrained copy", "fused, future"}
+    assert summary["scores"].keys() == trained | {"chance", "text only (constant)"}
+    assert {"fused, future minus fused", "fused minus fused, untrained copy"} <= summary["gains"].keys()
+    assert "fused, future minus semantic only" in page.read_text()
+    first = (tmp_path / "run" / "answers.parquet").read_bytes()
+    for name in ("priors.wan.LatentWorldSimulator.forward", "analysis.spatial_qa_model.SpatialQAModel.loss"):
+        monkeypatch.setattr(f"vega_policy.{name}", None)  # nothing is encoded or trained again
+    run(settings)
+    assert (tmp_path / "run" / "answers.parquet").read_bytes() == first
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prior": {"name": "wan_tiny", "clip": "future"}}, "read single frames .*got 'future'"),
+        ({"questions": {"scenes": 0}}, "it needs a suite and questions.scenes"),
+        ({"questions": {"seeds": []}}, "at least one of seeds"),
+        ({"questions": {"dropout": 1.0}}, r"questions.dropout: expected a number in \[0, 1\); got 1"),
+    ],
+)
+def test_wrong_settings_of_questions_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        decode(QUESTIONS | change)

@@ -127,7 +127,7 @@ class ProbeSettings:
     sweep: SweepSettings = field(default_factory=SweepSettings)
     questions: QuestionSettings = field(default_factory=QuestionSettings)
     episode: EpisodeSettings = field(default_factory=EpisodeSettings)
-    measure: str = "space"  # or "questions", "future"
+    measure: str = "space"  # or "future", "questions"
     future: FutureSettings = field(default_factory=FutureSettings)
     cache_root: str = "outputs/cache/analysis"  # rendered scenes and measured numbers
     frame_size: int = 224  # pixels, a multiple of 16: one token for 16x16 pixels
@@ -143,7 +143,7 @@ class ProbeSettings:
     def __post_init__(self) -> None:
         if self.prior.name == "none":
             raise ValueError("prior=none leaves nothing to probe; choose a prior, such as prior=wan_tiny")
-        check_choices(self, "", measure=("space", "questions", "future"))
+        check_choices(self, "", measure=("space", "future", "questions"))
         if self.frame_size % STRIDE:
             raise ValueError(f"frame_size must be a multiple of {STRIDE}; got {self.frame_size}")
         if self.measure == "future":
