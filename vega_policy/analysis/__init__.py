@@ -61,10 +61,10 @@ class QuestionSettings:
     frame_size: int = 128  # side of the frames in pixels
     max_per_kind: int = 6000  # training questions of one kind
     max_texts: int = 120  # different texts of one kind
-    steps: int = 400  # optimizer steps of each model
+    steps: int = 800  # optimizer steps of each model
     scenes_per_step: int = 16
-    questions_per_scene: int = 12
-    learning_rate: float = 2e-3  # peak
+    questions_per_scene: int = 16
+    learning_rate: float = 1e-3  # peak
     dropout: float = 0.1  # in the answer head
     depth: int = 0  # trunk blocks of the backbone; the answer head attends to its output
     latents: int | None = None  # latents into which views are resampled; None keeps all tokens

@@ -38,7 +38,7 @@ from vega_policy.run_dir import atomic_file
 
 STATE_DIM = 1  # there is no proprioception: the state is one zero
 OBJECTS = 4  # that a question names at most
-BLOCKS, HEADS = 2, 4  # of the answer head
+BLOCKS, HEADS = 2, 8  # of the answer head
 ANSWER_BATCH = 512
 TEXT_ONLY = "text only (constant)"
 SEMANTIC, FUSED, WORDS, PRIOR_ONLY = "semantic only", "fused", "words only", "prior only"
@@ -370,9 +370,9 @@ class SpatialQAModel(nn.Module):
 class QATraining:
     """Training of a question-answering model."""
 
-    steps: int = 400
+    steps: int = 800
     scenes: int = 16  # per step
-    questions: int = 12  # per scene; all kinds are drawn equally often
+    questions: int = 16  # per scene; all kinds are drawn equally often
     learning_rate: float = 1e-3  # peak
     weight_decay: float = 1e-2
     dropout: float = 0.1  # in the answer head
