@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import gymnasium
+import numpy as np
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.envs.configs import EnvConfig
@@ -22,6 +23,7 @@ from lerobot.robots.config import RobotConfig
 from lerobot.utils.constants import ACTION, OBS_IMAGE, OBS_IMAGES, OBS_STATE
 
 import envs
+from envs import so101
 from envs.base import EVALUATION_SEED, ManipulationEnv, Observation, observation_space
 from envs.metaworld import MetaworldEnv
 
@@ -30,7 +32,7 @@ from envs.metaworld import MetaworldEnv
 class VegaEnv(EnvConfig):
     """Common part of the families: two cameras, an 8-d state and 7-d actions of a Panda."""
 
-    task: str | None = None  # a suite, one of `envs.suite_names()`
+    task: str | None = None  # a suite
     fps: int = 20  # control steps per second
     frame_size: int = 256  # height and width in pixels
     rendering: str = "full"  # or "fast"; use the one of the demonstrations
@@ -40,8 +42,10 @@ class VegaEnv(EnvConfig):
     image_keys: ClassVar[Mapping[str, str]] = {
         f"pixels/{camera}": f"{OBS_IMAGES}.{camera}" for camera in ("image", "image2")
     }
+    suites: ClassVar[tuple[str, ...]] = ()  # which no other type accepts
     state_size: ClassVar[int] = ManipulationEnv.state_size
     action_size: ClassVar[int] = ManipulationEnv.action_size
+    action_limit: ClassVar[float] = 1.0
 
     def __post_init__(self) -> None:
         frame = PolicyFeature(type=FeatureType.VISUAL, shape=(self.frame_size, self.frame_size, 3))
@@ -64,10 +68,16 @@ class VegaEnv(EnvConfig):
         one copy there is none).
 
         Raises:
-            ValueError: If the suite does not exist; the message lists the near names.
+            ValueError: If the suite does not exist, with near names, or is of another type.
         """
         if self.task is None:
             raise ValueError(f"--env.task is missing; choose one of {', '.join(envs.suite_names())}")
+        owner = next((kind for kind in VegaEnv.__subclasses__() if self.task in kind.suites), type(self))
+        if not isinstance(self, owner):
+            raise ValueError(
+                f"--env.task: expected a suite of --env.type={self.type}, got {self.task}; "
+                f"choose --env.type={owner.get_choice_name(owner)}"
+            )
         separate = use_async_envs and n_envs > 1
         return {
             self.task: {
@@ -84,13 +94,13 @@ class VegaEnv(EnvConfig):
             frozen = [freeze_after_episode_end(factory) for factory in factories]
             return SyncVectorEnv(frozen, autoreset_mode=AutoresetMode.NEXT_STEP)
         space = self._observation_space()
-        actions = gymnasium.spaces.Box(-1.0, 1.0, (self.action_size,))
+        actions = gymnasium.spaces.Box(-self.action_limit, self.action_limit, (self.action_size,))
         return _LazyAsyncVectorEnv(factories, space, actions, {"render_fps": self.fps})
 
     def _observation_space(self) -> gymnasium.spaces.Dict:
         cameras = tuple(name.removeprefix("pixels/") for name in self.image_keys)
         space = observation_space(cameras, self.frame_size, self.state_size)
-        return space if len(cameras) > 1 else SingleCameraWrapper.space(space)
+        return SingleCameraWrapper.space(space) if "pixels" in self.image_keys else space
 
 
 @EnvConfig.register_subclass("vega_robosuite")
@@ -100,6 +110,8 @@ class VegaRobosuiteEnv(VegaEnv):
 
     task: str | None = "lift_wide"
 
+    suites: ClassVar[tuple[str, ...]] = envs.FAMILIES["envs.robosuite"]
+
 
 @EnvConfig.register_subclass("vega_libero")
 @dataclass
@@ -107,6 +119,8 @@ class VegaLiberoEnv(VegaEnv):
     """LIBERO and LIBERO-PRO suites, from their official initial states."""
 
     task: str | None = "libero_spatial"
+
+    suites: ClassVar[tuple[str, ...]] = envs.FAMILIES["envs.libero"]
 
 
 @EnvConfig.register_subclass("vega_metaworld")
@@ -117,9 +131,24 @@ class VegaMetaworldEnv(VegaEnv):
     task: str | None = "metaworld_mt10"
     fps: int = 80
 
+    suites: ClassVar[tuple[str, ...]] = envs.FAMILIES["envs.metaworld"]
     image_keys: ClassVar[Mapping[str, str]] = {"pixels": OBS_IMAGE}
     state_size: ClassVar[int] = MetaworldEnv.state_size
     action_size: ClassVar[int] = MetaworldEnv.action_size
+
+
+@EnvConfig.register_subclass("vega_so101")
+@dataclass
+class VegaSO101Env(VegaEnv):
+    """SO-101: one camera `front`, state and actions the six joints' positions in LeRobot's units."""
+
+    task: str | None = so101.SUITE
+
+    suites: ClassVar[tuple[str, ...]] = envs.FAMILIES["envs.so101"]
+    image_keys: ClassVar[Mapping[str, str]] = {f"pixels/{so101.CAMERA}": f"{OBS_IMAGES}.{so101.CAMERA}"}
+    state_size: ClassVar[int] = so101.SO101Env.state_size
+    action_size: ClassVar[int] = so101.SO101Env.action_size
+    action_limit: ClassVar[float] = np.inf  # that of the joints is the package's
 
 
 class EvaluationSeeds(gymnasium.Wrapper):
@@ -142,7 +171,7 @@ class EvaluationSeeds(gymnasium.Wrapper):
 
 
 class SingleCameraWrapper(gymnasium.ObservationWrapper):
-    """Gives the image of the only camera itself as "pixels", which LeRobot calls `observation.image`."""
+    """Gives the only camera's image, `image`, itself as "pixels", which LeRobot calls `observation.image`."""
 
     def __init__(self, env: gymnasium.Env) -> None:
         super().__init__(env)
@@ -164,7 +193,7 @@ class SingleCameraWrapper(gymnasium.ObservationWrapper):
 def make_for_evaluation(suite: str, task_index: int, *, frame_size: int, rendering: str) -> gymnasium.Env:
     """Build an environment whose seeds are disjoint from the demonstrations'; see `envs.make`."""
     env = envs.make(suite, task_index, frame_size=frame_size, rendering=rendering)
-    return EvaluationSeeds(env if len(env.cameras) > 1 else SingleCameraWrapper(env))
+    return EvaluationSeeds(SingleCameraWrapper(env) if env.cameras == ("image",) else env)
 
 
 @RobotConfig.register_subclass("vega_sim")

@@ -22,7 +22,7 @@ ABOVE, GRASP_HEIGHT, LIFT = 0.05, 0.012, 0.135  # m above the cube's centre at i
 CLEARANCE = 0.010  # m of the fixed jaw from the cube's side; the moving jaw then closes the gap
 OPEN, CLOSED = 60.0, 0.0  # percent
 MAX_LEAD = 8.0  # degrees by which a command is ahead of a joint's position
-CLOSING_STEPS, MOST_STEPS = 8, 45
+CLOSING_STEPS, HOLDING_STEPS, MOST_STEPS = 8, 20, 45
 SHOULDER = 0.039  # m, x of the first joint's vertical axis
 IK_START = (0.0, 0.0, 30.0, 70.0, 0.0)  # degrees, near all grasps
 TILTED = 0.01  # m/rad, where the gripper need not point straight down
@@ -120,7 +120,7 @@ class SO101Env(ManipulationEnv):
 
 
 class CubePicker:
-    """Scripted demonstrator: above the cube, down to it, close, lift.
+    """Scripted demonstrator: above the cube, down to it, close, lift, hold.
 
     The package's own controller moves its Cartesian action, which this environment does not have. Joint
     angles come from the package's inverse kinematics, solved in a copy of the state.
@@ -131,7 +131,7 @@ class CubePicker:
         self._scratch = env._mujoco.MjData(env.model)
 
     def commands(self, attempts: int) -> Iterator[tuple[np.ndarray, float]]:
-        """Yield actions [6] and their share of action noise in [0, 1], until the cube is lifted."""
+        """Yield actions [6] and their share of action noise in [0, 1], until the cube was held for 1 s."""
         for _ in range(attempts):
             cube = self._env.data.body("block").xpos.copy()
             cube[1] -= CLEARANCE
@@ -144,7 +144,11 @@ class CubePicker:
             for _ in range(CLOSING_STEPS):
                 yield self._command(grasp, CLOSED), 0.0
             yield from self._go(lifted, CLOSED, within=2.0, noise_share=0.3)
-            if self._env.success:
+            for _ in range(HOLDING_STEPS):
+                if not self._env.success:
+                    break
+                yield self._command(lifted, CLOSED), 0.3
+            else:
                 return
 
     def _pose(self, point: np.ndarray, weight: float = 0.1, start: np.ndarray | None = None) -> np.ndarray:

@@ -50,7 +50,8 @@ class DemonstrationOptions:
     # above the object's centre, up to 4 cm aside in x and in y, turned by up to 0.6 rad. Recordings then show
     # a second attempt but no miss; `start_spread` does not apply to them. Lift and LiftWide only.
     missed_fraction: float = 0.0
-    # Continue until the hand has let go and retreated; False ends at the first success.
+    # Continue until the hand has let go and retreated, or held SO-101's cube for a second; False ends at the
+    # first success.
     follow_through: bool = True
     # Try failed grasps again; False gives up, so that no recording shows a failed grasp. Meta-World's
     # demonstrators do not retry.
@@ -176,7 +177,7 @@ def _metaworld_commands(env: Any, options: DemonstrationOptions, _: np.random.Ge
 
 
 def _so101_commands(env: Any, options: DemonstrationOptions, _: np.random.Generator) -> Iterator[Command]:
-    """Yield the commands of SO-101's demonstrator until the cube is lifted."""
+    """Yield the commands of SO-101's demonstrator until the lifted cube was held."""
     _refuse_other_starts(options, "SO-101")
     for action, noise_share in CubePicker(env).commands(SO101_ATTEMPTS if options.retries else 1):
         yield Command(action, noise_share)

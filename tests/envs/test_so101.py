@@ -164,9 +164,19 @@ def test_success_is_a_cube_that_is_lifted_in_the_gripper(arm):
     assert not arm.step_blindly(hold)[0]
 
 
-def test_the_demonstrator_lifts_the_cube(arm):
+def test_the_demonstrator_lifts_the_cube_and_holds_it_for_a_second(arm):
     recordings = [record(arm, seed, Demonstrator()) for seed in range(10)]
     assert sum(recording is not None for recording in recordings) >= 9
+    for seed, recording in enumerate(recordings):
+        if recording is not None:
+            arm.reset_blindly(seed=seed)
+            successes = [arm.step_blindly(action)[0] for action in recording.actions]
+            assert all(successes[-20:])
+            assert 45 <= len(successes) <= 70
+    short = Demonstrator(options=DemonstrationOptions(follow_through=False))
+    lifted = record(arm, 0, short)
+    assert lifted is not None
+    assert len(lifted.actions) <= len(recordings[0].actions) - 20
     noisy = record(arm, 0, Demonstrator(noise=0.2))
     assert noisy is not None
     difference = np.abs(noisy.executed - noisy.actions)
