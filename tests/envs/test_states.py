@@ -20,6 +20,12 @@ DEMONSTRATIONS = {  # of each task, and the instants of all
     "libero_goal": ([47, 43, 52, 50, 49, 48, 53, 39, 45, 42], 60621),
     "libero_10": ([50, 49, 42, 60, 39, 50, 60, 38, 51, 80], 128083),
 }
+LAYOUTS = {  # instants of 20 demonstrations of each task
+    "libero_spatial": 22176,
+    "libero_object": 23962,
+    "libero_goal": 25612,
+    "libero_10": 51278,
+}
 
 
 def make_episode(task=0, length=7, seed=0):
@@ -68,11 +74,17 @@ def test_other_files_and_values_that_are_not_finite_are_refused(tmp_path):
     assert not (tmp_path / "a").exists()
 
 
-@pytest.mark.parametrize("suite", DEMONSTRATIONS)
-def test_a_shipped_file_holds_the_demonstrations_of_its_card(suite):
-    header = read_header(SHIPPED / f"{suite}.safetensors")
+@pytest.mark.parametrize(
+    ("folder", "suite", "counts", "instants"),
+    [("libero", suite, *counts) for suite, counts in DEMONSTRATIONS.items()]
+    + [("libero_layouts", suite, [20] * 10, instants) for suite, instants in LAYOUTS.items()],
+)
+def test_a_shipped_file_holds_the_demonstrations_of_its_card(folder, suite, counts, instants):
+    header = read_header(SHIPPED.parent / folder / f"{suite}.safetensors")
     assert header["suite"] == suite
-    counts, instants = DEMONSTRATIONS[suite]
+    assert header["origin"]["settings"].get("layouts", "standard") == (
+        "random" if folder == "libero_layouts" else "standard"
+    )
     tasks = [entry["task"] for entry in header["episodes"]]
     assert tasks == [task for task, count in enumerate(counts) for _ in range(count)]
     assert sum(entry["length"] for entry in header["episodes"]) == instants
