@@ -1,7 +1,8 @@
 """Reading a dataset's frames in order: each video from front to back, several stretches of it at once.
 
 Nearly all the time goes into libav's decoding (0.8 ms for a lossless frame of 128 pixels on one core), which
-releases Python's lock: threads decode as many stretches at once as there are cores.
+releases Python's lock: threads decode as many stretches at once as there are cores. Pre-training reads no
+videos and must run without libav, which is imported where it decodes.
 """
 
 from collections import deque
@@ -10,19 +11,19 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from math import inf, prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import av
 import numpy as np
 import torch
-from av.container import InputContainer
-from av.video.reformatter import VideoReformatter
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from vega_policy.data.dataset import FrameTable, LocalDataset
 from vega_policy.data.dataset_files import DatasetError, list_files
 from vega_policy.run_dir import available_cores
+
+if TYPE_CHECKING:
+    from av.container import InputContainer
 
 STRETCH = 128  # time steps read at once, a multiple of `feature_cache.BATCH`
 HELD_BYTES = 2**30  # that stretches which are read ahead hold together, at most
@@ -199,6 +200,8 @@ def read_video(path: Path, start: float, fps: float, length: int) -> Tensor:
     Raises:
         DatasetError: If frames are damaged, or none lies within a quarter of a frame of a time.
     """
+    import av
+
     where = f"{path}, {length} frames from {start:.3f} s on"
     advice = "The video is damaged or of another dataset; collect or download it again."
     try:
@@ -212,8 +215,10 @@ def read_video(path: Path, start: float, fps: float, length: int) -> Tensor:
     return torch.from_numpy(frames)
 
 
-def _decode(container: InputContainer, start: float, fps: float, length: int) -> tuple[Any, Any]:
+def _decode(container: "InputContainer", start: float, fps: float, length: int) -> tuple[Any, Any]:
     """Return the frame nearest to each time, uint8 [t 3 h w], and its distance in frames [t]."""
+    from av.video.reformatter import VideoReformatter
+
     stream = container.streams.video[0]
     stream.thread_type, stream.thread_count = "NONE", 1  # the other cores decode other stretches
     assert stream.time_base is not None  # a stream of an opened file has one
