@@ -240,7 +240,8 @@ class VegaPolicy(PreTrainedPolicy):
         if left is not None and known > 0:  # trained for delay
             prefix = left.reshape(1, -1, left.shape[-1])[:, :known].to(noise)
             return self.model.sample_actions(observation, noise, _integrate, prefix)
-        if processor is None or left is None:
+        # A policy that was trained for delay begins freely where nothing is under way, as in training.
+        if processor is None or left is None or self.config.head.prefix_steps:
             uncaptured = partial(self.model.sample_actions, integrate=_integrate)
             return self.captured_steps.sample_actions(self.model, observation, noise, uncaptured)
         left = left.reshape(1, -1, left.shape[-1])[:, : self.config.chunk_size]

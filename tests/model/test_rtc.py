@@ -186,6 +186,8 @@ def test_a_policy_that_was_trained_for_delay_continues_the_actions_under_way(nam
     chunk = policy.predict_action_chunk(seen, noise=noise, inference_delay=3, prev_chunk_left_over=left)
     assert torch.equal(chunk[0, :2], left[:2])  # at most prefix_steps of them
     assert not torch.equal(chunk[:, 2:], free[:, 2:])
-    for delay, rest in ((0, left), (1, left[:0])):
-        request = {"inference_delay": delay, "prev_chunk_left_over": rest}
-        assert torch.equal(policy.predict_action_chunk(seen, noise=noise, **request), free)
+    for rtc in (None, RTCConfig()):  # with it, as vega-deploy and the server predict
+        policy.use_rtc(rtc)
+        for delay, rest in ((0, left), (1, left[:0])):
+            request = {"inference_delay": delay, "prev_chunk_left_over": rest}
+            assert torch.equal(policy.predict_action_chunk(seen, noise=noise, **request), free)
