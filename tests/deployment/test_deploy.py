@@ -22,7 +22,7 @@ from omegaconf import MissingMandatoryValue, OmegaConf
 from tests.training_runs import tiny_policy
 from vega_policy import resource, run_dir
 from vega_policy.deployment.control_loop import SafeRollout, StepClock, creates_scenes, delayed
-from vega_policy.deployment.deploy import deploy, make_engine, read_rollout, read_safety
+from vega_policy.deployment.deploy import deploy, make_engine, read_catch_up, read_rollout, read_safety
 from vega_policy.deployment.remote_policy import VegaRemoteConfig, VegaRemotePolicy
 from vega_policy.deployment.rtc import RealTimeEngine
 from vega_policy.deployment.safety import JointLimits, SafetyFilter, safe_action_pipeline
@@ -308,6 +308,20 @@ def plan_two_chunks(inference):
         if pan == 0.0:
             engine.get_action(None)  # the first of four actions is executed, three are left
     return engine, given, planned, postprocess
+
+
+def test_only_actions_that_are_displacements_can_be_caught_up():
+    policy, (preprocess, postprocess) = relative_policy()
+    safety = SafetyFilter(LIMITS, period=0.1, max_observation_age=1e9)
+    context = make_context(Robot(), None, safety)
+    context.policy = SimpleNamespace(policy=policy, preprocessor=preprocess, postprocessor=postprocess)
+    assert read_catch_up({"catch_up": []}, context, safety) == ()
+    with pytest.raises(ValueError, match="catch_up: expected indices of actions, from 0 to 1; got"):
+        read_catch_up({"catch_up": [2]}, context, safety)
+    with pytest.raises(ValueError, match="since the policy's actions are positions relative to the state"):
+        read_catch_up({"catch_up": [0]}, context, safety)
+    preprocess.steps = [step for step in preprocess.steps if not getattr(step, "enabled", False)]
+    assert read_catch_up({"catch_up": [0]}, context, safety) == (0,)
 
 
 def test_in_real_time_chunking_relative_actions_under_way_are_relative_to_the_new_state():

@@ -211,7 +211,7 @@ def test_unknown_methods_and_policies_without_real_time_chunking_are_refused(tmp
         Cell("naive", -1, 0)
     policy = Counter()
     policy.supports_rtc = False
-    with pytest.raises(ValueError, match="supports only naive, aligned and async"):
+    with pytest.raises(ValueError, match="supports only naive, aligned, async, catch_up"):
         run_cells(tmp_path / "run", [Cell("rtc", 0, 0)], policy)
 
 
@@ -221,3 +221,16 @@ def test_a_log_of_an_older_version_is_refused(tmp_path):
     log.write_text(json.dumps(line) + "\n")
     with pytest.raises(ValueError, match="older version"):
         summarize_log("sync", log)
+
+
+@pytest.mark.parametrize(("method", "position"), [("async", 0.0), ("catch_up", 1.0)])
+def test_a_late_chunk_of_displacements_arrives_only_if_it_makes_up_for_them(method, position):
+    """Each chunk moves to 1 in its first four actions, all of which come too late."""
+    cell, sizes = Cell(method, 4, 0), {"action_steps": 8, "threshold": 8, "action_size": 2}
+    plan, here = DelayedPlan(cell, displacements=[0], **sizes), 0.0
+    plan.advance(np.zeros((16, 2), np.float32))  # the hand rests
+    for _ in range(3):
+        chunk = np.zeros((16, 2), np.float32)
+        chunk[:4, 0] = (1.0 - here) / 4
+        here += sum(command[0] for command in plan.advance(chunk) if command is not None)
+    assert here == pytest.approx(position)

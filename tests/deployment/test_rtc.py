@@ -4,6 +4,7 @@ import threading
 import time
 from collections import deque
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,9 +12,12 @@ from hypothesis import strategies as st
 from vega_policy.deployment.rtc import (
     LAST_COMMAND,
     MAX_FAILURES,
+    ChunkQueue,
     CommandsUnderWay,
     RealTimeEngine,
     SyncEngine,
+    catch_up,
+    check_displacements,
 )
 from vega_policy.deployment.safety import JointLimits, SafetyFilter
 
@@ -208,3 +212,42 @@ def test_the_thread_predicts_while_actions_are_taken():
     world.engine.stop()
     assert world.done[:40] == list(range(40))
     assert not world.engine.failed
+
+
+@given(missed=st.integers(0, 6), left=st.integers(0, 6))
+def test_a_late_chunk_arrives_where_it_planned_to_be(missed, left):
+    """Displacements of what was executed and of the mended rest add up to those that the chunk planned."""
+    generator = torch.Generator().manual_seed(7 * missed + left)
+    planned, executed = torch.randn(2, missed, 3, generator=generator)
+    rest = torch.randn(left, 3, generator=generator)
+    mended = catch_up(planned, executed, rest, [0, 2])
+    if missed and left:
+        arrived = executed.sum(0) + mended.sum(0)
+        torch.testing.assert_close(arrived[[0, 2]], (planned.sum(0) + rest.sum(0))[[0, 2]])
+        steps = min(missed, left)
+        added = (mended - rest)[:, [0, 2]]
+        torch.testing.assert_close(added[:steps], added[:1].expand(steps, 2))  # evenly
+        assert not added[steps:].any()
+    else:
+        assert torch.equal(mended, rest)
+    assert torch.equal(mended[:, 1], rest[:, 1])  # a position, such as the gripper's
+    assert torch.equal(catch_up(planned, executed, rest, []), rest)
+
+
+def test_the_queue_makes_up_in_the_policys_units_and_in_the_robots():
+    queue = ChunkQueue(displacements=[0])
+    first = torch.tensor([[1.0, 9.0]]).repeat(4, 1)
+    queue.join(first, 10 * first, 0)
+    for _ in range(2):
+        queue.pop()
+    second = torch.tensor([[3.0, 7.0]]).repeat(4, 1)
+    assert queue.join(second, 10 * second, 0) == 2  # both moved by 1, where the second chunk planned 3
+    torch.testing.assert_close(queue.since(2), torch.tensor([[5.0, 7.0], [5.0, 7.0]]))
+    torch.testing.assert_close(queue.pop(), torch.tensor([50.0, 70.0]))
+
+
+def test_indices_that_are_not_of_an_action_are_refused():
+    check_displacements("catch_up", [0, 6], 7)
+    for wrong in ([7], [-1], [0.5]):
+        with pytest.raises(ValueError, match="catch_up: expected indices of actions, from 0 to 6; got"):
+            check_displacements("catch_up", wrong, 7)

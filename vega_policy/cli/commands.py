@@ -578,12 +578,14 @@ BENCHMARK_FIELDS: dict[str, Any] = {
     "env": {"frame_size": None, "rendering": None},  # null: as in the checkpoint's training
     "checkpoint": None,
     # the first one with the first delays is the reference
-    "methods": ["aligned", "naive", "lerobot", "async", "rtc"],
+    "methods": ["aligned", "naive", "lerobot", "async", "catch_up", "rtc"],
     "delays": [0, 1, 2, 4, 8],  # from an observation until its chunk arrives
     "under_way": [0, 1, 2],  # from sending a command to its execution
     "tasks": None,  # indices; null: the whole suite
     "episodes": 40,  # of each cell, spread over the tasks; logs: null counts all
     "action_steps": None,  # actions executed of each chunk; null takes the policy's own n_action_steps
+    # catch_up: indices of the actions that are displacements; null: all but the gripper, and none of SO-101
+    "displacements": None,
     "batch_size": 1,  # rows of a prediction; chunks that continue the last one are predicted one by one
     "processes": 2,  # simulator processes
     "folder": "outputs/latency/${env.suite}",  # raw episodes and plot; the same command resumes
@@ -685,7 +687,13 @@ def _latency(options: SimpleNamespace) -> Iterator[dict[str, Any]]:
     )
     settings = {"checkpoint": policy.fingerprint, "action_steps": policy.description.action_steps, "env": env}
     settings |= {"tasks": options.tasks, "episodes": options.episodes, "batch_size": options.batch_size}
+    displacements = options.displacements
+    if displacements is None:
+        absolute = env["suite"] in import_module("envs").FAMILIES["envs.so101"]
+        displacements = [] if absolute else list(range(policy.description.action_size - 1))
+    if "catch_up" in options.methods:
+        settings["displacements"] = displacements
     output = Path(options.folder)
     with WorkerPool(factory, options.processes) as pool:
-        sizes = {"batch_size": options.batch_size, "settings": settings}
+        sizes = {"batch_size": options.batch_size, "settings": settings, "displacements": displacements}
         yield from benchmark_latency(policy, pool, episodes, cells, output=output, **sizes)

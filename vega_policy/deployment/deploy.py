@@ -42,7 +42,13 @@ from vega_policy.deployment.control_loop import (
 from vega_policy.deployment.preflight import FAILED, format_checks, measure_latency, run_preflight
 from vega_policy.deployment.recording import EpisodeRecorder, RecordingFormat, merge_episodes
 from vega_policy.deployment.remote_policy import VegaRemoteConfig, VegaRemotePolicy
-from vega_policy.deployment.rtc import AlignedEngine, CommandsUnderWay, RealTimeEngine, SyncEngine
+from vega_policy.deployment.rtc import (
+    AlignedEngine,
+    CommandsUnderWay,
+    RealTimeEngine,
+    SyncEngine,
+    check_displacements,
+)
 from vega_policy.deployment.safety import (
     EmergencyStop,
     JointLimits,
@@ -102,8 +108,9 @@ def deploy(config: Mapping[str, Any]) -> Deployment:
             policy.predict_action_chunk = delayed(
                 policy.predict_action_chunk, config["extra_latency_seconds"]
             )
+        catch_up = read_catch_up(config, context, safety)
         latency_steps = _require_preflight(config, context, safety)
-        context.policy.inference = make_engine(context, safety, latency_steps)
+        context.policy.inference = make_engine(context, safety, latency_steps, catch_up)
         if config["dry_run"]:
             steps = dry_run(context, safety, config["dry_run_seconds"], Path(config["output_dir"]))
             return Deployment(steps, 0, dict(safety.counts), safety.stopped, [])
@@ -231,8 +238,13 @@ def dry_run(context: RolloutContext, safety: SafetyFilter, seconds: float, folde
     return steps
 
 
-def make_engine(context: RolloutContext, safety: SafetyFilter, latency_steps: int) -> AlignedEngine:
-    """Return the engine that replaces LeRobot's; see `vega_policy.deployment.rtc`."""
+def make_engine(
+    context: RolloutContext, safety: SafetyFilter, latency_steps: int, catch_up: Sequence[int] = ()
+) -> AlignedEngine:
+    """Return the engine that replaces LeRobot's; see `vega_policy.deployment.rtc`.
+
+    `catch_up` are the indices of the actions that are displacements, for which a late chunk makes up.
+    """
     policy: Any = context.policy.policy
     inference, shutdown = context.runtime.cfg.inference, context.runtime.shutdown_event
     under_way = CommandsUnderWay(1 / context.runtime.cfg.fps, latency_steps)
@@ -254,7 +266,7 @@ def make_engine(context: RolloutContext, safety: SafetyFilter, latency_steps: in
             part.reset()
 
     steps: list[Any] = list(context.policy.preprocessor.steps)
-    relative = next((s for s in steps if isinstance(s, RelativeActionsProcessorStep) and s.enabled), None)
+    relative = _relative_step(context)
     is_vega = isinstance(policy, VegaPolicy | VegaRemotePolicy)
     # With rtc, and with sync for our own policies, a chunk is predicted with the actions under way.
     continues = inference.rtc.enabled if isinstance(inference, RTCInferenceConfig) else is_vega
@@ -265,12 +277,38 @@ def make_engine(context: RolloutContext, safety: SafetyFilter, latency_steps: in
             policy.remote.description.action_steps if remote else vars(policy.config).get("n_action_steps")
         )
         prepare = partial(prepare_batch, context) if reads_history else None
-        return SyncEngine(predict, reset, safety, under_way, action_steps=executed, prepare=prepare)
+        options = {"action_steps": executed, "prepare": prepare}
+        return SyncEngine(predict, reset, safety, under_way, catch_up, **options)
     if is_vega and continues:
         # without the adapter to LeRobot's queue
         policy.use_rtc(replace(policy.config.rtc_config, enabled=True))
     threshold = inference.queue_threshold
-    return RealTimeEngine(predict, reset, safety, under_way, threshold=threshold, shutdown=shutdown)
+    options = {"threshold": threshold, "shutdown": shutdown}
+    return RealTimeEngine(predict, reset, safety, under_way, catch_up, **options)
+
+
+def _relative_step(context: RolloutContext) -> Any:
+    """Return the step that makes actions relative to the state, if the policy has one."""
+    steps: list[Any] = list(context.policy.preprocessor.steps)
+    return next((s for s in steps if isinstance(s, RelativeActionsProcessorStep) and s.enabled), None)
+
+
+def read_catch_up(
+    config: Mapping[str, Any], context: RolloutContext, safety: SafetyFilter
+) -> tuple[int, ...]:
+    """Return the indices of the actions for which a late chunk makes up.
+
+    Raises:
+        ValueError: If one is not the index of an action, or the plan is made of positions: they lose nothing.
+    """
+    indices = tuple(config["catch_up"])
+    check_displacements("catch_up", indices, len(safety.limits))
+    if indices and _relative_step(context) is not None:
+        raise ValueError(
+            f"catch_up={list(indices)}: expected [], since the policy's actions are positions relative to "
+            "the state. Leave it out."
+        )
+    return indices
 
 
 def _relative_to_present(

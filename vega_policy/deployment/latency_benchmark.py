@@ -18,11 +18,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from matplotlib.figure import Figure
 
 from vega_policy.config import check_choice, check_numbers
 from vega_policy.deployment.client import PolicyClient, ServerAddress
 from vega_policy.deployment.protocol import ProtocolError, RTCContext
+from vega_policy.deployment.rtc import catch_up, check_displacements
 from vega_policy.deployment.server import ServedCheckpoint
 from vega_policy.evaluation.env_pool import WorkerPool
 from vega_policy.evaluation.episodes import Episode
@@ -38,6 +40,7 @@ METHODS = {
     "aligned": "the robot waits for a chunk, which begins after the commands under way",
     "lerobot": "predicted while the last chunk is executed; an action is dropped for each step of the delay",
     "async": "predicted while the last chunk is executed; begins after the commands sent since",
+    "catch_up": "as async, and makes up for the displacements of its actions that came too late",
     "rtc": "as async, and continues the last chunk: by prefix if trained so, else by guidance or blending",
 }
 """How a chunk follows the last one."""
@@ -68,8 +71,17 @@ class DelayedPlan:
     A command reaches it `under_way` steps after it was sent; where none does, the environment holds still.
     """
 
-    def __init__(self, cell: Cell, *, action_steps: int, threshold: int, action_size: int) -> None:
+    def __init__(
+        self,
+        cell: Cell,
+        *,
+        action_steps: int,
+        threshold: int,
+        action_size: int,
+        displacements: Sequence[int] = (),
+    ) -> None:
         self._cell, self._action_steps = cell, action_steps
+        self._displacements = displacements if cell.method == "catch_up" else ()
         self._waits = cell.method in ("naive", "aligned")
         self._threshold = 0 if self._waits else threshold
         self._plan = np.zeros((0, action_size), np.float32)  # all actions of the episode by index
@@ -93,8 +105,10 @@ class DelayedPlan:
             self._step()
         rules = {"naive": 0, "lerobot": self._cell.delay}
         first = rules.get(self._cell.method, self._sent - observed)
-        last = first + self._action_steps if self._waits else None
-        self._plan = np.concatenate([self._plan[: self._sent], chunk[first:last]])
+        parts = (chunk[:first], self._plan[observed : self._sent], chunk[first:])
+        rest = catch_up(*map(torch.from_numpy, parts), self._displacements).numpy()
+        last = self._action_steps if self._waits else None
+        self._plan = np.concatenate([self._plan[: self._sent], rest[:last]])
         self._step()
         while len(self._plan) - self._sent > self._threshold:
             self._step()
@@ -118,8 +132,11 @@ def benchmark_latency(
     output: Path,
     settings: dict[str, Any],
     batch_size: int = 1,
+    displacements: Sequence[int] = (),
 ) -> Iterator[Row]:
     """Run the same episodes in each cell and yield its success; raw episodes and a plot are in `output`.
+
+    `displacements` are the indices of the actions for which `catch_up` makes up.
 
     Called again with the same settings (JSON values, all that decides the results), it continues after the
     last finished cell. `gained` and `lost` count episodes against the first cell. The pool is opened here.
@@ -129,7 +146,11 @@ def benchmark_latency(
         ValueError: If real-time chunking is requested of a policy that does not support it.
     """
     if not policy.supports_rtc and any(cell.method in ("lerobot", "rtc") for cell in cells):
-        raise ValueError(f"methods: {policy.description.name} supports only naive, aligned and async")
+        supported = [name for name in METHODS if name not in ("lerobot", "rtc")]
+        raise ValueError(f"methods: {policy.description.name} supports only {', '.join(supported)}")
+    size = policy.description.action_size
+    if any(cell.method == "catch_up" for cell in cells):
+        check_displacements("displacements", displacements, size)
     with open_run(output, settings):
         path = output / EPISODES_FILE
         raw: list[Row] = pq.read_table(path).to_pylist() if path.is_file() else []
@@ -138,7 +159,7 @@ def benchmark_latency(
         for cell in cells:
             results = [row for row in raw if row.items() >= asdict(cell).items()]
             if not results:
-                results = _run_cell(policy, pool, episodes, cell, batch_size)
+                results = _run_cell(policy, pool, episodes, cell, batch_size, displacements)
                 raw += results
                 buffer = pa.BufferOutputStream()
                 pq.write_table(pa.Table.from_pylist(raw), buffer)
@@ -151,14 +172,20 @@ def benchmark_latency(
 
 
 def _run_cell(
-    policy: ServedCheckpoint, pool: WorkerPool, episodes: Sequence[Episode], cell: Cell, batch_size: int
+    policy: ServedCheckpoint,
+    pool: WorkerPool,
+    episodes: Sequence[Episode],
+    cell: Cell,
+    batch_size: int,
+    displacements: Sequence[int],
 ) -> list[Row]:
     """Return one row an episode, in order."""
     action_steps, size = policy.description.action_steps, policy.description.action_size
     chunk_size = action_steps if policy.noise_shape is None else policy.noise_shape[0]
     threshold = max(chunk_size - action_steps, cell.delay)
     sizes = {"action_steps": action_steps, "threshold": threshold, "action_size": size}
-    rollout = Rollout(policy, pool, batch_size, make_plan=partial(DelayedPlan, cell, **sizes))
+    make_plan = partial(DelayedPlan, cell, displacements=displacements, **sizes)
+    rollout = Rollout(policy, pool, batch_size, make_plan=make_plan)
     rows = []
     for end in rollout.run(episodes):
         episode, outcome = end.episode, end.outcome

@@ -2,6 +2,7 @@
 
 A chunk begins with the action that follows the last command that its observation reflects. Commands sent
 since then are under way, and those sent while the policy predicts follow; the chunk continues after them.
+Where actions are displacements, it can make up for what it planned for those steps (`catch_up`).
 LeRobot's engines count neither: its sync engine starts each chunk at its first action, and its rtc engine
 drops as many actions as were due by the clock (the jump that its pull request 4223 describes).
 """
@@ -13,7 +14,7 @@ import threading
 import time
 from abc import abstractmethod
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,6 +71,34 @@ class CommandsUnderWay:
         self._commands.clear()
 
 
+def catch_up(planned: Tensor, executed: Tensor, rest: Tensor, displacements: Sequence[int]) -> Tensor:
+    """Return the rest [t a] of a late chunk with what it planned for the steps that it missed.
+
+    `planned` and `executed` [d a] are its own actions of those steps and the ones that were executed instead.
+    Actions that are displacements (their indices) move the robot elsewhere if they differ: the sum of the
+    differences is spread evenly over the next d actions of the rest, or over all if there are fewer.
+    """
+    steps, columns = min(len(planned), len(rest)), list(displacements)
+    if not steps or not columns:
+        return rest
+    missed = (planned - executed[: len(planned)])[:, columns].sum(dim=0)
+    rest = rest.clone()
+    rest[:steps, columns] += missed / steps
+    return rest
+
+
+def check_displacements(name: str, displacements: Sequence[int], size: int) -> None:
+    """Refuse indices that are not of an action [size].
+
+    Raises:
+        ValueError: Says what was expected and received.
+    """
+    if not all(isinstance(index, int) and 0 <= index < size for index in displacements):
+        raise ValueError(
+            f"{name}: expected indices of actions, from 0 to {size - 1}; got {list(displacements)}."
+        )
+
+
 @dataclass(frozen=True)
 class Snapshot:
     """An observation, its time (monotonic clock), and the number of the plan's actions that it reflects."""
@@ -80,9 +109,13 @@ class Snapshot:
 
 
 class ChunkQueue:
-    """The plan: actions, each with its index in the episode; safe to use from several threads."""
+    """The plan: actions, each with its index in the episode; safe to use from several threads.
 
-    def __init__(self) -> None:
+    `displacements` are the indices of the actions for which a late chunk makes up; see `catch_up`.
+    """
+
+    def __init__(self, displacements: Sequence[int] = ()) -> None:
+        self._displacements = displacements
         self._lock = threading.Lock()
         self._plan: tuple[Tensor, Tensor] | None = None  # [t a] in the policy's units and in the robot's
         self._first = 0  # index of the plan's first action
@@ -115,10 +148,15 @@ class ChunkQueue:
             if self._plan is not None:  # what was taken stays what it was
                 taken = slice(index - self._first, self.index - self._first)
                 new = tuple(
-                    torch.cat([old[taken], part[delay:]]) for old, part in zip(self._plan, new, strict=True)
+                    torch.cat([old[taken], self._continue(old[taken], part, delay)])
+                    for old, part in zip(self._plan, new, strict=True)
                 )
             self._plan, self._first = (new[0], new[1]), index
             return delay
+
+    def _continue(self, taken: Tensor, chunk: Tensor, delay: int) -> Tensor:
+        """Return the actions of a chunk that were not due before it arrived, in either unit."""
+        return catch_up(chunk[:delay], taken, chunk[delay:], self._displacements)
 
     def clear(self) -> None:
         """Remove all actions and begin at index 0."""
@@ -131,7 +169,7 @@ class AlignedEngine(InferenceEngine):
 
     `reset_policy` resets policy and processors. `safety` knows the time of the last observation, and the
     largest age of one when its chunk arrives. `under_way` counts the commands that an observation does not
-    reflect.
+    reflect. `displacements` are the indices of the actions for which a late chunk makes up (`catch_up`).
     """
 
     def __init__(
@@ -140,10 +178,11 @@ class AlignedEngine(InferenceEngine):
         reset_policy: Callable[[], None],
         safety: SafetyFilter,
         under_way: CommandsUnderWay,
+        displacements: Sequence[int] = (),
     ) -> None:
         self._predict, self._reset_policy = predict, reset_policy
         self._safety, self._under_way = safety, under_way
-        self._queue = ChunkQueue()
+        self._queue = ChunkQueue(displacements)
         self._latest: Snapshot | None = None
         self._episode = 0
         self._lock = threading.Lock()
@@ -186,11 +225,12 @@ class SyncEngine(AlignedEngine):
         reset_policy: Callable[[], None],
         safety: SafetyFilter,
         under_way: CommandsUnderWay,
+        displacements: Sequence[int] = (),
         *,
         action_steps: int | None = None,
         prepare: Callable[[dict[str, Any]], Any] | None = None,
     ) -> None:
-        super().__init__(predict, reset_policy, safety, under_way)
+        super().__init__(predict, reset_policy, safety, under_way, displacements)
         self._action_steps, self._prepare = action_steps, prepare
 
     def start(self) -> None:
@@ -234,12 +274,13 @@ class RealTimeEngine(AlignedEngine):
         reset_policy: Callable[[], None],
         safety: SafetyFilter,
         under_way: CommandsUnderWay,
+        displacements: Sequence[int] = (),
         *,
         threshold: int,
         shutdown: threading.Event,
         retry_seconds: float = 0.5,
     ) -> None:
-        super().__init__(predict, reset_policy, safety, under_way)
+        super().__init__(predict, reset_policy, safety, under_way, displacements)
         self._threshold, self._shutdown = threshold, shutdown
         self._retry_seconds = retry_seconds
         self._delays: deque[int] = deque(maxlen=REMEMBERED_DELAYS)
