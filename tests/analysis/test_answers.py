@@ -141,9 +141,15 @@ def counted(labels):
 
 def test_held_out_scenes_choose_the_step_and_train_nothing():
     training = QATraining(steps=12, scenes=4, evaluations=1, held_out=5)
-    weights = []
-    for flipped in (0, 1):  # the answers to every fifth scene
-        asked, features = counted([scene % 2 ^ (flipped and scene % 5 == 4) for scene in range(20)])
+    weights, labels = [], [scene % 2 for scene in range(20)]
+    asked, _ = counted(labels)
+    held_out = split_scenes(AnswerCodec(asked).encode(asked), 5)[1].tolist()
+    assert len(held_out) == 4
+    assert {scene % 2 for scene in held_out} == {0, 1}  # of both tasks, where two take turns
+    for flipped in (0, 1):  # the answers about them
+        asked, features = counted(
+            [label ^ (flipped and scene in held_out) for scene, label in enumerate(labels)]
+        )
         codec = AnswerCodec(asked)
         model, curve = train_qa_model(CONFIG, codec, codec.encode(asked), features, training)
         weights.append(torch.cat([part.flatten() for part in model.parameters()]))

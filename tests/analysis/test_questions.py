@@ -1,6 +1,7 @@
 """Spatial questions have correct answers, and sets that cannot be answered from the text alone."""
 
 from collections import Counter, defaultdict
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -97,6 +98,18 @@ def test_train_and_test_questions_are_about_different_scenes(questions):
     train, test = ({question.scene for question in part} for part in (questions.train, questions.test))
     assert not train & test
     assert {question.kind for question in questions.test} == set(KINDS)
+
+
+def test_each_task_has_its_fourth_of_test_scenes():
+    """Also where scenes of several tasks take turns, as the probe renders them."""
+    shown = [replace(one, name=f"suite/{index % 2}/{index}") for index, one in enumerate(scenes(80))]
+    found = make_question_set(shown)
+    train, test = ({question.scene for question in part} for part in (found.train, found.test))
+    for task in (0, 1):
+        of_task = set(range(task, 80, 2))
+        assert test & of_task <= set(range(task, 80, 8))
+        assert len(test & of_task) >= 8
+        assert len(train & of_task) >= 25
 
 
 def test_the_text_alone_stays_at_chance(questions):

@@ -8,7 +8,7 @@ left. The first view of a scene is an overview; the others are close-ups in the 
 
 import itertools
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -35,7 +35,7 @@ MIN_ANGLE = math.radians(12)  # directions closer to straight ahead, back or sid
 BIN = 10.0  # cm; distances are balanced in bins of this width
 BINS = tuple(f"{low:.0f} cm" for low in (10.0, 20.0, 30.0))
 MIN_FREQUENCY = 0.05  # answers to a smaller fraction of a text's questions are left out
-TEST_EVERY = 4  # every fourth scene is a test scene
+TEST_EVERY = 4  # every fourth scene of a task is a test scene
 
 EXTREMES = {
     "nearest to the robot": (0, 1),
@@ -72,7 +72,7 @@ class QuestionSet:
 def make_question_set(
     scenes: Sequence[Scene], max_per_kind: int = 1500, max_texts: int = 60, seed: int = 0
 ) -> QuestionSet:
-    """Generate and balance questions; every fourth scene is a test scene.
+    """Generate and balance questions; every fourth scene of each task is a test scene.
 
     Training has at most `max_per_kind` questions of one kind, the test set half as many, and both at most
     `max_texts` different texts of one kind.
@@ -80,13 +80,24 @@ def make_question_set(
     names = sorted({one.category for scene in scenes for one in scene.objects if one.movable})
     generated = [generate_questions(index, scene, names) for index, scene in enumerate(scenes)]
     rng = np.random.default_rng(seed)
-    candidates = [q for index, group in enumerate(generated) if index % TEST_EVERY for q in group]
+    is_test = list(_choose_test_scenes(scenes))
+    candidates = [q for group, tested in zip(generated, is_test, strict=True) if not tested for q in group]
     train = balance(candidates, rng, max_per_kind, max_texts)
     texts = {question.text for question in train}
-    candidates = [q for group in generated[::TEST_EVERY] for q in group if q.text in texts]
+    candidates = [q for group, tested in zip(generated, is_test, strict=True) if tested for q in group]
+    candidates = [q for q in candidates if q.text in texts]
     test = balance(candidates, rng, max_per_kind // 2, max_texts)
     options = {name for question in train for name in question.options}
     return QuestionSet(train, [q for q in test if set(q.options) <= options])
+
+
+def _choose_test_scenes(scenes: Sequence[Scene]) -> Iterator[bool]:
+    """Yield for each scene whether it is a test scene; its name is its task's, a slash, and its number."""
+    seen: Counter[str] = Counter()
+    for scene in scenes:
+        task = scene.name.rpartition("/")[0]
+        yield seen[task] % TEST_EVERY == 0
+        seen[task] += 1
 
 
 def generate_questions(index: int, scene: Scene, categories: Sequence[str]) -> list[Question]:

@@ -376,7 +376,7 @@ class QATraining:
     learning_rate: float = 1e-3  # peak
     weight_decay: float = 1e-2
     dropout: float = 0.1  # in the answer head
-    held_out: int = 10  # every tenth training scene chooses the step whose weights are kept
+    held_out: int = 10  # one in ten training scenes chooses the step whose weights are kept
     evaluations: int = 20  # of the held-out scenes
     seed: int = 0  # of weights and order
 
@@ -391,8 +391,13 @@ class Evaluation:
 
 
 def split_scenes(questions: QuestionBatch, every: int) -> tuple[Tensor, Tensor]:
-    """Return the rows of the questions to train on, and those about every `every`-th scene."""
-    held_out = torch.isin(questions.scene, questions.scene.unique()[every - 1 :: every])
+    """Return the rows of the questions to train on, and those about one in `every` scenes, drawn at random.
+
+    Scenes of several tasks take turns, so that each second one, say, would be of one task alone.
+    """
+    scenes = questions.scene.unique()
+    order = torch.randperm(len(scenes), generator=torch.Generator().manual_seed(0))
+    held_out = torch.isin(questions.scene, scenes[order[: len(scenes) // every]].to(scenes.device))
     return (~held_out).nonzero()[:, 0], held_out.nonzero()[:, 0]
 
 
