@@ -127,11 +127,11 @@ def evaluate_robosuite(folder, processes, interrupt_after=None):
     evaluation = Evaluation(settings, envs.tasks("lift_wide"), folder, {})
     policy = Fidgeter()
     if interrupt_after is not None:
-        remaining = iter(range(interrupt_after))
-        chunk = policy.chunk
+        chunk, served = policy.chunk, []
 
         def interrupted(batch, noise):
-            if next(remaining, None) is None:
+            served.extend(noise)  # a call has as many rows as simulators are ready
+            if len(served) > interrupt_after:
                 raise KeyboardInterrupt
             return chunk(batch, noise)
 
@@ -147,6 +147,7 @@ def test_robosuite_episodes_depend_on_neither_processes_nor_interruptions(tmp_pa
     assert len({result.final_hash for result in alone}) == 4
     assert evaluate_robosuite(tmp_path / "two", 2) == alone
     with pytest.raises(KeyboardInterrupt):
-        evaluate_robosuite(tmp_path / "killed", 2, interrupt_after=20)
+        # 13 chunks an episode: with two at a time, the third has begun and the fourth is not through
+        evaluate_robosuite(tmp_path / "killed", 2, interrupt_after=3 * 13)
     assert 0 < len(read_episodes(tmp_path / "killed")) < 4
     assert evaluate_robosuite(tmp_path / "killed", 1) == alone
