@@ -96,10 +96,12 @@ def statistics() -> dict[str, dict[str, Tensor]]:
     }
 
 
-def write_checkpoint(folder: Path) -> Path:
+def write_checkpoint(folder: Path, head: ActionHeadConfig | None = None) -> Path:
     """A small policy with its processors; returns the folder."""
     torch.manual_seed(0)
-    policy = VegaPolicy(tiny_config())
+    config = tiny_config()
+    config.head = head or config.head
+    policy = VegaPolicy(config)
     policy.save_pretrained(folder)
     for processor in make_vega_pre_post_processors(policy.config, statistics()):
         processor.save_pretrained(folder)

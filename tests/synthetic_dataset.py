@@ -26,6 +26,7 @@ def write_dataset(
     tasks: tuple[str, ...] = ("lift the cube", "push the cube"),
     video: str | None = None,
     displacement: bool = False,
+    executed: bool = False,
 ) -> Path:
     """Writes a finalized dataset of len(lengths) episodes at 10 Hz and returns its root.
 
@@ -42,6 +43,7 @@ def write_dataset(
     if displacement:
         features["displacement"] = {"dtype": "float32", "shape": (3,), "names": None}
     features["action"] = {"dtype": "float32", "shape": (action_width,), "names": None}
+    features |= {"executed_action": features["action"]} if executed else {}
     encoding: dict[str, Any] = {}
     if video is not None:  # as envs.demos.shards encodes
         encoder = RGBEncoderConfig(**CODECS[video])
@@ -70,6 +72,7 @@ def write_dataset(
             action = rng.uniform(-1, 1, size=action_width).astype(np.float32)
             if written == nan_action_at:
                 action[0] = np.nan
+            frame |= {"executed_action": action + np.float32(0.1 + 0.01 * t)} if executed else {}
             dataset.add_frame({**frame, "action": action, "task": tasks[episode % len(tasks)]})
             written += 1
         dataset.save_episode()

@@ -107,6 +107,10 @@ class VegaConfig(PreTrainedConfig):
             raise ValueError(
                 "policy.displacement is for this package's own action heads, not for a base. Take base=none."
             )
+        if self.base.name != "none" and self.head.prefix_actions != "clean":
+            raise ValueError(
+                "head.prefix_actions is for this package's own action heads, not for a base. Take base=none."
+            )
         if self.base.name != "none" and self.use_relative_actions:
             raise ValueError(
                 "policy.use_relative_actions is for this package's own backbones; a base has its own "

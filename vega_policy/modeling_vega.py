@@ -114,6 +114,7 @@ class VegaPolicy(PreTrainedPolicy):
                 self._prior_generator(),
                 self._future(batch),
                 self._displacement(batch),
+                self._prefix(batch),
             )
             mean = losses.mean()
             loss, metrics = mean if reduction == "mean" else losses, {"loss": mean.detach()}
@@ -139,6 +140,17 @@ class VegaPolicy(PreTrainedPolicy):
         if "vega.displacement" not in batch:
             return None
         return Displacement(batch["vega.displacement"], batch.get("vega.displacement_noise"))
+
+    def _prefix(self, batch: dict[str, Any]) -> Tensor | None:
+        """Return the executed actions [b t a] of a batch, None where a prefix holds the clean ones."""
+        if self.config.head.prefix_actions == "clean":
+            return None
+        if "vega.executed_action" not in batch:
+            raise ValueError(
+                "head.prefix_actions=executed needs vega.executed_action [b t a] in a batch: train with "
+                "vega-train, on a dataset with the feature executed_action."
+            )
+        return batch["vega.executed_action"]
 
     @torch.no_grad()
     def with_prior_features(self, batch: dict[str, Any]) -> dict[str, Any]:

@@ -40,6 +40,7 @@ from envs.demos.shards import (
     read_shard,
     read_summary,
     record,
+    stores_executed,
     write_metadata,
     write_shard,
     write_state_shard,
@@ -435,7 +436,9 @@ def collect_shard(job: Job, report: Report) -> ShardSummary:
     if not render:
         (recording,) = recordings  # a shard of states is one episode
         return write_state_shard(job.folder, env, recording)
-    return write_shard(job.folder, env, recordings, job.settings.repo_id, job.settings.video)
+    executed = job.source is None or stores_executed(job.source)
+    settings = job.settings
+    return write_shard(job.folder, env, recordings, settings.repo_id, settings.video, executed=executed)
 
 
 def _stored(job: Job, source: Path, env: ManipulationEnv, report: Report) -> Iterator[Recording]:

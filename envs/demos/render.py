@@ -87,7 +87,7 @@ def plan_rendering(
 
     With `frame_stride` k only every k-th state of an episode is rendered, its first one included. With
     `displacement` the features include where the target is. Returned are the plan, and `state` [t s],
-    `action` [t a] and `instruction` of each episode.
+    `action` [t a], `executed` [t a] and `instruction` of each episode.
 
     Raises:
         ValueError: If a file is no file of states, no episode is chosen, cameras or robots differ, or a
@@ -111,9 +111,8 @@ def plan_rendering(
             at = (file, suite, episode.task, index, row, length, episode.seed, digest)
             episodes.append(PlannedEpisode(*at))
             instruction = known[episode.task].instruction
-            values.append(
-                {"state": episode.proprioception, "action": episode.actions, "instruction": instruction}
-            )
+            actions = {"action": episode.actions, "executed": episode.executed}
+            values.append({"state": episode.proprioception, "instruction": instruction} | actions)
             row += length
     if not episodes:
         raise ValueError(

@@ -236,13 +236,18 @@ def image_key(env: ManipulationEnv, camera: str) -> str:
     return "observation.image" if tuple(env.cameras) == ("image",) else f"observation.images.{camera}"
 
 
-def dataset_features(env: ManipulationEnv) -> dict[str, dict[str, Any]]:
-    """Return the features that `LeRobotDataset.create` takes for an environment."""
+def dataset_features(env: ManipulationEnv, *, executed: bool = True) -> dict[str, dict[str, Any]]:
+    """Return the features that `LeRobotDataset.create` takes for an environment.
+
+    Without `executed` the actions with their noise are not among them.
+    """
     size, vector = env.frame_size, {"dtype": "float32", "names": None}
     named = {
         "observation.state": (env.state_size, env.state_names),
         "action": (env.action_size, env.action_names),
     }
+    if executed:
+        named["executed_action"] = named["action"]
     frame = {"dtype": "video", "shape": (size, size, 3), "names": ["height", "width", "channels"]}
     return {
         **{image_key(env, camera): dict(frame) for camera in env.cameras},
@@ -269,13 +274,20 @@ def dataset_frames(env: ManipulationEnv, recording: Recording) -> Iterator[dict[
             **{image_key(env, camera): frame for camera, frame in observation["pixels"].items()},
             "observation.state": observation["agent_pos"],
             "action": action,
+            **({} if recording.executed is None else {"executed_action": recording.executed[step]}),
             **({} if targets is None else {"displacement": targets[step]}),
             "task": env.task_description,
         }
 
 
 def write_shard(
-    folder: Path, env: ManipulationEnv, recordings: Iterable[Recording], repo_id: str, video: str
+    folder: Path,
+    env: ManipulationEnv,
+    recordings: Iterable[Recording],
+    repo_id: str,
+    video: str,
+    *,
+    executed: bool = True,
 ) -> ShardSummary:
     """Render recordings and write them as one shard.
 
@@ -285,9 +297,11 @@ def write_shard(
         recordings: Successful demonstrations; each is written before the next one is taken.
         repo_id: LeRobot's name for the dataset.
         video: Key of `CODECS`.
+        executed: Whether the recordings hold the executed actions.
     """
     with atomic_folder(folder) as draft:
-        written = _write_dataset(draft / DATASET, env, recordings, repo_id, video)
+        features = dataset_features(env, executed=executed)
+        written = _write_dataset(draft / DATASET, env, recordings, repo_id, video, features)
         _save_states(draft / STATES, [recording.states for recording in written], first=0)
         return _write_manifest(draft, env, written)
 
@@ -329,7 +343,12 @@ def _write_manifest(draft: Path, env: ManipulationEnv, written: Sequence[Recordi
 
 
 def _write_dataset(
-    root: Path, env: ManipulationEnv, recordings: Iterable[Recording], repo_id: str, video: str
+    root: Path,
+    env: ManipulationEnv,
+    recordings: Iterable[Recording],
+    repo_id: str,
+    video: str,
+    features: dict[str, dict[str, Any]],
 ) -> list[Recording]:
     from lerobot.configs import RGBEncoderConfig
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
@@ -338,7 +357,7 @@ def _write_dataset(
         dataset = LeRobotDataset.create(
             repo_id,
             fps=env.metadata["render_fps"],
-            features=dataset_features(env),
+            features=features,
             root=root,
             robot_type=env.robot_type,
             use_videos=True,
@@ -515,7 +534,8 @@ def read_episodes(root: Path, indices: Sequence[int] | None = None) -> list[Stor
     unknown = [index for index in chosen if not 0 <= index < count]
     if unknown:
         raise ValueError(f"{root} has the episodes 0 to {count - 1}, got {unknown}")
-    actions, states = _read_actions(root), _read_states(root)
+    actions, states = _read_actions(root, "action"), _read_states(root)
+    executed = _read_actions(root, "executed_action") if stores_executed(root) else {}
     episodes = []
     for index in chosen:
         entry = metadata["episodes"][index]
@@ -525,12 +545,17 @@ def read_episodes(root: Path, indices: Sequence[int] | None = None) -> list[Stor
                 f"episode {index} of {root}: expected {entry['length']} steps, found {lengths[0]} actions "
                 f"and {lengths[1]} simulator states; the dataset is damaged, collect it again"
             )
-        recording = Recording(entry["seed"], states[index], actions[index])
+        recording = Recording(entry["seed"], states[index], actions[index], executed=executed.get(index))
         episodes.append(StoredEpisode(index, tasks[entry["task"]], recording))
     return episodes
 
 
-def _read_actions(root: Path) -> dict[int, np.ndarray]:
+def stores_executed(root: Path) -> bool:
+    """Return whether a collected dataset holds the executed actions, which older ones do not."""
+    return "executed_action" in read_json(root / "meta" / "info.json", "features")["features"]
+
+
+def _read_actions(root: Path, feature: str) -> dict[int, np.ndarray]:
     """Return the actions float32 [t a] of each episode."""
     import pyarrow
     import pyarrow.parquet
@@ -538,10 +563,10 @@ def _read_actions(root: Path) -> dict[int, np.ndarray]:
     by_episode: dict[int, list[np.ndarray]] = {}
     for path in sorted((root / "data").rglob("*.parquet")):
         try:
-            table = pyarrow.parquet.read_table(path, columns=["episode_index", "action"])
+            table = pyarrow.parquet.read_table(path, columns=["episode_index", feature])
         except (pyarrow.ArrowInvalid, OSError) as error:
             raise _damaged(path, error) from None
-        rows = np.stack(table["action"].to_numpy()).astype(np.float32)
+        rows = np.stack(table[feature].to_numpy()).astype(np.float32)
         episodes = table["episode_index"].to_numpy()
         for index in np.unique(episodes):
             by_episode.setdefault(int(index), []).append(rows[episodes == index])

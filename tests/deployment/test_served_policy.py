@@ -8,9 +8,10 @@ from lerobot.policies.rtc.configuration_rtc import RTCConfig
 from tests.policies import batch, tiny_config, write_checkpoint
 from tests.policy_servers import address, observations, running
 from vega_policy.deployment.client import RemotePolicy
-from vega_policy.deployment.latency_benchmark import benchmark_server
+from vega_policy.deployment.latency_benchmark import Cell, DelayedPlan, benchmark_server
 from vega_policy.deployment.protocol import RTCContext
-from vega_policy.deployment.server import load_served_policy, warm_up
+from vega_policy.deployment.server import ServedCheckpoint, load_served_policy, warm_up
+from vega_policy.evaluation.policies import load_lerobot_policy
 from vega_policy.model.config import ActionHeadConfig, PriorConfig
 from vega_policy.modeling_vega import VegaPolicy
 
@@ -53,6 +54,36 @@ def test_a_continued_chunk_begins_with_what_is_being_executed(checkpoint):
     guided = policy.chunk(observed, noise, RTCContext(left, 2, 3, 10.0))[0]
     assert np.abs(guided[:2] - left[:2]).mean() < 0.1 * np.abs(free[:2] - left[:2]).mean()
     np.testing.assert_allclose(guided[3], free[3], atol=0.2)  # beyond the horizon nothing pulls
+
+
+@pytest.mark.parametrize("name", ["flow", "l1"])
+@pytest.mark.parametrize(("delay", "under_way"), [(1, 0), (1, 1), (2, 0)])
+def test_the_prefix_is_what_is_executed_from_the_observation_on_in_the_policys_units(
+    tmp_path, monkeypatch, name, delay, under_way
+):
+    config = ActionHeadConfig(name=name, width=32, depth=1, heads=2, steps=2, prefix_steps=3)
+    chunks = load_lerobot_policy(write_checkpoint(tmp_path, config), device="cpu")
+    policy, head, given = ServedCheckpoint(chunks, "tiny"), chunks.policy.model.head, []
+    sample = head.sample
+    monkeypatch.setattr(head, "sample", lambda *args: (given.append(args[4]), sample(*args))[1])
+    plan = DelayedPlan(Cell("rtc", delay, under_way), action_steps=2, threshold=2, action_size=7)
+    executed, predictions = [], []
+    for call in range(12):
+        observed = observations(seed=call, side=64)  # another chunk each time
+        noise = np.random.default_rng(call).normal(size=(1, 4, 7)).astype(np.float32)
+        context = plan.context()
+        chunk = policy.chunk(observed, noise, context)[0]
+        if context is not None:
+            predictions.append((len(executed), chunks.postprocessor(given[-1])[0].numpy(), chunk))
+        executed += [command for command in plan.advance(chunk) if command is not None]
+    assert given[0] is None
+    assert len(predictions) == 11
+    for start, prefix, chunk in predictions[:-2]:
+        known = len(prefix)  # fewer than the delay where the plan ends before the chunk arrives
+        assert known == delay + under_way or (delay == 2 and known == 1)
+        np.testing.assert_allclose(prefix, executed[start : start + known], atol=1e-5)
+        np.testing.assert_array_equal(executed[start + known], chunk[known])
+        assert not np.allclose(executed[start], executed[start + 1], atol=1e-2)  # a shift would be seen
 
 
 def test_a_chunk_is_guided_only_where_something_of_the_last_one_is_left():

@@ -34,6 +34,7 @@ from envs.demos.shards import (
     Demonstrator,
     VisitedStates,
     is_holding,
+    read_episodes,
     read_metadata,
     read_shard,
     record,
@@ -141,6 +142,29 @@ def test_noise_is_executed_and_the_clean_action_is_recorded(env):
     never_noisy = record(env, 11, Demonstrator(noise=0.3, noisy_fraction=0.0))
     assert not np.array_equal(noisy.states[5], never_noisy.states[5])
     assert np.array_equal(noisy.actions[0], never_noisy.actions[0])
+
+
+def test_the_dataset_holds_the_executed_actions_beside_the_clean_ones(root, env):
+    stored = read_episodes(root)[0].recording
+    again = record(env, stored.seed, SETTINGS.demonstrator)
+    assert np.array_equal(stored.executed, again.executed)
+    assert np.array_equal(stored.actions, again.actions)
+    assert not np.array_equal(stored.executed, stored.actions)
+
+
+def test_a_dataset_from_before_executed_actions_were_stored_is_read_and_rendered_without(root, tmp_path):
+    old = tmp_path / "old"
+    shutil.copytree(root, old)
+    info = json.loads((old / "meta" / "info.json").read_text())
+    del info["features"]["executed_action"]
+    (old / "meta" / "info.json").write_text(json.dumps(info))
+    for path in (old / "data").rglob("*.parquet"):
+        rows = pyarrow.parquet.read_table(path)
+        pyarrow.parquet.write_table(rows.drop_columns(["executed_action"]), path)
+    assert all(episode.recording.executed is None for episode in read_episodes(old))
+    collection.render_again(old, tmp_path / "new", frame_size=48, rendering="fast", processes=1)
+    assert "executed_action" not in LeRobotDataset(SETTINGS.repo_id, root=tmp_path / "new").features
+    assert_same_demonstrations(old, tmp_path / "new")
 
 
 def test_a_finished_dataset_is_left_alone(root, caplog):

@@ -105,7 +105,8 @@ def test_packaged_demonstrators_are_clipped_and_end_when_the_task_stays_done(pus
     assert recording.actions.shape[1] == 4
     short = record(push, 0, Demonstrator(options=DemonstrationOptions(follow_through=False)))
     assert len(short.actions) == len(recording.actions) - 2
-    assert set(dataset_features(push)) == {"observation.image", "observation.state", "action"}
+    names = {"observation.image", "observation.state", "action", "executed_action"}
+    assert set(dataset_features(push)) == names
 
 
 def test_options_that_the_packaged_demonstrators_do_not_have_are_refused(push):

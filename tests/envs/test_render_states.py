@@ -1,19 +1,21 @@
 """Rendering from states: the simulator's own frames, resumable, and what training makes of them."""
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import envs
 from envs.demos.planner_fixtures import displacements
 from envs.demos.render import plan_rendering, render_frames
-from envs.demos.shards import Recording, dataset_frames
+from envs.demos.shards import Recording, dataset_features, dataset_frames
 from envs.demos.states import StateEpisode, read_states, write_states
 from tests.training_runs import tiny_policy
 from vega_policy.cli.render import render_states
 from vega_policy.data.dataset import DatasetConfig, DatasetError, read_table
-from vega_policy.data.dataset_files import fingerprint_frames
+from vega_policy.data.dataset_files import fingerprint_frames, read_info
 from vega_policy.data.feature_cache import frames_stream, open_mean_frames, open_stream
 from vega_policy.pretraining.clips import cut_clips, cut_instructions, open_shard
 from vega_policy.training.config import TrainConfig
@@ -37,7 +39,7 @@ def simulate(env, seed, steps):
         env.step_blindly(actions[-1])
     nq, nv, states, actions = env.model.nq, env.model.nv, np.stack(states), np.stack(actions)
     positions, velocities = states[:, 1 : 1 + nq], states[:, 1 + nq : 1 + nq + nv]
-    values = states[0], positions, velocities, actions, actions, np.stack(proprioception)
+    values = states[0], positions, velocities, actions / 2, actions, np.stack(proprioception)
     return StateEpisode(0, seed, 1, *values), np.stack(frames)
 
 
@@ -101,6 +103,29 @@ def test_a_finished_episode_whose_frames_are_damaged_is_rendered_again(lift, tmp
     target.write_bytes(bytes(len(content)))
     render_frames(plan, target, notes, processes=1)
     assert target.read_bytes() == content
+
+
+def test_the_dataset_holds_clean_and_executed_actions_and_one_without_the_latter_has_the_same_frames(
+    lift, tmp_path, monkeypatch
+):
+    file, _ = lift
+    frames, _ = render(file, tmp_path)
+    root, options = tmp_path / "data", {"repo_id": "vega/lift", "frame_size": SIZE, "rendering": "fast"}
+    table, episodes = read_table(root, executed=True), read_states(file)
+    for found, name in ((table.action, "actions"), (table.executed, "executed")):
+        assert np.array_equal(found, np.concatenate([getattr(episode, name) for episode in episodes]))
+    torch.testing.assert_close(table.executed, 2 * table.action, atol=2e-5, rtol=0)  # as `simulate` made them
+    assert read_table(root).executed is None
+    monkeypatch.setattr("envs.demos.render.render_episode", None)  # nothing is rendered
+    monkeypatch.setattr("envs.demos.render.dataset_features", partial(dataset_features, executed=False))
+    render_states([file], root=tmp_path / "old", cache_root=tmp_path / "cache", **options)
+    assert fingerprint_frames(tmp_path / "old") == fingerprint_frames(root)
+    assert "executed_action" not in read_info(tmp_path / "old")["features"]
+    monkeypatch.undo()
+    again, _ = render(file, tmp_path)  # the old dataset's cache is that of the new one
+    assert np.array_equal(again, frames)
+    with pytest.raises(DatasetError, match=r"expected the columns .*, found no executed_action"):
+        read_table(tmp_path / "old", executed=True)
 
 
 @pytest.mark.slow

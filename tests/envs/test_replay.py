@@ -49,6 +49,7 @@ def test_a_dataset_is_rendered_again_at_another_size_with_the_same_states_and_ac
     for one, other in zip(read_episodes(dataset), read_episodes(tmp_path / "larger"), strict=True):
         assert np.array_equal(one.recording.states, other.recording.states)
         assert np.array_equal(one.recording.actions, other.recording.actions)
+        assert np.array_equal(one.recording.executed, other.recording.executed)
         assert one.recording.seed == other.recording.seed
     small, large = (
         LeRobotDataset("vega/lift", root=root, video_backend="pyav")

@@ -227,6 +227,28 @@ def test_the_loss_leaves_the_prefix_out(make):
 
 
 @MAKERS
+def test_a_prefix_of_other_actions_is_what_the_head_is_given_and_the_targets_stay(make):
+    made, seen = make(prefix_steps=3), context()
+    actions, executed, noise = torch.randn(3, 2, 5, 3).unbind()
+    time = torch.rand(2, 5)
+    time[0, :2], time[1, :0] = 0.0, 0.0  # the second sample has no prefix
+    for weight in made.parameters():  # away from adaLN-zero's identity
+        weight.data += 0.1 * torch.randn_like(weight)
+
+    def loss(values, prefix=None):
+        return made.loss(*seen, values, None, noise, time, None, prefix)
+
+    mixed = torch.where((time == 0)[..., None], executed, actions)
+    assert torch.equal(loss(actions, executed), loss(mixed))  # the loss leaves the prefix out
+    assert torch.equal(
+        loss(actions, mixed), loss(actions, executed)
+    )  # after it nothing of `executed` is read
+    assert torch.equal(loss(actions, actions), loss(actions))
+    differs = loss(actions, executed) != loss(actions)
+    assert differs.tolist() == [True, False]
+
+
+@MAKERS
 def test_a_chunk_begins_with_its_prefix_and_continues_it(make):
     made, (seen, mask) = make(prefix_steps=3), context()
     optimizer = torch.optim.Adam(made.parameters(), lr=3e-3)

@@ -127,7 +127,7 @@ def test_a_pair_shares_noise_time_and_prefix(data, tmp_path, head, monkeypatch):
         trainer.state.policy.model.head, "loss", lambda *args: (given.append(args), forward(*args))[1]
     )
     trainer.fit()
-    for _, _, actions, _, noise, time, _ in given:
+    for _, _, actions, _, noise, time, *_ in given:
         assert not torch.equal(actions[::2], actions[1::2])
         assert torch.equal(time[::2], time[1::2])
         assert (noise is None) == (head == "l1")

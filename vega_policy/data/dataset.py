@@ -22,6 +22,7 @@ from vega_policy.config import check_choice, check_choices, check_numbers
 from vega_policy.data.dataset_files import (
     ACTION,
     DISPLACEMENT,
+    EXECUTED,
     FORMAT,
     STATE,
     DatasetError,
@@ -355,6 +356,8 @@ def fingerprint_dataset(root: Path, table: "FrameTable") -> dict[str, str]:
     """
     statistics, displacement = root / "meta" / "stats.json", table.displacement
     more = {} if displacement is None else {"displacements": hash_bytes(displacement.numpy().tobytes())}
+    if table.executed is not None:
+        more["executed actions"] = hash_bytes(table.executed.numpy().tobytes())
     return more | {
         "actions": hash_bytes(table.action.numpy().tobytes()),
         "states": hash_bytes(table.state.numpy().tobytes()),
@@ -501,19 +504,21 @@ class FrameTable:
     tasks: tuple[str, ...]  # instructions
     fps: int
     displacement: Tensor | None = None  # of the target from the gripper, float32 [n 3] m, if it is read
+    executed: Tensor | None = None  # action with its noise, as the robot executed it, float32 [n a], if read
 
     def __len__(self) -> int:
         """Return the number of frames n."""
         return len(self.action)
 
-    def chunks(self, rows: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    def chunks(self, rows: Tensor, length: int, action: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return the chunks of `length` actions from rows [b] on: actions [b t a] and `is_pad` [b t].
 
-        Beyond an episode's end its last action is repeated, and `is_pad` is True.
+        Beyond an episode's end its last action is repeated, and `is_pad` is True. Other actions than the
+        table's may be given, [n a].
         """
         steps = rows[:, None] + torch.arange(length)  # [b t]
         last = (self.episode_end[rows] - 1)[:, None]
-        return self.action[torch.minimum(steps, last)], steps > last
+        return (self.action if action is None else action)[torch.minimum(steps, last)], steps > last
 
     def every(self, stride: int) -> Tensor:
         """Return whether each row is one of every `stride`-th of its episode from the first on, bool [n]."""
@@ -568,15 +573,17 @@ def read_table(
     task: str | None = None,
     *,
     displacement: bool = False,
+    executed: bool = False,
 ) -> FrameTable:
     """Read the table of all episodes of a finalized LeRobotDataset v3 (`meta/` and `data/` below `root`).
 
-    `stored_names` are those of state, action and displacement in the files; `task` replaces all instructions.
+    `stored_names` are those of the features in the files; `task` replaces all instructions. Displacements and
+    executed actions are read where they are requested.
 
     Raises:
         DatasetError: If a column is missing or ragged, or frames have a task without a sentence.
     """
-    features = (STATE, ACTION, DISPLACEMENT) if displacement else (STATE, ACTION)
+    features = [STATE, ACTION, *([DISPLACEMENT] if displacement else []), *([EXECUTED] if executed else [])]
     names = {name: (stored_names or {}).get(name, name) for name in features}
     columns = ["index", *names.values(), "episode_index", "task_index"]
     tables = []
@@ -598,6 +605,7 @@ def read_table(
         state=values[STATE],
         action=values[ACTION],
         displacement=values.get(DISPLACEMENT),
+        executed=values.get(EXECUTED),
         episode=episode,
         episode_end=torch.repeat_interleave(ends, lengths),
         task=torch.from_numpy(task_index),
@@ -645,7 +653,8 @@ def check_finite(table: FrameTable, rows: Tensor, source: str | Path) -> None:
     Raises:
         ValueError: Names the first episode and frame.
     """
-    for name, values in ((ACTION, table.action), (STATE, table.state), (DISPLACEMENT, table.displacement)):
+    more = ((DISPLACEMENT, table.displacement), (EXECUTED, table.executed))
+    for name, values in ((ACTION, table.action), (STATE, table.state), *more):
         if values is None:
             continue
         bad = rows[(~values[rows].isfinite()).any(dim=1)]

@@ -14,6 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 STATE, ACTION, DISPLACEMENT = "observation.state", "action", "displacement"
+EXECUTED = "executed_action"
+"""The action with its noise, as executed. What begins with `action` LeRobot takes for a policy's output."""
 FORMAT = "v3.0"
 _SAMPLE = 1 << 16
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
@@ -147,14 +149,19 @@ def _is_whole(video: Path) -> bool:
 
 
 def fingerprint_frames(root: Path) -> dict[str, str]:
-    """Return a hash of each part of a dataset on which cached frames and features depend."""
-    info = root / "meta" / "info.json"
-    features = read_info(root)["features"].values()
-    stored_as = "data" if any(feature["dtype"] == "image" for feature in features) else "videos"
+    """Return a hash of each part of a dataset on which cached frames and features depend.
+
+    A dataset with executed actions has the same frames, and so the same hashes, as one without.
+    """
+    info, content = read_info(root), (root / "meta" / "info.json").read_bytes()
+    features = info["features"]
+    stored_as = "data" if any(one["dtype"] == "image" for one in features.values()) else "videos"
+    if features.pop(EXECUTED, None) is not None:
+        content = _encode_info(info).encode()
     files = [path for path in list_files(root / stored_as, "") if path.is_file()]
     episodes = list_files(root / "meta" / "episodes", ".parquet")
     return {
-        "features": hash_bytes(info.read_bytes()),
+        "features": hash_bytes(content),
         "episodes": hash_bytes(*(path.read_bytes() for path in episodes)),
         "frames": hash_bytes(
             *(path.relative_to(root).as_posix().encode() + _sample_file(path) for path in files)
@@ -237,6 +244,7 @@ class LowDimensionalEpisode:
     action: np.ndarray  # float32 [t a]
     instruction: str
     displacement: np.ndarray | None = None  # of the target from the gripper, float32 [t 3] m, where known
+    executed: np.ndarray | None = None  # actions with their noise, float32 [t a], where known
 
 
 def write_state_dataset(
@@ -256,6 +264,8 @@ def write_state_dataset(
     }
     if DISPLACEMENT in features:
         values[DISPLACEMENT] = np.concatenate([np.asarray(episode.displacement) for episode in episodes])
+    if EXECUTED in features:
+        values[EXECUTED] = np.concatenate([np.asarray(episode.executed) for episode in episodes])
     tasks = list(dict.fromkeys(instructions))
     for folder in ("data/chunk-000", "meta/episodes/chunk-000"):
         (root / folder).mkdir(parents=True)
@@ -285,7 +295,12 @@ def write_state_dataset(
         "robot_type": robot_type,
         "splits": {"train": f"0:{len(lengths)}"},
     }
-    (root / "meta" / "info.json").write_text(json.dumps(info, indent=4))
+    (root / "meta" / "info.json").write_text(_encode_info(info))
+
+
+def _encode_info(info: dict[str, Any]) -> str:
+    """Return the text of `meta/info.json`, on whose bytes the hashes of `fingerprint_frames` depend."""
+    return json.dumps(info, indent=4)
 
 
 def _frame_rows(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from vega_policy.data.dataset import ACTION, DISPLACEMENT, STATE, FrameTable
+from vega_policy.data.dataset import ACTION, DISPLACEMENT, EXECUTED, STATE, FrameTable
 from vega_policy.run_dir import free_space
 
 Batch = dict[str, Any]
@@ -246,7 +246,7 @@ def join_tables(tables: Sequence[FrameTable]) -> FrameTable:
     """Return one table of the rows of several, with episodes numbered on."""
     if len(tables) == 1:
         return tables[0]
-    known: list[Any] = [table.displacement for table in tables]
+    optional = {name: [getattr(table, name) for table in tables] for name in ("displacement", "executed")}
     sentences = list(dict.fromkeys(text for table in tables for text in table.tasks))
     row, number, ends, episodes, tasks = 0, 0, [], [], []
     for table in tables:
@@ -262,7 +262,7 @@ def join_tables(tables: Sequence[FrameTable]) -> FrameTable:
         task=torch.cat(tasks),
         tasks=tuple(sentences),
         fps=tables[0].fps,
-        displacement=None if any(one is None for one in known) else torch.cat(known),
+        **{name: torch.cat(known) for name, known in optional.items() if all(x is not None for x in known)},
     )
 
 
@@ -272,6 +272,8 @@ def _low_dimensional(table: FrameTable, rows: Tensor, chunk_size: int) -> Batch:
     batch = {STATE: table.state[rows], ACTION: action, "action_is_pad": is_pad, "task": task}
     if table.displacement is not None:
         batch[f"vega.{DISPLACEMENT}"] = table.displacement[rows]
+    if table.executed is not None:
+        batch[f"vega.{EXECUTED}"], _ = table.chunks(rows, chunk_size, table.executed)
     return batch
 
 

@@ -105,8 +105,12 @@ class ActionHead(Protocol):
         noise: Tensor | None = None,
         time: Tensor | None = None,
         condition: Tensor | None = None,
+        prefix: Tensor | None = None,
     ) -> Tensor:
-        """Return the loss of each sample, [b]; is_pad [b t] marks steps after the end of the episode."""
+        """Return the loss of each sample, [b]; is_pad [b t] marks steps after the end of the episode.
+
+        Of `prefix` [b t a] the actions at time 0 are given to the head; None gives those of `actions`.
+        """
         ...
 
     def sample(
@@ -182,6 +186,7 @@ class FlowHead(nn.Module):
         noise: Tensor | None = None,
         time: Tensor | None = None,
         condition: Tensor | None = None,
+        prefix: Tensor | None = None,
     ) -> Tensor:
         """Return the squared error of the velocity on the straight path, without padding and prefix, [b].
 
@@ -191,6 +196,8 @@ class FlowHead(nn.Module):
         if noise is None or time is None:
             raise ValueError("The flow head needs noise [b t a] and time [b]; see sample_noise_and_time.")
         x = interpolate(actions, noise, time)
+        if prefix is not None and time.dim() == 2:
+            x = torch.where((time == 0)[..., None], prefix, x)
         predicted = self.velocity(self.norm_context(context), mask, x, time, condition)
         return masked_mean_square(predicted - velocity(actions, noise), without_prefix(is_pad, time))
 
@@ -331,10 +338,11 @@ class L1Head(nn.Module):
         noise: Tensor | None = None,
         time: Tensor | None = None,
         condition: Tensor | None = None,
+        prefix: Tensor | None = None,
     ) -> Tensor:
         """Return the mean absolute error, without padding and prefix, [b]; noise is not used."""
-        prefix = None if time is None else (actions, time == 0)
-        error = (self.predict(context, mask, prefix, condition) - actions).abs()
+        known = None if time is None else (actions if prefix is None else prefix, time == 0)
+        error = (self.predict(context, mask, known, condition) - actions).abs()
         return masked_mean(error, without_prefix(is_pad, time))
 
     def predict(

@@ -211,6 +211,9 @@ class BackboneConfig:
         return self.freeze_image_encoder and (self.name == "compact" or self.freeze_connector)
 
 
+PREFIX_ACTIONS = ("clean", "executed")
+
+
 @dataclass(frozen=True)
 class ActionHeadConfig:
     """The action head that turns the context into a chunk of actions."""
@@ -226,11 +229,19 @@ class ActionHeadConfig:
     # training for delay: most actions under way that a chunk is conditioned on; 0: none
     prefix_steps: int = 0
     prefix_dropout: float = 0.5  # part of the training samples without a prefix
+    # actions in the prefix: the targets (`clean`), or those with the noise that the robot executed
+    prefix_actions: str = "clean"
 
     def __post_init__(self) -> None:
         check_numbers(self, "head.", width="[1, inf)", heads="[1, inf)", steps="[1, inf)", depth="[0, inf)")
         check_numbers(self, "head.", time_power="(0, inf)", dropout="[0, 1)", prefix_dropout="[0, 1)")
         check_numbers(self, "head.", prefix_steps="[0, inf)")
+        check_choices(self, "head.", prefix_actions=PREFIX_ACTIONS)
+        if self.prefix_actions == "executed" and not self.prefix_steps:
+            raise ValueError(
+                "head.prefix_actions=executed needs a prefix: expected head.prefix_steps of at least 1; got "
+                "0. Set it, or head.prefix_actions=clean."
+            )
         if self.width % self.heads or self.width % 2:
             raise ValueError(
                 f"head.width must be even and a multiple of head.heads; got width {self.width}, "

@@ -294,6 +294,7 @@ class VegaModel(VegaEncoder):
         prior_generator: torch.Generator | None = None,
         future: FutureFrames | None = None,
         displacement: Displacement | None = None,
+        prefix: Tensor | None = None,  # [b t a], normalised actions of a prefix; None: those of `actions`
     ) -> Tensor:
         """Return the loss of each sample, [b]; in training mode with those of auxiliary heads, by weight.
 
@@ -302,7 +303,7 @@ class VegaModel(VegaEncoder):
         """
         context, mask, predicted = self._encode(observation, prior_generator)
         found, condition = self._locate(context, mask, displacement)
-        losses = self.head.loss(context, mask, actions, is_pad, noise, time, condition)
+        losses = self.head.loss(context, mask, actions, is_pad, noise, time, condition, prefix)
         if not self.training:
             return losses
         errors = {}

@@ -28,6 +28,7 @@ from vega_policy.data import feature_cache
 from vega_policy.data.dataset import (
     ACTION,
     DISPLACEMENT,
+    EXECUTED,
     STATE,
     DatasetConfig,
     DatasetError,
@@ -177,10 +178,8 @@ def load_data(config: TrainConfig) -> TrainData:
         match_features(config.vega, dataset)
     _join_metadata(config.vega, datasets)
     weights = [entry.weight for entry in config.dataset.mixture or ()] or [1.0]
-    parts = [
-        _read_part(*one, displacement=check_displacement(one[1], config.vega.displacement.weight))
-        for one in zip(configs, datasets, weights, strict=True)
-    ]
+    needed = [_needed_features(dataset, config.vega) for dataset in datasets]
+    parts = [_read_part(*one) for one in zip(configs, datasets, weights, needed, strict=True)]
     joined, starts = join_tables([part.table for part in parts]), [0]
     starts += [start + len(part.table) for start, part in zip(starts, parts[:-1], strict=False)]
     rows, held_out = (
@@ -227,10 +226,18 @@ def _join_metadata(policy: VegaConfig, datasets: Sequence[LocalDataset]) -> None
         policy.dataset_rendering = None
 
 
+def _needed_features(dataset: LocalDataset, policy: VegaConfig) -> dict[str, bool]:
+    """Return which features beside state and action training reads, by argument of `read_table`."""
+    return {
+        "displacement": check_displacement(dataset, policy.displacement.weight),
+        "executed": check_executed(dataset, policy.head.prefix_actions),
+    }
+
+
 def _read_part(
-    config: DatasetConfig, dataset: LocalDataset, weight: float, *, displacement: bool
+    config: DatasetConfig, dataset: LocalDataset, weight: float, needed: dict[str, bool]
 ) -> DataPart:
-    table = read_table(dataset.root, dataset.stored_names, config.task, displacement=displacement)
+    table = read_table(dataset.root, dataset.stored_names, config.task, **needed)
     training, held_out = (table.rows_of(rows) for rows in table.split(config.held_out, config.episodes))
     check_finite(table, torch.cat([training, held_out]), dataset.root)
     observed = table.every(config.frame_stride)
@@ -340,7 +347,7 @@ def _without_new_parts(vega: VegaConfig, saved: VegaConfig, new_fusion: bool) ->
         return vega
     known = copy(vega)
     if prefix:
-        known.head = replace(vega.head, prefix_steps=0)
+        known.head = replace(vega.head, prefix_steps=0, prefix_actions="clean")
     if displacement:
         known.displacement = saved.displacement
     if new_fusion:
@@ -422,6 +429,24 @@ def check_displacement(dataset: LocalDataset, weight: float) -> bool:
             "displacement=true; docs/data.md), or set policy.displacement.weight=0."
         )
     return weight > 0
+
+
+def check_executed(dataset: LocalDataset, prefix_actions: str) -> bool:
+    """Return whether the prefix holds the executed actions.
+
+    Raises:
+        DatasetError: If it does, and the dataset has none.
+    """
+    if prefix_actions == "clean":
+        return False
+    shapes = [list(dataset.features.get(name, {}).get("shape", [])) for name in (ACTION, EXECUTED)]
+    if shapes[0] != shapes[1]:
+        raise DatasetError(
+            f"head.prefix_actions=executed needs the feature {EXECUTED} {shapes[0]} in {dataset.root}; got "
+            f"{shapes[1] or 'none'}. Render it again from its states into a new folder (vega-render; "
+            "docs/data.md), or set head.prefix_actions=clean."
+        )
+    return True
 
 
 def check_forecast(policy: VegaConfig, data: DatasetConfig) -> tuple[int, ...]:

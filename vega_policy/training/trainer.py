@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vega_policy.checkpoints import add_scores, checkpoint_path, prune_checkpoints, read_scores
 from vega_policy.data.augmentation import make_augmentations
-from vega_policy.data.dataset import DatasetConfig, FrameTable, LocalDataset
+from vega_policy.data.dataset import ACTION, EXECUTED, STATE, DatasetConfig, FrameTable, LocalDataset
 from vega_policy.data.dataset_files import hash_bytes
 from vega_policy.data.loader import Batch, PairedRows, ShuffledRows, Source
 from vega_policy.run_dir import disk_guard
@@ -228,9 +228,15 @@ class Trainer:
         return BadStep(step, values["loss"], values["gradient_norm"], rows, wrong[:8])
 
     def prepare(self, batch: Batch) -> Batch:
-        """Pre-process a batch; cached streams only change device and, except frames, become float32."""
+        """Pre-process a batch; cached streams only change device and, except frames, become float32.
+
+        Executed actions are brought into the units of the policy's actions.
+        """
         cached = {name: batch.pop(name) for name in list(batch) if name.startswith("vega.")}
         device = self.accelerator.device
+        if (executed := cached.get(f"vega.{EXECUTED}")) is not None:
+            beside = {name: batch[name] for name in (STATE, "task")}  # relative actions need the state
+            cached[f"vega.{EXECUTED}"] = self.state.processors[0](beside | {ACTION: executed})[ACTION]
         moved = {name: value.to(device, non_blocking=True) for name, value in cached.items()}
         moved |= {name: value.float() for name, value in moved.items() if value.is_floating_point()}
         return {**self.state.processors[0](batch), **moved}
