@@ -319,6 +319,21 @@ Options = dict[str, dict[str, Any]]
 SCENE_SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "lift_wide")
 
 
+INFERENCE: Options = {
+    "sync": {"type": "sync"},
+    "async": {"type": "rtc", "queue_threshold": 10, "rtc": {"enabled": False}},
+    "rtc": {
+        "type": "rtc",
+        "queue_threshold": 10,  # the next chunk is predicted when so many actions are left
+        "rtc": {
+            "execution_horizon": 10,  # so many of the actions left guide the next chunk
+            "max_guidance_weight": 10.0,
+        },
+    },
+}
+"""How a robot gets its next chunk, in LeRobot's terms; docs/deploy.md says what each does."""
+
+
 def register_groups() -> None:
     """Store all generated options in Hydra's ConfigStore, and the settings that every command shares."""
     store = ConfigStore.instance()
@@ -340,6 +355,7 @@ def generated_groups() -> dict[str, Options]:
         "env": dict(_environments()),
         "scenes": _scenes(),
         "dataset": dict(_demonstrations()),
+        "inference": INFERENCE,
     }
 
 
