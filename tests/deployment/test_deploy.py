@@ -310,13 +310,13 @@ def plan_two_chunks(inference):
     return engine, given, planned, postprocess
 
 
-def test_only_actions_that_are_displacements_can_be_caught_up():
+def test_catch_up_is_refused_for_positions_relative_to_the_state():
     policy, (preprocess, postprocess) = relative_policy()
     safety = SafetyFilter(LIMITS, period=0.1, max_observation_age=1e9)
     context = make_context(Robot(), None, safety)
     context.policy = SimpleNamespace(policy=policy, preprocessor=preprocess, postprocessor=postprocess)
     assert read_catch_up({"catch_up": []}, context, safety) == ()
-    with pytest.raises(ValueError, match="catch_up: expected indices of actions, from 0 to 1; got"):
+    with pytest.raises(ValueError, match="catch_up: expected a list of indices of actions, from 0 to 1; got"):
         read_catch_up({"catch_up": [2]}, context, safety)
     with pytest.raises(ValueError, match="since the policy's actions are positions relative to the state"):
         read_catch_up({"catch_up": [0]}, context, safety)

@@ -215,6 +215,15 @@ def test_unknown_methods_and_policies_without_real_time_chunking_are_refused(tmp
         run_cells(tmp_path / "run", [Cell("rtc", 0, 0)], policy)
 
 
+def test_catch_up_is_refused_where_no_action_is_a_displacement(tmp_path):
+    with pytest.raises(ValueError, match="catch_up needs actions that are displacements"):
+        list(
+            benchmark_latency(
+                Counter(), LocalPool(), [], [Cell("catch_up", 4, 0)], output=tmp_path, settings={}
+            )
+        )
+
+
 def test_a_log_of_an_older_version_is_refused(tmp_path):
     log = tmp_path / "old.jsonl"
     line = {"episode": 0, "success": True, "steps": 3, "held_steps": 0, "late_steps": 0, "cut_short": False}
@@ -223,10 +232,13 @@ def test_a_log_of_an_older_version_is_refused(tmp_path):
         summarize_log("sync", log)
 
 
+@pytest.mark.parametrize(("delay", "under_way"), [(4, 0), (2, 2)])
 @pytest.mark.parametrize(("method", "position"), [("async", 0.0), ("catch_up", 1.0)])
-def test_a_late_chunk_of_displacements_arrives_only_if_it_makes_up_for_them(method, position):
+def test_a_late_chunk_of_displacements_arrives_only_if_it_makes_up_for_them(
+    method, position, delay, under_way
+):
     """Each chunk moves to 1 in its first four actions, all of which come too late."""
-    cell, sizes = Cell(method, 4, 0), {"action_steps": 8, "threshold": 8, "action_size": 2}
+    cell, sizes = Cell(method, delay, under_way), {"action_steps": 8, "threshold": 8, "action_size": 2}
     plan, here = DelayedPlan(cell, displacements=[0], **sizes), 0.0
     plan.advance(np.zeros((16, 2), np.float32))  # the hand rests
     for _ in range(3):

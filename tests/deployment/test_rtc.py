@@ -247,8 +247,45 @@ def test_the_queue_makes_up_in_the_policys_units_and_in_the_robots():
     torch.testing.assert_close(queue.pop(), torch.tensor([50.0, 70.0]))
 
 
+@pytest.mark.parametrize("sync", [True, False])
+def test_an_engine_makes_up_for_displacements(sync):
+    """The first chunk moves by 1 a step, the second by 3; two actions of the first are taken in its place."""
+    chunks, taken = iter([torch.full((8, 1), 1.0), torch.full((8, 1), 3.0)]), []
+
+    def predict(*_):
+        chunk = next(chunks)
+        if not sync and taken:  # meanwhile the robot goes on
+            take(2)
+        return chunk, chunk
+
+    def take(steps):
+        for _ in range(steps):
+            taken.append(int(engine.get_action(None)))
+            engine.command_sent(len(taken))
+
+    def observe(reflected):
+        safety.set_observation_time(time.monotonic())
+        engine.notify_observation({LAST_COMMAND: reflected})
+        if not sync:
+            engine.predict_if_due()
+
+    safety = SafetyFilter([JointLimits("x.pos", -1.0, 1.0)], period=PERIOD, max_observation_age=1e9)
+    shared = (predict, lambda: None, safety, CommandsUnderWay(PERIOD))
+    if sync:
+        engine = SyncEngine(*shared, [0], action_steps=2)
+    else:
+        engine = RealTimeEngine(*shared, [0], threshold=8, shutdown=threading.Event())
+    observe(0)
+    take(2 if sync else 1)
+    observe(0 if sync else 1)  # both are under way, or none is
+    take(2)
+    assert taken == ([1, 1, 5, 5] if sync else [1, 1, 1, 5, 5])
+
+
 def test_indices_that_are_not_of_an_action_are_refused():
     check_displacements("catch_up", [0, 6], 7)
-    for wrong in ([7], [-1], [0.5]):
-        with pytest.raises(ValueError, match="catch_up: expected indices of actions, from 0 to 6; got"):
+    for wrong in ([7], [-1], [0.5], [True], None, 3):
+        with pytest.raises(
+            ValueError, match="catch_up: expected a list of indices of actions, from 0 to 6; got"
+        ):
             check_displacements("catch_up", wrong, 7)

@@ -393,7 +393,7 @@ class Evaluation:
 def split_scenes(questions: QuestionBatch, every: int) -> tuple[Tensor, Tensor]:
     """Return the rows of the questions to train on, and those about one in `every` scenes, drawn at random.
 
-    Scenes of several tasks take turns, so that each second one, say, would be of one task alone.
+    The scenes of several tasks alternate, so that a fixed stride could pick those of one task alone.
     """
     scenes = questions.scene.unique()
     order = torch.randperm(len(scenes), generator=torch.Generator().manual_seed(0))

@@ -324,9 +324,9 @@ INFERENCE: Options = {
     "async": {"type": "rtc", "queue_threshold": 10, "rtc": {"enabled": False}},
     "rtc": {
         "type": "rtc",
-        "queue_threshold": 10,  # the next chunk is predicted when so many actions are left
+        "queue_threshold": 10,  # predict the next chunk when at most 10 actions are left
         "rtc": {
-            "execution_horizon": 10,  # so many of the actions left guide the next chunk
+            "execution_horizon": 10,  # 10 of the actions left guide the next chunk
             "max_guidance_weight": 10.0,
         },
     },

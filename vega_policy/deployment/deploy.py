@@ -301,8 +301,8 @@ def read_catch_up(
     Raises:
         ValueError: If one is not the index of an action, or the plan is made of positions: they lose nothing.
     """
+    check_displacements("catch_up", config["catch_up"], len(safety.limits))
     indices = tuple(config["catch_up"])
-    check_displacements("catch_up", indices, len(safety.limits))
     if indices and _relative_step(context) is not None:
         raise ValueError(
             f"catch_up={list(indices)}: expected [], since the policy's actions are positions relative to "

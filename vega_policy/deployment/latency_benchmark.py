@@ -151,6 +151,11 @@ def benchmark_latency(
     size = policy.description.action_size
     if any(cell.method == "catch_up" for cell in cells):
         check_displacements("displacements", displacements, size)
+        if not displacements:
+            raise ValueError(
+                "methods: catch_up needs actions that are displacements, and displacements is []. Leave it out "
+                "where actions are positions: it would be async."
+            )
     with open_run(output, settings):
         path = output / EPISODES_FILE
         raw: list[Row] = pq.read_table(path).to_pylist() if path.is_file() else []

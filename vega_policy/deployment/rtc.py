@@ -71,17 +71,18 @@ class CommandsUnderWay:
         self._commands.clear()
 
 
-def catch_up(planned: Tensor, executed: Tensor, rest: Tensor, displacements: Sequence[int]) -> Tensor:
+def catch_up(planned: Tensor, taken: Tensor, rest: Tensor, displacements: Sequence[int]) -> Tensor:
     """Return the rest [t a] of a late chunk with what it planned for the steps that it missed.
 
-    `planned` and `executed` [d a] are its own actions of those steps and the ones that were executed instead.
-    Actions that are displacements (their indices) move the robot elsewhere if they differ: the sum of the
-    differences is spread evenly over the next d actions of the rest, or over all if there are fewer.
+    `planned` and `taken` [d a] are its own actions of those steps and the last plan's, which were taken
+    instead; what safety limits cut off them is not made up for. Actions that are displacements (their
+    indices) move the robot elsewhere if they differ: the sum of the differences is spread evenly over the
+    next d actions of the rest, or over all if there are fewer.
     """
     steps, columns = min(len(planned), len(rest)), list(displacements)
     if not steps or not columns:
         return rest
-    missed = (planned - executed[: len(planned)])[:, columns].sum(dim=0)
+    missed = (planned - taken[: len(planned)])[:, columns].sum(dim=0)
     rest = rest.clone()
     rest[:steps, columns] += missed / steps
     return rest
@@ -93,9 +94,11 @@ def check_displacements(name: str, displacements: Sequence[int], size: int) -> N
     Raises:
         ValueError: Says what was expected and received.
     """
-    if not all(isinstance(index, int) and 0 <= index < size for index in displacements):
+    if not isinstance(displacements, Sequence) or not all(
+        type(index) is int and 0 <= index < size for index in displacements
+    ):
         raise ValueError(
-            f"{name}: expected indices of actions, from 0 to {size - 1}; got {list(displacements)}."
+            f"{name}: expected a list of indices of actions, from 0 to {size - 1}; got {displacements!r}."
         )
 
 
