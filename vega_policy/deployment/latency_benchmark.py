@@ -148,14 +148,8 @@ def benchmark_latency(
     if not policy.supports_rtc and any(cell.method in ("lerobot", "rtc") for cell in cells):
         supported = [name for name in METHODS if name not in ("lerobot", "rtc")]
         raise ValueError(f"methods: {policy.description.name} supports only {', '.join(supported)}")
-    size = policy.description.action_size
     if any(cell.method == "catch_up" for cell in cells):
-        check_displacements("displacements", displacements, size)
-        if not displacements:
-            raise ValueError(
-                "methods: catch_up needs actions that are displacements, and displacements is []. Leave it out "
-                "where actions are positions: it would be async."
-            )
+        _check_catch_up(displacements, policy.description.action_size)
     with open_run(output, settings):
         path = output / EPISODES_FILE
         raw: list[Row] = pq.read_table(path).to_pylist() if path.is_file() else []
@@ -174,6 +168,16 @@ def benchmark_latency(
             yield rows[-1]
         with atomic_file(output / PLOT_FILE) as draft:
             plot_latency(rows).savefig(draft, format="png", dpi=120)
+
+
+def _check_catch_up(displacements: Sequence[int], size: int) -> None:
+    """Refuse indices that are not of an action [size], and none at all."""
+    check_displacements("displacements", displacements, size)
+    if not displacements:
+        raise ValueError(
+            "methods: catch_up needs actions that are displacements, and displacements is []. Leave it out "
+            "where actions are positions: it would be async."
+        )
 
 
 def _run_cell(
