@@ -711,9 +711,9 @@ class _CachedTrainer:
             None if part is None else part.sum(dtype=torch.float64).item()
             for part in (features.semantic, features.prior)
         ]
-        content = [(q.scene, q.text, q.label, q.number, q.box) for q in self._questions.train]
+        content = [asdict(question) for question in self._questions.train]
         values = {"config": asdict(config), "training": asdict(training), "features": sums}
-        return cache_key(answers=3, arm=asdict(arm), scenes=self._cache.key, questions=content, **values)
+        return cache_key(answers=4, arm=asdict(arm), scenes=self._cache.key, questions=content, **values)
 
 
 def ablate_prior(features: Features, seed: int = 0) -> Mapping[str, Features]:

@@ -266,7 +266,7 @@ def make_engine(
             part.reset()
 
     steps: list[Any] = list(context.policy.preprocessor.steps)
-    relative = _relative_step(context)
+    relative = _relative_step(steps)
     is_vega = isinstance(policy, VegaPolicy | VegaRemotePolicy)
     # With rtc, and with sync for our own policies, a chunk is predicted with the actions under way.
     continues = inference.rtc.enabled if isinstance(inference, RTCInferenceConfig) else is_vega
@@ -287,9 +287,8 @@ def make_engine(
     return RealTimeEngine(predict, reset, safety, under_way, catch_up, **options)
 
 
-def _relative_step(context: RolloutContext) -> Any:
-    """Return the step that makes actions relative to the state, if the policy has one."""
-    steps: list[Any] = list(context.policy.preprocessor.steps)
+def _relative_step(steps: Sequence[Any]) -> Any:
+    """Return the pre-processor's step that makes actions relative to the state, if there is one."""
     return next((s for s in steps if isinstance(s, RelativeActionsProcessorStep) and s.enabled), None)
 
 
@@ -303,7 +302,7 @@ def read_catch_up(
     """
     check_displacements("catch_up", config["catch_up"], len(safety.limits))
     indices = tuple(config["catch_up"])
-    if indices and _relative_step(context) is not None:
+    if indices and _relative_step(context.policy.preprocessor.steps) is not None:
         raise ValueError(
             f"catch_up={list(indices)}: expected [], since the policy's actions are positions relative to "
             "the state. Leave it out."
