@@ -161,10 +161,12 @@ def write_scenes(folder: Path, processes: int = 1, **values: Any) -> list[Path]:
     spec = decode_spec(SceneSpec, values)
     paths = [folder / f"{index:04d}.npz" for index in range(spec.count)]
     missing = [index for index, path in enumerate(paths) if not path.is_file()]
-    jobs = [
-        (folder, spec, task, [index for index in missing if index % len(spec.tasks) == place])
+    shares = math.ceil(processes / len(spec.tasks))  # of a task's scenes, so that no process is idle
+    groups = [
+        (task, [index for index in missing if index % len(spec.tasks) == place])
         for place, task in enumerate(spec.tasks)
     ]
+    jobs = [(folder, spec, task, group[first::shares]) for task, group in groups for first in range(shares)]
     for _ in run_jobs(_write_scenes_of_task, [job for job in jobs if job[-1]], processes):
         pass
     return paths

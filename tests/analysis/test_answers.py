@@ -12,7 +12,7 @@ import torch
 from tests.policies import TEXT_ENCODER
 from tests.synthetic_scenes import scenes
 from vega_policy.analysis import decode
-from vega_policy.analysis.features import FeatureCache
+from vega_policy.analysis.features import FeatureCache, Features
 from vega_policy.analysis.probe import (
     Episode,
     compute_gates,
@@ -26,7 +26,6 @@ from vega_policy.analysis.spatial_qa import Question, chance_scores, make_questi
 from vega_policy.analysis.spatial_qa_model import (
     QUESTION_PAIRS,
     AnswerCodec,
-    Features,
     QATraining,
     QuestionSampler,
     SpatialQAModel,
@@ -322,9 +321,63 @@ def test_a_run_compares_frame_and_future_and_resumes_from_its_cache(tmp_path, mo
     assert (tmp_path / "run" / "answers.parquet").read_bytes() == first
 
 
+@pytest.mark.parametrize("device", ["gpu", "cuda:99"])
+def test_a_device_that_torch_does_not_have_is_refused_before_scenes_are_rendered(device, tmp_path):
+    settings = decode(QUESTIONS | {"device": device, "cache_root": str(tmp_path)})
+    with pytest.raises(ValueError, match=f"device: expected null, cpu, cuda .*; got '{device}'"):
+        run(settings)
+    assert not list(tmp_path.iterdir())
+
+
+def test_features_of_another_device_have_a_cache_of_their_own():
+    cpu, gpu = (FeatureCache([], "none", 64, device=torch.device(name)) for name in ("cpu", "cuda"))
+    assert cpu.device_key == {}, "files of the CPU keep their names"
+    assert gpu.device_key == {"device": "cuda"}
+
+
+class MetaWords:
+    """Words of any phrase, without values."""
+
+    def __init__(self, width):
+        self.width = width
+
+    def __contains__(self, phrase):
+        return True
+
+    def __call__(self, phrases):
+        words = torch.empty(len(phrases), 3, self.width, device="meta")
+        return words, torch.empty(len(phrases), 3, dtype=torch.bool, device="meta")
+
+
+def test_a_training_step_neither_leaves_its_device_nor_waits_for_it():
+    """Values of the meta device cannot be read, and other tensors than indices must lie there, too."""
+    asked, features = counted([0, 1, 0, 1])
+    batch = AnswerCodec(asked).encode(asked)
+    shown = Features(features.semantic.to("meta"), None)
+    model = SpatialQAModel(CONFIG, 2, shown)
+    assert {part.device.type for part in model.state_dict().values()} == {"meta"}
+    model.words = MetaWords(model.encoder.backbone.text_encoder.width)
+    loss = model.loss(shown, batch)
+    loss.backward()
+    assert model.places.grad.device == loss.device == shown.semantic.device
+
+
+def test_kept_words_are_those_of_the_text_encoder():
+    asked, features = counted([0, 1, 0, 1])
+    batch, model = AnswerCodec(asked).encode(asked), SpatialQAModel(CONFIG, 2, features).eval()
+    with torch.no_grad():
+        encoded = model(features, batch)
+        model.keep_words(batch)
+        for kept, expected in zip(model(features, batch), encoded, strict=True):
+            assert torch.equal(kept, expected)
+    assert isinstance(model.encode_words(["bowl", ""]), tuple)
+    assert model.encode_words(["bowl", "spoon"]) == ["bowl", "spoon"], "spoon was not kept"
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"measure": "space", "device": "cuda"}, "device=cuda: measure=space runs on the CPU"),
         ({"prior": {"name": "wan_tiny", "clip": "future"}}, "read single frames .*got 'future'"),
         ({"questions": {"scenes": 0}}, "it needs a suite and questions.scenes"),
         ({"questions": {"seeds": []}}, "at least one of seeds"),

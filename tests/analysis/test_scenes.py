@@ -158,15 +158,18 @@ def test_a_thing_is_in_the_overview_where_its_box_projects(table):
 
 
 @pytest.mark.slow
-def test_scenes_on_disk_do_not_depend_on_interruptions(tmp_path):
+def test_scenes_on_disk_depend_neither_on_interruptions_nor_on_processes(tmp_path):
     order = {"suite": "lift_wide", "tasks": [0], "count": 2, "frame_size": 32, "views": 2}
-    paths = write_scenes(tmp_path, **order)
+    paths = write_scenes(tmp_path / "one", **order)
     first = [load_scene(path) for path in paths]
     paths[1].unlink()
-    again = [load_scene(path) for path in write_scenes(tmp_path, **order)]
-    for one, other in zip(first, again, strict=True):
-        np.testing.assert_array_equal(one.views.segments, other.views.segments)
-        assert one.objects == other.objects
+    again = [load_scene(path) for path in write_scenes(tmp_path / "one", **order)]
+    apart = [load_scene(path) for path in write_scenes(tmp_path / "two", processes=2, **order)]
+    for one, *others in zip(first, again, apart, strict=True):
+        for other in others:
+            np.testing.assert_array_equal(one.views.frames, other.views.frames)
+            np.testing.assert_array_equal(one.views.segments, other.views.segments)
+            assert one.objects == other.objects
     assert {thing.category for one in first for thing in one.objects} == {"cube"}
     assert (first[0].views.poses != first[1].views.poses).any()
 

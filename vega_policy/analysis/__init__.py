@@ -135,6 +135,7 @@ class ProbeSettings:
     radius: float = 0.1  # m, distance within which a retrieved token is correct
     max_depth: float = 10.0  # m, depth beyond it counts as unknown
     processes: int = 2  # simulator processes
+    device: str | None = None  # of measure=questions (None: the best there is); the others run on the CPU
     seed: int = 0  # of scenes, weights and question sampling
     scene_writer: str = "envs.posed_views.write_scenes"  # dotted path: analysis does not import envs
     episode_writer: str = "envs.posed_views.write_episode"
@@ -146,6 +147,8 @@ class ProbeSettings:
         check_choices(self, "", measure=("space", "future", "questions"))
         if self.frame_size % STRIDE:
             raise ValueError(f"frame_size must be a multiple of {STRIDE}; got {self.frame_size}")
+        if self.measure != "questions" and self.device not in (None, "cpu"):
+            raise ValueError(f"device={self.device}: measure={self.measure} runs on the CPU; leave it null")
         if self.measure == "future":
             self._check_future()
         elif self.prior.clip != "frame":

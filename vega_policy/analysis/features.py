@@ -23,7 +23,7 @@ from vega_policy.backbones.compact import STRIDE, ImageEncoder
 from vega_policy.data.scenes import Demonstration, Scene, load_demonstrations
 from vega_policy.model.config import BackboneConfig, PriorConfig
 from vega_policy.model.layers import grid_positions
-from vega_policy.model.observation import resize
+from vega_policy.model.observation import EncodedText, resize
 from vega_policy.priors import PRIORS, WAN, has_trained_weights, make_prior, resolve
 from vega_policy.priors.base import fingerprint_weights, locate, pool
 from vega_policy.priors.wan import LatentWorldSimulator
@@ -34,6 +34,7 @@ BATCH = 16  # frames encoded at once
 MOMENTS = 8  # of a demonstration, with all cameras, encoded at once
 CACHE_VERSION = 1  # raised when a change of the code changes cached numbers
 UNTRAINED = "untrained copy"
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -379,6 +380,55 @@ def frames_to_float(frames: np.ndarray) -> Tensor:
     return torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 255
 
 
+def to_device(value: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor of the CPU to a device without waiting for it; one that is there is returned."""
+    is_copied = device.type == "cuda" and not value.is_cuda
+    return (value.pin_memory() if is_copied else value).to(device, non_blocking=True)
+
+
+@dataclass(frozen=True)
+class Features:
+    """Outputs of the frozen encoders for s scenes."""
+
+    semantic: Tensor  # of the backbone's image encoder, [s v c gh gw]
+    prior: Tensor | None  # [s v d gh gw]
+
+    def mean(self) -> "Features":
+        """Replace every scene's features by their mean over scenes (blind ablation)."""
+        semantic, prior = (
+            None if part is None else part.mean(0, keepdim=True).expand_as(part)
+            for part in (self.semantic, self.prior)
+        )
+        assert semantic is not None
+        return Features(semantic, prior)
+
+    def __getitem__(self, scenes: Tensor) -> "Features":
+        """Select scenes."""
+        return Features(self.semantic[scenes], None if self.prior is None else self.prior[scenes])
+
+
+class Words:
+    """Output of a frozen text encoder for many phrases, computed once and kept on the encoder's device."""
+
+    def __init__(self, encoder: Callable[[list[str]], EncodedText], phrases: Sequence[str]) -> None:
+        unique = list(dict.fromkeys(phrases))
+        self._rows = {phrase: row for row, phrase in enumerate(unique)}
+        with torch.no_grad():
+            self._words, self._is_word = encoder(unique)
+        self._lengths = self._is_word.sum(dim=1).tolist()
+
+    def __contains__(self, phrase: str) -> bool:
+        """Return whether a phrase was encoded."""
+        return phrase in self._rows
+
+    def __call__(self, phrases: Sequence[str]) -> EncodedText:
+        """Return words [b l c] and their mask [b l], l those of the longest of these phrases."""
+        rows = [self._rows[phrase] for phrase in phrases]
+        index = to_device(torch.tensor(rows), self._words.device)
+        length = max(self._lengths[row] for row in rows)
+        return self._words[:, :length][index], self._is_word[:, :length][index]
+
+
 def cache_key(**identity: object) -> str:
     """Return a hash over all that determines cached numbers, 16 hexadecimal digits."""
     text = json.dumps({"format": CACHE_VERSION, **identity}, sort_keys=True, default=str)
@@ -393,6 +443,12 @@ class FeatureCache:
     key: str  # hash that identifies the scenes
     frame_size: int  # pixels
     folder: Path | None = None  # None keeps nothing
+    device: torch.device = CPU  # where features are computed and returned
+
+    @property
+    def device_key(self) -> dict[str, str]:
+        """What tells numbers of this device from those of the CPU, whose rounding differs."""
+        return {} if self.device.type == "cpu" else {"device": self.device.type}
 
     def semantic(self, config: BackboneConfig) -> Tensor:
         """Return the output of a backbone's image encoder, [s v c gh gw].
@@ -406,7 +462,7 @@ class FeatureCache:
             )
 
         def build() -> Callable[[Tensor], Tensor]:
-            backbone = make_backbone(config, 1, len(self.scenes[0].views), self.frame_size)
+            backbone = make_backbone(config, 1, len(self.scenes[0].views), self.frame_size).to(self.device)
             return lambda frames: backbone.encode(frames[None])[0]
 
         return self._load_or_encode("semantic", build, semantic=asdict(config))
@@ -417,9 +473,16 @@ class FeatureCache:
         clip = {}
         if config.clip != "frame":
             clip = {name: getattr(config, name) for name in ("clip", "future_slots", "slot_pool", "prompt")}
+
+        def build() -> Callable[[Tensor], Tensor]:
+            if self.device.type == "cuda" and is_wan(config) and config.engine == "auto":
+                prior.use_engine("plain")  # frames are encoded once: compiling would take longer
+            prior.to(self.device)
+            return lambda frames: prior(frames[:, None, None])[:, 0].float()
+
         return self._load_or_encode(
             f"untrained {config.name}" if untrained else config.name,
-            lambda: lambda frames: prior(frames[:, None, None])[:, 0].float(),
+            build,
             weights=prior.fingerprint,
             layer=prior.layer,
             noise_level=prior.noise_level,
@@ -436,17 +499,17 @@ class FeatureCache:
         """Return cached features, or those of the encoder that `build` makes."""
         path = None
         if self.folder is not None:
-            key = cache_key(scenes=self.key, frame_size=self.frame_size, **identity)
+            key = cache_key(scenes=self.key, frame_size=self.frame_size, **identity, **self.device_key)
             path = self.folder / f"{key}.npy"
             if path.is_file():
-                return torch.from_numpy(np.load(path))
+                return torch.from_numpy(np.load(path)).to(self.device)
         encode, maps = build(), []
         frames = np.concatenate([scene.views.frames for scene in self.scenes])
         for start in tqdm(range(0, len(frames), BATCH), f"Encoding: {label}", unit="batch"):
-            part = frames_to_float(frames[start : start + BATCH])
+            part = frames_to_float(frames[start : start + BATCH]).to(self.device)
             maps.append(encode(resize(part, self.frame_size, self.frame_size)))
         features = torch.cat(maps).unflatten(0, (-1, len(self.scenes[0].views)))
         if path is not None:
             with atomic_file(path) as draft, draft.open("wb") as file:
-                np.save(file, features.numpy())
+                np.save(file, features.cpu().numpy())
         return features

@@ -28,6 +28,7 @@ from vega_policy.analysis.features import (
     BATCH,
     FeatureCache,
     FeatureExtractor,
+    Features,
     FeatureSpec,
     baseline_extractors,
     cache_key,
@@ -61,13 +62,11 @@ from vega_policy.analysis.linear_probes import (
     future_of,
     probe_moments,
 )
-from vega_policy.analysis.spatial_qa import KINDS, QuestionSet, make_question_set
+from vega_policy.analysis.spatial_qa import KINDS, QAScores, QuestionSet, make_question_set
 from vega_policy.analysis.spatial_qa_model import (
     FUSED_PAIRS,
     QUESTION_PAIRS,
-    Features,
     QAComparison,
-    QAScores,
     QATraining,
     SpatialQAModel,
     compare_arms,
@@ -76,6 +75,7 @@ from vega_policy.analysis.spatial_qa_model import (
     question_arms,
 )
 from vega_policy.data.scenes import Demonstration, Scene, Views, load_scene
+from vega_policy.evaluation.policies import choose_device
 from vega_policy.evaluation.report import (
     Block,
     Figure,
@@ -319,6 +319,7 @@ def prepare_questions(
     settings: ProbeSettings,
 ) -> tuple[FeatureCache, QuestionSet, ModelConfig, QATraining]:
     """Render random layouts, generate questions; return also how models are built and trained."""
+    device = choose_device(settings.device if settings.measure == "questions" else "cpu")
     questions = settings.questions
     spec = {"count": questions.scenes, "frame_size": questions.frame_size, "seed": settings.seed + 1}
     spec |= {"shots": QUESTION_SHOTS, "views": QUESTION_VIEWS, "layout": "random"}
@@ -335,7 +336,8 @@ def prepare_questions(
         dropout=questions.dropout,
         seed=settings.seed,
     )
-    cache = FeatureCache(scenes, key, questions.frame_size, Path(settings.cache_root) / "answers")
+    folder = Path(settings.cache_root) / "answers"
+    cache = FeatureCache(scenes, key, questions.frame_size, folder, torch.device(device))
     return cache, question_set, config, training
 
 
@@ -359,6 +361,7 @@ def run_questions(settings: ProbeSettings) -> Path:
     write_bytes(folder / ANSWERS, scores.to_parquet())
     count = {"scenes": len(cache.scenes), "training": len(questions.train), "test": len(questions.test)}
     values = {"settings": asdict(settings.questions), "questions": count, "seconds": seconds}
+    values["device"] = cache.device.type
     write_json(folder / SUMMARY, values | _summarize_scores(scores, QUESTION_PAIRS))
     sections = [
         Section("Spatial questions", tables),

@@ -6,15 +6,19 @@ its objects are visible and its answer has a margin. Positions are in the robot'
 left. The first view of a scene is an overview; the others are close-ups in the order of a camera pan.
 """
 
+import io
 import itertools
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 
+from vega_policy.analysis.linear_probes import Estimate, difference, estimate
 from vega_policy.data.scenes import Scene, SceneObject
 
 KINDS = (
@@ -388,3 +392,88 @@ def best_constant(questions: Sequence[Question]) -> object:
         candidates = numbers[:: max(1, len(numbers) // 40)]
         return max(candidates, key=lambda answer: sum(score(question, answer) for question in questions))
     return tuple(np.median([question.box for question in questions if question.box], axis=0).tolist())
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One point of a training curve; losses are means over kinds of question."""
+
+    step: int
+    training: float  # since the last point
+    held_out: float  # of training scenes that are left out
+
+
+@dataclass
+class QAScores:
+    """Scores of every model on the same test questions."""
+
+    questions: list[Question]
+    scores: dict[str, np.ndarray] = field(default_factory=dict)  # model -> score of each question in [0, 1]
+    # Of trained models and their seeds; a model's score is the mean over its seeds.
+    seeds: dict[str, dict[int, np.ndarray]] = field(default_factory=dict)  # scores
+    answers: dict[str, dict[int, list[Any]]] = field(default_factory=dict)
+    curves: dict[str, dict[int, list[Evaluation]]] = field(default_factory=dict)
+
+    def add(self, name: str, seed: int, answers: list[Any], curve: list[Evaluation]) -> None:
+        """Add what a model answers that was trained with one seed."""
+        scores = np.array([score(q, one) for q, one in zip(self.questions, answers, strict=True)])
+        self.seeds.setdefault(name, {})[seed] = scores
+        self.answers.setdefault(name, {})[seed] = answers
+        self.curves.setdefault(name, {})[seed] = curve
+        self.scores[name] = np.mean(list(self.seeds[name].values()), axis=0)
+
+    @property
+    def kinds(self) -> list[str]:
+        """Kinds that occur among the questions."""
+        return [kind for kind in KINDS if any(question.kind == kind for question in self.questions)]
+
+    def mean(self, name: str, kind: str | None = None) -> Estimate:
+        """Return a model's mean score of one kind, or the mean over kinds, with its interval over scenes."""
+        return estimate(self._sums(name, kind), _mean_of_kinds)
+
+    def gain(self, first: str, second: str, kind: str | None = None) -> Estimate:
+        """Return the mean score of the first model minus that of the second, paired by scene."""
+        return difference(self._sums(first, kind), self._sums(second, kind), _mean_of_kinds)
+
+    def known(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+        """Return the pairs of models that both have scores."""
+        return [pair for pair in pairs if set(pair) <= self.scores.keys()]
+
+    def to_parquet(self) -> bytes:
+        """Return a table with a row for each test question: its answer, and those of all models and seeds."""
+        columns: dict[str, list[Any]] = {
+            "scene": [question.scene for question in self.questions],
+            "kind": [question.kind for question in self.questions],
+            "question": [question.text for question in self.questions],
+            "correct": [_to_text(q.choice or q.number or q.box) for q in self.questions],
+        }
+        for name, answers in self.answers.items():
+            for seed, part in answers.items():
+                columns[f"{name}, seed {seed}: answer"] = [_to_text(answer) for answer in part]
+                columns[f"{name}, seed {seed}: score"] = self.seeds[name][seed].tolist()
+        buffer = io.BytesIO()
+        pyarrow.parquet.write_table(pyarrow.table(columns), buffer, compression="zstd")
+        return buffer.getvalue()
+
+    def _sums(self, name: str, kind: str | None) -> np.ndarray:
+        """Return summed scores and counts, [scenes 2 kinds]."""
+        kinds = [kind] if kind else self.kinds
+        places = {scene: row for row, scene in enumerate(sorted({q.scene for q in self.questions}))}
+        sums = np.zeros((len(places), 2 * len(kinds)))
+        for question, number in zip(self.questions, self.scores[name], strict=True):
+            if question.kind in kinds:
+                row, column = places[question.scene], 2 * kinds.index(question.kind)
+                sums[row, column : column + 2] += number, 1
+        return sums
+
+
+def _to_text(answer: Any) -> str:
+    """Return a name, a number to the millimetre (cm) or a box to the millimetre (m)."""
+    if isinstance(answer, str):
+        return answer
+    return f"{answer:.1f}" if isinstance(answer, float) else " ".join(f"{side:.3f}" for side in answer)
+
+
+def _mean_of_kinds(sums: np.ndarray) -> np.ndarray:
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return (sums[..., 0::2] / sums[..., 1::2]).mean(axis=-1)

@@ -4,7 +4,6 @@ A scene is encoded once, without the question; the question's queries then atten
 encoders are not run here: their features are computed before.
 """
 
-import io
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -12,18 +11,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow
-import pyarrow.parquet
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
-from vega_policy.analysis.features import FeatureCache, cache_key, has_untrained_copy
-from vega_policy.analysis.linear_probes import Estimate, difference, estimate
+from vega_policy.analysis.features import (
+    FeatureCache,
+    Features,
+    Words,
+    cache_key,
+    has_untrained_copy,
+    to_device,
+)
 from vega_policy.analysis.spatial_qa import (
-    KINDS,
+    Evaluation,
+    QAScores,
     Question,
     QuestionSet,
     chance_scores,
@@ -32,7 +36,7 @@ from vega_policy.analysis.spatial_qa import (
 )
 from vega_policy.model.config import ActionHeadConfig, BackboneConfig, FusionConfig, ModelConfig, PriorConfig
 from vega_policy.model.layers import Attention, Block, Mlp
-from vega_policy.model.observation import Observation
+from vega_policy.model.observation import EncodedText, Observation
 from vega_policy.model.vega import VegaModel
 from vega_policy.run_dir import atomic_file
 
@@ -70,31 +74,10 @@ PROJECTORS = ("project", "backbone.project_image")
 
 
 @dataclass(frozen=True)
-class Features:
-    """Outputs of the frozen encoders for s scenes."""
-
-    semantic: Tensor  # of the backbone's image encoder, [s v c gh gw]
-    prior: Tensor | None  # [s v d gh gw]
-
-    def mean(self) -> "Features":
-        """Replace every scene's features by their mean over scenes (blind ablation)."""
-        semantic, prior = (
-            None if part is None else part.mean(0, keepdim=True).expand_as(part)
-            for part in (self.semantic, self.prior)
-        )
-        assert semantic is not None
-        return Features(semantic, prior)
-
-    def __getitem__(self, scenes: Tensor) -> "Features":
-        """Select scenes."""
-        return Features(self.semantic[scenes], None if self.prior is None else self.prior[scenes])
-
-
-@dataclass(frozen=True)
 class QuestionBatch:
     """Questions as tensors."""
 
-    scene: Tensor  # [b]
+    scene: Tensor  # [b], always on the CPU: the shapes of a batch follow from it
     texts: list[str]
     kinds: list[str]
     objects: list[tuple[str, ...]]  # that each question names
@@ -121,6 +104,16 @@ class QuestionBatch:
 
     def __len__(self) -> int:
         return len(self.texts)
+
+    def to(self, device: torch.device) -> "QuestionBatch":
+        """Copy options and answers to a device without waiting for it."""
+        names = ("named", "allowed", "choice", "number", "box")
+        return replace(self, **{name: to_device(getattr(self, name), device) for name in names})
+
+    @property
+    def phrases(self) -> list[tuple[str, ...]]:
+        """Text of each question, then the objects that it names."""
+        return [(text, *named) for text, named in zip(self.texts, self.objects, strict=True)]
 
 
 class AnswerCodec:
@@ -194,6 +187,23 @@ class Standardize(nn.Module):
         return (features - self.mean) / self.deviation
 
 
+@dataclass(frozen=True)
+class Grouping:
+    """Place of each of b questions in a table with a row for each scene."""
+
+    scene: Tensor  # [b], row
+    place: Tensor  # [b], column
+    columns: int
+
+    @classmethod
+    def of(cls, scene: Tensor, device: torch.device) -> "Grouping":
+        """Group questions by the index of their scene, [b] on the CPU, for use on a device."""
+        counts = torch.bincount(scene)
+        order, place = scene.argsort(stable=True), torch.empty_like(scene)
+        place[order] = torch.arange(len(scene)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+        return cls(to_device(scene, device), to_device(place, device), int(counts.max()))
+
+
 class ContextAttention(nn.Module):
     """Attention of many questions' objects to the contexts of few scenes; keys are computed once a scene.
 
@@ -210,18 +220,12 @@ class ContextAttention(nn.Module):
             self.attention.q_proj.weight.mul_(ATTENTION_GAIN)
             self.attention.kv_proj.weight[:width].mul_(ATTENTION_GAIN)
 
-    def forward(self, queries: Tensor, scene: Tensor, context: Tensor, mask: Tensor) -> Tensor:
-        """Attend to each question's own scene, queries [b k d], context [u n d], mask [u n] -> [b k d].
-
-        `scene` [b] is the index of each question's context.
-        """
-        counts = torch.bincount(scene, minlength=len(context))
-        order, place = scene.argsort(stable=True), torch.empty_like(scene)
-        place[order] = torch.arange(len(scene)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
-        table = queries.new_zeros(len(context), int(counts.max()), *queries.shape[1:])
-        table = table.index_put((scene, place), self.norm_query(queries))
+    def forward(self, queries: Tensor, group: Grouping, context: Tensor, mask: Tensor) -> Tensor:
+        """Attend to each question's own scene, queries [b k d], context [u n d], mask [u n] -> [b k d]."""
+        table = queries.new_zeros(len(context), group.columns, *queries.shape[1:])
+        table = table.index_put((group.scene, group.place), self.norm_query(queries))
         read = self._attend(table.flatten(1, 2), self.norm_context(context), mask)
-        return read.unflatten(1, table.shape[1:3])[scene, place]
+        return read.unflatten(1, table.shape[1:3])[group.scene, group.place]
 
     def _attend(self, queries: Tensor, context: Tensor, mask: Tensor) -> Tensor:
         """[u m d], context [u n d], mask [u n] -> [u m d]."""
@@ -245,10 +249,10 @@ class AnswerBlock(nn.Module):
         self.question = Block(width, heads, dropout)
 
     def forward(
-        self, tokens: Tensor, is_token: Tensor, scene: Tensor, context: Tensor, mask: Tensor
+        self, tokens: Tensor, is_token: Tensor, group: Grouping, context: Tensor, mask: Tensor
     ) -> Tensor:
         """Tokens [b k d], mask of those there are [b k], and the scenes of `ContextAttention` -> [b k d]."""
-        tokens = tokens + self.dropout(self.scene(tokens, scene, context, mask))
+        tokens = tokens + self.dropout(self.scene(tokens, group, context, mask))
         return self.question(tokens, is_token)
 
 
@@ -273,7 +277,10 @@ class SpatialQAModel(nn.Module):
     """The policy's encoder and backbone with an answer head instead of its action head.
 
     `names` is the number of names that an answer may be; `features` give the scale of the encoders' channels.
+    Weights are drawn on the CPU and then moved to the device of `features`.
     """
+
+    words: Words | None = None  # of phrases that are encoded once; others are encoded whenever they occur
 
     def __init__(self, config: ModelConfig, names: int, features: Features, dropout: float = 0.1) -> None:
         super().__init__()
@@ -302,13 +309,15 @@ class SpatialQAModel(nn.Module):
         )
         self.name, self.number = nn.Linear(2 * width, names), nn.Linear(2 * width, 1)
         self.option, self.box = Mlp(width, width, 1), Mlp(width, width, 6)
+        self.to(features.semantic.device)
 
     def forward(self, features: Features, batch: QuestionBatch) -> tuple[Tensor, Tensor, Tensor]:
         """Return logits of names [b n], numbers [b] and boxes [b 6]."""
-        context, mask, scene = self.encode_context(features, batch)
+        batch = batch.to(self.places.device)
+        context, mask, group = self.encode_context(features, batch)
         tokens, is_token = self.embed_text(batch)
         for block in self.blocks:
-            tokens = block(tokens, is_token, scene, context, mask)
+            tokens = block(tokens, is_token, group, context, mask)
         tokens = self.norm(tokens) * is_token[..., None]
         hidden, objects = self.output(tokens.flatten(1)), tokens[:, 1:]
         option = self.option(objects)[..., 0] * (
@@ -319,40 +328,60 @@ class SpatialQAModel(nn.Module):
 
     def embed_text(self, batch: QuestionBatch) -> tuple[Tensor, Tensor]:
         """Return a token for each question and each object that it names, [b k d], and a mask, [b k]."""
-        phrases = [(text, *named) for text, named in zip(batch.texts, batch.objects, strict=True)]
+        phrases, device = batch.phrases, self.places.device
         unique = {
             part: place for place, part in enumerate(dict.fromkeys(part for row in phrases for part in row))
         }
-        embedded = self.encoder.backbone.pool(list(unique))
+        embedded = self.encoder.backbone.pool(self.encode_words(list(unique)))
         absent = [-1] * OBJECTS
         index = torch.tensor([([unique[part] for part in row] + absent)[: 1 + OBJECTS] for row in phrases])
         is_token = index >= 0
-        chosen = self.norm_text(embedded[index[is_token]])
+        # Found here: to index by a mask, a GPU would have to wait for its number of tokens.
+        where = tuple(to_device(axis, device) for axis in is_token.nonzero(as_tuple=True))
+        chosen = self.norm_text(embedded[to_device(index[is_token], device)])
         tokens = self.places.expand(len(batch), -1, -1).clone()
-        tokens[is_token] = tokens[is_token] + chosen
-        return tokens, is_token
+        tokens[where] = tokens[where] + chosen
+        return tokens, to_device(is_token, device)
 
-    def encode_context(self, features: Features, batch: QuestionBatch) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the policy's contexts [u s d], their mask [u s], and each question's context, [b]."""
+    def keep_words(self, questions: QuestionBatch, words: Words | None = None) -> None:
+        """Keep `words`, or the phrases of questions as a frozen text encoder returns them."""
+        encoder = getattr(self.encoder.backbone, "text_encoder", None)
+        if words is None and encoder is not None and encoder.frozen:
+            words = Words(encoder, ["", *(part for row in questions.phrases for part in row)])
+        self.words = words
+
+    def encode_words(self, phrases: list[str]) -> list[str] | EncodedText:
+        """Return the words of phrases that are all kept; others are returned for the backbone to encode."""
+        if self.words is None or any(phrase not in self.words for phrase in phrases):
+            return phrases
+        return self.words(phrases)
+
+    def encode_context(self, features: Features, batch: QuestionBatch) -> tuple[Tensor, Tensor, Grouping]:
+        """Return the policy's contexts [u s d], their mask [u s], and each question's place among them."""
         scenes, index = batch.scene.unique(return_inverse=True)
         texts = [""] * len(scenes)
         if self.encoder.prior is not None and self.encoder.fusion.reads_instruction:
             scenes, index, texts = batch.scene, torch.arange(len(batch)), batch.texts  # tokens depend on text
-        tokens = self.fuse(features[scenes], texts)
-        state = torch.zeros(len(scenes), STATE_DIM)
-        context = self.encoder.backbone.encode_context(tokens, texts, state, features.semantic[scenes])
-        return *context, index
+        device = self.places.device
+        features = features[to_device(scenes, device)]
+        tokens, words = self.fuse(features, texts), self.encode_words(texts)
+        state = torch.zeros(len(scenes), STATE_DIM, device=device)
+        context = self.encoder.backbone.encode_context(tokens, words, state, features.semantic)
+        return *context, Grouping.of(index, device)
 
     def fuse(self, features: Features, texts: list[str]) -> Tensor:
         """Return the fused tokens of scenes, [s v n d]."""
         semantic = self.semantic(features.semantic)
         prior = None if self.prior is None or features.prior is None else self.prior(features.prior)
-        state = torch.zeros(len(texts), STATE_DIM)
-        observation = Observation(None, state, texts, semantic=semantic, prior=prior)
+        state = torch.zeros(len(texts), STATE_DIM, device=semantic.device)
+        words = self.encode_words(texts)
+        words = words if isinstance(words, tuple) else None
+        observation = Observation(None, state, texts, semantic, prior, words)
         return self.encoder.fuse(semantic, observation)
 
     def losses(self, features: Features, batch: QuestionBatch) -> Tensor:
         """Return cross entropies (choices) and absolute errors (numbers, boxes) of questions, [b]."""
+        batch = batch.to(self.places.device)
         logits, number, box = self(features, batch)
         logits = logits.masked_fill(~batch.allowed, -1e4)
         choices = functional.cross_entropy(logits, batch.choice.clamp_min(0), reduction="none")
@@ -379,15 +408,6 @@ class QATraining:
     held_out: int = 10  # one in ten training scenes chooses the step whose weights are kept
     evaluations: int = 20  # of the held-out scenes
     seed: int = 0  # of weights and order
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """One point of a training curve; losses are means over kinds of question."""
-
-    step: int
-    training: float  # since the last point
-    held_out: float  # of training scenes that are left out
 
 
 def split_scenes(questions: QuestionBatch, every: int) -> tuple[Tensor, Tensor]:
@@ -432,17 +452,21 @@ def train_qa_model(
     features: Features,
     training: QATraining,
     label: str = "answers",
+    words: Words | None = None,
 ) -> tuple[SpatialQAModel, list[Evaluation]]:
     """Return a trained model in evaluation mode, and its training curve.
 
-    The weights are those with the lowest loss on held-out training scenes; without such, the last ones.
+    The weights are those with the lowest loss on held-out training scenes; without such, the last ones. It is
+    trained on the device of `features`. `words` are kept ones of the same text encoder, if there are any.
     """
     torch.manual_seed(training.seed)
     model = SpatialQAModel(config, len(codec.names), features, training.dropout)
+    model.keep_words(questions, words)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, training.learning_rate, weight_decay=training.weight_decay)
+    warm_up = 0.2 if training.steps == 10 else 0.1  # torch divides by warm_up * steps - 1
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, training.learning_rate, training.steps, pct_start=0.1
+        optimizer, training.learning_rate, training.steps, pct_start=warm_up
     )
     rows, held_out = split_scenes(questions, training.held_out)
     sampler, left_out = QuestionSampler(questions[rows], training), questions[held_out]
@@ -456,12 +480,13 @@ def train_qa_model(
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
-        losses.append(loss.item())
+        losses.append(loss.detach())
         if step % every == 0 or step == training.steps:
             loss_left_out = mean_loss(model, features, left_out)
             if not loss_left_out >= min((point.held_out for point in curve), default=float("inf")):
                 best = {name: part.clone() for name, part in trained_state(model).items()}
-            curve.append(Evaluation(step, float(np.mean(losses[-every:])), loss_left_out))
+            recent = torch.stack(losses[-every:]).tolist()
+            curve.append(Evaluation(step, float(np.mean(recent)), loss_left_out))
     model.load_state_dict(best, strict=False)
     return model.eval(), curve
 
@@ -479,10 +504,10 @@ def mean_loss(model: SpatialQAModel, features: Features, questions: QuestionBatc
         return float("nan")
     model.eval()
     order = questions.scene.argsort(stable=True)
-    losses = torch.cat([model.losses(features, questions[rows]) for rows in order.split(ANSWER_BATCH)])
+    losses = torch.cat([model.losses(features, questions[rows]) for rows in order.split(ANSWER_BATCH)]).cpu()
     model.train()
     kinds = np.array(questions.kinds)[order.numpy()]
-    return float(np.mean([losses.numpy()[kinds == kind].mean() for kind in set(questions.kinds)]))
+    return float(np.mean([losses.numpy()[kinds == kind].mean() for kind in sorted(set(questions.kinds))]))
 
 
 @torch.no_grad()
@@ -494,85 +519,10 @@ def predict_answers(
     answers: list[Any] = [None] * len(questions)
     for rows in order.split(ANSWER_BATCH):
         batch = questions[rows]
-        for row, answer in zip(rows.tolist(), codec.decode(batch, *model(features, batch)), strict=True):
+        outputs = (part.cpu() for part in model(features, batch))
+        for row, answer in zip(rows.tolist(), codec.decode(batch, *outputs), strict=True):
             answers[row] = answer
     return answers
-
-
-@dataclass
-class QAScores:
-    """Scores of every model on the same test questions."""
-
-    questions: list[Question]
-    scores: dict[str, np.ndarray] = field(default_factory=dict)  # model -> score of each question in [0, 1]
-    # Of trained models and their seeds; a model's score is the mean over its seeds.
-    seeds: dict[str, dict[int, np.ndarray]] = field(default_factory=dict)  # scores
-    answers: dict[str, dict[int, list[Any]]] = field(default_factory=dict)
-    curves: dict[str, dict[int, list[Evaluation]]] = field(default_factory=dict)
-
-    def add(self, name: str, seed: int, answers: list[Any], curve: list[Evaluation]) -> None:
-        """Add what a model answers that was trained with one seed."""
-        scores = np.array([score(q, one) for q, one in zip(self.questions, answers, strict=True)])
-        self.seeds.setdefault(name, {})[seed] = scores
-        self.answers.setdefault(name, {})[seed] = answers
-        self.curves.setdefault(name, {})[seed] = curve
-        self.scores[name] = np.mean(list(self.seeds[name].values()), axis=0)
-
-    @property
-    def kinds(self) -> list[str]:
-        """Kinds that occur among the questions."""
-        return [kind for kind in KINDS if any(question.kind == kind for question in self.questions)]
-
-    def mean(self, name: str, kind: str | None = None) -> Estimate:
-        """Return a model's mean score of one kind, or the mean over kinds, with its interval over scenes."""
-        return estimate(self._sums(name, kind), _mean_of_kinds)
-
-    def gain(self, first: str, second: str, kind: str | None = None) -> Estimate:
-        """Return the mean score of the first model minus that of the second, paired by scene."""
-        return difference(self._sums(first, kind), self._sums(second, kind), _mean_of_kinds)
-
-    def known(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
-        """Return the pairs of models that both have scores."""
-        return [pair for pair in pairs if set(pair) <= self.scores.keys()]
-
-    def to_parquet(self) -> bytes:
-        """Return a table with a row for each test question: its answer, and those of all models and seeds."""
-        columns: dict[str, list[Any]] = {
-            "scene": [question.scene for question in self.questions],
-            "kind": [question.kind for question in self.questions],
-            "question": [question.text for question in self.questions],
-            "correct": [_to_text(q.choice or q.number or q.box) for q in self.questions],
-        }
-        for name, answers in self.answers.items():
-            for seed, part in answers.items():
-                columns[f"{name}, seed {seed}: answer"] = [_to_text(answer) for answer in part]
-                columns[f"{name}, seed {seed}: score"] = self.seeds[name][seed].tolist()
-        buffer = io.BytesIO()
-        pyarrow.parquet.write_table(pyarrow.table(columns), buffer, compression="zstd")
-        return buffer.getvalue()
-
-    def _sums(self, name: str, kind: str | None) -> np.ndarray:
-        """Return summed scores and counts, [scenes 2 kinds]."""
-        kinds = [kind] if kind else self.kinds
-        places = {scene: row for row, scene in enumerate(sorted({q.scene for q in self.questions}))}
-        sums = np.zeros((len(places), 2 * len(kinds)))
-        for question, number in zip(self.questions, self.scores[name], strict=True):
-            if question.kind in kinds:
-                row, column = places[question.scene], 2 * kinds.index(question.kind)
-                sums[row, column : column + 2] += number, 1
-        return sums
-
-
-def _to_text(answer: Any) -> str:
-    """Return a name, a number to the millimetre (cm) or a box to the millimetre (m)."""
-    if isinstance(answer, str):
-        return answer
-    return f"{answer:.1f}" if isinstance(answer, float) else " ".join(f"{side:.3f}" for side in answer)
-
-
-def _mean_of_kinds(sums: np.ndarray) -> np.ndarray:
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return (sums[..., 0::2] / sums[..., 1::2]).mean(axis=-1)
 
 
 @dataclass(frozen=True)
@@ -658,6 +608,7 @@ class _CachedTrainer:
         self.result.scores["chance"] = chance_scores(questions.train, questions.test)
         self.result.scores[TEXT_ONLY] = text_only_scores(questions.train, questions.test)
         self._encoded: tuple[Arm, Features] | None = None  # of the last arm
+        self._words: Words | None = None  # of a pre-trained text encoder, which all models share
 
     def add(self, arm: Arm, training: QATraining) -> tuple[SpatialQAModel, Features]:
         """Train or load a model and add its answers to the result."""
@@ -670,11 +621,14 @@ class _CachedTrainer:
         if path is not None and path.is_file():
             model, curve = self._load(path, config, training, features)
         else:
-            model, curve = train_qa_model(config, self._codec, self._train, features, training, arm.name)
+            options = (arm.name, self._words)
+            model, curve = train_qa_model(config, self._codec, self._train, features, training, *options)
             if path is not None:
                 with atomic_file(path) as draft:
                     points = [asdict(point) for point in curve]
                     torch.save({"weights": trained_state(model), "curve": points}, draft)
+        if config.backbone.pretrained:
+            self._words = model.words
         self.result.add(arm.name, training.seed, self.answer(model, features), curve)
         return model, features
 
@@ -696,13 +650,14 @@ class _CachedTrainer:
     def _load(
         self, path: Path, config: ModelConfig, training: QATraining, features: Features
     ) -> tuple[SpatialQAModel, list[Evaluation]]:
-        stored = torch.load(path, weights_only=True)
+        stored = torch.load(path, weights_only=True, map_location=self._cache.device)
         torch.manual_seed(training.seed)  # frozen encoders are not stored and may come from the seed
         model = SpatialQAModel(config, len(self._codec.names), features)
         keys = model.load_state_dict(stored["weights"], strict=False)
         trained = {name for name, part in model.named_parameters() if part.requires_grad}
         if keys.unexpected_keys or trained & set(keys.missing_keys):
             raise ValueError(f"{path} was trained by other code; delete it to train the model again")
+        model.keep_words(self._train, self._words)
         return model.eval(), [Evaluation(**point) for point in stored["curve"]]
 
     def _key(self, arm: Arm, config: ModelConfig, training: QATraining, features: Features) -> str:
@@ -713,6 +668,7 @@ class _CachedTrainer:
         ]
         content = [asdict(question) for question in self._questions.train]
         values = {"config": asdict(config), "training": asdict(training), "features": sums}
+        values |= self._cache.device_key
         return cache_key(answers=4, arm=asdict(arm), scenes=self._cache.key, questions=content, **values)
 
 
@@ -721,6 +677,6 @@ def ablate_prior(features: Features, seed: int = 0) -> Mapping[str, Features]:
     prior = features.prior
     assert prior is not None
     generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(prior.shape, generator=generator) * prior.std() + prior.mean()
+    noise = torch.randn(prior.shape, generator=generator).to(prior) * prior.std() + prior.mean()
     ablated = {"zeroed": torch.zeros_like(prior), "noise": noise, "shuffled": prior.roll(1, dims=0)}
     return {name: replace(features, prior=part) for name, part in ablated.items()}

@@ -203,10 +203,20 @@ def checkpoint_fingerprint(folder: Path) -> str:
 
 
 def choose_device(device: str | None) -> str:
-    """Return a torch device; None takes a GPU if there is one, else the CPU."""
-    if device is not None:
-        return device
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    """Return a torch device; None takes a GPU if there is one, else the CPU.
+
+    Raises:
+        ValueError: If torch knows no such device, or has none here.
+    """
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter by a torch that was built without CUDA
+        raise ValueError(
+            f"device: expected null, cpu, cuda or another device that torch has here; got {device!r}."
+        ) from error
+    return device
 
 
 def load_lerobot_policy(folder: Path, *, device: str, action_steps: int | None = None) -> LeRobotChunkPolicy:
