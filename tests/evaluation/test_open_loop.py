@@ -9,7 +9,8 @@ import torch
 from tests.training_runs import tiny_run
 from vega_policy.cli.commands import compare, evaluate_offline
 from vega_policy.data.dataset import read_table
-from vega_policy.evaluation.open_loop import compare_open_loop, measure
+from vega_policy.evaluation.compare import compare_open_loop
+from vega_policy.evaluation.open_loop import measure
 from vega_policy.training.train import train
 
 

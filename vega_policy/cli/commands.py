@@ -202,12 +202,11 @@ def _connect_policy(server: Mapping[str, Any], folder: Path, *, device: str, act
 def compare(config: DictConfig) -> str:
     """Compare evaluations of the same episodes: paired differences in success with intervals."""
     from vega_policy.evaluation import compare
-    from vega_policy.evaluation.open_loop import REPORT, compare_open_loop
     from vega_policy.run_dir import write_json
 
     folders = [Path(folder) for folder in config.folders]
-    if len(folders) == 2 and all((folder / REPORT).is_file() for folder in folders):
-        return compare_open_loop(*folders)
+    if len(folders) == 2 and all((folder / compare.OPEN_LOOP_REPORT).is_file() for folder in folders):
+        return compare.compare_open_loop(*folders)
     if len(folders) < 2:
         raise ValueError(
             f"folders: expected at least two, got {len(folders)}. For an ablation of one evaluation give its "

@@ -26,7 +26,9 @@ from vega_policy.evaluation.stats import (
     repeated_wilson_interval,
     sign_flip_exact,
 )
-from vega_policy.run_dir import SETTINGS
+from vega_policy.run_dir import SETTINGS, read_json
+
+OPEN_LOOP_REPORT = "open_loop.json"  # of an evaluation on recorded frames
 
 CONDITIONS = ("frame_size", "rendering", "action_steps", "perturbation", "perturbation_strength")
 """Settings that change what a policy observes or how often it is called, but no initial state."""
@@ -554,3 +556,44 @@ def _change(value: Difference) -> str:
 
 def _deviation(value: Difference) -> str:
     return "" if value.seed_deviation is None else f" (sd {100 * value.seed_deviation:.1f})"
+
+
+def compare_open_loop(first: Path, second: Path) -> str:
+    """Return a table of two evaluations of the same recorded frames: errors and paired differences.
+
+    The interval of a difference is Student's over episodes, whose frames are not independent.
+
+    Raises:
+        ValueError: If the evaluations are of other frames or joints.
+    """
+    one, other = (read_json(folder / OPEN_LOOP_REPORT) for folder in (first, second))
+    for field in ("joints", "chunks", "last_action", "mean_action"):
+        if one[field] != other[field]:
+            raise ValueError(
+                f"{first} and {second} are of other recorded actions ({field} differs). Evaluate both with "
+                "the same root and episodes, policies of one chunk_size: vega-eval-offline CHECKPOINT "
+                "root=FOLDER 'episodes=[...]'"
+            )
+    pairs = [np.array(list(report["by_episode"].values())) for report in (one, other)]  # [e a] each
+    width = max(len("joint"), *map(len, one["joints"]))
+    lines = [f"{'joint':{width}}  {'first':>10}  {'second':>10}  {'difference':>10}  95% interval"]
+    for entry, name in enumerate(one["joints"]):
+        errors = one["policy"][entry], other["policy"][entry]
+        row = f"{name:{width}}  {errors[0]:>10.4g}  {errors[1]:>10.4g}  {errors[0] - errors[1]:>+10.4g}"
+        lines.append(f"{row}  {_describe_interval(pairs[0][:, entry] - pairs[1][:, entry])}")
+    lines.append(
+        f"mean absolute error over {one['chunks']} chunks of {len(pairs[0])} episodes; first: {first}, "
+        f"second: {second}. The intervals know nothing of other training seeds."
+    )
+    return "\n".join(lines)
+
+
+def _describe_interval(differences: np.ndarray) -> str:
+    """Return the interval of the mean of differences [e], or why there is none."""
+    from scipy.stats import t
+
+    count = len(differences)
+    if count < 2:
+        return "(one episode)"
+    center, margin = differences.mean(), t.ppf(0.975, count - 1) * differences.std(ddof=1) / np.sqrt(count)
+    return f"[{center - margin:+.4g}, {center + margin:+.4g}]"

@@ -17,10 +17,9 @@ from vega_policy.config import from_config
 from vega_policy.data.dataset import DatasetConfig, FrameTable, open_dataset, read_table
 from vega_policy.data.loader import VideoSource
 from vega_policy.data.video import FrameRows
+from vega_policy.evaluation.compare import OPEN_LOOP_REPORT
 from vega_policy.evaluation.policies import LeRobotChunkPolicy
-from vega_policy.run_dir import atomic_file, read_json, read_yaml, write_json
-
-REPORT = "open_loop.json"
+from vega_policy.run_dir import atomic_file, read_yaml, write_json
 
 Predict = Callable[[Tensor], np.ndarray]
 """Rows of the table [b] -> actions in the dataset's units [b t a]."""
@@ -138,7 +137,7 @@ def write_report(
 
     values = {name: getattr(errors, name).tolist() for name in ("policy", "last_action", "mean_action")}
     values["by_episode"] = {str(number): error.tolist() for number, error in errors.by_episode.items()}
-    write_json(folder / REPORT, {"joints": list(errors.names), "chunks": errors.frames, **values})
+    write_json(folder / OPEN_LOOP_REPORT, {"joints": list(errors.names), "chunks": errors.frames, **values})
     rows = table.rows_of([episode])
     starts = rows[::stride]
     predicted = predict(starts)[:, :stride]
@@ -155,47 +154,6 @@ def write_report(
     with atomic_file(folder / "open_loop.png") as draft:
         figure.savefig(draft, format="png", dpi=110, bbox_inches="tight")
     plt.close(figure)
-
-
-def compare_open_loop(first: Path, second: Path) -> str:
-    """Return a table of two evaluations of the same recorded frames: errors and paired differences.
-
-    The interval of a difference is Student's over episodes, whose frames are not independent.
-
-    Raises:
-        ValueError: If the evaluations are of other frames or joints.
-    """
-    one, other = (read_json(folder / REPORT) for folder in (first, second))
-    for field in ("joints", "chunks", "last_action", "mean_action"):
-        if one[field] != other[field]:
-            raise ValueError(
-                f"{first} and {second} are of other recorded actions ({field} differs). Evaluate both with "
-                "the same root and episodes, policies of one chunk_size: vega-eval-offline CHECKPOINT "
-                "root=FOLDER 'episodes=[...]'"
-            )
-    pairs = [np.array(list(report["by_episode"].values())) for report in (one, other)]  # [e a] each
-    width = max(len("joint"), *map(len, one["joints"]))
-    lines = [f"{'joint':{width}}  {'first':>10}  {'second':>10}  {'difference':>10}  95% interval"]
-    for entry, name in enumerate(one["joints"]):
-        errors = one["policy"][entry], other["policy"][entry]
-        row = f"{name:{width}}  {errors[0]:>10.4g}  {errors[1]:>10.4g}  {errors[0] - errors[1]:>+10.4g}"
-        lines.append(f"{row}  {_describe_interval(pairs[0][:, entry] - pairs[1][:, entry])}")
-    lines.append(
-        f"mean absolute error over {one['chunks']} chunks of {len(pairs[0])} episodes; first: {first}, "
-        f"second: {second}. The intervals know nothing of other training seeds."
-    )
-    return "\n".join(lines)
-
-
-def _describe_interval(differences: np.ndarray) -> str:
-    """Return the interval of the mean of differences [e], or why there is none."""
-    from scipy.stats import t
-
-    count = len(differences)
-    if count < 2:
-        return "(one episode)"
-    center, margin = differences.mean(), t.ppf(0.975, count - 1) * differences.std(ddof=1) / np.sqrt(count)
-    return f"[{center - margin:+.4g}, {center + margin:+.4g}]"
 
 
 def evaluate_open_loop(
