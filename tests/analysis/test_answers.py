@@ -305,7 +305,7 @@ QUESTIONS = {
 
 
 def test_a_run_compares_frame_and_future_and_resumes_from_its_cache(tmp_path, monkeypatch):
-    questions = {"scenes": 24, "frame_size": 32, "steps": 2, "scenes_per_step": 2, "seeds": [0]}
+    questions = {"scenes": 10, "frame_size": 32, "steps": 2, "scenes_per_step": 2, "seeds": [0]}
     questions |= {"future_path": str(ASSETS / "wan_tiny_future"), "max_per_kind": 40}
     node = QUESTIONS | {"questions": questions, "cache_root": str(tmp_path / "cache")}
     settings = decode(node | {"output_dir": str(tmp_path / "run")})

@@ -6,6 +6,7 @@ import re
 import shlex
 import sys
 import tomllib
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -50,16 +51,24 @@ def commands():
                     yield pytest.param(words, id=f"{page.stem}: {' '.join(words)[:60]}")
 
 
+@cache
+def command_named(name):
+    """Return a console command after its options are registered."""
+    module, _, attribute = CONSOLE[name].partition(":")
+    command = getattr(importlib.import_module(module), attribute.removesuffix(".main"))
+    assert isinstance(command, Command)
+    if command.node is not None:
+        command.register()
+    return command
+
+
 def command_of(words):
     """Return the command object and the arguments of a line."""
     if words[0].startswith("vega-"):
         name, arguments = words[0], words[1:]
     else:
         name, arguments = SCRIPTS[Path(words[1]).stem], words[2:]
-    module, _, attribute = CONSOLE[name].partition(":")
-    command = getattr(importlib.import_module(module), attribute.removesuffix(".main"))
-    assert isinstance(command, Command)
-    return command, arguments
+    return command_named(name), arguments
 
 
 @pytest.mark.parametrize("words", commands())
@@ -70,8 +79,6 @@ def test_every_command_of_the_docs_composes(words):
     if "-m" in arguments:  # a sweep composes each of its values
         overrides = [re.sub(r"^(\w+)=([^\[,]+),.*$", r"\1=\2", word) for word in overrides]
     refuse_unknown_options(overrides)
-    if command.node is not None:
-        command.register()
     overrides = [word for word in overrides if not word.startswith("machines=ray")]
     with initialize_config_dir(str(REPOSITORY / "configs"), version_base=None):
         compose(command.config, overrides=overrides)

@@ -155,14 +155,12 @@ def test_commands_under_way_are_repeated_without_alignment_and_lost_by_the_clock
     assert held > 5  # the robot waits for each chunk, and the last command takes a step more
 
 
-def run_commands(suite, chunks, hold):
+def run_commands(runner, suite, chunks, hold):
     """Return the outcome of chunks [n t a] that arrive late; `hold` yields the commands of `advance`."""
-    runner = EnvRunner(TaskEnv(partial(envs.make, render=False), {}), keep_states=True)
     runner.begin({"suite": suite, "task_index": 0, "seed": 3, "initial_state": None})
     plan = DelayedPlan(Cell("aligned", 3, 2), action_steps=4, threshold=0, action_size=7)
     for chunk in chunks:
         outcome = runner.execute(hold(plan.advance(chunk)))["outcome"]
-    runner.env.close()
     return outcome
 
 
@@ -177,9 +175,13 @@ def test_without_a_command_displacements_are_zero_and_the_gripper_keeps_its_last
             last = commands[number][-1]
         return np.stack(commands)
 
-    horizon = envs.tasks(suite)[0].horizon
+    horizon = 84  # twelve chunks; three steps of each have no command
+    runner = EnvRunner(TaskEnv(partial(envs.make, render=False), {}), keep_states=True)
+    runner.env.build(suite, 0)
+    runner.env.environment._max_episode_steps = horizon
     chunks = np.random.default_rng(0).uniform(-1, 1, (math.ceil(horizon / 7), 8, 7)).astype(np.float32)
-    expected, found = (run_commands(suite, chunks, hold) for hold in (zeros, list))
+    expected, found = (run_commands(runner, suite, chunks, hold) for hold in (zeros, list))
+    runner.env.close()
     assert expected["length"] == horizon
     assert np.array_equal(found["states"], expected["states"])
 

@@ -78,8 +78,9 @@ def table(root):
 
 
 def assert_same_demonstrations(one, other):
+    found = table(other)
     for name, values in table(one).items():
-        assert np.array_equal(values, table(other)[name]), name
+        assert np.array_equal(values, found[name]), name
 
 
 def states_of(root):

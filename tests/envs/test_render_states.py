@@ -182,9 +182,8 @@ def test_displacement_is_stored_where_it_is_wanted_and_refused_where_no_target_i
         assert ("displacement" in plan.features) is wanted
 
 
-def displacement_from(env, state, body):
-    """The way from the grip point to a body, or to a site, in a state, along the axes of the robot's base."""
-    env.restore(state)
+def displacement_now(env, body):
+    """The way from the grip point to a body, or to a site, along the axes of the robot's base."""
     data = env.data
     target = data.site(body).xpos if body.endswith("_region") else data.body(body).xpos
     way = target - data.site("gripper0_grip_site").xpos
@@ -206,13 +205,15 @@ def test_a_stored_displacement_is_the_simulators_to_the_bowl_and_while_it_is_hel
         env.reset_blindly(seed=episode.seed)
         stored = table.displacement[table.episode == number].numpy()
         states = [episode.state(step) for step in range(len(episode))]
-        to_bowl, to_plate = (
-            np.stack([displacement_from(env, one, name) for one in states]) for name in (bowl, plate)
-        )
+        ways, heights = [], []
+        for state in states:
+            env.restore(state)
+            ways.append([displacement_now(env, name) for name in (bowl, plate)])
+            heights.append(env.data.body(bowl).xpos[2])
+        (to_bowl, to_plate), heights = np.moveaxis(ways, 1, 0), np.array(heights)
         goes_to_plate = np.isclose(stored, to_plate, atol=1e-5).all(axis=1)
         np.testing.assert_allclose(stored, np.where(goes_to_plate[:, None], to_plate, to_bowl), atol=1e-5)
         switches.append(np.flatnonzero(np.diff(goes_to_plate)) + 1)
-        heights = np.array([(env.restore(one), env.data.body(bowl).xpos[2])[1] for one in states])
         closing, lifted = (episode.actions[:, -1] > 0).argmax(), (heights > heights[0] + 0.01).argmax()
         assert 0 < closing < switches[-1][0] <= lifted
         recording = Recording(episode.seed, np.stack(states[:3]), episode.actions[:3])
@@ -242,7 +243,8 @@ def test_stages_with_fixtures_go_to_the_handle_knob_or_door(suite, task, near):
     closing = [step for step in range(1, len(states)) if is_closed[step] and not is_closed[step - 1]]
     for step, name in zip(closing, near, strict=True):
         if name != "handle":
-            expected = displacement_from(env, states[step], name)
+            env.restore(states[step])
+            expected = displacement_now(env, name)
             assert np.linalg.norm(expected) < 0.1
             np.testing.assert_allclose(found[step], expected, atol=1e-5)
         elif suite == "libero_goal":  # a door is pushed by a hand that has closed far from it
