@@ -4,6 +4,8 @@ Heavy imports stay inside the fixtures: pytest-xdist's controller reads this fil
 """
 
 import gc
+import importlib.metadata
+from functools import cache
 
 import pytest
 from hydra.core.config_store import ConfigStore
@@ -13,7 +15,13 @@ from vega_policy.cli import register_groups
 register_groups()  # composed configs need the generated options
 # Hydra copies all options at each composition, and then those that it loads once more.
 ConfigStore.__deepcopy__ = lambda self, memo: self
+# diffusers and transformers each read the files of all installed packages
+importlib.metadata.packages_distributions = cache(importlib.metadata.packages_distributions)
 gc.disable()  # until all is imported: the collector would walk through the imported modules again and again
+
+
+def pytest_collectstart():
+    import wandb  # noqa: F401  timm imports it, too, and five times as long: it walks through all loaded modules
 
 
 def pytest_collection_finish():

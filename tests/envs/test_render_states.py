@@ -1,5 +1,6 @@
 """Rendering from states: the simulator's own frames, resumable, and what training makes of them."""
 
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -64,10 +65,16 @@ def render(file, folder, **options):
     return open_stream(cache, stream, ROWS, None).numpy(), open_mean_frames(cache, stream)
 
 
-def test_rendered_states_are_the_frames_of_the_simulator(lift, tmp_path):
-    file, expected = lift
-    frames, mean = render(file, tmp_path)
-    assert np.mean(frames != expected) < 1e-3  # positions are stored to 1e-7 m
+@pytest.fixture(scope="module")
+def rendering(lift, tmp_path_factory):
+    """Return the folder into which `lift` is rendered, its frames and their means; not to be written to."""
+    folder = tmp_path_factory.mktemp("rendered")
+    return folder, *render(lift[0], folder)
+
+
+def test_rendered_states_are_the_frames_of_the_simulator(lift, rendering):
+    _, frames, mean = rendering
+    assert np.mean(frames != lift[1]) < 1e-3  # positions are stored to 1e-7 m
     for view, camera in enumerate(CAMERAS):
         np.testing.assert_allclose(mean[camera], frames[:, view].mean(axis=0) / 255, atol=1e-6)
 
@@ -106,10 +113,10 @@ def test_a_finished_episode_whose_frames_are_damaged_is_rendered_again(lift, tmp
 
 
 def test_the_dataset_holds_clean_and_executed_actions_and_one_without_the_latter_has_the_same_frames(
-    lift, tmp_path, monkeypatch
+    lift, rendering, tmp_path, monkeypatch
 ):
-    file, _ = lift
-    frames, _ = render(file, tmp_path)
+    (file, _), (folder, frames, _) = lift, rendering
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     root, options = tmp_path / "data", {"repo_id": "vega/lift", "frame_size": SIZE, "rendering": "fast"}
     table, episodes = read_table(root, executed=True), read_states(file)
     for found, name in ((table.action, "actions"), (table.executed, "executed")):
@@ -141,9 +148,9 @@ def test_the_error_of_a_rendering_process_is_shown(lift, tmp_path):
         render(lift[0], tmp_path, processes=2, egl_devices=[99])
 
 
-def test_frames_rendered_before_are_copied_into_a_joint_dataset(lift, tmp_path, monkeypatch):
-    file, _ = lift
-    frames, _ = render(file, tmp_path)
+def test_frames_rendered_before_are_copied_into_a_joint_dataset(lift, rendering, tmp_path, monkeypatch):
+    (file, _), (folder, frames, _) = lift, rendering
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     root, cache = tmp_path / "data", tmp_path / "cache"
     monkeypatch.setattr("envs.demos.render.render_episode", None)  # nothing is rendered
     options = {"frame_size": SIZE, "rendering": "fast", "cache_root": cache, "processes": 1}
@@ -258,9 +265,8 @@ def test_tasks_and_episodes_are_cut(lift):
 
 
 @pytest.fixture(scope="module")
-def rendered(lift, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("rendered")
-    render(lift[0], folder)
+def rendered(rendering):
+    folder = rendering[0]
     return {"repo_id": "vega/lift", "root": str(folder / "data"), "cache_root": str(folder / "cache")}
 
 
