@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.metadata import version
 
 import pytest
@@ -20,7 +21,7 @@ from vega_policy.evaluation.episodes import read_episodes
 from vega_policy.evaluation.evaluate import evaluate_checkpoint
 from vega_policy.training.checkpoint import FREE_TO_CHANGE, export_policy
 from vega_policy.training.config import EnvironmentConfig, SimulationConfig, TrackerConfig, encode
-from vega_policy.training.logging import complete_card
+from vega_policy.training.logging import complete_card, model_card
 from vega_policy.training.train import train
 
 WORLD = "tests.point_world"
@@ -110,6 +111,18 @@ def test_a_card_says_what_was_learned_from_how_and_what_was_measured(watched):
         assert part in card.text
     assert 'path = "FOLDER/pretrained_model"' in card.text
     assert re.search(r"`observation` holds `observation\..+`observation\.state`.* and `task`", card.text)
+
+
+def test_a_card_without_a_prior_claims_none(points, tmp_path):
+    config = tiny_run(points, tmp_path, policy=tiny_policy())
+    cards = []
+    for prior in (config.vega.prior, replace(config.vega.prior, name="none")):
+        vega = replace(config.vega, prior=prior)
+        cards.append(model_card(config, vega, 4, {}, "8 demonstrations").text)
+    for claim in ("VEGA-3D", "prior's weights", "fusion |"):
+        assert [claim in card for card in cards] == [True, False]
+    assert "| prior | none |" in cards[1]
+    assert "reads a semantic encoder alone" in cards[1]
 
 
 def test_a_card_of_a_run_from_a_checkpoint_names_the_prior_that_was_read(points, tmp_path):

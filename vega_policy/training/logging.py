@@ -207,8 +207,10 @@ _TEMPLATE = """---
 
 # {{ name }}
 
-A vision-language-action policy with VEGA-3D ([arXiv 2603.19235](https://arxiv.org/abs/2603.19235)) as its
+A vision-language-action policy {%- if has_prior %} with VEGA-3D ([arXiv 2603.19235](https://arxiv.org/abs/2603.19235)) as its
 observation encoder: features of a frozen video diffusion model, fused token by token with a semantic encoder.
+{%- else %} that reads a semantic encoder alone, without a video diffusion model (`prior=none`).
+{%- endif %}
 
 | | |
 |---|---|
@@ -240,9 +242,11 @@ action = after(policy.select_action(before(observation)))
 ```
 
 `observation` holds {{ inputs }} and `task`, the instruction; frames are float32 `[3 h w]` in [0, 1].
+{%- if has_prior %}
 
 The prior's weights are not in this repository: they come from their own source, and weights with another
 fingerprint than the one above are refused.
+{%- endif %}
 """
 
 _SCORES = {
@@ -273,6 +277,7 @@ def model_card(
         template_str=_TEMPLATE,
         name=policy.repo_id or "vega",
         place=policy.repo_id or "FOLDER/pretrained_model",
+        has_prior=policy.prior.name != "none",
         inputs=", ".join(f"`{key}`" for key in policy.input_features or ()),
         facts=_describe_run(config, policy, step, data),
         scores={_SCORES[name]: f"{value:.4g}" for name, value in scores.items() if name in _SCORES},
@@ -284,12 +289,14 @@ def _describe_run(config: TrainConfig, policy: VegaConfig, step: int, data: str)
     prior = policy.prior
     changed = ", with changed files" if code["changed"] else ""
     clip = "" if prior.clip == "frame" else f"clip {prior.clip}, "
+    reading = (
+        f", {clip}layer {prior.layer}, noise level {prior.noise_level}, fingerprint {prior.fingerprint}"
+    )
     return {
         "dataset": data,
         "cameras": ", ".join(policy.image_features),
-        "prior": f"{prior.name}, {clip}layer {prior.layer}, noise level {prior.noise_level}, "
-        f"fingerprint {prior.fingerprint}",
-        "fusion": policy.fusion.name,
+        "prior": prior.name + (reading if prior.name != "none" else ""),
+        **({"fusion": policy.fusion.name} if prior.name != "none" else {}),
         "backbone": policy.backbone.name,
         "action head": policy.head.name,
         "steps": f"{step} of {config.steps}, seed {config.seed}",
