@@ -1,11 +1,16 @@
 """Collected demonstrations are rendered again, replayed open loop, and refused when damaged."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
+from omegaconf import OmegaConf
 
 from envs.demos.collect import CollectionSettings, collect, render_again
-from envs.demos.shards import read_episodes
+from envs.demos.shards import Demonstrator, read_episodes
+from envs.demos.states import read_states, write_states
+from vega_policy.cli import commands
 from vega_policy.evaluation.env_pool import EnvironmentFactory, RecordedEpisode, WorkerPool
 
 
@@ -36,6 +41,29 @@ def test_recorded_actions_succeed_again_from_their_recorded_state_and_others_do_
     with WorkerPool(EnvironmentFactory("envs.make", 32, "fast"), 1) as pool:
         outcomes = pool.replay([*episodes, silent])
     assert outcomes == [True, False]
+
+
+def test_a_file_of_states_replays_with_the_actions_that_were_executed(tmp_path):
+    settings = CollectionSettings(
+        "lift", episodes_per_task=1, demonstrator=Demonstrator(noise=0.2), format="states"
+    )
+    collect(settings, tmp_path / "lift", processes=1)
+    (one,) = read_states(tmp_path / "lift.safetensors")
+    silent = np.zeros_like(one.actions)
+    write_states(
+        file := tmp_path / "two.safetensors",
+        "lift",
+        [replace(one, actions=silent), replace(one, executed=silent)],
+        {},
+    )
+    options = OmegaConf.create({"source": str(file), "episodes": None, "processes": 1})
+    failed = f"failed: lift, seed {one.seed}, {len(one)} actions"
+    assert commands.replay.run(options) == f"{failed}\n1 of 2 replayed demonstrations succeed"
+    options.episodes = [0]
+    assert commands.replay.run(options) == "1 of 1 replayed demonstrations succeed"
+    options.episodes = [0, 2]
+    with pytest.raises(ValueError, match=r"two.safetensors has the episodes 0 to 1, got \[2\]"):
+        commands.replay.run(options)
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -257,9 +257,12 @@ def collect(config: DictConfig) -> str:
 @partial(
     Command,
     config="replay",
-    examples=["vega-replay outputs/demonstrations/libero_spatial processes=16"],
+    examples=[
+        "vega-replay outputs/demonstrations/libero_spatial processes=16",
+        "vega-replay assets/demonstrations/libero/libero_object.safetensors 'episodes=[0,424]'",
+    ],
     node={
-        "source": "???",  # dataset of vega-collect
+        "source": "???",  # dataset or file of states of vega-collect
         "episodes": None,  # indices; null replays all
         "processes": 2,
     },
@@ -268,26 +271,14 @@ def collect(config: DictConfig) -> str:
 def replay(config: DictConfig) -> str:
     """Execute the recorded actions of demonstrations from their initial states and count successes.
 
-    This is an end-to-end check of actions, states and gripper sign.
+    This is an end-to-end check of actions, states and gripper sign. Of a file of states the executed actions,
+    noise included, are taken.
     """
-    from vega_policy.evaluation.env_pool import EnvironmentFactory, RecordedEpisode, WorkerPool
+    from vega_policy.evaluation.env_pool import EnvironmentFactory, WorkerPool
 
-    shards, dataset = import_module("envs.demos.shards"), Path(config.source)
-    if shards.collected_metadata(dataset)["settings"]["demonstrator"]["noise"]:
-        raise ValueError(
-            f"{dataset} was collected with action noise: the recorded actions are not the executed ones."
-        )
-    episodes = [
-        RecordedEpisode(
-            stored.task.suite,
-            stored.task.name,
-            stored.task.index,
-            stored.recording.seed,
-            stored.recording.states[0],
-            stored.recording.actions,
-        )
-        for stored in shards.read_episodes(dataset, config.episodes)
-    ]
+    source = Path(config.source)
+    read = _episodes_of_states if source.suffix == ".safetensors" else _episodes_of_dataset
+    episodes = read(source, config.episodes)
     with WorkerPool(EnvironmentFactory("envs.make", 128, "fast"), config.processes) as pool:
         successes = pool.replay(episodes)
     lines = [
@@ -296,6 +287,44 @@ def replay(config: DictConfig) -> str:
         if not success
     ]
     return "\n".join([*lines, f"{sum(successes)} of {len(episodes)} replayed demonstrations succeed"])
+
+
+def _episodes_of_dataset(root: Path, indices: Sequence[int] | None) -> list[Any]:
+    """Read recorded episodes of a dataset that was collected without action noise."""
+    from vega_policy.evaluation.env_pool import RecordedEpisode
+
+    shards = import_module("envs.demos.shards")
+    if shards.collected_metadata(root)["settings"]["demonstrator"]["noise"]:
+        raise ValueError(
+            f"{root} was collected with action noise: the recorded actions are not the executed ones."
+        )
+    return [
+        RecordedEpisode(
+            stored.task.suite,
+            stored.task.name,
+            stored.task.index,
+            stored.recording.seed,
+            stored.recording.states[0],
+            stored.recording.actions,
+        )
+        for stored in shards.read_episodes(root, indices)
+    ]
+
+
+def _episodes_of_states(file: Path, indices: Sequence[int] | None) -> list[Any]:
+    """Read recorded episodes of a file of states, with the executed actions."""
+    from vega_policy.evaluation.env_pool import RecordedEpisode
+
+    states = import_module("envs.demos.states")
+    suite, stored = states.read_header(file)["suite"], states.read_states(file)
+    chosen = range(len(stored)) if indices is None else indices
+    if unknown := [index for index in chosen if not 0 <= index < len(stored)]:
+        raise ValueError(f"{file} has the episodes 0 to {len(stored) - 1}, got {unknown}")
+    names = [task.name for task in import_module("envs").tasks(suite)]
+    return [
+        RecordedEpisode(suite, names[one.task], one.task, one.seed, one.initial, one.executed)
+        for one in (stored[index] for index in chosen)
+    ]
 
 
 LIBERO_BASES = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
