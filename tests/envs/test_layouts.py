@@ -263,28 +263,55 @@ def new_positions(env, arrange):
         yield np.stack([*positions(env).values()])
 
 
-def shipped_positions(env, arrange):
+def shipped_positions(env, arrange=None):
     starts = [env.model.joint(one.joints[0]).qposadr[0] for one in env.raw.objects_dict.values()]
-    for episode in read_states(SHIPPED / f"{env.task.suite}.safetensors", tasks=[0]):
-        yield np.stack([episode.initial[1 + start : 3 + start] for start in starts])
+    for file in sorted(SHIPPED.glob(f"*{env.task.suite}.safetensors")):
+        for episode in read_states(file, tasks=[env.task.index]):
+            yield np.stack([episode.initial[1 + start : 3 + start] for start in starts])
+
+
+def distance_to_official(env, suite, found):
+    """Return how far the nearest of the layouts `found` is from a suite's official states of the task, m.
+
+    The distance of two layouts is that of the object that differs most.
+    """
+    official = official_positions(suite, env.task.index, env)
+    return min(float(np.linalg.norm(official - here, axis=-1).max(axis=1).min()) for here in found)
 
 
 @pytest.mark.parametrize("fixture", ["cans", "bowls"])
 @pytest.mark.parametrize("layouts_of", [new_positions, shipped_positions])
 def test_no_layout_is_an_official_state(layouts_of, fixture, request, arrange, capsys):
-    """The distance of two layouts is that of the object that differs most."""
-    env, least = request.getfixturevalue(fixture), {}
+    env = request.getfixturevalue(fixture)
     base, found = env.task.suite, list(layouts_of(env, arrange))
-    for suite in (base, f"{base}_swap"):
-        official = official_positions(suite, 0, env)
-        away = [np.linalg.norm(official - here, axis=-1).max(axis=1).min() for here in found]
-        least[suite] = float(min(away))
+    least = {suite: distance_to_official(env, suite, found) for suite in (base, f"{base}_swap")}
     with capsys.disabled():
         name = f"nearest of {len(found)} {layouts_of.__name__}"
         for suite, distance in least.items():
             print(f"\n{name} to an official state of {suite} 0: {100 * distance:.1f} cm")  # noqa: T201
-    assert len(found) >= 8
+    assert len(found) == (8 if layouts_of is new_positions else 60)
     assert min(least.values()) > 0.02
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suite", ["libero_spatial", "libero_object", "libero_goal", "libero_10"])
+def test_no_shipped_layout_of_any_task_is_there_twice_or_an_official_state(suite, capsys):
+    """Chance brings the layouts of two objects closest, so that fewer centimetres are required than above."""
+    least, apart = {suite: [], f"{suite}_swap": []}, []
+    for task in envs.tasks(suite):
+        env = envs.make(suite, task.index, render=False)
+        found = np.stack([*shipped_positions(env)])
+        for official, distances in least.items():
+            distances.append(distance_to_official(env, official, found))
+        env.close()
+        between = np.linalg.norm(found[:, None] - found, axis=-1).max(axis=-1)
+        apart.append(between[~np.eye(len(found), dtype=bool)].min())
+        assert len(found) == 60
+    with capsys.disabled():
+        for name, distances in {**least, "another of the task": apart}.items():
+            task = int(np.argmin(distances))
+            print(f"\n{suite}, 60 a task: {100 * distances[task]:.1f} cm to {name}, in task {task}")  # noqa: T201
+    assert min(*map(min, least.values()), *apart) > 0.01
 
 
 @pytest.mark.slow

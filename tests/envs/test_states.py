@@ -20,11 +20,11 @@ DEMONSTRATIONS = {  # of each task, and the instants of all
     "libero_goal": ([47, 43, 52, 50, 49, 48, 53, 39, 45, 42], 60621),
     "libero_10": ([50, 49, 42, 60, 39, 50, 60, 38, 51, 80], 128083),
 }
-LAYOUTS = {  # instants of 20 demonstrations of each task
-    "libero_spatial": 22176,
-    "libero_object": 23962,
-    "libero_goal": 25612,
-    "libero_10": 51278,
+LAYOUTS = {  # instants of 20 demonstrations of each task, from the first, the 20th and the 40th on
+    "libero_spatial": {0: 22176, 20: 20801, 40: 21464},
+    "libero_object": {0: 23962, 20: 23568, 40: 23861},
+    "libero_goal": {0: 25612, 20: 25084, 40: 25273},
+    "libero_10": {0: 51278, 20: 49938, 40: 50906},
 }
 
 
@@ -75,18 +75,31 @@ def test_other_files_and_values_that_are_not_finite_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("folder", "suite", "counts", "instants"),
-    [("libero", suite, *counts) for suite, counts in DEMONSTRATIONS.items()]
-    + [("libero_layouts", suite, [20] * 10, instants) for suite, instants in LAYOUTS.items()],
+    ("suite", "counts", "instants"), [(suite, *counts) for suite, counts in DEMONSTRATIONS.items()]
 )
-def test_a_shipped_file_holds_the_demonstrations_of_its_card(folder, suite, counts, instants):
-    header = read_header(SHIPPED.parent / folder / f"{suite}.safetensors")
+def test_a_shipped_file_holds_the_demonstrations_of_its_card(suite, counts, instants):
+    header = read_header(SHIPPED / f"{suite}.safetensors")
     assert header["suite"] == suite
-    assert header["origin"]["settings"].get("layouts", "standard") == (
-        "random" if folder == "libero_layouts" else "standard"
-    )
+    assert header["origin"]["settings"].get("layouts", "standard") == "standard"
     tasks = [entry["task"] for entry in header["episodes"]]
     assert tasks == [task for task, count in enumerate(counts) for _ in range(count)]
+    assert sum(entry["length"] for entry in header["episodes"]) == instants
+
+
+@pytest.mark.parametrize(
+    ("suite", "skip", "instants"),
+    [(suite, skip, instants) for suite, files in LAYOUTS.items() for skip, instants in files.items()],
+)
+def test_a_shipped_file_of_random_layouts_holds_a_block_of_seeds_for_each_demonstration(
+    suite, skip, instants
+):
+    prefix = f"skip_{skip}_" if skip else ""
+    header = read_header(SHIPPED.parent / "libero_layouts" / f"{prefix}{suite}.safetensors")
+    settings = header["origin"]["settings"]
+    assert (header["suite"], settings["layouts"], settings["skip"]) == (suite, "random", skip)
+    assert settings["demonstrator"]["options"]["retries"] == (skip == 0)
+    blocks = [(entry["task"], entry["seed"] // 1000) for entry in header["episodes"]]
+    assert blocks == [(task, skip + k) for task in range(10) for k in range(20)]
     assert sum(entry["length"] for entry in header["episodes"]) == instants
 
 
