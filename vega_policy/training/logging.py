@@ -207,9 +207,12 @@ _TEMPLATE = """---
 
 # {{ name }}
 
-A vision-language-action policy {%- if has_prior %} with VEGA-3D ([arXiv 2603.19235](https://arxiv.org/abs/2603.19235)) as its
+{% if has_prior -%}
+A vision-language-action policy with VEGA-3D ([arXiv 2603.19235](https://arxiv.org/abs/2603.19235)) as its
 observation encoder: features of a frozen video diffusion model, fused token by token with a semantic encoder.
-{%- else %} that reads a semantic encoder alone, without a video diffusion model (`prior=none`).
+{%- else -%}
+A vision-language-action policy that reads a semantic encoder alone, without a video diffusion model
+(`prior=none`).
 {%- endif %}
 
 | | |
@@ -289,9 +292,7 @@ def _describe_run(config: TrainConfig, policy: VegaConfig, step: int, data: str)
     prior = policy.prior
     changed = ", with changed files" if code["changed"] else ""
     clip = "" if prior.clip == "frame" else f"clip {prior.clip}, "
-    reading = (
-        f", {clip}layer {prior.layer}, noise level {prior.noise_level}, fingerprint {prior.fingerprint}"
-    )
+    reading = f", {clip}layer {prior.layer}, noise level {prior.noise_level}, fingerprint {prior.fingerprint}"
     return {
         "dataset": data,
         "cameras": ", ".join(policy.image_features),
