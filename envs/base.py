@@ -23,8 +23,9 @@ DEMONSTRATION_SEEDS = range(0, 1_000_000)
 EVALUATION_SEED = 1_000_000
 """Evaluation episode i has seed EVALUATION_SEED + i, so that no demonstration is ever evaluated on."""
 
-LAYOUTS = ("standard", "random")
-"""How LIBERO's objects are placed: as its problem files say, or anywhere in reach (see `envs.layouts`)."""
+LAYOUTS = ("standard", "random", "partial")
+"""How LIBERO's scenes are laid out: as its problem files say, every object anywhere in reach, or as the files
+say but for a few changes (see `envs.layouts`)."""
 
 
 @dataclass(frozen=True)

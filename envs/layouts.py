@@ -1,6 +1,7 @@
-"""Random layouts of LIBERO scenes: what can be moved is drawn again over the table within reach.
+"""Random layouts of LIBERO scenes: all that can be moved is drawn again over the table, or a part of it.
 
-Fixtures stay where they are, and so does what stands on or in them. What stands on each other, and what a
+A random layout draws every object again, a partial one changes a few and leaves the rest of the reset as it
+is. Fixtures stay where they are, and so does what stands on or in them. What stands on each other, and what a
 relation of the instruction names ("next to the ramekin"), moves as one. A draw in which the instruction is
 ambiguous or already done, or in which the planners find no grasp, is replaced before the episode starts.
 """
@@ -8,7 +9,7 @@ ambiguous or already done, or in which the planners find no grasp, is replaced b
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +53,8 @@ BEFORE = 0.98  # share of the way from the camera to a point at which something 
 MOVED, TILTED = 0.01, 0.1  # m, rad: what moves by more while it comes to rest does not stand
 BEFORE_DRAWER = 0.10  # m before a drawer that is pulled out
 BESIDE_KNOB = 0.07  # m around a knob that a hand turns
+FURTHER = (0.5, 0.3, 0.2)  # shares of partial layouts in which 0, 1 or 2 further groups change
+EXCHANGED = 0.5  # share of the changed groups that exchange their places with another one
 SHAPELESS = 0.05  # m around the origin of an object whose shape is not known
 GRID = 0.01  # m between points inside an outline
 SIDES = re.compile(r"\b(left|right|front|back|middle)\b")
@@ -80,14 +83,15 @@ class Relation:
 
 
 def draw_layout(
-    env: LiberoEnv, seed: int, start: Callable[[int, Callable[[], None]], None], radius: float
+    env: LiberoEnv, seed: int, start: Callable[[int, Callable[[], None]], None], kind: str, radius: float
 ) -> int:
-    """Start an episode with a random layout; return how many were drawn until one fits.
+    """Start an episode with a random or a partial layout; return how many were drawn until one fits.
 
     The first four start from the reset of this seed, later ones from other resets (but for official states):
     in some, LIBERO drops an object onto another, and it rolls away. `start` resets by a seed, calls its other
-    argument once all is at rest, and lets it come to rest again. `radius` is how far (m) from where the reset
-    put it an object may go; with a finite one, objects that find no other place stay where they are.
+    argument once all is at rest, and lets it come to rest again. `kind` is "random" or "partial". `radius` is
+    how far (m) from where the reset put it an object may go; with a finite one, objects of a random layout
+    that find no other place stay where they are.
 
     Raises:
         NoLayoutError: If none of `MAX_DRAWS` layouts fits.
@@ -95,13 +99,13 @@ def draw_layout(
     reason = ""
     for draw in range(MAX_DRAWS):
         rng = np.random.default_rng((seed, STREAM, draw))
-        layout = Layout(env, rng, radius)
+        layout = Layout(env, rng, kind, radius)
         start(seed if draw < FROM_ONE_RESET else int(rng.integers(2**31)), layout.place)
         reason = layout.fault()
         if not reason:
             return draw + 1
     raise NoLayoutError(
-        f"none of {MAX_DRAWS} random layouts of {env.task.name} with seed {seed} fits (the last: {reason}); "
+        f"none of {MAX_DRAWS} {kind} layouts of {env.task.name} with seed {seed} fits (the last: {reason}); "
         "use standard layouts for this task"
     )
 
@@ -109,25 +113,27 @@ def draw_layout(
 class Layout:
     """One draw of a layout for an episode that is being reset."""
 
-    def __init__(self, env: LiberoEnv, rng: np.random.Generator, radius: float) -> None:
+    def __init__(self, env: LiberoEnv, rng: np.random.Generator, kind: str, radius: float) -> None:
         self._env, self._rng, self._radius = env, rng, radius
-        self._places: dict[str, Array] = {}  # of each moved object, its pose [7] as it was put
+        self._draw = {"random": self._draw_all, "partial": self._draw_part}[kind]
+        self._shapeless: list[str] = []  # objects of which no shape is known
+        self._places: dict[str, Array] = {}  # of each object that can be moved, its pose [7] as it was put
         self._missing = ""  # why nothing could be placed
 
     def place(self) -> None:
-        """Put every group where there is room; it is called once the reset objects are at rest."""
+        """Put the groups where there is room; it is called once the reset objects are at rest."""
         raw = self._env.raw
         self._env.refresh()
         cell = Workcell.of(raw)
         groups, self._relation = find_groups(raw, self._env.task.instruction)
-        shapeless = [name for name in raw.objects_dict if body_of(cell, name) not in cell.scene]
-        groups = [group for group in groups if not {*group.members} & {*shapeless}]
-        away = [body_of(cell, name) for group in groups for name in group.members]
-        away.append(f"{raw.workspace_name}_col")  # a table whose body is not named like one
-        taken = [outline(cloud) for cloud in cell.scene.standing(away)]
-        taken += [outline(points) for points in kept_free(cell)]
-        for name in shapeless:  # no shape of it is known: it stays, and all else stays away
-            taken.append(outline(_around(cell.scene.position(body_of(cell, name))[None, :2], SHAPELESS)))
+        self._shapeless = [name for name in raw.objects_dict if body_of(cell, name) not in cell.scene]
+        groups = [group for group in groups if not {*group.members} & {*self._shapeless}]
+        self._draw(cell, groups)
+        raw.sim.forward()
+
+    def _draw_all(self, cell: Workcell, groups: Sequence[Group]) -> None:
+        """Put every group anywhere in reach."""
+        taken = self._staying(cell, groups)
         order = [groups[index] for index in self._rng.permutation(len(groups))]
         for group in sorted(order, key=lambda group: (not group.is_wanted, -len(group.members))):
             placed = self._place_group(cell, group, taken)
@@ -135,7 +141,65 @@ class Layout:
                 self._missing = f"no room for {', '.join(group.members)}"
                 return
             taken.append(placed)
-        raw.sim.forward()
+
+    def _draw_part(self, cell: Workcell, groups: Sequence[Group]) -> None:
+        """Put one of the groups that the task needs, and often others, anywhere or into another's place."""
+        for name in (name for group in groups for name in group.members):
+            self._places[name] = np.array(self._joint(name).qpos)
+        order = [groups[index] for index in self._rng.permutation(len(groups))]
+        order.sort(key=lambda group: not group.is_wanted)
+        first, further = order[:1], order[1:]
+        self._rng.shuffle(further)
+        staying = self._staying(cell, groups)
+        shapes = {group: outline(_cloud(cell, group)) for group in groups}
+        for group in first + further[: self._rng.choice(len(FURTHER), p=FURTHER)]:
+            if self._rng.random() < EXCHANGED and self._exchange(cell, group, shapes, staying):
+                continue
+            taken = staying + [shape for other, shape in shapes.items() if other is not group]
+            placed = self._place_group(cell, group, taken)
+            if placed is None:
+                self._missing = f"no room for {', '.join(group.members)}"
+                return
+            shapes[group] = placed
+            cell.scene.refresh()
+        if not first:
+            self._missing = "nothing can be moved"
+
+    def _staying(self, cell: Workcell, groups: Sequence[Group]) -> list[Array]:
+        """Return the outlines [n 2] of all but these groups, and of what is kept free."""
+        away = [body_of(cell, name) for group in groups for name in group.members]
+        away.append(f"{self._env.raw.workspace_name}_col")  # a table whose body is not named like one
+        taken = [outline(cloud) for cloud in cell.scene.standing(away)]
+        taken += [outline(points) for points in kept_free(cell)]
+        for name in self._shapeless:  # it stays, and all else stays away
+            taken.append(outline(_around(cell.scene.position(body_of(cell, name))[None, :2], SHAPELESS)))
+        return taken
+
+    def _exchange(
+        self, cell: Workcell, group: Group, shapes: dict[Group, Array], staying: Sequence[Array]
+    ) -> bool:
+        """Exchange the places of a group and another one, the middles of their outlines, if any fits."""
+        groups = [other for other in shapes if other is not group]
+        for index in self._rng.permutation(len(groups)):
+            other = groups[index]
+            way = _middle(shapes[other]) - _middle(shapes[group])
+            moved = {group: shapes[group] + way, other: shapes[other] - way}
+            spots = {
+                one: {name: cell.scene.position(body_of(cell, name))[:2] + shift for name in one.members}
+                for one, shift in ((group, way), (other, -way))
+            }
+            taken = [np.zeros((0, 2)), *staying, *(shapes[one] for one in groups if one is not other)]
+            length = float(np.linalg.norm(way))
+            if (
+                all(self._fits(cell, one, spots[one], shape, length) for one, shape in moved.items())
+                and clearance(moved[group], moved[other]) > GAP
+                and clearance(np.concatenate([*moved.values()]), np.concatenate(taken)) > GAP
+            ):
+                self._put(spots[group] | spots[other])
+                shapes.update(moved)
+                cell.scene.refresh()
+                return True
+        return False
 
     def _place_group(self, cell: Workcell, group: Group, taken: Sequence[Array]) -> Array | None:
         """Move a group to the first drawn place with room and return its outline there, None without."""
@@ -158,15 +222,14 @@ class Layout:
                 continue
             if clearance(shape, obstacles) < GAP:
                 continue
-            for name, place in spots.items():
-                joint = self._env.data.joint(self._env.raw.objects_dict[name].joints[0])
-                joint.qpos[:2], joint.qvel[:] = place, 0.0
-                self._places[name] = np.array(joint.qpos)
+            self._put(spots)
             return shape
         shape = ways[0][1] + anchor[:2]
         return shape if np.isfinite(self._radius) and clearance(shape, obstacles) > 0 else None
 
-    def _fits(self, cell: Workcell, group: Group, spots: dict[str, Array], shape: Array, way: float) -> bool:
+    def _fits(
+        self, cell: Workcell, group: Group, spots: Mapping[str, Array], shape: Array, way: float
+    ) -> bool:
         """Return whether a group would be on the table, in reach, in view and not too far from before."""
         low, high = _table(self._env.raw)
         nearest, farthest = REACH if group.is_wanted else WIDER_REACH
@@ -181,6 +244,16 @@ class Layout:
             and all(in_view(self._env, [*spot, self._height(cell, name)]) for name, spot in spots.items())
         )
 
+    def _put(self, spots: Mapping[str, Array]) -> None:
+        """Put objects to spots [2] at rest, as high and turned as they are."""
+        for name, spot in spots.items():
+            joint = self._joint(name)
+            joint.qpos[:2], joint.qvel[:] = spot, 0.0
+            self._places[name] = np.array(joint.qpos)
+
+    def _joint(self, name: str) -> Any:
+        return self._env.data.joint(self._env.raw.objects_dict[name].joints[0])
+
     @staticmethod
     def _height(cell: Workcell, name: str) -> float:
         return float(cell.scene.position(body_of(cell, name))[2])
@@ -192,7 +265,7 @@ class Layout:
         env = self._env
         env.refresh()
         for name, placed in self._places.items():
-            pose = env.data.joint(env.raw.objects_dict[name].joints[0]).qpos
+            pose = self._joint(name).qpos
             turn = Rotation.from_quat(placed[3:], scalar_first=True).inv() * Rotation.from_quat(
                 pose[3:], scalar_first=True
             )
@@ -352,6 +425,16 @@ def _swept(cell: Workcell, fixture: str) -> Iterator[Array]:
     for goal in np.linspace(0.0, np.sign(angle) * WIDE, 8):
         turn = Rotation.from_rotvec((goal - angle) * door.axis)
         yield (door.anchor + turn.apply(arms))[:, :2]
+
+
+def _cloud(cell: Workcell, group: Group) -> Array:
+    """Return points [n 3] on the members of a group."""
+    return np.concatenate([cell.scene.cloud(body_of(cell, name)) for name in group.members])
+
+
+def _middle(shape: Array) -> Array:
+    """Return the middle [2] of an outline."""
+    return (shape.max(axis=0) + shape.min(axis=0)) / 2
 
 
 def _table(raw: Any) -> tuple[Array, Array]:

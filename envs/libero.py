@@ -61,8 +61,9 @@ class LiberoEnv(PandaEnv):
     Each episode begins with 10 idle steps that do not count. `reset(options={"initial_state": k})` starts it
     from official state k; without, the seed draws the objects. The poses of fixtures (cabinet, stove,
     rack) belong to no official state: the seed draws them in either case. `{"layout": "random"}` then moves
-    the objects (`envs.layouts`), each by at most `layout_radius` metres. `{"perturbation": axis,
-    "perturbation_strength": s}` changes one episode along an axis of `envs.perturbations`.
+    the objects (`envs.layouts`), each by at most `layout_radius` metres; `{"layout": "partial"}` moves a few.
+    `{"perturbation": axis, "perturbation_strength": s}` changes one episode along an axis of
+    `envs.perturbations`.
 
     Images are mirrored left to right: LIBERO's have the lowest row first, and policies trained on it rotate
     that by 180 degrees. Observations are of the present state; LIBERO's own lag by one substep of 2 ms.
@@ -132,7 +133,7 @@ class LiberoEnv(PandaEnv):
         else:
             from envs.layouts import draw_layout  # loads the planners, which a standard reset does without
 
-            draw_layout(self, seed, start, options.get("layout_radius", np.inf))
+            draw_layout(self, seed, start, layout, options.get("layout_radius", np.inf))
 
     def _perturb(self, seed: int, options: dict[str, Any]) -> dict[str, Any]:
         """End the last episode's perturbation, begin this one's, and return what it adds to the options."""
