@@ -161,12 +161,16 @@ def write_scenes(folder: Path, processes: int = 1, **values: Any) -> list[Path]:
     spec = decode_spec(SceneSpec, values)
     paths = [folder / f"{index:04d}.npz" for index in range(spec.count)]
     missing = [index for index, path in enumerate(paths) if not path.is_file()]
-    shares = math.ceil(processes / len(spec.tasks))  # of a task's scenes, so that no process is idle
+    jobs_per_task = math.ceil(processes / len(spec.tasks))  # at least one job a process
     groups = [
         (task, [index for index in missing if index % len(spec.tasks) == place])
         for place, task in enumerate(spec.tasks)
     ]
-    jobs = [(folder, spec, task, group[first::shares]) for task, group in groups for first in range(shares)]
+    jobs = [
+        (folder, spec, task, group[first::jobs_per_task])
+        for task, group in groups
+        for first in range(jobs_per_task)
+    ]
     for _ in run_jobs(_write_scenes_of_task, [job for job in jobs if job[-1]], processes):
         pass
     return paths

@@ -158,19 +158,27 @@ def test_a_thing_is_in_the_overview_where_its_box_projects(table):
 
 
 @pytest.mark.slow
-def test_scenes_on_disk_depend_neither_on_interruptions_nor_on_processes(tmp_path):
-    order = {"suite": "lift_wide", "tasks": [0], "count": 2, "frame_size": 32, "views": 2}
+@pytest.mark.parametrize(
+    ("suite", "categories"),
+    [
+        ("lift_wide", {"cube"}),
+        ("libero_spatial", {"black bowl", "cookie box", "plate", "ramekin", "stove", "wooden cabinet"}),
+    ],
+)
+def test_scenes_on_disk_depend_neither_on_interruptions_nor_on_processes(tmp_path, suite, categories):
+    """One process draws all layouts in one environment, three draw one each."""
+    order = {"suite": suite, "tasks": [0], "count": 3, "frame_size": 32, "views": 2, "layout": "random"}
     paths = write_scenes(tmp_path / "one", **order)
     first = [load_scene(path) for path in paths]
     paths[1].unlink()
     again = [load_scene(path) for path in write_scenes(tmp_path / "one", **order)]
-    apart = [load_scene(path) for path in write_scenes(tmp_path / "two", processes=2, **order)]
+    apart = [load_scene(path) for path in write_scenes(tmp_path / "two", processes=3, **order)]
     for one, *others in zip(first, again, apart, strict=True):
         for other in others:
             np.testing.assert_array_equal(one.views.frames, other.views.frames)
             np.testing.assert_array_equal(one.views.segments, other.views.segments)
             assert one.objects == other.objects
-    assert {thing.category for one in first for thing in one.objects} == {"cube"}
+    assert {thing.category for one in first for thing in one.objects} == categories
     assert (first[0].views.poses != first[1].views.poses).any()
 
 
