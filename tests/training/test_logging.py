@@ -122,7 +122,7 @@ def test_a_card_without_a_prior_claims_none(points, tmp_path):
     for claim in ("VEGA-3D", "prior's weights", "fusion |"):
         assert [claim in card for card in cards] == [True, False]
     assert "| prior | none |" in cards[1]
-    assert "reads a semantic encoder alone" in cards[1]
+    assert "with a semantic image encoder as its observation encoder, without a video" in cards[1]
 
 
 def test_a_card_of_a_run_from_a_checkpoint_names_the_prior_that_was_read(points, tmp_path):

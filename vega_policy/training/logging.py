@@ -211,8 +211,8 @@ _TEMPLATE = """---
 A vision-language-action policy with VEGA-3D ([arXiv 2603.19235](https://arxiv.org/abs/2603.19235)) as its
 observation encoder: features of a frozen video diffusion model, fused token by token with a semantic encoder.
 {%- else -%}
-A vision-language-action policy that reads a semantic encoder alone, without a video diffusion model
-(`prior=none`).
+A vision-language-action policy with a semantic image encoder as its observation encoder, without a video
+diffusion model (`prior=none`).
 {%- endif %}
 
 | | |
@@ -291,13 +291,13 @@ def _describe_run(config: TrainConfig, policy: VegaConfig, step: int, data: str)
     machine, code = hardware(), code_revision()
     prior = policy.prior
     changed = ", with changed files" if code["changed"] else ""
-    clip = "" if prior.clip == "frame" else f"clip {prior.clip}, "
-    reading = f", {clip}layer {prior.layer}, noise level {prior.noise_level}, fingerprint {prior.fingerprint}"
-    return {
-        "dataset": data,
-        "cameras": ", ".join(policy.image_features),
-        "prior": prior.name + (reading if prior.name != "none" else ""),
-        **({"fusion": policy.fusion.name} if prior.name != "none" else {}),
+    facts = {"dataset": data, "cameras": ", ".join(policy.image_features), "prior": prior.name}
+    if prior.name != "none":
+        clip = "" if prior.clip == "frame" else f", clip {prior.clip}"
+        facts["prior"] += f"{clip}, layer {prior.layer}, noise level {prior.noise_level}"
+        facts["prior"] += f", fingerprint {prior.fingerprint}"
+        facts["fusion"] = policy.fusion.name
+    return facts | {
         "backbone": policy.backbone.name,
         "action head": policy.head.name,
         "steps": f"{step} of {config.steps}, seed {config.seed}",
