@@ -21,7 +21,8 @@ gc.disable()  # until all is imported: the collector would walk through the impo
 
 
 def pytest_collectstart():
-    import wandb  # noqa: F401  timm imports it, too, and five times as long: it walks through all loaded modules
+    # timm imports wandb, which walks through all loaded modules: import it while there are few
+    import wandb  # noqa: F401
 
 
 def pytest_collection_finish():

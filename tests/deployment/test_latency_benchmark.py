@@ -1,8 +1,9 @@
 """Success against delay in virtual time, and the logs of the simulated robot on the wall clock."""
 
+import importlib
 import json
 import math
-from functools import partial
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -164,8 +165,8 @@ def run_commands(runner, suite, chunks, hold):
     return outcome
 
 
-@pytest.mark.parametrize("suite", ["lift_wide", "libero_spatial"])
-def test_without_a_command_displacements_are_zero_and_the_gripper_keeps_its_last_command(suite):
+@pytest.mark.parametrize(("family", "suite"), [("robosuite", "lift_wide"), ("libero", "libero_spatial")])
+def test_without_a_command_displacements_are_zero_and_the_gripper_keeps_its_last_command(family, suite):
     last = -1.0
 
     def zeros(commands):
@@ -176,9 +177,10 @@ def test_without_a_command_displacements_are_zero_and_the_gripper_keeps_its_last
         return np.stack(commands)
 
     horizon = 84  # twelve chunks; three steps of each have no command
-    runner = EnvRunner(TaskEnv(partial(envs.make, render=False), {}), keep_states=True)
-    runner.env.build(suite, 0)
-    runner.env.environment._max_episode_steps = horizon
+    task = replace(envs.tasks(suite)[0], horizon=horizon)
+    make = importlib.import_module(f"envs.{family}").make
+    env = TaskEnv(lambda *_: make(task, frame_size=32, rendering="fast", render=False), {})
+    runner = EnvRunner(env, keep_states=True)
     chunks = np.random.default_rng(0).uniform(-1, 1, (math.ceil(horizon / 7), 8, 7)).astype(np.float32)
     expected, found = (run_commands(runner, suite, chunks, hold) for hold in (zeros, list))
     runner.env.close()
