@@ -343,8 +343,8 @@ def test_ten_steps_have_a_warm_up_too():
     assert curve[-1].step == 10
 
 
-class MetaWords:
-    """Words of any phrase, without values."""
+class MetaText:
+    """Encoded text of any phrase, without values."""
 
     def __init__(self, width):
         self.width = width
@@ -364,22 +364,26 @@ def test_a_training_step_neither_leaves_its_device_nor_waits_for_it():
     shown = Features(features.semantic.to("meta"), None)
     model = SpatialQAModel(CONFIG, 2, shown)
     assert {part.device.type for part in model.state_dict().values()} == {"meta"}
-    model.words = MetaWords(model.encoder.backbone.text_encoder.width)
+    model.text_cache = MetaText(model.encoder.backbone.text_encoder.width)
     loss = model.loss(shown, batch)
     loss.backward()
     assert model.places.grad.device == loss.device == shown.semantic.device
 
 
-def test_kept_words_are_those_of_the_text_encoder():
+def test_cached_text_is_that_of_the_text_encoder():
     asked, features = counted([0, 1, 0, 1])
     batch, model = AnswerCodec(asked).encode(asked), SpatialQAModel(CONFIG, 2, features).eval()
     with torch.no_grad():
         encoded = model(features, batch)
-        model.keep_words(batch)
-        for kept, expected in zip(model(features, batch), encoded, strict=True):
-            assert torch.equal(kept, expected)
-    assert isinstance(model.encode_words(["bowl", ""]), tuple)
-    assert model.encode_words(["bowl", "spoon"]) == ["bowl", "spoon"], "spoon was not kept"
+        model.cache_text(batch)
+        for cached, expected in zip(model(features, batch), encoded, strict=True):
+            assert torch.equal(cached, expected)
+        phrases = ["bowl", ""]
+        for cached, expected in zip(
+            model.cached_text(phrases), model.encoder.backbone.text_encoder(phrases), strict=True
+        ):
+            assert torch.equal(cached, expected)
+    assert model.cached_text(["bowl", "spoon"]) is None, "spoon is not in the cache"
 
 
 @pytest.mark.parametrize(

@@ -407,7 +407,7 @@ class Features:
         return Features(self.semantic[scenes], None if self.prior is None else self.prior[scenes])
 
 
-class Words:
+class TextCache:
     """Output of a frozen text encoder for many phrases, computed once and kept on the encoder's device."""
 
     def __init__(self, encoder: Callable[[list[str]], EncodedText], phrases: Sequence[str]) -> None:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from vega_policy.analysis.features import (
     FeatureCache,
     Features,
-    Words,
+    TextCache,
     cache_key,
     has_untrained_copy,
     to_device,
@@ -280,7 +280,7 @@ class SpatialQAModel(nn.Module):
     Weights are drawn on the CPU and then moved to the device of `features`.
     """
 
-    words: Words | None = None  # of phrases that are encoded once; others are encoded whenever they occur
+    text_cache: TextCache | None = None  # of phrases that are encoded once; others are whenever they occur
 
     def __init__(self, config: ModelConfig, names: int, features: Features, dropout: float = 0.1) -> None:
         super().__init__()
@@ -332,7 +332,7 @@ class SpatialQAModel(nn.Module):
         unique = {
             part: place for place, part in enumerate(dict.fromkeys(part for row in phrases for part in row))
         }
-        embedded = self.encoder.backbone.pool(self.encode_words(list(unique)))
+        embedded = self.encoder.backbone.pool(self.cached_text(list(unique)) or list(unique))
         absent = [-1] * OBJECTS
         index = torch.tensor([([unique[part] for part in row] + absent)[: 1 + OBJECTS] for row in phrases])
         is_token = index >= 0
@@ -343,18 +343,18 @@ class SpatialQAModel(nn.Module):
         tokens[where] = tokens[where] + chosen
         return tokens, to_device(is_token, device)
 
-    def keep_words(self, questions: QuestionBatch, words: Words | None = None) -> None:
-        """Keep `words`, or the phrases of questions as a frozen text encoder returns them."""
+    def cache_text(self, questions: QuestionBatch, cache: TextCache | None = None) -> None:
+        """Use `cache`, or encode the phrases of questions once if the text encoder is frozen."""
         encoder = getattr(self.encoder.backbone, "text_encoder", None)
-        if words is None and encoder is not None and encoder.frozen:
-            words = Words(encoder, ["", *(part for row in questions.phrases for part in row)])
-        self.words = words
+        if cache is None and encoder is not None and encoder.frozen:
+            cache = TextCache(encoder, ["", *(part for row in questions.phrases for part in row)])
+        self.text_cache = cache
 
-    def encode_words(self, phrases: list[str]) -> list[str] | EncodedText:
-        """Return the words of phrases that are all kept; others are returned for the backbone to encode."""
-        if self.words is None or any(phrase not in self.words for phrase in phrases):
-            return phrases
-        return self.words(phrases)
+    def cached_text(self, phrases: list[str]) -> EncodedText | None:
+        """Return the encoded phrases from the cache, or None if one of them is not in it."""
+        if self.text_cache is None or any(phrase not in self.text_cache for phrase in phrases):
+            return None
+        return self.text_cache(phrases)
 
     def encode_context(self, features: Features, batch: QuestionBatch) -> tuple[Tensor, Tensor, Grouping]:
         """Return the policy's contexts [u s d], their mask [u s], and each question's place among them."""
@@ -364,9 +364,9 @@ class SpatialQAModel(nn.Module):
             scenes, index, texts = batch.scene, torch.arange(len(batch)), batch.texts  # tokens depend on text
         device = self.places.device
         features = features[to_device(scenes, device)]
-        tokens, words = self.fuse(features, texts), self.encode_words(texts)
+        tokens, text = self.fuse(features, texts), self.cached_text(texts) or texts
         state = torch.zeros(len(scenes), STATE_DIM, device=device)
-        context = self.encoder.backbone.encode_context(tokens, words, state, features.semantic)
+        context = self.encoder.backbone.encode_context(tokens, text, state, features.semantic)
         return *context, Grouping.of(index, device)
 
     def fuse(self, features: Features, texts: list[str]) -> Tensor:
@@ -374,9 +374,7 @@ class SpatialQAModel(nn.Module):
         semantic = self.semantic(features.semantic)
         prior = None if self.prior is None or features.prior is None else self.prior(features.prior)
         state = torch.zeros(len(texts), STATE_DIM, device=semantic.device)
-        words = self.encode_words(texts)
-        words = words if isinstance(words, tuple) else None
-        observation = Observation(None, state, texts, semantic, prior, words)
+        observation = Observation(None, state, texts, semantic, prior, self.cached_text(texts))
         return self.encoder.fuse(semantic, observation)
 
     def losses(self, features: Features, batch: QuestionBatch) -> Tensor:
@@ -452,16 +450,16 @@ def train_qa_model(
     features: Features,
     training: QATraining,
     label: str = "answers",
-    words: Words | None = None,
+    text_cache: TextCache | None = None,
 ) -> tuple[SpatialQAModel, list[Evaluation]]:
     """Return a trained model in evaluation mode, and its training curve.
 
     The weights are those with the lowest loss on held-out training scenes; without such, the last ones. It is
-    trained on the device of `features`. `words` are kept ones of the same text encoder, if there are any.
+    trained on the device of `features`. `text_cache` is one of the same text encoder, if there is any.
     """
     torch.manual_seed(training.seed)
     model = SpatialQAModel(config, len(codec.names), features, training.dropout)
-    model.keep_words(questions, words)
+    model.cache_text(questions, text_cache)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, training.learning_rate, weight_decay=training.weight_decay)
     warm_up = 0.2 if training.steps == 10 else 0.1  # torch divides by warm_up * steps - 1
@@ -608,7 +606,7 @@ class _CachedTrainer:
         self.result.scores["chance"] = chance_scores(questions.train, questions.test)
         self.result.scores[TEXT_ONLY] = text_only_scores(questions.train, questions.test)
         self._encoded: tuple[Arm, Features] | None = None  # of the last arm
-        self._words: Words | None = None  # of a pre-trained text encoder, which all models share
+        self._text_cache: TextCache | None = None  # of a pre-trained text encoder, which all models share
 
     def add(self, arm: Arm, training: QATraining) -> tuple[SpatialQAModel, Features]:
         """Train or load a model and add its answers to the result."""
@@ -621,14 +619,14 @@ class _CachedTrainer:
         if path is not None and path.is_file():
             model, curve = self._load(path, config, training, features)
         else:
-            options = (arm.name, self._words)
+            options = (arm.name, self._text_cache)
             model, curve = train_qa_model(config, self._codec, self._train, features, training, *options)
             if path is not None:
                 with atomic_file(path) as draft:
                     points = [asdict(point) for point in curve]
                     torch.save({"weights": trained_state(model), "curve": points}, draft)
         if config.backbone.pretrained:
-            self._words = model.words
+            self._text_cache = model.text_cache
         self.result.add(arm.name, training.seed, self.answer(model, features), curve)
         return model, features
 
@@ -657,7 +655,7 @@ class _CachedTrainer:
         trained = {name for name, part in model.named_parameters() if part.requires_grad}
         if keys.unexpected_keys or trained & set(keys.missing_keys):
             raise ValueError(f"{path} was trained by other code; delete it to train the model again")
-        model.keep_words(self._train, self._words)
+        model.cache_text(self._train, self._text_cache)
         return model.eval(), [Evaluation(**point) for point in stored["curve"]]
 
     def _key(self, arm: Arm, config: ModelConfig, training: QATraining, features: Features) -> str:
