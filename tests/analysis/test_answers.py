@@ -27,6 +27,7 @@ from vega_policy.analysis.spatial_qa_model import (
     QUESTION_PAIRS,
     AnswerCodec,
     QATraining,
+    Arm,
     QuestionSampler,
     SpatialQAModel,
     compare_arms,
@@ -330,10 +331,28 @@ def test_a_device_that_torch_does_not_have_is_refused_before_scenes_are_rendered
     assert not list(tmp_path.iterdir())
 
 
-def test_features_of_another_device_have_a_cache_of_their_own():
-    cpu, gpu = (FeatureCache([], "none", 64, device=torch.device(name)) for name in ("cpu", "cuda"))
-    assert cpu.device_key == {}, "files of the CPU keep their names"
-    assert gpu.device_key == {"device": "cuda"}
+class NotCachedError(Exception):
+    """Something was not in the cache."""
+
+
+def recompute(*_, **__):
+    raise NotCachedError
+
+
+def test_another_device_takes_neither_features_nor_models_of_the_cpu_from_the_cache(compared, monkeypatch):
+    questions, cache, _ = compared
+    other = replace(cache, device=torch.device("meta"))
+    assert cache.device_key == {}, "files of the CPU keep their names"
+    monkeypatch.setattr("vega_policy.analysis.features.make_backbone", recompute)
+    features = cache.semantic(SMALL)
+    with pytest.raises(NotCachedError):
+        other.semantic(SMALL)
+    monkeypatch.setattr("vega_policy.analysis.spatial_qa_model.train_qa_model", recompute)
+    monkeypatch.setattr(FeatureCache, "semantic", lambda *_: features)  # the features do not differ
+    options = (questions, CONFIG, [Arm("semantic only")], TRAINING, [TRAINING.seed])
+    compare_arms(cache, *options)
+    with pytest.raises(NotCachedError):
+        compare_arms(other, *options)
 
 
 def test_ten_steps_have_a_warm_up_too():

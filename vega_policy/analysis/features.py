@@ -447,7 +447,10 @@ class FeatureCache:
 
     @property
     def device_key(self) -> dict[str, str]:
-        """What tells numbers of this device from those of the CPU, whose rounding differs."""
+        """Part of a cache key: the device, whose rounding differs from the CPU's.
+
+        Empty on the CPU, whose files keep their names.
+        """
         return {} if self.device.type == "cpu" else {"device": self.device.type}
 
     def semantic(self, config: BackboneConfig) -> Tensor:
