@@ -20,14 +20,15 @@ from vega_policy.analysis.probe import (
     overlay_gate,
     qa_table,
     run,
+    seed_gains_table,
     write_recording,
 )
-from vega_policy.analysis.spatial_qa import Question, chance_scores, make_question_set, score
+from vega_policy.analysis.spatial_qa import QAScores, Question, chance_scores, make_question_set, score
 from vega_policy.analysis.spatial_qa_model import (
     QUESTION_PAIRS,
     AnswerCodec,
-    QATraining,
     Arm,
+    QATraining,
     QuestionSampler,
     SpatialQAModel,
     compare_arms,
@@ -277,6 +278,41 @@ def test_every_arm_answers_with_every_seed_and_all_answers_are_kept(compared, tm
     assert "fused, future minus words only" not in rows, "that model was not trained"
 
 
+def test_the_gain_of_each_seed_is_in_summary_and_table():
+    counts = [Question(scene, "object_count", "How many?", ("0", "1"), choice="0") for scene in (0, 1)]
+    sizes = [Question(0, "object_size", "How long?", number=10.0)]
+    result = QAScores(counts + sizes)
+    for seed, answers in enumerate((["0", "0", 10.0], ["0", "1", 10.0])):
+        result.add("fused", seed, answers, [])
+    for seed, answers in enumerate((["1", "0", 10.0], ["0", "0", 90.0])):
+        result.add("semantic only", seed, answers, [])
+    result.scores["chance"] = np.array([0.5, 0.5, 0.0])
+    pairs = [("fused", "semantic only"), ("fused", "chance"), ("fused", "not trained")]
+    expected = {
+        "fused minus semantic only": {
+            "mean": {0: 0.25, 1: 0.25},
+            "object_count": {0: 0.5, 1: -0.5},
+            "object_size": {0: 0.0, 1: 1.0},
+        },
+        "fused minus chance": {
+            "mean": {0: 0.75, 1: 0.5},
+            "object_count": {0: 0.5, 1: 0.0},
+            "object_size": {0: 1.0, 1: 1.0},
+        },
+    }
+    summary = result.summarize(pairs)
+    assert summary["seed_gains"] == expected
+    for title, gains in summary["gains"].items():
+        for kind, gain in gains.items():
+            assert gain[0] == pytest.approx(np.mean(list(expected[title][kind].values())))
+    assert seed_gains_table(result, pairs).rows == [
+        ("fused minus semantic only, seed 0", "0.250", "0.500", "0.000"),
+        ("fused minus semantic only, seed 1", "0.250", "-0.500", "1.000"),
+        ("fused minus chance, seed 0", "0.750", "0.500", "1.000"),
+        ("fused minus chance, seed 1", "0.500", "0.000", "1.000"),
+    ]
+
+
 @pytest.mark.slow
 def test_other_steps_train_other_models(compared):
     questions, cache, first = compared
@@ -305,7 +341,8 @@ QUESTIONS = {
 }
 
 
-def test_a_run_compares_frame_and_future_and_resumes_from_its_cache(tmp_path, monkeypatch):
+def test_a_run_compares_frame_and_future_and_resumes_from_its_cache(tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
     questions = {"scenes": 10, "frame_size": 32, "steps": 2, "scenes_per_step": 2, "seeds": [0]}
     questions |= {"future_path": str(ASSETS / "wan_tiny_future"), "max_per_kind": 40}
     node = QUESTIONS | {"questions": questions, "cache_root": str(tmp_path / "cache")}
@@ -315,7 +352,10 @@ def test_a_run_compares_frame_and_future_and_resumes_from_its_cache(tmp_path, mo
     trained = {"words only", "semantic only", "fused", "prior only", "fused, untrained copy", "fused, future"}
     assert summary["scores"].keys() == trained | {"chance", "text only (constant)"}
     assert {"fused, future minus fused", "fused minus fused, untrained copy"} <= summary["gains"].keys()
-    assert "fused, future minus semantic only" in page.read_text()
+    assert summary["seed_gains"].keys() == summary["gains"].keys()
+    for row in ("fused, future minus semantic only", "fused, future minus semantic only, seed 0"):
+        assert f">{row}<" in page.read_text()
+        assert f"| {row} | " in caplog.text
     first = (tmp_path / "run" / "answers.parquet").read_bytes()
     for name in ("priors.wan.LatentWorldSimulator.forward", "analysis.spatial_qa_model.SpatialQAModel.loss"):
         monkeypatch.setattr(f"vega_policy.{name}", None)  # nothing is encoded or trained again

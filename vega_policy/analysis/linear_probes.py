@@ -41,6 +41,10 @@ class Estimate:
         low, high = sorted((self.low * factor, self.high * factor))
         return Estimate(self.value * factor, low, high)
 
+    def rounded(self) -> list[float | None]:
+        """Return value and interval to five digits, None for nan, for a summary in JSON."""
+        return [None if np.isnan(x) else round(x, 5) for x in (self.value, self.low, self.high)]
+
 
 def ratio_of_sums(sums: np.ndarray) -> np.ndarray:
     """Return the first over the second sum, [... 2] -> [...]; nan if the second is 0."""

@@ -130,11 +130,11 @@ def run(settings: ProbeSettings) -> Path:
     statement = verdict(sweep, not has_trained_weights(settings.prior), len(scenes.scenes))
     summary = {"verdict": statement, "scenes": len(scenes.scenes), "seconds": seconds}
     summary["features"] = [
-        {**asdict(spec), **{name: _round(number) for name, number in row.items()}}
+        {**asdict(spec), **{name: number.rounded() for name, number in row.items()}}
         for spec, row in sweep.table().items()
     ]
     if comparison is not None:
-        summary["answers"] = _summarize_scores(comparison.scores, FUSED_PAIRS)
+        summary["answers"] = comparison.scores.summarize(FUSED_PAIRS)
     write_json(folder / SUMMARY, summary)
     sections = [Section("Does training help?", [Paragraph(statement, "verdict")])]
     sections += _sweep_sections(sweep, figures, len(scenes.scenes))
@@ -220,9 +220,9 @@ def summarize_future(
     metrics = future_metrics(horizons)
     for unit in dict.fromkeys(split for split, _ in found):
         rows = {row: sums for (split, row), sums in found.items() if split == unit}
-        values = {row: {key: _round(m.value(x)) for key, m in metrics.items()} for row, x in rows.items()}
+        values = {row: {key: m.value(x).rounded() for key, m in metrics.items()} for row, x in rows.items()}
         gains = {
-            first: {other: {key: _round(x) for key, x in part.items()} for other, part in others.items()}
+            first: {other: {key: x.rounded() for key, x in part.items()} for other, part in others.items()}
             for first, others in future_gains(rows, metrics).items()
         }
         summary[f"held_out_{unit}"] = {"rows": values, "gains": gains}
@@ -356,15 +356,17 @@ def run_questions(settings: ProbeSettings) -> Path:
     arms = question_arms(settings.prior, future)
     with _timed("models", seconds):
         scores = compare_arms(cache, questions, config, arms, training, settings.questions.seeds)
-    tables = qa_table(scores, QUESTION_PAIRS)
+    tables, by_seed = qa_table(scores, QUESTION_PAIRS), seed_gains_table(scores, QUESTION_PAIRS)
     _log_table("Spatial questions", tables[0])
+    _log_table("Gain of each training seed", by_seed)
     write_bytes(folder / ANSWERS, scores.to_parquet())
     count = {"scenes": len(cache.scenes), "training": len(questions.train), "test": len(questions.test)}
     values = {"settings": asdict(settings.questions), "questions": count, "seconds": seconds}
     values["device"] = cache.device.type
-    write_json(folder / SUMMARY, values | _summarize_scores(scores, QUESTION_PAIRS))
+    write_json(folder / SUMMARY, values | scores.summarize(QUESTION_PAIRS))
     sections = [
         Section("Spatial questions", tables),
+        Section("Gain of each training seed", [by_seed]),
         Section("Examples", [examples_table(questions)]),
         Section("Settings", [Table(("setting", "value"), list({**asdict(settings), **values}.items()))]),
     ]
@@ -436,27 +438,6 @@ def _question_sections(comparison: QAComparison | None, has_video: bool) -> list
         )
         sections.append(Section("Where does the fusion use the prior?", [Figure(caption, video=GATE_VIDEO)]))
     return sections
-
-
-def _summarize_scores(scores: QAScores, pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    kinds = {"mean": None} | {kind: kind for kind in scores.kinds}
-    means = {
-        name: {label: _round(scores.mean(name, kind)) for label, kind in kinds.items()}
-        for name in scores.scores
-    }
-    gains = {
-        f"{first} minus {second}": {x: _round(scores.gain(first, second, kind)) for x, kind in kinds.items()}
-        for first, second in scores.known(pairs)
-    }
-    curves = {
-        name: {seed: [asdict(point) for point in curve] for seed, curve in group.items()}
-        for name, group in scores.curves.items()
-    }
-    return {"scores": means, "gains": gains, "curves": curves}
-
-
-def _round(number: Estimate) -> list[float | None]:
-    return [None if np.isnan(x) else round(x, 5) for x in (number.value, number.low, number.high)]
 
 
 def verdict(sweep: Sweep, is_untrained: bool, scenes: int) -> str:
@@ -531,11 +512,27 @@ def qa_table(result: QAScores, pairs: Sequence[tuple[str, str]] = FUSED_PAIRS) -
     ]
     note = (
         "Accuracy for choices, mean relative accuracy for distances and sizes (VSI-Bench), Acc@0.25 for "
-        "grounding (ScanRefer); means over seeds, intervals over test scenes. Every answer to a text is "
-        "correct equally often, so that the text alone should stay at chance."
+        "grounding (ScanRefer); means over training seeds. Intervals are over test scenes: they do not "
+        "include the variance between seeds. Every answer to a text is correct equally often, so that the "
+        "text alone should stay at chance."
     )
-    header = ("model", "mean of kinds", *(kind.replace("_", " ") for kind in result.kinds))
-    return Table(header, rows), Paragraph(note, "quiet")
+    return Table(_qa_header("model", result), rows), Paragraph(note, "quiet")
+
+
+def seed_gains_table(result: QAScores, pairs: Sequence[tuple[str, str]]) -> Table:
+    """Return how much the first model of each pair is better with each training seed, by kind of question."""
+    rows = []
+    for pair in result.known(pairs):
+        gains = [result.seed_gains(*pair, kind) for kind in (None, *result.kinds)]
+        rows += [
+            (f"{' minus '.join(pair)}, seed {seed}", *(f"{part[seed]:.3f}" for part in gains))
+            for seed in gains[0]
+        ]
+    return Table(_qa_header("gain", result), rows)
+
+
+def _qa_header(first: str, result: QAScores) -> tuple[str, ...]:
+    return (first, "mean of kinds", *(kind.replace("_", " ") for kind in result.kinds))
 
 
 def examples_table(questions: QuestionSet) -> Table:

@@ -11,7 +11,7 @@ import itertools
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -428,16 +428,62 @@ class QAScores:
         return [kind for kind in KINDS if any(question.kind == kind for question in self.questions)]
 
     def mean(self, name: str, kind: str | None = None) -> Estimate:
-        """Return a model's mean score of one kind, or the mean over kinds, with its interval over scenes."""
-        return estimate(self._sums(name, kind), _mean_of_kinds)
+        """Return a model's mean score of one kind, or the mean over kinds.
+
+        It is the mean over seeds, with its interval over scenes, which does not include the variance between
+        training seeds.
+        """
+        return estimate(self._sums(self.scores[name], kind), _mean_of_kinds)
 
     def gain(self, first: str, second: str, kind: str | None = None) -> Estimate:
-        """Return the mean score of the first model minus that of the second, paired by scene."""
-        return difference(self._sums(first, kind), self._sums(second, kind), _mean_of_kinds)
+        """Return the mean score of the first model minus that of the second, paired by scene.
+
+        As in `mean`, the interval does not include the variance between training seeds: see `seed_gains`.
+        """
+        one, other = (self._sums(self.scores[name], kind) for name in (first, second))
+        return difference(one, other, _mean_of_kinds)
+
+    def seed_gains(self, first: str, second: str, kind: str | None = None) -> dict[int, float]:
+        """Return `gain` of each seed that the first model was trained with.
+
+        A second model without seeds, such as a constant answer, has the same scores for every seed.
+        """
+        others, gains = self.seeds.get(second), {}
+        for seed, scores in self.seeds[first].items():
+            other = self.scores[second] if others is None else others[seed]
+            means = (_mean_of_kinds(self._sums(part, kind).sum(axis=0)) for part in (scores, other))
+            gains[seed] = float(np.subtract(*means))
+        return gains
 
     def known(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
         """Return the pairs of models that both have scores."""
         return [pair for pair in pairs if set(pair) <= self.scores.keys()]
+
+    def summarize(self, pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
+        """Return means of all models, gains of the known ones of `pairs`, and training curves, for JSON."""
+        kinds = {"mean": None} | {kind: kind for kind in self.kinds}
+        known = {f"{first} minus {second}": (first, second) for first, second in self.known(pairs)}
+        return {
+            "scores": {
+                name: {label: self.mean(name, kind).rounded() for label, kind in kinds.items()}
+                for name in self.scores
+            },
+            "gains": {
+                title: {label: self.gain(*pair, kind).rounded() for label, kind in kinds.items()}
+                for title, pair in known.items()
+            },
+            "seed_gains": {
+                title: {
+                    label: {seed: round(gain, 5) for seed, gain in self.seed_gains(*pair, kind).items()}
+                    for label, kind in kinds.items()
+                }
+                for title, pair in known.items()
+            },
+            "curves": {
+                name: {seed: [asdict(point) for point in curve] for seed, curve in group.items()}
+                for name, group in self.curves.items()
+            },
+        }
 
     def to_parquet(self) -> bytes:
         """Return a table with a row for each test question: its answer, and those of all models and seeds."""
@@ -455,12 +501,12 @@ class QAScores:
         pyarrow.parquet.write_table(pyarrow.table(columns), buffer, compression="zstd")
         return buffer.getvalue()
 
-    def _sums(self, name: str, kind: str | None) -> np.ndarray:
+    def _sums(self, scores: np.ndarray, kind: str | None) -> np.ndarray:
         """Return summed scores and counts, [scenes 2 kinds]."""
         kinds = [kind] if kind else self.kinds
         places = {scene: row for row, scene in enumerate(sorted({q.scene for q in self.questions}))}
         sums = np.zeros((len(places), 2 * len(kinds)))
-        for question, number in zip(self.questions, self.scores[name], strict=True):
+        for question, number in zip(self.questions, scores, strict=True):
             if question.kind in kinds:
                 row, column = places[question.scene], 2 * kinds.index(question.kind)
                 sums[row, column : column + 2] += number, 1
