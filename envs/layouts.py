@@ -1,15 +1,16 @@
 """Random layouts of LIBERO scenes: all that can be moved is drawn again over the table, or a part of it.
 
 A random layout draws every object again, a partial one changes a few and leaves the rest of the reset as it
-is. Fixtures stay where they are, and so does what stands on or in them. What stands on each other, and what a
-relation of the instruction names ("next to the ramekin"), moves as one. A draw in which the instruction is
+is. Fixtures stay where they are, and so does what stands on or in them; a partial layout may move one with
+them. What stands on each other, and what a relation of the instruction names ("next to the ramekin"), moves
+as one. A draw in which the instruction is
 ambiguous or already done, or in which the planners find no grasp, is replaced before the episode starts.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from numpy.typing import ArrayLike
 from scipy.spatial import Delaunay, QhullError
 from scipy.spatial.transform import Rotation
 
-from envs.demos.planner_arm import Array
+from envs.demos.planner_arm import Array, about_z
 from envs.demos.planner_fixtures import (
     OPEN_FULLY,
     WIDE,
@@ -29,6 +30,8 @@ from envs.demos.planner_fixtures import (
     holds,
     is_object,
     joint_of,
+    owner_of,
+    part_poses,
     region,
 )
 from envs.demos.planner_grasping import NEAREST, Workcell
@@ -49,15 +52,24 @@ IN_VIEW = 0.88  # share of the frame's half width within which every object stan
 NEXT_TO = 0.16  # m from the middle of what a relation names to the object that is meant
 APART = 0.12  # m that an object alike is farther from what the relation names than the object that is meant
 RAYS, HIDDEN = 24, 0.5  # points of an object; share of them that something else may hide
+COLLISION_SHAPES = np.array([1, 0, 0, 0, 0, 0], np.uint8)  # geom groups; rays through visible meshes are slow
 BEFORE = 0.98  # share of the way from the camera to a point at which something hides it
 MOVED, TILTED = 0.01, 0.1  # m, rad: what moves by more while it comes to rest does not stand
 BEFORE_DRAWER = 0.10  # m before a drawer that is pulled out
 BESIDE_KNOB = 0.07  # m around a knob that a hand turns
 FURTHER = (0.5, 0.3, 0.2)  # shares of partial layouts in which 0, 1 or 2 further groups change
 EXCHANGED = 0.5  # share of the changed groups that exchange their places with another one
+WITH_FIXTURE = 0.5  # share of partial layouts in which a fixture changes, where there is one
+WANTED_FIXTURE = 0.75  # share of these in which it is one that the task needs, where there is one
+MIRRORED = 0.5  # share of the fixtures that exchange no places that are tried on the table's other side
+MAX_FIXTURE_PLACES = 12  # of a fixture in a layout
+TURNS = (0.0, 0.5 * np.pi, np.pi, 1.5 * np.pi)  # rad, of a fixture
+BELOW_ARM = 0.10  # m to each side of the arm as an episode starts that stay free of fixtures
+FARTHEST = 0.85  # m from the robot's base to the middle of a fixture
 SHAPELESS = 0.05  # m around the origin of an object whose shape is not known
 GRID = 0.01  # m between points inside an outline
 SIDES = re.compile(r"\b(left|right|front|back|middle)\b")
+LEVEL_SIDES = re.compile(r"\b(left|right|front|back)\b")  # a drawer is in the middle whatever way it opens
 
 
 class NoLayoutError(RuntimeError):
@@ -66,11 +78,13 @@ class NoLayoutError(RuntimeError):
 
 @dataclass(frozen=True)
 class Group:
-    """Objects that move as one."""
+    """Objects that move as one, with the fixture on or in which they stand if it moves as well."""
 
     members: tuple[str, ...]
     is_wanted: bool  # whether the task moves one of them, or something onto one
     is_mirrored: bool  # whether it may be mirrored left to right
+    fixture: str = ""
+    turns: tuple[float, ...] = (0.0,)  # rad about the vertical that keep the instruction true
 
 
 @dataclass(frozen=True)
@@ -115,7 +129,7 @@ class Layout:
 
     def __init__(self, env: LiberoEnv, rng: np.random.Generator, kind: str, radius: float) -> None:
         self._env, self._rng, self._radius = env, rng, radius
-        self._draw = {"random": self._draw_all, "partial": self._draw_part}[kind]
+        self._is_partial = kind == "partial"
         self._shapeless: list[str] = []  # objects of which no shape is known
         self._places: dict[str, Array] = {}  # of each object that can be moved, its pose [7] as it was put
         self._missing = ""  # why nothing could be placed
@@ -127,13 +141,17 @@ class Layout:
         cell = Workcell.of(raw)
         groups, self._relation = find_groups(raw, self._env.task.instruction)
         self._shapeless = [name for name in raw.objects_dict if body_of(cell, name) not in cell.scene]
-        groups = [group for group in groups if not {*group.members} & {*self._shapeless}]
-        self._draw(cell, groups)
+        if self._is_partial:
+            groups += find_fixtures(raw, self._env.task.instruction)
+        groups = [
+            group for group in groups if not {*group.members} & {*self._shapeless} and _bodies(cell, group)
+        ]
+        (self._draw_part if self._is_partial else self._draw_all)(cell, groups)
         raw.sim.forward()
 
     def _draw_all(self, cell: Workcell, groups: Sequence[Group]) -> None:
         """Put every group anywhere in reach."""
-        taken = self._staying(cell, groups)
+        taken = self._staying(cell, groups) + [outline(points) for _, points in kept_free(cell)]
         order = [groups[index] for index in self._rng.permutation(len(groups))]
         for group in sorted(order, key=lambda group: (not group.is_wanted, -len(group.members))):
             placed = self._place_group(cell, group, taken)
@@ -143,63 +161,193 @@ class Layout:
             taken.append(placed)
 
     def _draw_part(self, cell: Workcell, groups: Sequence[Group]) -> None:
-        """Put one of the groups that the task needs, and often others, anywhere or into another's place."""
-        for name in (name for group in groups for name in group.members):
-            self._places[name] = np.array(self._joint(name).qpos)
-        order = [groups[index] for index in self._rng.permutation(len(groups))]
-        order.sort(key=lambda group: not group.is_wanted)
-        first, further = order[:1], order[1:]
-        self._rng.shuffle(further)
+        """Put a part of the groups anywhere or into another's place; the rest stays."""
         staying = self._staying(cell, groups)
         shapes = {group: outline(_cloud(cell, group)) for group in groups}
-        for group in first + further[: self._rng.choice(len(FURTHER), p=FURTHER)]:
-            if self._rng.random() < EXCHANGED and self._exchange(cell, group, shapes, staying):
-                continue
-            taken = staying + [shape for other, shape in shapes.items() if other is not group]
-            placed = self._place_group(cell, group, taken)
-            if placed is None:
-                self._missing = f"no room for {', '.join(group.members)}"
+        changed = self._chosen(groups)
+        self._missing = "" if changed else "nothing can be moved"
+        for group in changed:
+            if not self._change(cell, group, shapes, staying):
+                self._missing = f"no room for {', '.join([group.fixture, *group.members]).strip(', ')}"
                 return
+        for name in (name for group in groups for name in group.members):
+            self._places[name] = np.array(self._joint(name).qpos)
+
+    def _chosen(self, groups: Sequence[Group]) -> list[Group]:
+        """Choose what changes: often a fixture, always something that the task needs, and often others."""
+        order = [groups[index] for index in self._rng.permutation(len(groups))]
+        fixtures = [group for group in order if group.fixture]
+        objects = [group for group in order if not group.fixture]
+        changed = []
+        if fixtures and self._rng.random() < WITH_FIXTURE:
+            if self._rng.random() < WANTED_FIXTURE:
+                fixtures.sort(key=lambda group: not group.is_wanted)
+            changed = fixtures[:1]
+        objects.sort(key=lambda group: not group.is_wanted)
+        if not any(group.is_wanted for group in changed):
+            changed += objects[:1]
+        further = [group for group in objects if group not in changed]
+        self._rng.shuffle(further)
+        return changed + further[: self._rng.choice(len(FURTHER), p=FURTHER)]
+
+    def _change(
+        self, cell: Workcell, group: Group, shapes: dict[Group, Array], staying: Sequence[Array]
+    ) -> bool:
+        """Put a group into another's place or anywhere and update its outline; False without room."""
+        if self._rng.random() < EXCHANGED and self._exchange(cell, group, shapes, staying):
+            return True
+        if group.fixture:
+            return self._place_fixture(cell, group, shapes, staying)
+        taken = [*staying, *(shape for other, shape in shapes.items() if other is not group)]
+        taken += [outline(points) for _, points in kept_free(cell)]
+        placed = self._place_group(cell, group, taken)
+        if placed is not None:
             shapes[group] = placed
             cell.scene.refresh()
-        if not first:
-            self._missing = "nothing can be moved"
-
-    def _staying(self, cell: Workcell, groups: Sequence[Group]) -> list[Array]:
-        """Return the outlines [n 2] of all but these groups, and of what is kept free."""
-        away = [body_of(cell, name) for group in groups for name in group.members]
-        away.append(f"{self._env.raw.workspace_name}_col")  # a table whose body is not named like one
-        taken = [outline(cloud) for cloud in cell.scene.standing(away)]
-        taken += [outline(points) for points in kept_free(cell)]
-        for name in self._shapeless:  # it stays, and all else stays away
-            taken.append(outline(_around(cell.scene.position(body_of(cell, name))[None, :2], SHAPELESS)))
-        return taken
+        return placed is not None
 
     def _exchange(
         self, cell: Workcell, group: Group, shapes: dict[Group, Array], staying: Sequence[Array]
     ) -> bool:
         """Exchange the places of a group and another one, the middles of their outlines, if any fits."""
-        groups = [other for other in shapes if other is not group]
-        for index in self._rng.permutation(len(groups)):
-            other = groups[index]
-            way = _middle(shapes[other]) - _middle(shapes[group])
-            moved = {group: shapes[group] + way, other: shapes[other] - way}
-            spots = {
-                one: {name: cell.scene.position(body_of(cell, name))[:2] + shift for name in one.members}
-                for one, shift in ((group, way), (other, -way))
-            }
-            taken = [np.zeros((0, 2)), *staying, *(shapes[one] for one in groups if one is not other)]
-            length = float(np.linalg.norm(way))
-            if (
-                all(self._fits(cell, one, spots[one], shape, length) for one, shape in moved.items())
-                and clearance(moved[group], moved[other]) > GAP
-                and clearance(np.concatenate([*moved.values()]), np.concatenate(taken)) > GAP
-            ):
-                self._put(spots[group] | spots[other])
-                shapes.update(moved)
-                cell.scene.refresh()
+        others = [other for other in shapes if other is not group]
+        for index in self._rng.permutation(len(others)):
+            other = others[index]
+            here, there = _middle(shapes[group]), _middle(shapes[other])
+            ways = [(turn, turned) for turn in group.turns for turned in other.turns]
+            for turn, turned in ways if len(ways) == 1 else self._rng.permutation(ways):
+                moves = {group: (there, turn), other: (here, turned)}
+                if self._move(cell, moves, shapes, staying):
+                    return True
+        return False
+
+    def _place_fixture(
+        self, cell: Workcell, group: Group, shapes: dict[Group, Array], staying: Sequence[Array]
+    ) -> bool:
+        """Put a fixture on the other side of the table or anywhere, turned as fits; False without room."""
+        low, high = _table(self._env.raw)
+        spots = [*self._rng.uniform(low, high, (MAX_FIXTURE_PLACES, 2))]
+        if self._rng.random() < MIRRORED:
+            x, y = _middle(shapes[group])
+            spots.insert(0, np.array([x, 2 * self._env.raw.workspace_offset[1] - y]))
+        return any(
+            self._move(cell, {group: (spot, turn)}, shapes, staying)
+            for spot in spots
+            for turn in self._rng.permutation(group.turns)
+        )
+
+    def _move(
+        self,
+        cell: Workcell,
+        moves: Mapping[Group, tuple[Array, float]],
+        shapes: dict[Group, Array],
+        staying: Sequence[Array],
+    ) -> bool:
+        """Move the middles of groups to spots [2] and turn them (rad); if it does not fit, undo it: False."""
+        carried = {group: (_middle(shapes[group]), *move) for group, move in moves.items()}
+        moved = {group: _carried(shapes[group], *move) for group, move in carried.items()}
+        if not all(self._fits_moved(cell, group, moved[group], *move) for group, move in carried.items()):
+            return False
+        rest = [*staying, *(shape for group, shape in shapes.items() if group not in moves)]
+        for shape in moved.values():
+            if clearance(shape, np.concatenate([np.zeros((0, 2)), *rest])) <= GAP:
+                return False
+            rest.append(shape)
+        model, data = self._env.model, self._env.data
+        arrays = model.body_pos, model.body_quat, data.qpos
+        before = [array.copy() for array in arrays]
+        for group, move in carried.items():
+            self._carry(group, *move)
+        cell.scene.refresh()
+        if self._is_hindered(cell, moved) or self._part_fault(cell, moved):
+            for array, values in zip(arrays, before, strict=True):
+                array[:] = values
+            cell.scene.refresh()
+            return False
+        shapes.update(moved)
+        return True
+
+    def _fits_moved(
+        self, cell: Workcell, group: Group, shape: Array, middle: Array, spot: Array, turn: float
+    ) -> bool:
+        """Return whether a group would be on the table and in reach, carried from `middle` to `spot`."""
+        if not group.fixture:
+            way = spot - middle
+            spots = {name: cell.scene.position(body_of(cell, name))[:2] + way for name in group.members}
+            return self._fits(cell, group, spots, shape, float(np.linalg.norm(way)))
+        cloud = _cloud(cell, group)
+        flat = _carried(cloud[:, :2], middle, spot, turn)
+        low, high = _whole_table(self._env.raw)
+        base = cell.scene.position("robot0_base")[:2]
+        arm = outline(_around(np.stack([cell.scene.position("robot0_base"), cell.arm.position]), BELOW_ARM))
+        return bool(
+            np.all(flat > low)
+            and np.all(flat < high)
+            and np.linalg.norm(spot - base) < FARTHEST
+            and clearance(flat, arm) > 0
+            and in_view(self._env, [*spot, cloud[:, 2].min()])
+        )
+
+    def _carry(self, group: Group, middle: Array, spot: Array, turn: float) -> None:
+        """Carry a group, and leave its objects at rest."""
+        turned = Rotation.from_euler("z", turn)
+        poses = []
+        if group.fixture:
+            body = self._env.model.body(self._env.raw.fixtures_dict[group.fixture].root_body)
+            poses.append((body.pos, body.quat))
+        for name in group.members:
+            joint = self._joint(name)
+            joint.qvel[:] = 0.0
+            poses.append((joint.qpos[:3], joint.qpos[3:]))
+        for position, quaternion in poses:
+            position[:2] = _carried(position[None, :2], middle, spot, turn)[0]
+            rotation = turned * Rotation.from_quat(quaternion, scalar_first=True)
+            quaternion[:] = rotation.as_quat(scalar_first=True)
+
+    @staticmethod
+    def _is_hindered(cell: Workcell, moved: Mapping[Group, Array]) -> bool:
+        """Return whether drawers, doors, hands or goals have no room once groups are at outlines [n 2].
+
+        Before a fixture that has moved nothing else may stand that is higher than the lowest part that moves.
+        """
+        objects = [shape for group, shape in moved.items() if not group.fixture]
+        fixtures = {group.fixture: _bodies(cell, group) for group in moved if group.fixture}
+        for owner, points in kept_free(cell):
+            hindering = list(objects)
+            if owner in fixtures:
+                obstacles = cell.scene.obstacles([*fixtures[owner], f"{cell.env.workspace_name}_col"])
+                hindering.append(obstacles[obstacles[:, 2] > points[:, 2].min(), :2])
+            if clearance(outline(points), np.concatenate([np.zeros((0, 2)), *hindering])) <= 0.5 * GAP:
                 return True
         return False
+
+    def _part_fault(self, cell: Workcell, moved: Collection[Group]) -> str:
+        """Return why the task can do nothing with a part of a fixture once groups have moved; or empty."""
+        fixtures = {group.fixture: {*_bodies(cell, group)} for group in moved if group.fixture}
+        for goal in goals(cell):
+            owner = owner_of(cell, goal[-1])
+            if not fixtures or owner not in cell.env.fixtures_dict:
+                continue
+            poses = part_poses(cell, goal)
+            in_the_way = set().union(*(bodies for name, bodies in fixtures.items() if name != owner))
+            if any(cell.clearance.touched(*pose) & in_the_way for pose in poses):
+                return f"something stands in the way to {goal[-1]}"
+            if owner in fixtures:
+                part = poses[-1][0]
+                if not in_view(self._env, part) or not is_clear(self._env, part):
+                    return f"{goal[-1]} is not in view"
+                if not all(cell.clearance.reaches(*pose) for pose in poses):
+                    return f"the hand does not reach {goal[-1]}"
+        return ""
+
+    def _staying(self, cell: Workcell, groups: Sequence[Group]) -> list[Array]:
+        """Return the outlines [n 2] of all but these groups."""
+        away = [body for group in groups for body in _bodies(cell, group)]
+        away.append(f"{self._env.raw.workspace_name}_col")  # a table whose body is not named like one
+        taken = [outline(cloud) for cloud in cell.scene.standing(away)]
+        for name in self._shapeless:  # it stays, and all else stays away
+            taken.append(outline(_around(cell.scene.position(body_of(cell, name))[None], SHAPELESS)))
+        return taken
 
     def _place_group(self, cell: Workcell, group: Group, taken: Sequence[Array]) -> Array | None:
         """Move a group to the first drawn place with room and return its outline there, None without."""
@@ -328,6 +476,32 @@ def _joined(sets: Sequence[set[str]], order: Sequence[str]) -> list[list[str]]:
     return [[name for name in order if name in union] for union in unions if union]
 
 
+def find_fixtures(raw: Any, instruction: str) -> list[Group]:
+    """Return the fixtures on the table that may move, each with what stands on or in it."""
+    problem = raw.parsed_problem
+    relations = [one for one in problem["initial_state"] if len(one) == 3]
+    support = {name: target for kind, name, target in relations if kind in ("on", "in")}
+    wanted = {part for goal in problem["goal_state"] for part in goal[1:]}
+    kinds = {name: kind for kind, names in problem["fixtures"].items() for name in names}
+    regions = [part.replace("_", " ") for part in wanted if part.startswith(raw.workspace_name)]
+    turns = (0.0,) if LEVEL_SIDES.search(instruction) else TURNS
+    groups = []
+    for fixture in raw.fixtures_dict:
+        is_named_by_region = any(is_named(kinds[fixture], region) for region in regions)
+        if is_named_by_region or not support.get(fixture, "").startswith(raw.workspace_name):
+            continue
+        members = tuple(name for name in raw.objects_dict if _stands_on(name, fixture, support))
+        is_wanted = any(part.startswith(fixture) or part in members for part in wanted)
+        groups.append(Group(members, is_wanted, is_mirrored=False, fixture=fixture, turns=turns))
+    return groups
+
+
+def _stands_on(name: str, fixture: str, support: dict[str, str]) -> bool:
+    """Return whether an object stands on or in a fixture, or on what does."""
+    below = support.get(name, "")
+    return below.startswith(fixture) or (below in support and _stands_on(below, fixture, support))
+
+
 def find_relation(raw: Any, instruction: str, support: dict[str, str]) -> Relation | None:
     """Return what tells the object to take from others of its kind; None if it has none, or sides tell it."""
     taken, _, _ = instruction.partition(" and place")
@@ -392,29 +566,30 @@ def outline(points: Array) -> Array:
     return np.concatenate([flat, grid[inside]])
 
 
-def kept_free(cell: Workcell) -> Iterator[Array]:
-    """Yield the points [n 2] over which drawers, doors, hands and goals of this task need room."""
+def kept_free(cell: Workcell) -> Iterator[tuple[str, Array]]:
+    """Yield points [n 3] where drawers, doors, hands and goals of this task need room, after their owner."""
     for kind, *names in goals(cell):
         target = names[-1]
+        owner = owner_of(cell, target)
         if kind in ("turnon", "turnoff"):
-            knob = cell.scene.cloud(f"{target}_button")[:, :2]
-            yield _around(knob, BESIDE_KNOB)
+            yield owner, _around(cell.scene.cloud(f"{target}_button"), BESIDE_KNOB)
         elif joint_of(cell, target) is not None and not is_object(cell, target):
             drawer = Drawer(cell, target)
             cloud = cell.scene.cloud(drawer.body)
             way = OPEN_FULLY - drawer.opening + BEFORE_DRAWER
-            yield np.concatenate([cloud, cloud + way * drawer.outwards])[:, :2]
+            yield owner, np.concatenate([cloud, cloud + way * drawer.outwards])
         elif kind == "close":
-            yield from _swept(cell, target)
+            yield from ((owner, points) for points in _swept(cell, target))
         elif not is_object(cell, target) and target.startswith(cell.env.workspace_name):
             goal = region(cell, target)
-            yield _around(goal.centre[None, :2], float(goal.half_extents[:2].max()) + GAP)
+            yield owner, _around(goal.centre[None], float(goal.half_extents[:2].max()) + GAP)
 
 
 def _around(points: Array, distance: float) -> Array:
-    """Return the corners of the box around points [n 2], wider by a distance to each side."""
-    low, high = points.min(axis=0) - distance, points.max(axis=0) + distance
-    return np.array([low, [low[0], high[1]], high, [high[0], low[1]]])
+    """Return the corners [4 3] of the box around points [n 3], wider by a distance, at its floor."""
+    low, high = points.min(axis=0), points.max(axis=0)
+    low[:2], high[:2] = low[:2] - distance, high[:2] + distance
+    return np.array([[x, y, low[2]] for x, y in (low[:2], (low[0], high[1]), high[:2], (high[0], low[1]))])
 
 
 def _swept(cell: Workcell, fixture: str) -> Iterator[Array]:
@@ -424,29 +599,51 @@ def _swept(cell: Workcell, fixture: str) -> Iterator[Array]:
     arms = cell.scene.cloud(door.body) - door.anchor
     for goal in np.linspace(0.0, np.sign(angle) * WIDE, 8):
         turn = Rotation.from_rotvec((goal - angle) * door.axis)
-        yield (door.anchor + turn.apply(arms))[:, :2]
+        yield door.anchor + turn.apply(arms)
+
+
+def _bodies(cell: Workcell, group: Group) -> list[str]:
+    """Return the bodies of a group whose shapes are known."""
+    bodies = [body_of(cell, name) for name in group.members]
+    if group.fixture:
+        model = cell.scene.model
+        root = model.body(cell.env.fixtures_dict[group.fixture].root_body).id
+        names = [model.body(body).name for body in np.flatnonzero(model.body_rootid == root)]
+        bodies += [name for name in names if name in cell.scene]
+    return bodies
 
 
 def _cloud(cell: Workcell, group: Group) -> Array:
-    """Return points [n 3] on the members of a group."""
-    return np.concatenate([cell.scene.cloud(body_of(cell, name)) for name in group.members])
+    """Return points [n 3] on a group."""
+    return np.concatenate([cell.scene.cloud(body) for body in _bodies(cell, group)])
+
+
+def _carried(points: Array, middle: Array, spot: Array, turn: float) -> Array:
+    """Return points [n 2] turned about `middle` (rad) and carried from there to `spot`."""
+    return (points - middle) @ about_z(turn)[:2, :2].T + spot
 
 
 def _middle(shape: Array) -> Array:
-    """Return the middle [2] of an outline."""
+    """Return the middle [2] of an outline [n 2]."""
     return (shape.max(axis=0) + shape.min(axis=0)) / 2
 
 
 def _table(raw: Any) -> tuple[Array, Array]:
     """Return the lowest and the highest x and y where the outline of an object may be (m, world)."""
-    middle = np.array(raw.workspace_offset[:2], dtype=np.float64)
     base = np.array(raw.sim.data.get_body_xpos("robot0_base"))[:2]
-    # a scene on the floor has no table's size
-    size = getattr(raw, f"{raw.workspace_name.removeprefix('main_')}_full_size", (4.0, 4.0))
-    low, high = (middle + sign * (np.array(size[:2]) / 2 - EDGE) for sign in (-1.0, 1.0))
+    low, high = _whole_table(raw)
     near = base + np.array([WIDER_REACH[0] - 0.05, -ASIDE])
     far = base + np.array([WIDER_REACH[1] + 0.05, ASIDE])
-    return np.maximum(low, near), np.minimum(high, far)
+    return np.maximum(low + EDGE, near), np.minimum(high - EDGE, far)
+
+
+def _whole_table(raw: Any) -> tuple[Array, Array]:
+    """Return the lowest and the highest x and y of the table (m, world)."""
+    middle = np.array(raw.workspace_offset[:2], dtype=np.float64)
+    # a scene on the floor has no table's size
+    size = getattr(raw, f"{raw.workspace_name.removeprefix('main_')}_full_size", (4.0, 4.0))
+    half = np.array(size[:2]) / 2
+    return middle - half, middle + half
 
 
 def in_view(env: LiberoEnv, point: ArrayLike) -> bool:
@@ -457,15 +654,22 @@ def in_view(env: LiberoEnv, point: ArrayLike) -> bool:
     return bool(np.abs(relative[:2]).max() < most)
 
 
+def is_clear(env: LiberoEnv, point: Array) -> bool:
+    """Return whether nothing stands between the scene's camera and a point [3] (m, world)."""
+    start = np.array(env.data.cam_xpos[env.model.camera("agentview").id])
+    hit = np.zeros(1, np.int32)
+    share = env._mujoco.mj_ray(env.model, env.data, start, point - start, COLLISION_SHAPES, 1, -1, hit)
+    return not 0 <= share < BEFORE
+
+
 def is_visible(env: LiberoEnv, body: str, cloud: Array) -> bool:
     """Return whether nothing else hides most of the points [n 3] on a body from the scene's camera."""
     mujoco, root = env._mujoco, env.model.body(body).rootid[0]
     start = np.array(env.data.cam_xpos[env.model.camera("agentview").id])
-    groups = np.array([1, 0, 0, 0, 0, 0], np.uint8)  # collision shapes; rays through visible meshes are slow
     hit, hidden = np.zeros(1, np.int32), 0
     points = cloud[:: max(1, len(cloud) // RAYS)]
     for point in points:
-        share = mujoco.mj_ray(env.model, env.data, start, point - start, groups, 1, -1, hit)
+        share = mujoco.mj_ray(env.model, env.data, start, point - start, COLLISION_SHAPES, 1, -1, hit)
         is_own = hit[0] >= 0 and env.model.body_rootid[env.model.geom_bodyid[hit[0]]] == root
         hidden += bool(0 <= share < BEFORE and not is_own)
     return hidden < HIDDEN * len(points)

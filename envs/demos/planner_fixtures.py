@@ -109,6 +109,11 @@ def parent_of(cell: Workcell, region_name: str) -> str:
     return cell.env.object_sites_dict[region_name].parent_name
 
 
+def owner_of(cell: Workcell, target: str) -> str:
+    """Return the fixture or object that a region belongs to, or `target` itself if it is no region of one."""
+    return str(getattr(cell.env.object_sites_dict.get(target), "parent_name", target))
+
+
 def joint_of(cell: Workcell, region_name: str) -> str | None:
     """Return the name of the joint that moves a region (a drawer's slide), or None if it is fixed."""
     site = cell.env.object_sites_dict.get(region_name)
@@ -193,9 +198,7 @@ def widen_drawer(cell: Workcell, region_name: str) -> Skill:
 def open_drawer(cell: Workcell, region_name: str, opening: float = OPEN_FULLY) -> Skill:
     """Reach for the bar horizontally, one finger above and one below, and pull."""
     drawer = Drawer(cell, region_name)
-    outwards, handle = drawer.outwards, drawer.handle
-    yaw = float(np.arctan2(outwards[1], outwards[0])) - np.pi / 2
-    rotation = Rotation.from_euler("ZX", [yaw + np.deg2rad(25), np.deg2rad(-80)]).as_matrix() @ down(0.0)
+    outwards, handle, rotation = drawer.outwards, drawer.handle, _pulling(drawer)
     approach = rotation[:, 2]
     ready = handle - 0.09 * approach
     via = ready + 0.10 * outwards
@@ -210,6 +213,12 @@ def open_drawer(cell: Workcell, region_name: str, opening: float = OPEN_FULLY) -
     yield from cell.arm.hold(here, rotation, OPEN, 6)
     yield from cell.arm.move(here - 0.08 * approach, rotation, OPEN, Reach(0.02, 9.0))
     return drawer.opening >= opening
+
+
+def _pulling(drawer: Drawer) -> Array:
+    """Return the rotation [3 3] of a hand at a drawer's bar, one finger above and one below."""
+    yaw = float(np.arctan2(drawer.outwards[1], drawer.outwards[0])) - np.pi / 2
+    return Rotation.from_euler("ZX", [yaw + np.deg2rad(25), np.deg2rad(-80)]).as_matrix() @ down(0.0)
 
 
 def _pull(cell: Workcell, drawer: Drawer, rotation: Array, opening: float, gripper: float = CLOSED) -> Skill:
@@ -508,6 +517,41 @@ def is_chamber(cell: Workcell, target: str) -> bool:
     if is_object(cell, target) or target.endswith(CONTAINER) or joint_of(cell, target) is not None:
         return False
     return bool(region(cell, target).half_extents.min() > 0.05)
+
+
+def part_poses(cell: Workcell, goal: Goal) -> list[tuple[Array, Array]]:
+    """Return poses (position [3], rotation [3 3]) that the hand takes for a goal at a fixture.
+
+    The last one is at its handle, knob or surface, above its door's edge or before its chamber.
+    """
+    kind, target = goal[0], goal[-1]
+    rotation = down(0.0)
+    if kind in ("turnon", "turnoff"):
+        part = cell.scene.position(f"{target}_button")
+        part[2] = cell.scene.top(f"{target}_button")
+        way = above(part, ABOVE_GRASP)
+    elif joint_of(cell, target) is not None:
+        drawer = Drawer(cell, target)
+        if kind == "in" and drawer.opening > 0.5 * OPEN_FULLY:
+            way = part = above(region(cell, target).centre, ABOVE_GRASP)
+        elif kind == "close":
+            rotation, part = leaning(-drawer.outwards, PUSHING_PITCH), drawer.handle
+            way = part + 0.06 * drawer.outwards
+        else:
+            rotation, part = _pulling(drawer), drawer.handle
+            way = part - 0.09 * rotation[:, 2]
+    elif kind in ("open", "close"):
+        way = _door_edge(cell, target, -1.0)
+        part = above(way, ABOVE_GRASP)
+    elif is_chamber(cell, target):
+        chamber, walls = region(cell, target), cell.scene.cloud(f"{parent_of(cell, target)}_main")
+        inwards = -open_side(walls, chamber)
+        rotation = leaning(inwards, LEAN)
+        way = part = above(resting_place(walls, chamber, inwards) - 0.16 * inwards, ABOVE_GRASP)
+    else:
+        part = above(region(cell, target).centre, ABOVE_GRASP)
+        way = above(part, ABOVE_GRASP)
+    return [(way, rotation), (part, rotation)]
 
 
 def overhang(cell: Workcell, body: str, target: str, opening: float) -> Array:

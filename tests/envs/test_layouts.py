@@ -20,7 +20,16 @@ from envs.demos.render import render_episode
 from envs.demos.shards import Demonstrator, Recording, record, write_state_shard
 from envs.demos.states import read_states
 from envs.demos.tasks import clearance
-from envs.layouts import GAP, NoLayoutError, Relation, find_groups, holds_for_one, in_view, outline
+from envs.layouts import (
+    GAP,
+    NoLayoutError,
+    Relation,
+    find_fixtures,
+    find_groups,
+    holds_for_one,
+    in_view,
+    outline,
+)
 from envs.libero import official_states, problem_file
 
 RANDOM = {"layout": "random"}
@@ -75,7 +84,9 @@ def problem_of(suite, index):
     workspace = next(name for name in parsed["fixtures"] if name.endswith(("table", "floor")))
     workspace = parsed["fixtures"][workspace][0]
     sites = {f"{name}_contain_region": SimpleNamespace(parent_name=name) for name in names}
+    fixtures = [name for kind in parsed["fixtures"].values() for name in kind if name != workspace]
     fields = {"parsed_problem": parsed, "objects_dict": dict.fromkeys(names), "object_sites_dict": sites}
+    fields["fixtures_dict"] = dict.fromkeys(fixtures)
     return SimpleNamespace(workspace_name=workspace, **fields), task.instruction
 
 
@@ -107,6 +118,29 @@ def test_what_the_instruction_relates_moves_as_one_and_what_stands_on_fixtures_s
     assert [{*group.members} for group in groups if len(group.members) > 1] == together, instruction
     moving = {name for group in groups for name in group.members}
     assert {*raw.objects_dict} - moving == {*staying}
+
+
+@pytest.mark.parametrize(
+    ("suite", "index", "fixtures", "turns"),
+    [
+        ("libero_goal", 0, {"wooden_cabinet_1": (), "flat_stove_1": (), "wine_rack_1": ()}, 4),
+        ("libero_goal", 5, {"wooden_cabinet_1": (), "wine_rack_1": ()}, 1),  # to the front of the stove
+        (
+            "libero_spatial",
+            4,
+            {"wooden_cabinet_1": ("akita_black_bowl_1", "akita_black_bowl_2"), "flat_stove_1": ()},
+            4,
+        ),
+        ("libero_10", 5, {"desk_caddy_1": ()}, 1),  # its back compartment is in the back
+        ("libero_object", 0, {}, 4),
+    ],
+)
+def test_fixtures_move_with_what_stands_on_them_unless_the_instruction_places_them(
+    suite, index, fixtures, turns
+):
+    groups = find_fixtures(*problem_of(suite, index))
+    assert {group.fixture: group.members for group in groups} == fixtures
+    assert all(len(group.turns) == turns for group in groups)
 
 
 def test_sides_are_not_mirrored_and_other_relations_are():
@@ -250,6 +284,30 @@ def test_states_of_a_random_layout_render_after_a_standard_reset(cans, tmp_path)
     cans.reset_blindly(seed=77)
     rendered = render_episode(cans, episode, stride=len(episode))[0]
     assert np.abs(rendered.astype(int) - np.stack(seen)).max() <= 1
+
+
+@pytest.mark.slow
+def test_states_of_a_moved_fixture_render_and_replay_and_the_next_reset_has_it_back(tmp_path, monkeypatch):
+    monkeypatch.setattr(layouts, "WITH_FIXTURE", 1.0)
+    env = envs.make("libero_goal", 1, frame_size=32, rendering="fast")  # put the bowl on the stove
+    env.reset_blindly(seed=7)
+    standard = env.simulator_state()
+    places = env.model.body_pos[env._fixtures].copy()
+    env.reset_blindly(seed=7, options=PARTIAL)
+    assert np.abs(env.model.body_pos[env._fixtures] - places)[:, :2].max() > 0.05
+    seen = [frame.transpose(2, 0, 1) for frame in env.observe()["pixels"].values()]
+    recording = record(env, 7, ONCE, layout="partial")
+    assert recording is not None
+    write_state_shard(tmp_path / "shard", env, recording)
+    (episode,) = read_states(tmp_path / "shard" / "states.safetensors")
+    env.reset_blindly(seed=7)
+    assert np.array_equal(standard, env.simulator_state())
+    rendered = render_episode(env, episode, stride=len(episode))[0]
+    assert np.abs(rendered.astype(int) - np.stack(seen)).max() <= 1
+    env.reset_blindly(seed=77)
+    env.restore(episode.initial)
+    assert any(env.step_blindly(action)[0] for action in episode.executed)
+    env.close()
 
 
 def test_a_collection_of_other_layouts_is_refused_by_name(tmp_path):
