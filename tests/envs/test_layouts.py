@@ -362,11 +362,17 @@ def many_partial_positions(env, arrange):
     return partial_positions(env, arrange, 100)
 
 
-def shipped_positions(env, arrange=None):
+def shipped_positions(env, arrange=None, partial=False):
     starts = [env.model.joint(one.joints[0]).qposadr[0] for one in env.raw.objects_dict.values()]
     for file in sorted(SHIPPED.glob(f"*{env.task.suite}.safetensors")):
+        if file.name.startswith("partial_") is not partial:
+            continue
         for episode in read_states(file, tasks=[env.task.index]):
             yield np.stack([episode.initial[1 + start : 3 + start] for start in starts])
+
+
+def shipped_partial_positions(env, arrange=None):
+    return shipped_positions(env, partial=True)
 
 
 def distance_to_official(env, suite, found):
@@ -384,6 +390,7 @@ def distance_to_official(env, suite, found):
         ("cans", new_positions, 8, 0.02),
         ("cans", partial_positions, 8, 0.002),  # it draws LIBERO-PRO's exchanges as well, with other noise
         ("cans", shipped_positions, 60, 0.02),
+        ("cans", shipped_partial_positions, 20, 0.002),
         ("bowls", new_positions, 8, 0.02),
         ("bowls", shipped_positions, 60, 0.02),
         pytest.param("cans", many_partial_positions, 100, 0.002, marks=pytest.mark.slow),
