@@ -16,15 +16,24 @@ from vega_policy.analysis.features import FeatureCache, Features
 from vega_policy.analysis.probe import (
     Episode,
     compute_gates,
-    examples_table,
     overlay_gate,
-    qa_table,
     run,
-    seed_gains_table,
     write_recording,
 )
-from vega_policy.analysis.spatial_qa import QAScores, Question, chance_scores, make_question_set, score
+from vega_policy.analysis.spatial_qa import (
+    Evaluation,
+    QAScores,
+    Question,
+    chance_scores,
+    examples_table,
+    held_out_table,
+    make_question_set,
+    qa_table,
+    score,
+    seed_gains_table,
+)
 from vega_policy.analysis.spatial_qa_model import (
+    FUSED_PAIRS,
     QUESTION_PAIRS,
     AnswerCodec,
     Arm,
@@ -41,7 +50,7 @@ from vega_policy.analysis.spatial_qa_model import (
     train_qa_model,
 )
 from vega_policy.data.scenes import save_scene
-from vega_policy.evaluation.report import Section, render_report
+from vega_policy.evaluation.report import Section, Table, render_report
 from vega_policy.model.config import BackboneConfig, FusionConfig, PriorConfig
 
 ASSETS = Path(__file__).parents[2] / "assets"
@@ -58,6 +67,7 @@ SMALL = BackboneConfig(
 CONFIG = qa_model_config(SMALL, FusionConfig(), 64, 4)
 PRIOR = PriorConfig(name="random", seed=3)
 TRAINING = QATraining(steps=3, scenes=4, questions=4)
+UNTRAINED_FUTURE = "fused, future of the untrained copy"
 REACH = ((0.3, 0.8), (-0.3, 0.3))  # where synthetic objects stand: x and y in the robot's frame (m)
 
 
@@ -227,7 +237,9 @@ def test_the_comparison_has_every_model_and_ablation_and_a_report_shows_them(com
     for scores in comparison.scores.scores.values():
         assert len(scores) == len(questions.test)
         assert 0 <= scores.min() <= scores.max() <= 1
-    page = render_report("t", [Section("Q", [*qa_table(comparison.scores), examples_table(questions)])])
+    page = render_report(
+        "t", [Section("Q", [*qa_table(comparison.scores, FUSED_PAIRS), examples_table(questions)])]
+    )
     assert "fused minus semantic only" in page
     assert "grounding" in page
 
@@ -283,9 +295,9 @@ def test_the_gain_of_each_seed_is_in_summary_and_table():
     sizes = [Question(0, "object_size", "How long?", number=10.0)]
     result = QAScores(counts + sizes)
     for seed, answers in enumerate((["0", "0", 10.0], ["0", "1", 10.0])):
-        result.add("fused", seed, answers, [])
+        result.add("fused", seed, answers, [Evaluation(1, 0.0, 0.0)])
     for seed, answers in enumerate((["1", "0", 10.0], ["0", "0", 90.0])):
-        result.add("semantic only", seed, answers, [])
+        result.add("semantic only", seed, answers, [Evaluation(1, 0.0, 0.0)])
     result.scores["chance"] = np.array([0.5, 0.5, 0.0])
     pairs = [("fused", "semantic only"), ("fused", "chance"), ("fused", "not trained")]
     expected = {
@@ -311,6 +323,28 @@ def test_the_gain_of_each_seed_is_in_summary_and_table():
         ("fused minus chance, seed 0", "0.750", "0.500", "1.000"),
         ("fused minus chance, seed 1", "0.500", "0.000", "1.000"),
     ]
+
+
+def test_the_held_out_loss_of_the_kept_weights_is_in_summary_and_table():
+    result = QAScores([Question(0, "object_count", "How many?", ("0", "1"), choice="0")])
+    nan = float("nan")
+    for seed, losses in {3: (0.5, 0.19, 0.2), 4: (0.9, 0.6, 0.46), 5: (0.3, 0.3, nan)}.items():
+        curve = [Evaluation(10 * step, 0.1, loss) for step, loss in enumerate(losses, start=1)]
+        result.add("fused", seed, ["0"], curve)
+    assert result.summarize([])["held_out_loss"] == {
+        "fused": {
+            3: {"loss": 0.19, "step": 20},
+            4: {"loss": 0.46, "step": 30},  # trained too little
+            5: {"loss": 0.3, "step": 10},  # the first of two; a loss that is no number is never the lowest
+        }
+    }
+    assert held_out_table(result) == Table(
+        ("model", "seed 3", "seed 4", "seed 5"),
+        [("fused", "0.190 (step 20)", "0.460 (step 30)", "0.300 (step 10)")],
+    )
+    result.add("fused", 3, ["0"], [Evaluation(10, 0.1, nan), Evaluation(20, 0.1, nan)])
+    held_out = result.summarize([])["held_out_loss"]["fused"]
+    assert held_out[3] == {"loss": None, "step": 20}, "without held-out scenes the last weights are kept"
 
 
 @pytest.mark.slow
@@ -350,17 +384,29 @@ def test_a_run_compares_frame_and_future_and_resumes_from_its_cache(tmp_path, mo
     page = run(settings)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     trained = {"words only", "semantic only", "fused", "prior only", "fused, untrained copy", "fused, future"}
+    trained, gain = trained | {UNTRAINED_FUTURE}, f"fused, future minus {UNTRAINED_FUTURE}"
     assert summary["scores"].keys() == trained | {"chance", "text only (constant)"}
     assert {"fused, future minus fused", "fused minus fused, untrained copy"} <= summary["gains"].keys()
+    assert {gain, f"{UNTRAINED_FUTURE} minus semantic only"} <= summary["gains"].keys()
     assert summary["seed_gains"].keys() == summary["gains"].keys()
-    for row in ("fused, future minus semantic only", "fused, future minus semantic only, seed 0"):
+    assert summary["held_out_loss"].keys() == trained
+    for row in (UNTRAINED_FUTURE, gain, f"{gain}, seed 0"):
         assert f">{row}<" in page.read_text()
         assert f"| {row} | " in caplog.text
+    assert ">Held-out loss of each training seed<" in page.read_text()
     first = (tmp_path / "run" / "answers.parquet").read_bytes()
     for name in ("priors.wan.LatentWorldSimulator.forward", "analysis.spatial_qa_model.SpatialQAModel.loss"):
         monkeypatch.setattr(f"vega_policy.{name}", None)  # nothing is encoded or trained again
     run(settings)
     assert (tmp_path / "run" / "answers.parquet").read_bytes() == first
+    arms = ["fused, future", UNTRAINED_FUTURE]
+    run(decode(node | {"output_dir": str(tmp_path / "few"), "questions": questions | {"arms": arms}}))
+    few = json.loads((tmp_path / "few" / "summary.json").read_text())
+    assert few["settings"]["arms"] == arms
+    assert list(few["held_out_loss"]) == arms
+    assert list(few["gains"]) == [gain]
+    for name in arms:
+        assert few["scores"][name] == summary["scores"][name]
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:99"])
@@ -369,6 +415,29 @@ def test_a_device_that_torch_does_not_have_is_refused_before_scenes_are_rendered
     with pytest.raises(ValueError, match=f"device: expected null, cpu, cuda .*; got '{device}'"):
         run(settings)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["fused future", UNTRAINED_FUTURE])
+def test_an_arm_that_there_is_not_is_refused_before_scenes_are_rendered(name, tmp_path):
+    """One that reads the future is there with questions.future_path alone."""
+    chosen = {"questions": {"arms": ["semantic only", name]}, "cache_root": str(tmp_path)}
+    with pytest.raises(ValueError, match=rf"questions.arms: expected some of .*got \['{name}'\]"):
+        run(decode(QUESTIONS | chosen))
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_future_of_the_untrained_copy_differs_from_the_future_in_its_weights_alone():
+    future = PriorConfig(
+        name="wan_tiny", path=str(ASSETS / "wan_tiny_future"), clip="future", layer=(2, 5), seed=3
+    )
+    first, second = question_arms(PRIOR, future, ["fused, future", UNTRAINED_FUTURE])
+    assert second == replace(first, name=UNTRAINED_FUTURE, is_untrained=True)
+    cache = FeatureCache(scenes(1), "one", 32)
+    trained, copy = (cache.prior(arm.prior, (2, 2), arm.is_untrained) for arm in (first, second))
+    assert trained.shape == copy.shape, "the same layers and slots"
+    assert not torch.allclose(trained, copy)
+    other = cache.prior(replace(future, seed=4), (2, 2), untrained=True)
+    assert not torch.allclose(copy, other), "its weights come from the prior's seed"
 
 
 class NotCachedError(Exception):
@@ -395,11 +464,12 @@ def test_another_device_takes_neither_features_nor_models_of_the_cpu_from_the_ca
         compare_arms(other, *options)
 
 
-def test_ten_steps_have_a_warm_up_too():
+@pytest.mark.parametrize("steps", [1, 10, 20])
+def test_any_number_of_steps_has_a_learning_rate(steps):
     asked, features = counted([0, 1, 0, 1])
     codec = AnswerCodec(asked)
-    _, curve = train_qa_model(CONFIG, codec, codec.encode(asked), features, replace(TRAINING, steps=10))
-    assert curve[-1].step == 10
+    _, curve = train_qa_model(CONFIG, codec, codec.encode(asked), features, replace(TRAINING, steps=steps))
+    assert curve[-1].step == steps
 
 
 class MetaText:
@@ -451,7 +521,8 @@ def test_cached_text_is_that_of_the_text_encoder():
         ({"measure": "space", "device": "cuda"}, "device=cuda: measure=space runs on the CPU"),
         ({"prior": {"name": "wan_tiny", "clip": "future"}}, "read single frames .*got 'future'"),
         ({"questions": {"scenes": 0}}, "it needs a suite and questions.scenes"),
-        ({"questions": {"seeds": []}}, "at least one of seeds"),
+        ({"questions": {"seeds": []}}, "at least one of seeds, of arms"),
+        ({"questions": {"arms": []}}, "at least one of seeds, of arms"),
         ({"questions": {"dropout": 1.0}}, r"questions.dropout: expected a number in \[0, 1\); got 1"),
     ],
 )

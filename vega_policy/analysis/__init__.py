@@ -70,14 +70,15 @@ class QuestionSettings:
     latents: int | None = None  # latents into which views are resampled; None keeps all tokens
     # Of measure=questions alone.
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])  # of each model's weights and order
+    arms: list[str] | None = None  # names of the models, as in the tables; None trains all
     future_path: str | None = None  # weights of the same prior that are read with clip=future, too
     future_layers: list[int] = field(default_factory=lambda: [2, 5])
 
     def __post_init__(self) -> None:
         counts = dict.fromkeys(("steps", "scenes_per_step", "questions_per_scene"), "[1, inf)")
         check_numbers(self, "questions.", **counts, dropout="[0, 1)", scenes="[0, inf)")
-        if not self.seeds or not self.future_layers:
-            raise ValueError("questions: expected at least one of seeds and of future_layers")
+        if not self.seeds or not self.future_layers or self.arms == []:
+            raise ValueError("questions: expected at least one of seeds, of arms and of future_layers")
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,13 @@ class Estimate:
         return [None if np.isnan(x) else round(x, 5) for x in (self.value, self.low, self.high)]
 
 
+def format_estimate(number: Estimate) -> str:
+    """Format a value with its interval; a dash if it is nan, the value alone if the interval is."""
+    if not np.isfinite(number.value):
+        return "\u2013"
+    return str(number) if np.isfinite(number.low) else f"{number.value:.3f}"
+
+
 def ratio_of_sums(sums: np.ndarray) -> np.ndarray:
     """Return the first over the second sum, [... 2] -> [...]; nan if the second is 0."""
     with np.errstate(invalid="ignore", divide="ignore"):

@@ -10,7 +10,7 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -57,12 +57,20 @@ from vega_policy.analysis.linear_probes import (
     Estimate,
     Metric,
     Sums,
+    format_estimate,
     future_gains,
     future_metrics,
     future_of,
     probe_moments,
 )
-from vega_policy.analysis.spatial_qa import KINDS, QAScores, QuestionSet, make_question_set
+from vega_policy.analysis.spatial_qa import (
+    QuestionSet,
+    examples_table,
+    held_out_table,
+    make_question_set,
+    qa_table,
+    seed_gains_table,
+)
 from vega_policy.analysis.spatial_qa_model import (
     FUSED_PAIRS,
     QUESTION_PAIRS,
@@ -345,28 +353,34 @@ def run_questions(settings: ProbeSettings) -> Path:
     """Train models with and without the prior to answer spatial questions; write the report, return its page.
 
     Every answer to a test question goes to answers.parquet.
+
+    Raises:
+        ValueError: If `questions.arms` names an arm that there is not.
     """
-    folder, seconds = Path(settings.output_dir), {}
-    with _timed("scenes", seconds):
-        cache, questions, config, training = prepare_questions(settings)
-    future = None
+    folder, seconds, future = Path(settings.output_dir), {}, None
     if settings.questions.future_path is not None:
         path, layers = settings.questions.future_path, tuple(settings.questions.future_layers)
         future = replace(settings.prior, path=path, clip="future", layer=layers, noise_level=None)
-    arms = question_arms(settings.prior, future)
+    arms = question_arms(settings.prior, future, settings.questions.arms)
+    with _timed("scenes", seconds):
+        cache, questions, config, training = prepare_questions(settings)
     with _timed("models", seconds):
         scores = compare_arms(cache, questions, config, arms, training, settings.questions.seeds)
-    tables, by_seed = qa_table(scores, QUESTION_PAIRS), seed_gains_table(scores, QUESTION_PAIRS)
-    _log_table("Spatial questions", tables[0])
-    _log_table("Gain of each training seed", by_seed)
+    table, note = qa_table(scores, QUESTION_PAIRS)
+    by_seed = {
+        "Gain of each training seed": seed_gains_table(scores, QUESTION_PAIRS),
+        "Held-out loss of each training seed": held_out_table(scores),
+    }
+    for title, part in {"Spatial questions": table, **by_seed}.items():
+        _log_table(title, part)
     write_bytes(folder / ANSWERS, scores.to_parquet())
     count = {"scenes": len(cache.scenes), "training": len(questions.train), "test": len(questions.test)}
     values = {"settings": asdict(settings.questions), "questions": count, "seconds": seconds}
     values["device"] = cache.device.type
     write_json(folder / SUMMARY, values | scores.summarize(QUESTION_PAIRS))
     sections = [
-        Section("Spatial questions", tables),
-        Section("Gain of each training seed", [by_seed]),
+        Section("Spatial questions", [table, note]),
+        *(Section(title, [part]) for title, part in by_seed.items()),
         Section("Examples", [examples_table(questions)]),
         Section("Settings", [Table(("setting", "value"), list({**asdict(settings), **values}.items()))]),
     ]
@@ -428,7 +442,7 @@ def _question_sections(comparison: QAComparison | None, has_video: bool) -> list
     if comparison is None:
         return []
     sections = [
-        Section("Spatial questions", qa_table(comparison.scores)),
+        Section("Spatial questions", qa_table(comparison.scores, FUSED_PAIRS)),
         Section("Examples", [examples_table(comparison.questions)]),
     ]
     if has_video:
@@ -496,63 +510,6 @@ def best_table(sweep: Sweep) -> list[Block]:
             rows.append((METRICS[name].title, str(best), format_estimate(values[best])))
     note = "The best is selected on the scenes it is evaluated on, so its value is biased upwards."
     return [Table(("metric", "best features", "value"), rows), Paragraph(note, "quiet")]
-
-
-def qa_table(result: QAScores, pairs: Sequence[tuple[str, str]] = FUSED_PAIRS) -> tuple[Table, Paragraph]:
-    """Return the scores of every model by kind of question, and how much the first of each pair is better."""
-    counts = [sum(question.kind == kind for question in result.questions) for kind in result.kinds]
-    columns = (None, *result.kinds)
-    rows = [("test questions", str(sum(counts)), *map(str, counts))]
-    rows += [
-        (name, *(format_estimate(result.mean(name, kind)) for kind in columns)) for name in result.scores
-    ]
-    rows += [
-        (f"{first} minus {second}", *(format_estimate(result.gain(first, second, x)) for x in columns))
-        for first, second in result.known(pairs)
-    ]
-    note = (
-        "Accuracy for choices, mean relative accuracy for distances and sizes (VSI-Bench), Acc@0.25 for "
-        "grounding (ScanRefer); means over training seeds. Intervals are over test scenes: they do not "
-        "include the variance between seeds. Every answer to a text is correct equally often, so that the "
-        "text alone should stay at chance."
-    )
-    return Table(_qa_header("model", result), rows), Paragraph(note, "quiet")
-
-
-def seed_gains_table(result: QAScores, pairs: Sequence[tuple[str, str]]) -> Table:
-    """Return how much the first model of each pair is better with each training seed, by kind of question."""
-    rows = []
-    for pair in result.known(pairs):
-        gains = [result.seed_gains(*pair, kind) for kind in (None, *result.kinds)]
-        rows += [
-            (f"{' minus '.join(pair)}, seed {seed}", *(f"{part[seed]:.3f}" for part in gains))
-            for seed in gains[0]
-        ]
-    return Table(_qa_header("gain", result), rows)
-
-
-def _qa_header(first: str, result: QAScores) -> tuple[str, ...]:
-    return (first, "mean of kinds", *(kind.replace("_", " ") for kind in result.kinds))
-
-
-def examples_table(questions: QuestionSet) -> Table:
-    """Return one test question of each kind with its answer."""
-    rows = []
-    for kind in KINDS:
-        one = next((question for question in questions.test if question.kind == kind), None)
-        if one is not None:
-            answer = one.choice or (f"{one.number:.1f}" if one.number else "")
-            if one.box:
-                answer = "box at " + ", ".join(f"{number:.2f}" for number in one.box)
-            rows.append((kind.replace("_", " "), f"scene {one.scene}: {one.text}", answer))
-    return Table(("kind", "question", "answer"), rows)
-
-
-def format_estimate(number: Estimate) -> str:
-    """Format a value with its interval; a dash if it is nan, the value alone if the interval is."""
-    if not math.isfinite(number.value):
-        return "\u2013"
-    return str(number) if math.isfinite(number.low) else f"{number.value:.3f}"
 
 
 MAX_LINES = 24  # correspondence lines in one image

@@ -1,4 +1,4 @@
-"""Spatial questions about scenes, with answers from the simulator's state; scores and text-only baselines.
+"""Spatial questions about scenes, with answers from the simulator's state; baselines, scores and tables.
 
 Kinds follow VSI-Bench (arXiv 2412.14171): object count, absolute and relative distance, relative direction,
 object size, appearance order; grounding follows ScanRefer (arXiv 1912.08830). A question is generated only if
@@ -18,8 +18,9 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
-from vega_policy.analysis.linear_probes import Estimate, difference, estimate
+from vega_policy.analysis.linear_probes import Estimate, difference, estimate, format_estimate
 from vega_policy.data.scenes import Scene, SceneObject
+from vega_policy.evaluation.report import Paragraph, Table
 
 KINDS = (
     "object_count",
@@ -403,6 +404,15 @@ class Evaluation:
     held_out: float  # of training scenes that are left out
 
 
+def select_evaluation(curve: Sequence[Evaluation]) -> Evaluation:
+    """Return the point of a curve whose weights are kept: the first with the lowest held-out loss.
+
+    Where no held-out loss is a number, because no scene is left out, it is the last point.
+    """
+    known = [point for point in curve if math.isfinite(point.held_out)]
+    return min(known, key=lambda point: point.held_out) if known else curve[-1]
+
+
 @dataclass
 class QAScores:
     """Scores of every model on the same test questions."""
@@ -426,6 +436,14 @@ class QAScores:
     def kinds(self) -> list[str]:
         """Kinds that occur among the questions."""
         return [kind for kind in KINDS if any(question.kind == kind for question in self.questions)]
+
+    @property
+    def kept(self) -> dict[str, dict[int, Evaluation]]:
+        """Points of the training curves whose weights are kept, by model and seed."""
+        return {
+            name: {seed: select_evaluation(curve) for seed, curve in group.items()}
+            for name, group in self.curves.items()
+        }
 
     def mean(self, name: str, kind: str | None = None) -> Estimate:
         """Return a model's mean score of one kind, or the mean over kinds.
@@ -460,7 +478,7 @@ class QAScores:
         return [pair for pair in pairs if set(pair) <= self.scores.keys()]
 
     def summarize(self, pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
-        """Return means of all models, gains of the known ones of `pairs`, and training curves, for JSON."""
+        """Return means of all models, gains of the known ones of `pairs`, losses and curves, for JSON."""
         kinds = {"mean": None} | {kind: kind for kind in self.kinds}
         known = {f"{first} minus {second}": (first, second) for first, second in self.known(pairs)}
         return {
@@ -478,6 +496,16 @@ class QAScores:
                     for label, kind in kinds.items()
                 }
                 for title, pair in known.items()
+            },
+            "held_out_loss": {  # of the weights that are kept; None without held-out scenes
+                name: {
+                    seed: {
+                        "loss": round(point.held_out, 5) if math.isfinite(point.held_out) else None,
+                        "step": point.step,
+                    }
+                    for seed, point in group.items()
+                }
+                for name, group in self.kept.items()
             },
             "curves": {
                 name: {seed: [asdict(point) for point in curve] for seed, curve in group.items()}
@@ -523,3 +551,66 @@ def _to_text(answer: Any) -> str:
 def _mean_of_kinds(sums: np.ndarray) -> np.ndarray:
     with np.errstate(invalid="ignore", divide="ignore"):
         return (sums[..., 0::2] / sums[..., 1::2]).mean(axis=-1)
+
+
+def qa_table(result: QAScores, pairs: Sequence[tuple[str, str]]) -> tuple[Table, Paragraph]:
+    """Return the scores of every model by kind of question, and how much the first of each pair is better."""
+    counts = [sum(question.kind == kind for question in result.questions) for kind in result.kinds]
+    columns = (None, *result.kinds)
+    rows = [("test questions", str(sum(counts)), *map(str, counts))]
+    rows += [
+        (name, *(format_estimate(result.mean(name, kind)) for kind in columns)) for name in result.scores
+    ]
+    rows += [
+        (f"{first} minus {second}", *(format_estimate(result.gain(first, second, x)) for x in columns))
+        for first, second in result.known(pairs)
+    ]
+    note = (
+        "Accuracy for choices, mean relative accuracy for distances and sizes (VSI-Bench), Acc@0.25 for "
+        "grounding (ScanRefer); means over training seeds. Intervals are over test scenes: they do not "
+        "include the variance between seeds. Every answer to a text is correct equally often, so that the "
+        "text alone should stay at chance."
+    )
+    return Table(_qa_header("model", result), rows), Paragraph(note, "quiet")
+
+
+def seed_gains_table(result: QAScores, pairs: Sequence[tuple[str, str]]) -> Table:
+    """Return how much the first model of each pair is better with each training seed, by kind of question."""
+    rows = []
+    for pair in result.known(pairs):
+        gains = [result.seed_gains(*pair, kind) for kind in (None, *result.kinds)]
+        rows += [
+            (f"{' minus '.join(pair)}, seed {seed}", *(f"{part[seed]:.3f}" for part in gains))
+            for seed in gains[0]
+        ]
+    return Table(_qa_header("gain", result), rows)
+
+
+def _qa_header(first: str, result: QAScores) -> tuple[str, ...]:
+    return (first, "mean of kinds", *(kind.replace("_", " ") for kind in result.kinds))
+
+
+def examples_table(questions: QuestionSet) -> Table:
+    """Return one test question of each kind with its answer."""
+    rows = []
+    for kind in KINDS:
+        one = next((question for question in questions.test if question.kind == kind), None)
+        if one is not None:
+            answer = one.choice or (f"{one.number:.1f}" if one.number else "")
+            if one.box:
+                answer = "box at " + ", ".join(f"{number:.2f}" for number in one.box)
+            rows.append((kind.replace("_", " "), f"scene {one.scene}: {one.text}", answer))
+    return Table(("kind", "question", "answer"), rows)
+
+
+def held_out_table(result: QAScores) -> Table:
+    """Return the held-out loss of each training and the step whose weights are kept, a column for each seed.
+
+    A loss far above those of the same model's other seeds marks a training that has not converged.
+    """
+    seeds = list(dict.fromkeys(seed for group in result.kept.values() for seed in group))
+    rows = [
+        (name, *(f"{group[seed].held_out:.3f} (step {group[seed].step})" for seed in seeds))
+        for name, group in result.kept.items()
+    ]
+    return Table(("model", *(f"seed {seed}" for seed in seeds)), rows)

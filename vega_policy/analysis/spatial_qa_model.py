@@ -32,6 +32,7 @@ from vega_policy.analysis.spatial_qa import (
     QuestionSet,
     chance_scores,
     score,
+    select_evaluation,
     text_only_scores,
 )
 from vega_policy.model.config import ActionHeadConfig, BackboneConfig, FusionConfig, ModelConfig, PriorConfig
@@ -47,6 +48,7 @@ ANSWER_BATCH = 512
 TEXT_ONLY = "text only (constant)"
 SEMANTIC, FUSED, WORDS, PRIOR_ONLY = "semantic only", "fused", "words only", "prior only"
 COPY, FUTURE = "fused, untrained copy", "fused, future"
+FUTURE_COPY = "fused, future of the untrained copy"
 FUSED_PAIRS = tuple(
     (FUSED, other)
     for other in (SEMANTIC, "fused, random prior", COPY, PRIOR_ONLY, "fused, blind", WORDS, TEXT_ONLY)
@@ -62,6 +64,8 @@ QUESTION_PAIRS = (
     (FUSED, COPY),
     (COPY, SEMANTIC),
     (FUTURE, FUSED),
+    (FUTURE, FUTURE_COPY),
+    (FUTURE_COPY, SEMANTIC),
     (PRIOR_ONLY, SEMANTIC),
 )
 """The same for measure=questions."""
@@ -462,7 +466,8 @@ def train_qa_model(
     model.cache_text(questions, text_cache)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, training.learning_rate, weight_decay=training.weight_decay)
-    warm_up = 0.2 if training.steps == 10 else 0.1  # torch divides by warm_up * steps - 1
+    # A tenth of the steps warms up, in runs with at least two such steps: with one, torch divides by zero.
+    warm_up = 0.1 if training.steps >= 20 else 0.0
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, training.learning_rate, training.steps, pct_start=warm_up
     )
@@ -480,11 +485,10 @@ def train_qa_model(
         schedule.step()
         losses.append(loss.detach())
         if step % every == 0 or step == training.steps:
-            loss_left_out = mean_loss(model, features, left_out)
-            if not loss_left_out >= min((point.held_out for point in curve), default=float("inf")):
-                best = {name: part.clone() for name, part in trained_state(model).items()}
             recent = torch.stack(losses[-every:]).tolist()
-            curve.append(Evaluation(step, float(np.mean(recent)), loss_left_out))
+            curve.append(Evaluation(step, float(np.mean(recent)), mean_loss(model, features, left_out)))
+            if select_evaluation(curve) is curve[-1]:
+                best = {name: part.clone() for name, part in trained_state(model).items()}
     model.load_state_dict(best, strict=False)
     return model.eval(), curve
 
@@ -543,8 +547,16 @@ class Arm:
     is_blind: bool = False  # every scene has the mean features of all: words alone remain
 
 
-def question_arms(prior: PriorConfig, future: PriorConfig | None) -> list[Arm]:
-    """Return the arms of measure=questions; `future` is a prior that is read with clip=future."""
+def question_arms(
+    prior: PriorConfig, future: PriorConfig | None, names: Sequence[str] | None = None
+) -> list[Arm]:
+    """Return the arms of measure=questions, all or those of some names.
+
+    `future` is a prior that is read with clip=future; None leaves its arms out.
+
+    Raises:
+        ValueError: If there is no arm of a name.
+    """
     arms = [
         Arm(WORDS, is_blind=True),
         Arm(SEMANTIC),
@@ -555,7 +567,15 @@ def question_arms(prior: PriorConfig, future: PriorConfig | None) -> list[Arm]:
         arms.append(Arm(COPY, prior, is_untrained=True))
     if future is not None:
         arms.append(Arm(FUTURE, future))
-    return arms
+        if has_untrained_copy(future):
+            arms.append(Arm(FUTURE_COPY, future, is_untrained=True))
+    known = [arm.name for arm in arms]
+    if unknown := [name for name in names or [] if name not in known]:
+        raise ValueError(
+            f"questions.arms: expected some of {known}; got {unknown}. Those of a future need "
+            "questions.future_path, those of an untrained copy a Wan with trained weights"
+        )
+    return [arm for arm in arms if names is None or arm.name in names]
 
 
 def compare_models(
