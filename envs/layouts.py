@@ -3,8 +3,8 @@
 A random layout draws every object again, a partial one changes a few and leaves the rest of the reset as it
 is. Fixtures stay where they are, and so does what stands on or in them; a partial layout may move one with
 them. What stands on each other, and what a relation of the instruction names ("next to the ramekin"), moves
-as one. A draw in which the instruction is
-ambiguous or already done, or in which the planners find no grasp, is replaced before the episode starts.
+as one. A draw in which the instruction is ambiguous or already done, or in which the planners find no grasp,
+is replaced before the episode starts, and so is an arrangement that the standard or swapped suite evaluates.
 """
 
 from __future__ import annotations
@@ -36,12 +36,14 @@ from envs.demos.planner_fixtures import (
 )
 from envs.demos.planner_grasping import NEAREST, Workcell
 from envs.demos.tasks import clearance, thinned, unreachable
+from envs.libero import official_places
 
 if TYPE_CHECKING:
     from envs.libero import LiberoEnv
 
 STREAM = 2  # separates the random numbers of layouts from the demonstrator's and the reset's
 MAX_DRAWS, FROM_ONE_RESET = 100, 4  # whole layouts; how many of them start from the seed's own reset
+HELD_OUT = 0.05  # m; an arrangement from which nothing differs by more than this is the same
 MAX_PLACES = 60  # of one group in a layout
 GAP = 0.03  # m between two objects: a finger fits in between
 EDGE = 0.04  # m from the edge of the table
@@ -105,7 +107,8 @@ def draw_layout(
     in some, LIBERO drops an object onto another, and it rolls away. `start` resets by a seed, calls its other
     argument once all is at rest, and lets it come to rest again. `kind` is "random" or "partial". `radius` is
     how far (m) from where the reset put it an object may go; with a finite one, objects of a random layout
-    that find no other place stay where they are.
+    that find no other place stay where they are. Layouts with an infinite radius are trained on: evaluated
+    arrangements (`HELD_OUT`) are drawn again. Those with a finite one are evaluated near official states.
 
     Raises:
         NoLayoutError: If none of `MAX_DRAWS` layouts fits.
@@ -116,6 +119,8 @@ def draw_layout(
         layout = Layout(env, rng, kind, radius)
         start(seed if draw < FROM_ONE_RESET else int(rng.integers(2**31)), layout.place)
         reason = layout.fault()
+        if not reason and np.isinf(radius) and (suite := evaluated_in(env)):
+            reason = f"{suite} evaluates it"
         if not reason:
             return draw + 1
     raise NoLayoutError(
@@ -551,6 +556,30 @@ def holds_for_one(cell: Workcell, relation: Relation) -> bool:
     anchor = np.mean(near, axis=0) if near else meant
     away = float(np.linalg.norm(meant - anchor))
     return away < NEXT_TO and all(float(np.linalg.norm(other - anchor)) > away + APART for other in others)
+
+
+def evaluated_in(env: LiberoEnv) -> str:
+    """Return the suite that evaluates the present arrangement, within `HELD_OUT`; empty if none does."""
+    return next((suite for suite, apart in distances_to_official(env).items() if apart < HELD_OUT), "")
+
+
+def distances_to_official(env: LiberoEnv) -> dict[str, float]:
+    """Return how far the present arrangement is from the nearest in which a suite evaluates this task, m.
+
+    Suites are those of `envs.libero.official_places`. The distance is that of what differs most: of an object
+    from its place in an official state, or of a fixture from where the suite draws it. Turns do not count.
+    """
+    raw, distances = env.raw, dict[str, float]()
+    starts = tuple(int(env.model.joint(one.joints[0]).qposadr[0]) for one in raw.objects_dict.values())
+    here = np.stack([env.data.qpos[start : start + 2] for start in starts])
+    for suite, (objects, fixtures) in official_places(env.task, raw.workspace_name, starts).items():
+        ways = [np.linalg.norm(objects - here, axis=-1).max(axis=1).min()]
+        for name, areas in fixtures.items():
+            spot = env.model.body(raw.fixtures_dict[name].root_body).pos[:2] - raw.workspace_offset[:2]
+            outside = np.maximum(areas[:, :2] - spot, spot - areas[:, 2:]).clip(min=0.0)
+            ways.append(np.linalg.norm(outside, axis=1).min())
+        distances[suite] = float(max(ways))
+    return distances
 
 
 def outline(points: Array) -> Array:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -247,6 +248,50 @@ def states_file(suite: str, name: str) -> Path:
 def problem_file(suite: str, name: str) -> Path:
     """Return the file in which LIBERO describes a task."""
     return _folder("bddl_files") / suite / f"{name}.bddl"
+
+
+@cache
+def official_places(
+    task: Task, table: str, starts: tuple[int, ...]
+) -> dict[str, tuple[np.ndarray, dict[str, np.ndarray]]]:
+    """Return where evaluations of a task have objects and fixtures, by suite.
+
+    Suites are the standard one and LIBERO-PRO's `_swap`, where the package has their files of this task with
+    the same objects and fixtures; `starts` are the indices of each object's x in the positions of a state.
+
+    Returns:
+        Places of the objects in the official states [states n 2] (m, world), and, because no state holds
+        fixtures, the rectangles [r 4] of the table in which each is drawn: lowest x, y, highest x, y (m from
+        its middle).
+    """
+    base, places = base_suite(task.suite), {}
+    own = load_problem(problem_file(task.suite, task.name))
+    for suite in (base, f"{base}_swap"):
+        try:
+            states = official_states(replace(task, suite=suite))
+            problem = load_problem(problem_file(suite, task.name))
+        except FileNotFoundError:  # libero_90 has no swapped suite
+            continue
+        if any([*own[kind].items()] != [*problem[kind].items()] for kind in ("objects", "fixtures")):
+            continue
+        objects = np.stack([states[:, 1 + start : 3 + start] for start in starts], axis=1)  # after the time
+        regions = {key: region for key, region in problem["regions"].items() if region["target"] == table}
+        support = {one[1]: one[2] for one in problem["initial_state"] if len(one) == 3}
+        places[suite] = (
+            objects,
+            {
+                name: np.array(regions[support[name]]["ranges"])
+                for names in problem["fixtures"].values()
+                for name in names
+                if support.get(name) in regions
+            },
+        )
+    return places
+
+
+def load_problem(path: Path) -> dict[str, Any]:
+    """Read LIBERO's description of a task: objects, fixtures, regions, initial state and goal."""
+    return _load_libero().bddl_utils.robosuite_parse_problem(str(path))
 
 
 @cache

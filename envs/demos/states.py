@@ -12,11 +12,13 @@ import lzma
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+import envs
 from vega_policy.run_dir import write_bytes
 
 FORMAT = 1
@@ -140,6 +142,43 @@ def read_states(path: Path, tasks: Sequence[int] | None = None) -> list[StateEpi
                 coded[name] = _join_bytes(planes, header["shapes"][key])
             episodes += _cut_episodes(by_task[task], coded, header["steps"])
     return episodes
+
+
+def drop_held_out(path: Path) -> list[dict[str, Any]]:
+    """Drop the episodes of a file that start in an arrangement that LIBERO evaluates; return task and seed.
+
+    `envs.layouts` draws such arrangements again; this is for files that were collected before it did. The
+    other episodes stay as they are. The header's origin lists what was dropped as `held_out`, and its
+    `demonstrations` of a task count what is left. Without such episodes the file is not written.
+
+    Raises:
+        ValueError: If the file is no file of states, is damaged, has another format or another suite.
+    """
+    from envs.layouts import evaluated_in
+    from envs.libero import LiberoEnv
+
+    header, kept, dropped = read_header(path), list[StateEpisode](), list[dict[str, Any]]()
+    suite, origin = header["suite"], header["origin"]
+    if suite not in envs.LIBERO_SUITES:
+        raise ValueError(
+            f"{path}: expected one of the suites {', '.join(envs.LIBERO_SUITES)}; got {suite!r}."
+        )
+    tasks = envs.tasks(suite)
+    for index, members in groupby(read_states(path), key=lambda episode: episode.task):
+        env = LiberoEnv(tasks[index], frame_size=256, rendering="fast", render=False)
+        env.reset_blindly(seed=0)  # a state can be restored after a reset alone
+        for episode in members:
+            env.restore(episode.initial)
+            if evaluated_in(env):
+                dropped.append({"task": index, "seed": episode.seed})
+                origin["tasks"][tasks[index].name]["demonstrations"] -= 1
+            else:
+                kept.append(episode)
+        env.close()
+    if dropped:
+        origin["held_out"] = [*origin.get("held_out", []), *dropped]
+        write_states(path, suite, kept, origin)
+    return dropped
 
 
 def _cut_episodes(

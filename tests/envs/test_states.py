@@ -10,7 +10,14 @@ import envs
 from envs.demos import collect as collection
 from envs.demos.collect import CollectionSettings, collect
 from envs.demos.shards import Demonstrator
-from envs.demos.states import RESOLUTION, StateEpisode, read_header, read_states, write_states
+from envs.demos.states import (
+    RESOLUTION,
+    StateEpisode,
+    drop_held_out,
+    read_header,
+    read_states,
+    write_states,
+)
 from vega_policy.run_dir import OtherRunError
 
 SHIPPED = Path(__file__).parents[2] / "assets" / "demonstrations" / "libero"
@@ -72,6 +79,9 @@ def test_other_files_and_values_that_are_not_finite_are_refused(tmp_path):
     with pytest.raises(ValueError, match="0/positions: expected finite values"):
         write_states(tmp_path / "a", "lift", [replace(make_episode(), positions=np.full((7, 5), np.nan))], {})
     assert not (tmp_path / "a").exists()
+    write_states(tmp_path / "lift", "lift", [make_episode()], {})
+    with pytest.raises(ValueError, match=r"expected one of the suites libero_spatial.*got 'lift'"):
+        drop_held_out(tmp_path / "lift")
 
 
 @pytest.mark.parametrize(
@@ -101,6 +111,22 @@ def test_a_shipped_file_of_random_layouts_holds_a_block_of_seeds_for_each_demons
     blocks = [(entry["task"], entry["seed"] // 1000) for entry in header["episodes"]]
     assert blocks == [(task, skip + k) for task in range(10) for k in range(20)]
     assert sum(entry["length"] for entry in header["episodes"]) == instants
+
+
+@pytest.mark.parametrize("file", sorted((SHIPPED.parent / "libero_layouts").glob("partial_*")), ids=str)
+def test_a_shipped_file_of_partial_layouts_counts_what_it_holds_and_not_what_was_dropped(file):
+    header = read_header(file)
+    origin = header["origin"]
+    assert origin["settings"]["layouts"] == "partial"
+    names = [task.name for task in envs.tasks(header["suite"])]
+    counts = [origin["tasks"][name]["demonstrations"] for name in names]
+    assert [entry["task"] for entry in header["episodes"]] == [
+        task for task, count in enumerate(counts) for _ in range(count)
+    ]
+    seeds = {(entry["task"], entry["seed"]) for entry in header["episodes"]}
+    dropped = {(entry["task"], entry["seed"]) for entry in origin.get("held_out", [])}
+    assert not seeds & dropped
+    assert len(seeds) + len(dropped) == len(names) * origin["settings"]["episodes_per_task"]
 
 
 def test_a_shipped_demonstration_has_the_shapes_of_libero():
