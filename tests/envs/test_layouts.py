@@ -434,6 +434,25 @@ def test_an_arrangement_that_is_evaluated_is_drawn_again_and_no_other(cans, monk
     assert np.array_equal(drawn[2, 0.0][1], drawn[2, HELD_OUT][1])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("suite", envs.PRO_BASES)
+def test_resets_of_a_swapped_suite_are_arrangements_that_are_held_out(suite, capsys):
+    """Apart from those in which an object falls: 50 official states stand for all that can be evaluated."""
+    found = []
+    for task in envs.tasks(f"{suite}_swap"):
+        env = envs.make(task.suite, task.index, render=False)
+        for seed in range(8):
+            env.reset_blindly(seed=seed)
+            found.append(distances_to_official(env))
+        env.close()
+    own, standard = (np.array([distances[name] for distances in found]) for name in (f"{suite}_swap", suite))
+    near = np.mean(own < HELD_OUT)
+    with capsys.disabled():
+        print(f"\n{suite}_swap: {near:.1%} of {len(own)} resets, {100 * standard.min():.1f} cm to {suite}")  # noqa: T201
+    assert near > 0.95
+    assert standard.min() > 2 * HELD_OUT
+
+
 def test_a_fixture_elsewhere_makes_an_arrangement_another_one():
     env, swapped = (envs.make(suite, 0, render=False) for suite in ("libero_goal", "libero_goal_swap"))
     env.reset_blindly(seed=0)
