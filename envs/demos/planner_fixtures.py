@@ -565,14 +565,15 @@ def overhang(cell: Workcell, body: str, target: str, opening: float) -> Array:
     return np.zeros(3) if is_beside else way * outwards
 
 
-def displacements(env: Any, states: Iterable[Array]) -> Array:
+def displacements(env: Any, states: Iterable[Array], cell: Workcell | None = None) -> Array:
     """Return the displacement of the demonstrator's target from the grip point, float32 [t 3].
 
     In metres along the axes of the robot's base, for the states of a LIBERO episode in order. The target is
     the object of the first goal that does not hold; while that is in the hand, the goal's place; and the
-    handle, knob or edge of a fixture, or of a drawer or door that is opened before.
+    handle, knob or edge of a fixture, or of a drawer or door that is opened before. `cell` is the workcell of
+    `env`; None samples its shapes, which do not change between episodes.
     """
-    cell, found, to_open = Workcell.of(env.raw), [], dict[str, float]()
+    cell, found, to_open = cell or Workcell.of(env.raw), [], dict[str, float]()
     held = deque[set[int]](maxlen=KEPT_HELD)
     for state in states:
         env.restore(state)
@@ -612,14 +613,17 @@ def _entrance(cell: Workcell, target: str, to_open: dict[str, float]) -> Array |
     """Return the handle or edge [3] by which the way into `target` is opened; None where it is open."""
     if joint_of(cell, target) is not None:
         drawer = Drawer(cell, target)
-        is_open, has_others_above = holds(cell, ("open", target)), drawer.has_others_above
-        least = (WIDENED if has_others_above else 0.0) if is_open else OPEN_TO_FILL
-        now, entrance = drawer.opening, drawer.handle
+        now = drawer.opening
+        if target not in to_open:
+            least = WIDENED if drawer.has_others_above else 0.0
+            to_open[target] = least if holds(cell, ("open", target)) else OPEN_TO_FILL
     elif is_chamber(cell, target) and cell.env.get_object(fixture := parent_of(cell, target)).joints:
-        now = abs(joint_position(cell, Door.of(cell, fixture).joint))
-        least, entrance = (WIDE - DOOR_SHUT if now > DOOR_SHUT else 0.0), _door_edge(cell, fixture, 1.0)
+        drawer, now = None, abs(joint_position(cell, Door.of(cell, fixture).joint))
+        to_open.setdefault(target, WIDE - DOOR_SHUT if now > DOOR_SHUT else 0.0)
     else:
         return None
-    if now >= to_open.setdefault(target, least):
+    if now >= to_open[target]:
         to_open[target] = 0.0
-    return entrance if to_open[target] else None
+    if not to_open[target]:
+        return None
+    return _door_edge(cell, parent_of(cell, target), 1.0) if drawer is None else drawer.handle

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import abc
 import hashlib
+import itertools
 import json
 import logging
 import os
 import signal
 import threading
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ import envs
 from envs.base import ManipulationEnv
 from envs.demos.collect import context, exit_with_parent
 from envs.demos.planner_fixtures import displacements
+from envs.demos.planner_grasping import Workcell
 from envs.demos.shards import dataset_features, image_key, knows_targets, read_metadata, write_metadata
 from envs.demos.states import StateEpisode, read_header, read_states
 
@@ -159,38 +163,16 @@ def _describe(
 
 
 def find_displacements(plan: Plan, processes: int) -> list[np.ndarray]:
-    """Return the displacement [t 3] of each episode, of all its states; a process takes a task at a time."""
-    groups = list(_by_task(plan).values())
-    processes = min(processes, len(groups))
-    if processes <= 1:
-        found = list(map(_displacements_of, groups))
-    else:
-        with ProcessPoolExecutor(processes, context(("numba", "envs.demos")), _watch_parent) as pool:
-            found = list(tqdm(pool.map(_displacements_of, groups), "Targets", len(groups), unit="task"))
-    by_row = {
-        episode.row: way
-        for group, ways in zip(groups, found, strict=True)
-        for episode, way in zip(group, ways, strict=True)
-    }
+    """Return the displacement [t 3] of each episode, of all its states, found by several processes.
+
+    Raises:
+        ValueError: If `processes` is less than 1.
+        RuntimeError: If a process dies.
+    """
+    with tqdm(total=len(plan.episodes), unit="episode", desc="Targets", smoothing=0.02) as bar:
+        results = _run(partial(_TargetFinder, plan), plan, processes, bar)
+    by_row = {row: found for result in results for row, found in result.items()}
     return [by_row[episode.row] for episode in plan.episodes]
-
-
-def _displacements_of(episodes: Sequence[PlannedEpisode]) -> list[np.ndarray]:
-    """Return the displacements of episodes of one task of one file."""
-    file, suite, task = (getattr(episodes[0], name) for name in ("file", "suite", "task"))
-    env, stored = envs.make(suite, task, render=False), read_states(file, [task])
-    env.reset_blindly(seed=episodes[0].seed)
-    chosen = (stored[episode.index] for episode in episodes)
-    found = [displacements(env, map(one.state, range(len(one)))) for one in chosen]
-    env.close()
-    return found
-
-
-def _by_task(plan: Plan) -> dict[tuple[Path, int], list[PlannedEpisode]]:
-    groups: dict[tuple[Path, int], list[PlannedEpisode]] = {}
-    for episode in plan.episodes:
-        groups.setdefault((episode.file, episode.task), []).append(episode)
-    return groups
 
 
 def with_sources(plan: Plan, places: Mapping[str, tuple[Path, int]]) -> Plan:
@@ -237,44 +219,90 @@ def render_frames(
     Raises:
         RuntimeError: If a rendering process dies.
     """
-    if processes < 1:
-        raise ValueError(f"expected at least 1 process, got {processes}")
-    work = _Work(plan, list(_by_task(plan).values()), target, notes, _read_notes(notes))
+    job = _RenderJob(plan, target, notes, _read_notes(notes), tuple(egl_devices))
     with tqdm(total=plan.rows, unit="state", desc="Rendering", smoothing=0.02) as bar:
-        if processes == 1:
-            total = _Renderer(work, [0] * len(work.groups), threading.Lock(), 0, egl_devices).run(bar.update)
-        else:
-            total = _render_in_pool(work, min(processes, len(plan.episodes)), egl_devices, bar)
+        total = sum(_run(partial(_Renderer, job), plan, processes, bar), start=np.zeros((), np.int64))
     return dict(zip(plan.cameras, total, strict=True))
 
 
-@dataclass(frozen=True)
-class _Work:
-    """What every rendering process is given."""
+class _Queue:
+    """The episodes of a plan, which processes take one by one.
 
-    plan: Plan
-    groups: list[list[PlannedEpisode]]  # episodes of one task of one file
-    target: Path
-    notes: Path
-    finished: Mapping[int, int]  # first row -> checksum, of episodes of an interrupted rendering
+    Those of one simulator are a group, also where they come from several files: building it costs seconds.
+    """
+
+    def __init__(self, plan: Plan, started: Any = None) -> None:
+        """Prepare all episodes, for processes of the multiprocessing context `started` or for this one."""
+        groups: dict[tuple[str, int], list[PlannedEpisode]] = {}
+        for episode in plan.episodes:
+            groups.setdefault((episode.suite, episode.task), []).append(episode)
+        self._groups = list(groups.values())
+        self._left = [_suffix_sums([episode.length for episode in group]) for group in self._groups]
+        size = len(self._groups)
+        self._taken: Any = started.Array("i", size) if started else [0] * size  # episodes of each group
+        self._users: Any = started.Array("i", size) if started else [0] * size  # processes in each group
+        self._lock = self._taken.get_lock() if started else threading.Lock()
+
+    def take(self, group: int | None) -> tuple[int, PlannedEpisode] | None:
+        """Return the next episode of this group or, if there is none, of the group with most left a process.
+
+        `group` is that of the process's last episode, None at first. Returned are group and episode, or None.
+        """
+        with self._lock:
+            if group is not None and self._taken[group] == len(self._groups[group]):
+                self._users[group] -= 1
+                group = None
+            if group is None:
+                shares = [
+                    left[taken] / (users + 1)
+                    for left, taken, users in zip(self._left, self._taken, self._users, strict=True)
+                ]
+                group = int(np.argmax(shares))
+                if not shares[group]:
+                    return None
+                self._users[group] += 1
+            self._taken[group] += 1
+            return group, self._groups[group][self._taken[group] - 1]
+
+    def stop(self) -> None:
+        """Leave nothing to be taken: processes end with their running episode."""
+        with self._lock:
+            self._taken[:] = [len(group) for group in self._groups]
 
 
-def _render_in_pool(work: _Work, processes: int, egl_devices: Sequence[int], bar: Any) -> np.ndarray:
-    """Run one renderer in each process of a pool until no episode is left; return the sum of all frames."""
+def _suffix_sums(lengths: Sequence[int]) -> list[int]:
+    """Return the sums of all, all but the first, ..., none of the lengths."""
+    return [sum(lengths) - done for done in (0, *itertools.accumulate(lengths))]
+
+
+def _run[Result](
+    worker: Callable[[_Queue, int], _Worker[Result]], plan: Plan, processes: int, bar: Any
+) -> list[Result]:
+    """Run workers, each made with a queue and its number, until no episode is left; return their results.
+
+    A single one runs in this process. The bar counts what they report.
+    """
+    if processes < 1:
+        raise ValueError(f"expected at least 1 process, got {processes}")
+    if processes == 1:
+        return [worker(_Queue(plan), 0).run(bar.update)]
+    return _run_in_pool(worker, plan, min(processes, len(plan.episodes)), bar)
+
+
+def _run_in_pool[Result](
+    worker: Callable[[_Queue, int], _Worker[Result]], plan: Plan, processes: int, bar: Any
+) -> list[Result]:
     started = context(("numba", "envs.demos"))
-    claimed, states, numbers = (
-        started.Array("i", len(work.groups)),
-        started.Value("q", 0),
-        started.Value("i", 0),
+    queue, count, numbers = _Queue(plan, started), started.Value("q", 0), started.Value("i", 0)
+    pool = ProcessPoolExecutor(
+        processes, started, initializer=_start_worker, initargs=(worker, queue, count, numbers)
     )
-    initial = (work, claimed, states, numbers, list(egl_devices))
-    pool = ProcessPoolExecutor(processes, started, initializer=_start_worker, initargs=initial)
-    running: list[Future[np.ndarray]] = [pool.submit(_render_in_worker) for _ in range(processes)]
+    running: list[Future[Result]] = [pool.submit(_run_worker) for _ in range(processes)]
     try:
         left: Any = running
         while left:
             done, left = wait(left, timeout=0.5, return_when=FIRST_EXCEPTION)
-            if new := states.value - bar.n:
+            if new := count.value - bar.n:
                 bar.update(new)
             for future in done:
                 future.result()
@@ -283,59 +311,114 @@ def _render_in_pool(work: _Work, processes: int, egl_devices: Sequence[int], bar
             "a rendering process died (out of memory?); the same command resumes, also with fewer processes"
         ) from error
     finally:
-        # after an error, the others end with their episode
-        claimed[:] = [len(group) for group in work.groups]
+        queue.stop()  # after an error, the others end with their episode
         pool.shutdown()
-    return sum((future.result() for future in running), start=np.zeros((), np.int64))
+    return [future.result() for future in running]
 
 
-_RENDERER: Any = None  # of this worker process
-_STATES: Any = None  # counter of rendered states, shared by all
+_WORKER: Any = None  # of this worker process
+_COUNT: Any = None  # of what all have done
 
 
-def _watch_parent() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C the rendering ends after the running episodes
+def _start_worker(worker: Callable[[_Queue, int], Any], queue: _Queue, count: Any, numbers: Any) -> None:
+    global _WORKER, _COUNT
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C the command ends after the running episodes
     threading.Thread(target=exit_with_parent, daemon=True).start()
-
-
-def _start_worker(work: _Work, claimed: Any, states: Any, numbers: Any, egl_devices: list[int]) -> None:
-    global _RENDERER, _STATES
-    _watch_parent()
     with numbers.get_lock():
         number = numbers.value
         numbers.value += 1
-    _RENDERER, _STATES = _Renderer(work, claimed, claimed.get_lock(), number, egl_devices), states
+    _WORKER, _COUNT = worker(queue, number), count
 
 
-def _render_in_worker() -> np.ndarray:
-    def count(states: int) -> None:
-        with _STATES.get_lock():
-            _STATES.value += states
+def _run_worker() -> Any:
+    def count(done: int) -> None:
+        with _COUNT.get_lock():
+            _COUNT.value += done
 
-    return _RENDERER.run(count)
+    return _WORKER.run(count)
 
 
-class _Renderer:
-    """Renders episodes until none is left.
+class _Worker[Result](abc.ABC):
+    """Takes episodes until none is left, and keeps the simulator and the file of the last one open."""
 
-    `claimed` counts the episodes of each group that some process has taken.
-    """
-
-    def __init__(self, work: _Work, claimed: Any, lock: Any, number: int, egl_devices: Sequence[int]) -> None:
-        if egl_devices:
-            os.environ["MUJOCO_EGL_DEVICE_ID"] = str(egl_devices[number % len(egl_devices)])
-        self._work, self._claimed, self._lock, self._number = work, claimed, lock, number
-        self._group: int | None = None  # in which this renderer has taken its last episode
-        self._opened: int | None = None  # group of the environment
+    def __init__(self, queue: _Queue, options: Mapping[str, Any]) -> None:
+        """Take episodes of a queue; `options` are those of `envs.make`."""
+        self._queue, self._options = queue, options
         self._env: ManipulationEnv | None = None
-        self._states: list[StateEpisode] = []
+        self._opened: tuple[str, int] | None = None  # suite and task of the simulator
+        self._stored: list[StateEpisode] = []
+        self._read: tuple[Path, int] | None = None  # file and task of the stored episodes
 
-    def run(self, count: Any) -> np.ndarray:
-        """Render, calling `count` with the number of states of each episode; return the sum of the frames."""
-        plan, work = self._work.plan, self._work
+    @abc.abstractmethod
+    def run(self, count: Callable[[int], Any]) -> Result:
+        """Work until no episode is left, calling `count` after each; return what was found."""
+
+    def _episodes(self) -> Iterator[PlannedEpisode]:
+        group: int | None = None
+        while (taken := self._queue.take(group)) is not None:
+            group, episode = taken
+            yield episode
+        if self._env is not None:
+            self._env.close()
+
+    def _open(self, episode: PlannedEpisode) -> tuple[ManipulationEnv, StateEpisode]:
+        """Return the simulator of an episode, at any state, and its states."""
+        if self._env is None or self._opened != (episode.suite, episode.task):
+            if self._env is not None:
+                self._env.close()
+            self._env = envs.make(episode.suite, episode.task, **self._options)
+            self._env.reset_blindly(seed=episode.seed)
+            self._opened = episode.suite, episode.task
+        if self._read != (episode.file, episode.task):
+            self._stored, self._read = read_states(episode.file, [episode.task]), (episode.file, episode.task)
+        return self._env, self._stored[episode.index]
+
+
+class _TargetFinder(_Worker[dict[int, np.ndarray]]):
+    """Finds the displacement [t 3] of episodes, by first row."""
+
+    def __init__(self, plan: Plan, queue: _Queue, number: int) -> None:
+        super().__init__(queue, {"render": False})
+        self._cell: Workcell | None = None  # of the open simulator
+
+    def run(self, count: Callable[[int], Any]) -> dict[int, np.ndarray]:
+        found = {}
+        for episode in self._episodes():
+            env, stored = self._open(episode)
+            if self._cell is None or self._cell.env is not env.raw:
+                self._cell = Workcell.of(env.raw)
+            states = map(stored.state, range(len(stored)))
+            found[episode.row] = displacements(env, states, self._cell)
+            count(1)
+        return found
+
+
+@dataclass(frozen=True)
+class _RenderJob:
+    """What every rendering process is given."""
+
+    plan: Plan
+    target: Path
+    notes: Path
+    finished: Mapping[int, int]  # first row -> checksum, of episodes of an interrupted rendering
+    egl_devices: tuple[int, ...]
+
+
+class _Renderer(_Worker[np.ndarray]):
+    """Writes the frames of episodes, and sums them up [v 3 h w]."""
+
+    def __init__(self, job: _RenderJob, queue: _Queue, number: int) -> None:
+        plan = job.plan
+        super().__init__(queue, {"frame_size": plan.frame_size, "rendering": plan.rendering})
+        if job.egl_devices:
+            os.environ["MUJOCO_EGL_DEVICE_ID"] = str(job.egl_devices[number % len(job.egl_devices)])
+        self._job = job
+
+    def run(self, count: Callable[[int], Any]) -> np.ndarray:
+        plan, job = self._job.plan, self._job
         total = np.zeros((len(plan.cameras), 3, plan.frame_size, plan.frame_size), np.int64)
-        with work.target.open("r+b") as target, (work.notes / f"{os.getpid()}.txt").open("a") as notes:
-            while (episode := self._claim()) is not None:
+        with job.target.open("r+b") as target, (job.notes / f"{os.getpid()}.txt").open("a") as notes:
+            for episode in self._episodes():
                 frames = self._finished(target.fileno(), episode)
                 if frames is None:
                     frames = self._render(episode) if episode.source is None else self._copied(episode)
@@ -344,52 +427,31 @@ class _Renderer:
                     notes.flush()
                 total += frames.sum(axis=0, dtype=np.int32)
                 count(episode.length)
-        if self._env is not None:
-            self._env.close()
         return total
 
-    def _claim(self) -> PlannedEpisode | None:
-        """Take an episode of the same group as before, since another costs seconds, else of the longest."""
-        groups, claimed = self._work.groups, self._claimed
-        with self._lock:
-            left = [len(group) - taken for group, taken in zip(groups, claimed, strict=True)]
-            if not any(left):
-                return None
-            if self._group is None or not left[self._group]:
-                self._group = max(range(len(groups)), key=left.__getitem__)
-            claimed[self._group] += 1
-            return groups[self._group][claimed[self._group] - 1]
+    def _render(self, episode: PlannedEpisode) -> np.ndarray:
+        env, stored = self._open(episode)
+        return render_episode(env, stored, self._job.plan.frame_stride)
 
     def _finished(self, target: int, episode: PlannedEpisode) -> np.ndarray | None:
         """Return the frames that an interrupted rendering has left, or None."""
-        checksum = self._work.finished.get(episode.row)
+        checksum = self._job.finished.get(episode.row)
         if checksum is None:
             return None
-        frames = self._read(target, episode.row, episode.length)
+        frames = self._frames(target, episode.row, episode.length)
         return frames if zlib.crc32(frames) == checksum else None
 
     def _copied(self, episode: PlannedEpisode) -> np.ndarray:
         assert episode.source is not None
         path, row = episode.source
         with path.open("rb") as file:
-            return self._read(file.fileno(), row, episode.length)
+            return self._frames(file.fileno(), row, episode.length)
 
-    def _read(self, file: int, row: int, length: int) -> np.ndarray:
-        plan = self._work.plan
+    def _frames(self, file: int, row: int, length: int) -> np.ndarray:
+        plan = self._job.plan
         shape = (length, len(plan.cameras), 3, plan.frame_size, plan.frame_size)
         content = os.pread(file, length * plan.row_bytes, row * plan.row_bytes)
         return np.frombuffer(content, np.uint8).reshape(shape)
-
-    def _render(self, episode: PlannedEpisode) -> np.ndarray:
-        plan = self._work.plan
-        if self._env is None or self._opened != self._group:
-            if self._env is not None:
-                self._env.close()
-            size, rendering = plan.frame_size, plan.rendering
-            self._env = envs.make(episode.suite, episode.task, frame_size=size, rendering=rendering)
-            self._env.reset_blindly(seed=episode.seed)
-            self._states, self._opened = read_states(episode.file, [episode.task]), self._group
-        return render_episode(self._env, self._states[episode.index], plan.frame_stride)
 
 
 def render_episode(env: ManipulationEnv, episode: StateEpisode, stride: int = 1) -> np.ndarray:

@@ -10,7 +10,7 @@ import torch
 
 import envs
 from envs.demos.planner_fixtures import displacements
-from envs.demos.render import plan_rendering, render_frames
+from envs.demos.render import find_displacements, plan_rendering, render_frames
 from envs.demos.shards import Recording, dataset_features, dataset_frames
 from envs.demos.states import StateEpisode, read_states, write_states
 from tests.training_runs import tiny_policy
@@ -140,6 +140,53 @@ def test_the_number_of_processes_does_not_change_the_frames(lift, tmp_path):
     one, _ = render(lift[0], tmp_path / "one")
     two, _ = render(lift[0], tmp_path / "two", processes=2)
     assert np.array_equal(one, two)
+
+
+def count_simulators(monkeypatch):
+    """Return a list to which each simulator that is built from now on adds its suite and task."""
+    built, make = [], envs.make
+
+    def count(suite, task, **options):
+        built.append((suite, task))
+        return make(suite, task, **options)
+
+    monkeypatch.setattr(envs, "make", count)
+    return built
+
+
+def test_files_of_one_task_are_rendered_by_one_simulator(lift, tmp_path, monkeypatch):
+    file, frames = lift
+    env = envs.make("lift", 0, frame_size=SIZE, rendering="fast")
+    episode, more = simulate(env, seed=3, steps=4)
+    env.close()
+    other, target = tmp_path / "other.safetensors", tmp_path / "values.bin"
+    write_states(other, "lift", [episode], {})
+    plan, _ = plan_rendering([other, file], frame_size=SIZE, rendering="fast")
+    target.write_bytes(bytes(plan.rows * plan.row_bytes))
+    built = count_simulators(monkeypatch)
+    render_frames(plan, target, tmp_path, processes=1)
+    assert built == [("lift", 0)]
+    rendered = np.fromfile(target, np.uint8).reshape(4 + ROWS, *frames.shape[1:])
+    assert np.mean(rendered != np.concatenate([more, frames])) < 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_displacements_of_several_files_are_those_of_each_episode_alone(processes, monkeypatch):
+    files = [SHIPPED / f"{name}.safetensors" for name in ("libero_goal", "recovery_libero_goal")]
+    tasks, alone = [1, 3], []
+    options = {"tasks": tasks, "episodes_per_task": 1, "frame_stride": 50, "displacement": True}
+    plan, _ = plan_rendering(files, frame_size=SIZE, rendering="fast", **options)
+    for file, task in ((file, task) for file in files for task in tasks):
+        episode = read_states(file, [task])[0]
+        env = envs.make("libero_goal", task, render=False)
+        env.reset_blindly(seed=episode.seed)
+        alone.append(displacements(env, map(episode.state, range(len(episode)))))
+        env.close()
+    built = count_simulators(monkeypatch)
+    found = find_displacements(plan, processes)
+    assert [one.tobytes() for one in found] == [one.tobytes() for one in alone]
+    assert sorted(built) == ([("libero_goal", task) for task in tasks] if processes == 1 else [])
 
 
 @pytest.mark.slow
