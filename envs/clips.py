@@ -175,7 +175,7 @@ def write_clips(folder: Path, *, processes: int, deadline: float | None = None, 
         RuntimeError: If a worker process died, or another process writes into the folder.
     """
     spec = decode_spec(ClipSpec, values)
-    with open_run(folder, asdict(spec)):
+    with open_run(folder, asdict(spec), option="clips.folder"):
         jobs = [
             Job(folder, suite, task.index, part, spec, deadline)
             for part in range(spec.parts)

@@ -83,7 +83,7 @@ def disk_guard(target: Path, draft: Path | None = None, needed: int | None = Non
         yield
     except DiskFullError:
         raise
-    except Exception as error:
+    except Exception as error:  # libraries turn the OSError of a write into one of any type
         if not is_disk_full(error):
             raise
         files = [] if draft is None else [draft, *draft.rglob("*")]
@@ -399,12 +399,13 @@ def open_run(
     free_to_change: Iterable[str] = (),
     defaults: Mapping[str, Any] | None = None,
     may_hold: Iterable[str] = (),
+    option: str = "output_dir",
 ) -> Iterator[bool]:
     """Lock `folder` and begin a run in it, or resume the one that it holds; yield whether it resumes.
 
     Settings, all that decides the results, are kept as JSON in `settings.json`; drafts of a killed start are
-    deleted. `may_hold` names entries that a folder may hold before its first run. For `free_to_change` and
-    `defaults` see `check_same_settings`.
+    deleted. `may_hold` names entries that a folder may hold before its first run. For `free_to_change`,
+    `defaults` and `option` see `check_same_settings`.
 
     Raises:
         FolderInUseError: If another process holds the lock.
@@ -415,9 +416,10 @@ def open_run(
         resumed = record.is_file()
         if resumed:
             stored = read_json(record)
-            check_same_settings(folder, stored, settings, free_to_change=free_to_change, defaults=defaults)
+            may_differ = {"free_to_change": free_to_change, "defaults": defaults}
+            check_same_settings(folder, stored, settings, **may_differ, option=option)
         else:
-            require_empty(folder, may_hold=may_hold)
+            require_empty(folder, may_hold=may_hold, option=option)
             write_json(record, settings)
         remove_partial(folder)
         yield resumed
@@ -434,8 +436,10 @@ def require_folder(folder: Path) -> None:
         raise NotADirectoryError(f"{folder}: expected a folder, found the file {found}; give another path.")
 
 
-def require_empty(folder: Path, *, may_hold: Iterable[str] = ()) -> None:
+def require_empty(folder: Path, *, may_hold: Iterable[str] = (), option: str = "output_dir") -> None:
     """Refuse a folder that holds anything but a lock, drafts and the named entries; a missing one passes.
+
+    `option` is the field of the command line that gave the folder.
 
     Raises:
         OtherRunError: Lists what it holds.
@@ -445,7 +449,7 @@ def require_empty(folder: Path, *, may_hold: Iterable[str] = ()) -> None:
     if unexpected := sorted(found - drafts - {LOCK, *may_hold}):
         raise OtherRunError(
             f"{folder}: expected an empty or new folder, found {', '.join(unexpected[:8])}; "
-            "give another folder, or delete this one."
+            f"give another folder ({option}=FOLDER), or delete this one."
         )
 
 
@@ -456,11 +460,13 @@ def check_same_settings(
     *,
     free_to_change: Iterable[str] = (),
     defaults: Mapping[str, Any] | None = None,
+    option: str = "output_dir",
 ) -> None:
     """Refuse to resume the run in `folder` with settings, nested, other than the stored ones.
 
     `free_to_change` are dotted names that may differ, with all fields below them. `defaults` are the values,
-    nested, of settings that runs from before a field existed had.
+    nested, of settings that runs from before a field existed had. `option` is the field of the command line
+    that gave the folder.
 
     Raises:
         OtherRunError: Lists each difference.
@@ -478,7 +484,7 @@ def check_same_settings(
     if differing:
         raise OtherRunError(
             f"{folder} holds a run with other settings: {'; '.join(differing)}. Give the stored values to "
-            "resume it, or another folder."
+            f"resume it, or another folder for a new run ({option}=FOLDER)."
         )
 
 

@@ -182,12 +182,13 @@ def _collect_states(settings: CollectionSettings, file: Path, processes: int) ->
     defaults = unused.decisive()
     if file.is_file():
         origin = read_header(file)["origin"]
-        check_same_settings(file, origin.get("settings", {}), settings.decisive(), defaults=defaults)
+        stored = origin.get("settings", {})
+        check_same_settings(file, stored, settings.decisive(), defaults=defaults, option="root")
         logger.info("%s is complete, with these settings: nothing to collect", file)
         return origin
     load_mujoco()
     work = file.with_name(file.name + ".partial")
-    with open_run(work, settings.decisive(), defaults=defaults):
+    with open_run(work, settings.decisive(), defaults=defaults, option="root"):
         jobs = list(_collection_jobs(settings, work))
         with Workers(processes, total=len(jobs)) as workers:
             workers.run(_missing(jobs))
@@ -273,14 +274,15 @@ def _assemble(
         load_mujoco()  # reports a simulator that cannot run; a worker could only die of it
         finished = read_metadata(root)  # that took a second, in which another start may have ended
     if finished is not None:
-        check_same_settings(root, finished["settings"], settings.decisive(), defaults=defaults)
+        stored = finished["settings"]
+        check_same_settings(root, stored, settings.decisive(), defaults=defaults, option="root")
         logger.info("%s is complete, with these settings: nothing to collect", root)
         return finished
     require_folder(root)
     if root.exists() and any(root.iterdir()):
-        raise FileExistsError(f"{root} holds files that this command did not write; choose another root")
+        raise FileExistsError(f"{root} holds files that this command did not write; give another root=FOLDER")
     work = root.with_name(root.name + ".partial")
-    with open_run(work, settings.decisive(), defaults=defaults):
+    with open_run(work, settings.decisive(), defaults=defaults, option="root"):
         jobs = jobs_in(work)
         missing = _missing(jobs)
         merged = work / "merged"
@@ -341,7 +343,7 @@ class Workers:
         if processes < 1:
             raise ValueError(f"expected at least 1 process, got {processes}")
         self._processes, self._total = processes, total
-        self._bar = tqdm(total=total, unit="demo", smoothing=0)
+        self._bar = tqdm(desc="Demonstrations", total=total, unit="demo", smoothing=0)
         self._tried, self._succeeded = Counter[str](), Counter[str]()
 
     def __enter__(self) -> Self:
@@ -359,6 +361,8 @@ class Workers:
         """
         self._bar.initial = self._total - sum(job.episodes for job in jobs)  # those of an earlier run
         left, deaths = list(jobs), 0
+        if left:
+            self._bar.set_description("Starting simulators")  # for half a minute, until the first episode
         while left:
             self._bar.n = self._total - sum(job.episodes for job in left)
             self._bar.refresh()
@@ -409,12 +413,13 @@ class Workers:
     def _count(self, task: str, success: bool) -> None:
         self._tried[task] += 1
         self._succeeded[task] += success
-        self._bar.update(success)
+        self._bar.set_description("Demonstrations", refresh=False)
         rates = {"all": f"{self._succeeded.total()}/{self._tried.total()}"}
         for name, tried in self._tried.items():
             if self._succeeded[name] < tried or len(self._tried) == 1:  # LIBERO's names are too long for all
                 rates[name] = f"{self._succeeded[name]}/{tried}"
         self._bar.set_postfix(rates, refresh=False)
+        self._bar.update(success)
 
 
 def context(modules: Sequence[str] = SLOW_IMPORTS) -> Any:

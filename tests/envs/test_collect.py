@@ -253,7 +253,7 @@ def test_a_stopped_collection_resumes_and_a_damaged_shard_is_collected_again(
     video = next(shards[0].rglob("*.mp4"))
     video.write_bytes(video.read_bytes()[:-100])
     assert read_shard(shards[0]) is None
-    with pytest.raises(ValueError, match=r"frame_size \(stored: 32, received: 64\)"):
+    with pytest.raises(ValueError, match=r"frame_size \(stored: 32, received: 64\).*\(root=FOLDER\)\.$"):
         collect(replace(SETTINGS, frame_size=64), target, processes=1)
     with caplog.at_level(logging.INFO):
         collect(SETTINGS, target, processes=1)
@@ -510,6 +510,6 @@ def test_the_script_skips_a_finished_dataset_and_reports_errors_in_one_line(root
     printed = capsys.readouterr().out
     assert "nothing to collect" in printed
     assert "lift_wide: 3 demonstrations" in printed
-    message = rf"^[^\n]*{root} holds a run with other settings: frame_size \(stored: 32[^\n]*$"
+    message = rf"^[^\n]*{root} holds a run with other settings: frame_size \(stored: 32[^\n]*root=FOLDER\)\.$"
     with pytest.raises(SystemExit, match=message):
         collect_command([*arguments, "env.frame_size=64"])

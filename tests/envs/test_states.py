@@ -172,7 +172,7 @@ def test_collected_states_do_not_depend_on_processes_or_interruptions(tmp_path):
     (second,) = read_states(tmp_path / "second.safetensors")
     assert second.seed == two[1].seed
     assert np.array_equal(second.executed, two[1].executed)
-    with pytest.raises(OtherRunError, match="episodes_per_task"):
+    with pytest.raises(OtherRunError, match=r"episodes_per_task \(stored: 2, received: 3\).*root=FOLDER"):
         collect(replace(settings, episodes_per_task=3), tmp_path / "two", processes=1)
 
 

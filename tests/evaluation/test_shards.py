@@ -57,7 +57,8 @@ def test_both_averages_of_a_grouped_suite_are_reported(tmp_path):
 
 def test_shards_of_other_settings_are_not_gathered(tmp_path):
     run(tmp_path / "parts", Shard(0, 2))
-    with pytest.raises(OtherRunError, match=r"episodes_per_task \(stored: 7, received: 3\)"):
+    refused = r"episodes_per_task \(stored: 7, received: 3\)\. Give .* to resume it, or .*output_dir=FOLDER"
+    with pytest.raises(OtherRunError, match=refused):
         run(tmp_path / "parts", episodes_per_task=3)
 
 

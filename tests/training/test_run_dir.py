@@ -206,8 +206,8 @@ def test_a_folder_with_other_files_is_refused_but_for_those_that_may_be_there(tm
     (tmp_path / "shards").mkdir()
     (tmp_path / "thesis.tex").touch()
     with (
-        pytest.raises(OtherRunError, match=r"found thesis\.tex;"),
-        open_run(tmp_path, {"seed": 0}, may_hold=["shards"]),
+        pytest.raises(OtherRunError, match=r"found thesis\.tex; give another folder \(root=FOLDER\), or del"),
+        open_run(tmp_path, {"seed": 0}, may_hold=["shards"], option="root"),
     ):
         raise AssertionError
     assert names(tmp_path) == ["shards", "thesis.tex"]
@@ -232,7 +232,8 @@ def test_other_settings_are_refused_with_the_difference(settings, options, messa
     if message is None:
         check_same_settings(Path("run"), stored, settings, **options)
         return
-    with pytest.raises(OtherRunError, match=message):
+    what_to_do = r"\. Give the stored values to resume it, or another folder .* \(output_dir=FOLDER\)\.$"
+    with pytest.raises(OtherRunError, match=rf"^run holds .*{message}.*{what_to_do}"):
         check_same_settings(Path("run"), stored, settings, **options)
 
 

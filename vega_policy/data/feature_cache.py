@@ -514,7 +514,7 @@ def draft_frames(root: Path, stream: Stream, rows: int) -> Iterator[FramesDraft]
     cameras, size = stream.key["cameras"], stream.key["frame_size"]
     shape = [len(cameras), 3, size, size]
     folder = root / f"{stream.folder}.draft"
-    with open_run(folder, {"key": stream.key, "rows": rows}):
+    with open_run(folder, {"key": stream.key, "rows": rows}, option="cache_root"):
         draft = FramesDraft(folder)
         draft.notes.mkdir(exist_ok=True)
         with draft.values.open("ab") as file:

@@ -183,7 +183,7 @@ def cut_clips(folder: Path, *, processes: int, deadline: float | None = None, **
         ValueError: If the folder holds clips of another spec.
     """
     spec = from_config(CutSpec, values)
-    with open_run(folder, asdict(spec)):
+    with open_run(folder, asdict(spec), option="clips.folder"):
         for root in tqdm(spec.roots, desc="Clips", unit="dataset"):
             source = RenderedSource(Path(root), spec)
             for part in range(spec.parts):

@@ -249,7 +249,7 @@ class FeatureWriter:
     def __init__(self, folder: Path, model: str) -> None:
         require_folder(folder)
         shards = [path.name for path in folder.glob("shard-*.safetensors")]
-        require_empty(folder, may_hold=[*shards, MANIFEST])
+        require_empty(folder, may_hold=[*shards, MANIFEST], option="output")
         folder.mkdir(parents=True, exist_ok=True)
         remove_partial(folder)
         self._folder, self._model = folder, model
