@@ -104,7 +104,7 @@ def explained_back_end() -> Iterator[None]:
     """
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # ImportError, AttributeError, GLError, ...: each driver has its own
         names = ("MUJOCO_GL", "MUJOCO_EGL_DEVICE_ID", "PYOPENGL_PLATFORM", "CUDA_VISIBLE_DEVICES")
         chosen = ", ".join(f"{name}={os.environ[name]!r}" for name in names if name in os.environ)
         raise RuntimeError(

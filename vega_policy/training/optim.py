@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from vega_policy.run_dir import DiskFullError, is_disk_full, write_json
+from vega_policy.run_dir import DiskFullError, write_json
 from vega_policy.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -200,16 +200,14 @@ def are_finite(*values: float) -> bool:
 
 @contextmanager
 def disk_advice() -> Iterator[None]:
-    """Add to the error of a full disk what to lower.
+    """Add to the error of a full disk, which `disk_guard` raises inside, what to lower.
 
     Raises:
         DiskFullError: If a write inside failed for want of space.
     """
     try:
         yield
-    except Exception as error:
-        if not is_disk_full(error):
-            raise
+    except DiskFullError as error:
         raise DiskFullError(
             f"{error} Earlier checkpoints are untouched. Lower keep_last and keep_best to need less; "
             "resume=true resumes."
