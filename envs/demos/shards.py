@@ -375,8 +375,8 @@ def _write_dataset(
                 dataset.save_episode()
                 written.append(recording)
             dataset.finalize()
-        except BaseException:
-            dataset.clear_episode_buffer(delete_images=False)  # its encoders would wait for frames for ever
+        except BaseException:  # Ctrl-C too: its encoders would wait for frames for ever
+            dataset.clear_episode_buffer(delete_images=False)
             raise
     _check_videos(root, sum(len(recording.actions) for recording in written))
     return written
@@ -513,9 +513,13 @@ def collected_metadata(root: Path) -> dict[str, Any]:
     """
     metadata = read_metadata(root)
     if metadata is None or not (root / "states").is_dir():
+        missing = [name for name in (str(METADATA), "states") if not (root / name).exists()]
+        found = f"one without {' and '.join(missing)}" if root.is_dir() else "no such folder"
+        found = "a file" if root.is_file() else found
+        file = Path(f"{root}.safetensors")  # of `format=states` with the same root
         raise FileNotFoundError(
-            f"{root} has no meta/vega.json or no states/, so its simulator states are not known; give a "
-            "dataset that scripts/collect_demos.py wrote"
+            f"{root}: expected the folder of a dataset that vega-collect wrote, got {found}. "
+            f"{f'Did you mean {file}?' if file.is_file() else 'Give another folder, or a file of states.'}"
         )
     return metadata
 

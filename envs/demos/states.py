@@ -104,10 +104,18 @@ def read_header(path: Path) -> dict[str, Any]:
     """Return a file's `suite`, `origin` and `episodes` (task, seed, length, attempts).
 
     Raises:
+        FileNotFoundError: If there is no such file.
         ValueError: If the file is no file of states, is damaged, or has another format.
     """
     from safetensors import SafetensorError, safe_open
 
+    if not path.is_file():
+        folder = path.with_suffix("")  # of `format=lerobot` with the same root
+        raise FileNotFoundError(
+            f"{path}: expected a file of states that vega-collect format=states wrote, got "
+            f"{'a folder' if path.is_dir() else 'no such file'}. "
+            f"{f'Did you mean {folder}?' if folder.is_dir() else 'Give another file.'}"
+        )
     try:
         with safe_open(path, "numpy") as file:
             header = json.loads((file.metadata() or {})["states"])

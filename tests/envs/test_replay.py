@@ -11,6 +11,7 @@ from envs.demos.collect import CollectionSettings, collect, render_again
 from envs.demos.shards import Demonstrator, read_episodes
 from envs.demos.states import read_states, write_states
 from vega_policy.cli import commands
+from vega_policy.cli.render import render
 from vega_policy.evaluation.env_pool import EnvironmentFactory, RecordedEpisode, WorkerPool
 
 
@@ -43,11 +44,14 @@ def test_recorded_actions_succeed_again_from_their_recorded_state_and_others_do_
     assert outcomes == [True, False]
 
 
-def test_a_file_of_states_replays_with_the_actions_that_were_executed(tmp_path):
+def test_a_file_of_states_replays_with_the_actions_that_were_executed(tmp_path, capsys):
     settings = CollectionSettings(
         "lift", episodes_per_task=1, demonstrator=Demonstrator(noise=0.2), format="states"
     )
     collect(settings, tmp_path / "lift", processes=1)
+    shown = capsys.readouterr().err
+    assert 0 <= shown.find("Starting simulators:   0%") < shown.find("Demonstrations: 100%")
+    assert "1/1 " in shown.rpartition("Demonstrations: 100%")[2]
     (one,) = read_states(tmp_path / "lift.safetensors")
     silent = np.zeros_like(one.actions)
     write_states(
@@ -59,6 +63,9 @@ def test_a_file_of_states_replays_with_the_actions_that_were_executed(tmp_path):
     options = OmegaConf.create({"source": str(file), "episodes": None, "processes": 1})
     failed = f"failed: lift, seed {one.seed}, {len(one)} actions"
     assert commands.replay.run(options) == f"{failed}\n1 of 2 replayed demonstrations succeed"
+    shown = capsys.readouterr().err
+    assert "Replaying:   0%" in shown
+    assert "2/2 " in shown.rpartition("Replaying: 100%")[2]
     options.episodes = [0]
     assert commands.replay.run(options) == "1 of 1 replayed demonstrations succeed"
     options.episodes = [0, 2]
@@ -89,11 +96,40 @@ def test_a_dataset_is_rendered_again_at_another_size_with_the_same_states_and_ac
     assert (coarse - small[0]["observation.images.image"]).abs().mean() < 0.1
 
 
-def test_a_dataset_without_simulator_states_or_with_changed_ones_is_refused(dataset, tmp_path):
-    with pytest.raises(
-        FileNotFoundError, match=r"no meta/vega.json or no states/.*simulator states are not known"
-    ):
-        read_episodes(tmp_path)
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (
+            "empty",
+            r"empty: expected the folder of a dataset .*, got one without meta/vega.json and states",
+        ),
+        (
+            "none",
+            r"none: expected the folder of a dataset .*, got no such folder\. Give another folder, or",
+        ),
+        (
+            "file",
+            r"file: expected the folder .*, got no such folder\. Did you mean \S+/file\.safetensors\?$",
+        ),
+        ("none.safetensors", r"expected a file of states .*, got no such file\. Give another file\.$"),
+        ("empty.safetensors", r"expected a file of states .*, got no such file\. Did you mean \S+/empty\?$"),
+        ("folder.safetensors", r"expected a file of states .*, got a folder\. Give another file\.$"),
+    ],
+)
+def test_a_source_that_holds_no_demonstrations_is_refused(tmp_path, source, message):
+    for folder in ("empty", "folder.safetensors"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "file.safetensors").touch()
+    with pytest.raises(FileNotFoundError, match=message):
+        commands.replay.run(OmegaConf.create({"source": str(tmp_path / source), "episodes": None}))
+    options = commands.OmegaConf.create(render.node | {"source": [str(tmp_path / source)], "repo_id": "a/b"})
+    options.root = str(tmp_path / "new")
+    with pytest.raises(FileNotFoundError, match=message):
+        render.run(options)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_dataset_with_changed_simulator_states_is_refused(dataset):
     with pytest.raises(ValueError, match=r"has the episodes 0 to 0, got \[7\]"):
         read_episodes(dataset, [7])
     (states,) = (dataset / "states").glob("*.safetensors")

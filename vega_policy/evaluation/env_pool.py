@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
+from tqdm import tqdm
 
 from vega_policy.evaluation.env_worker import MEMORY_BYTES, Commands, EnvReport, EpisodeSpec, map_frames
 
@@ -115,9 +116,8 @@ class WorkerPool:
         Without states, the start of the episode is rendered.
         """
         arguments = self._factory.arguments(render=True, frame_size=frame_size)
-        return self._map(
-            "render", [{"spec": spec, "states": states, "arguments": arguments} for spec, states in jobs]
-        )
+        requests = [{"spec": spec, "states": states, "arguments": arguments} for spec, states in jobs]
+        return self._map("render", requests, "Rendering")
 
     def replay(self, episodes: Sequence[RecordedEpisode]) -> list[bool]:
         """Restore each episode's initial state, execute its actions, and return whether that is a success.
@@ -126,7 +126,8 @@ class WorkerPool:
             WorkerError: If a simulator failed.
         """
         self.open(render=False, keep_states=False)
-        return self._map("replay", [{"spec": one.spec(), "actions": one.actions} for one in episodes])
+        requests = [{"spec": one.spec(), "actions": one.actions} for one in episodes]
+        return self._map("replay", requests, "Replaying")
 
     def close(self) -> None:
         """Close the connections, let the workers close their environments, and end those that do not."""
@@ -144,19 +145,21 @@ class WorkerPool:
     ) -> None:
         self.close()
 
-    def _map(self, method: str, requests: Sequence[dict[str, Any]]) -> list[Any]:
-        """Return the results of a method, whichever workers compute them."""
+    def _map(self, method: str, requests: Sequence[dict[str, Any]], title: str) -> list[Any]:
+        """Return the results of a method, whichever workers compute them, under a progress bar."""
         results: list[Any] = [None] * len(requests)
         waiting, running = list(enumerate(requests)), {}
-        while waiting or running:
-            for worker in self._workers:
-                if not worker.is_busy and waiting:
-                    number, request = waiting.pop(0)
-                    worker.request(method, **request)
-                    running[worker.connection] = number, worker
-            for connection in wait(list(running)):
-                number, worker = running.pop(connection)
-                results[number] = worker.answer()[0]
+        with tqdm(desc=title, total=len(requests), unit="ep", disable=not requests) as bar:
+            while waiting or running:
+                for worker in self._workers:
+                    if not worker.is_busy and waiting:
+                        number, request = waiting.pop(0)
+                        worker.request(method, **request)
+                        running[worker.connection] = number, worker
+                for connection in wait(list(running)):
+                    number, worker = running.pop(connection)
+                    results[number] = worker.answer()[0]
+                    bar.update()
         return results
 
     def _report(self, worker: _Worker) -> EnvReport:

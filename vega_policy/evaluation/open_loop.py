@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from vega_policy.config import from_config
 from vega_policy.data.dataset import DatasetConfig, FrameTable, open_dataset, read_table
@@ -99,7 +100,7 @@ def predict_recorded(
 
     def predict(rows: Tensor) -> np.ndarray:
         chunks = []
-        for part in rows.split(batch_size):
+        for part in tqdm(rows.split(batch_size), desc="Predicting", unit="batch"):
             batch = source.batch(part)
             inputs = policy.preprocessor({k: batch[k] for k in batch if not k.startswith("action")})
             start = None if noise is None else np.repeat(noise[None], len(part), axis=0)
