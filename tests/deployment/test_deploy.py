@@ -310,7 +310,7 @@ def plan_two_chunks(inference):
     return engine, given, planned, postprocess
 
 
-def test_catch_up_is_refused_for_positions_relative_to_the_state():
+def test_catch_up_is_refused_for_positions_of_joints_and_relative_to_the_state():
     policy, (preprocess, postprocess) = relative_policy()
     safety = SafetyFilter(LIMITS, period=0.1, max_observation_age=1e9)
     context = make_context(Robot(), None, safety)
@@ -318,6 +318,10 @@ def test_catch_up_is_refused_for_positions_relative_to_the_state():
     assert read_catch_up({"catch_up": []}, context, safety) == ()
     with pytest.raises(ValueError, match="catch_up: expected a list of indices of actions, from 0 to 1; got"):
         read_catch_up({"catch_up": [2]}, context, safety)
+    refused = r"catch_up=\[0\]: expected .* displacements, got positions: pan\.pos\. Leave them out"
+    with pytest.raises(ValueError, match=refused):  # whatever predicts them, a server too
+        read_catch_up({"catch_up": [0]}, context, safety)
+    context.data.ordered_action_keys = ["pan.vel", "lift.vel"]
     with pytest.raises(ValueError, match="since the policy's actions are positions relative to the state"):
         read_catch_up({"catch_up": [0]}, context, safety)
     preprocess.steps = [step for step in preprocess.steps if not getattr(step, "enabled", False)]

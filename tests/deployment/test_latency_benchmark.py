@@ -11,7 +11,13 @@ import pyarrow.parquet as pq
 import pytest
 
 import envs
-from vega_policy.deployment.latency_benchmark import Cell, DelayedPlan, benchmark_latency, summarize_log
+from vega_policy.deployment.latency_benchmark import (
+    Cell,
+    DelayedPlan,
+    benchmark_latency,
+    fitting_methods,
+    summarize_log,
+)
 from vega_policy.evaluation.env_worker import EnvRunner, TaskEnv
 from vega_policy.evaluation.episodes import plan_episodes
 from vega_policy.evaluation.policies import PolicyDescription
@@ -197,14 +203,18 @@ def test_the_policy_continues_the_actions_since_its_observation(tmp_path):
         assert context.actions[:, 0].tolist() == list(range(done + 1, done + 1 + len(context.actions)))
 
 
-def test_a_benchmark_resumes_with_raw_episodes_and_a_plot(tmp_path):
+def test_a_benchmark_resumes_with_raw_episodes_and_a_plot(tmp_path, capsys):
     folder, cells = tmp_path / "run", [Cell("aligned", 0, 0), Cell("naive", 0, 1)]
     first = run_cells(folder, cells[:1])
+    assert "aligned, delay 0, under way 0: 100%" in (shown := capsys.readouterr().err)
+    assert "2/2 " in shown
     assert run_cells(folder, cells, episodes=2)[0] == first[0]
+    assert "naive, delay 0, under way 1:  50%" in (shown := capsys.readouterr().err)  # those of the first run
+    assert "4/4 " in shown
     raw = pq.read_table(folder / "episodes.parquet").to_pylist()
     assert [(row["method"], row["index"]) for row in raw] == [(c.method, i) for c in cells for i in range(2)]
     assert (folder / "latency.png").stat().st_size > 1000
-    with pytest.raises(OtherRunError, match="episodes"):
+    with pytest.raises(OtherRunError, match=r"episodes \(stored: 2, received: 3\).*\(folder=FOLDER\)"):
         run_cells(folder, cells, episodes=3)
 
 
@@ -217,6 +227,16 @@ def test_unknown_methods_and_policies_without_real_time_chunking_are_refused(tmp
     policy.supports_rtc = False
     with pytest.raises(ValueError, match="supports only naive, aligned, async, catch_up"):
         run_cells(tmp_path / "run", [Cell("rtc", 0, 0)], policy)
+
+
+def test_without_named_methods_those_that_fit_the_policy_and_its_actions_are_measured(tmp_path):
+    policy = Counter()
+    assert fitting_methods(policy, [0]) == ["aligned", "naive", "lerobot", "async", "catch_up", "rtc"]
+    assert fitting_methods(policy, []) == ["aligned", "naive", "lerobot", "async", "rtc"]  # as of SO-101
+    policy.supports_rtc = False
+    assert fitting_methods(policy, []) == ["aligned", "naive", "async"]
+    cells = [Cell(method, 0, 0) for method in fitting_methods(policy, [])]
+    assert [row["method"] for row in run_cells(tmp_path / "run", cells, policy)] == [c.method for c in cells]
 
 
 def test_catch_up_is_refused_where_no_action_is_a_displacement(tmp_path):

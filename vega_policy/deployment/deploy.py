@@ -298,10 +298,16 @@ def read_catch_up(
     """Return the indices of the actions for which a late chunk makes up.
 
     Raises:
-        ValueError: If one is not the index of an action, or the plan is made of positions: they lose nothing.
+        ValueError: If one is not the index of an action, or the action is a position, which loses nothing.
     """
     check_displacements("catch_up", config["catch_up"], len(safety.limits))
     indices = tuple(config["catch_up"])
+    names = [context.data.ordered_action_keys[index] for index in indices]
+    if positions := [name for name in names if name.endswith(".pos")]:
+        raise ValueError(
+            f"catch_up={list(indices)}: expected indices of actions that are displacements, got positions: "
+            f"{', '.join(positions)}. Leave them out: a late chunk of positions has lost nothing."
+        )
     if indices and _relative_step(context.policy.preprocessor.steps) is not None:
         raise ValueError(
             f"catch_up={list(indices)}: expected [], since the policy's actions are positions relative to "

@@ -9,7 +9,7 @@ import json
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from matplotlib.figure import Figure
+from tqdm import tqdm
 
 from vega_policy.config import check_choice, check_numbers
 from vega_policy.deployment.client import PolicyClient, ServerAddress
@@ -44,6 +45,12 @@ METHODS = {
     "rtc": "as async, and continues the last chunk: by prefix if trained so, else by guidance or blending",
 }
 """How a chunk follows the last one."""
+
+DEFAULT_METHODS = ("aligned", "naive", "lerobot", "async", "catch_up", "rtc")
+"""Those that are measured where none are named, as far as they fit; the first is the reference."""
+
+RTC_METHODS = ("lerobot", "rtc")
+"""Methods that require a policy with real-time chunking."""
 
 EPISODES_FILE, PLOT_FILE = "episodes.parquet", "latency.png"
 
@@ -123,6 +130,13 @@ class DelayedPlan:
         self._commands.append(due)
 
 
+def fitting_methods(policy: ServedCheckpoint, displacements: Sequence[int]) -> list[str]:
+    """Return those of `DEFAULT_METHODS` that fit a policy and the indices of its actions for `catch_up`."""
+    unfit = () if policy.supports_rtc else RTC_METHODS
+    unfit += () if displacements else ("catch_up",)
+    return [name for name in DEFAULT_METHODS if name not in unfit]
+
+
 def benchmark_latency(
     policy: ServedCheckpoint,
     pool: WorkerPool,
@@ -145,20 +159,24 @@ def benchmark_latency(
         OtherRunError: If `output` holds a benchmark with other settings.
         ValueError: If real-time chunking is requested of a policy that does not support it.
     """
-    if not policy.supports_rtc and any(cell.method in ("lerobot", "rtc") for cell in cells):
-        supported = [name for name in METHODS if name not in ("lerobot", "rtc")]
-        raise ValueError(f"methods: {policy.description.name} supports only {', '.join(supported)}")
-    if any(cell.method == "catch_up" for cell in cells):
-        _check_catch_up(displacements, policy.description.action_size)
-    with open_run(output, settings):
+    _check_methods(policy, {cell.method for cell in cells}, displacements)
+    total = len(cells) * len(episodes)
+    with (
+        tqdm(desc="Episodes", total=total, unit="ep", smoothing=0) as bar,
+        open_run(output, settings, option="folder"),
+    ):
         path = output / EPISODES_FILE
         raw: list[Row] = pq.read_table(path).to_pylist() if path.is_file() else []
         pool.open(render=policy.reads_frames, keep_states=False, history=policy.description.history)
         rows: list[Row] = []
         for cell in cells:
+            bar.set_description(f"{cell.method}, delay {cell.delay}, under way {cell.under_way}")
             results = [row for row in raw if row.items() >= asdict(cell).items()]
-            if not results:
-                results = _run_cell(policy, pool, episodes, cell, batch_size, displacements)
+            if results:
+                bar.initial += len(results)  # of an earlier run, which say nothing about the speed
+                bar.update(len(results))
+            else:
+                results = _run_cell(policy, pool, episodes, cell, batch_size, displacements, bar.update)
                 raw += results
                 buffer = pa.BufferOutputStream()
                 pq.write_table(pa.Table.from_pylist(raw), buffer)
@@ -170,9 +188,14 @@ def benchmark_latency(
             plot_latency(rows).savefig(draft, format="png", dpi=120)
 
 
-def _check_catch_up(displacements: Sequence[int], size: int) -> None:
-    """Refuse indices that are not of an action [size], and none at all."""
-    check_displacements("displacements", displacements, size)
+def _check_methods(policy: ServedCheckpoint, methods: Collection[str], displacements: Sequence[int]) -> None:
+    """Refuse methods that do not fit a policy, and `catch_up` without indices of its actions."""
+    if not policy.supports_rtc and {*methods} & {*RTC_METHODS}:
+        supported = [name for name in METHODS if name not in RTC_METHODS]
+        raise ValueError(f"methods: {policy.description.name} supports only {', '.join(supported)}")
+    if "catch_up" not in methods:
+        return
+    check_displacements("displacements", displacements, policy.description.action_size)
     if not displacements:
         raise ValueError(
             "methods: catch_up needs actions that are displacements, and displacements is []. Leave it out "
@@ -187,8 +210,9 @@ def _run_cell(
     cell: Cell,
     batch_size: int,
     displacements: Sequence[int],
+    count: Callable[[], Any],
 ) -> list[Row]:
-    """Return one row an episode, in order."""
+    """Return one row an episode, in order; `count` is called after each."""
     action_steps, size = policy.description.action_steps, policy.description.action_size
     chunk_size = action_steps if policy.noise_shape is None else policy.noise_shape[0]
     threshold = max(chunk_size - action_steps, cell.delay)
@@ -201,6 +225,7 @@ def _run_cell(
         identity = {name: getattr(episode, name) for name in ("task_index", "index", "seed")}
         result = {name: outcome[name] for name in ("success", "length", "initial_hash")}
         rows.append({**asdict(cell), **identity, **result})
+        count()
     return sorted(rows, key=lambda row: (row["task_index"], row["index"]))
 
 
