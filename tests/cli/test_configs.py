@@ -24,6 +24,7 @@ from vega_policy.backbones import BACKBONES
 from vega_policy.cli import (
     Command,
     check_cache_folders,
+    commands,
     generated_groups,
     group_options,
     refuse_missing_fields,
@@ -31,7 +32,8 @@ from vega_policy.cli import (
     with_positional,
     with_quoted_text,
 )
-from vega_policy.cli.commands import train
+from vega_policy.cli.commands import replay, train
+from vega_policy.cli.render import render
 from vega_policy.configuration_vega import VegaConfig
 from vega_policy.data.dataset import DatasetConfig
 from vega_policy.deployment.server import ServerSettings
@@ -191,7 +193,7 @@ def test_an_error_of_a_library_keeps_its_traceback_and_one_of_ours_ends_in_a_lin
     monkeypatch.setattr(sys, "argv", ["command"])
 
     def main(run):
-        return Command(run, config="failing", node={}).main
+        return Command(run, config="failing", fields="").main
 
     with pytest.raises(SystemExit) as stopped:  # Hydra prints the traceback and ends
         main(lambda config: torch.zeros(2) @ torch.zeros(3))([])
@@ -210,7 +212,7 @@ def test_a_cache_folder_that_cannot_exist_is_named_before_a_library_meets_it(mon
     with pytest.raises(
         SystemExit, match=rf"^ValueError: {name}: expected a folder .* got /proc/nothing \(No"
     ):
-        Command(lambda config: "done", config="working", node={}).main([])
+        Command(lambda config: "done", config="working", fields="").main([])
 
 
 def test_a_cache_folder_is_made_and_may_be_read_only(monkeypatch, tmp_path, capsys):
@@ -219,7 +221,7 @@ def test_a_cache_folder_is_made_and_may_be_read_only(monkeypatch, tmp_path, caps
 
     monkeypatch.setattr(sys, "argv", ["command"])
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
-    command = Command(lambda config: "done", config="working", node={})
+    command = Command(lambda config: "done", config="working", fields="")
     command.main([])
     assert (tmp_path / "hub").is_dir()
     monkeypatch.setattr(Path, "mkdir", read_only)
@@ -419,11 +421,41 @@ def test_a_dataset_is_renamed_and_normalised_otherwise_on_the_command_line():
     assert config.vega.normalization_mapping["STATE"].name == "MEAN_STD"
 
 
-def test_the_help_shows_the_comments_of_the_yaml_files():
+def test_the_help_shows_the_comments_of_yaml_texts_and_of_dataclasses():
     text = train.help()
     assert "steps: 30000  # optimizer steps" in text
     assert "chunk_size: 16  # actions predicted at once" in text
     assert "held_out: 0.0  # share of each task's episodes" in text
+    assert "noise: fixed  # `fixed`: one seeded noise for all frames" in text
+    assert "layer: null  # 0-based block that is read; of several: their features joined" in text  # above it
+    replay.register()
+    assert "episodes: null  # indices, such as [0,424]; null replays all" in replay.help()
+
+
+COMMANDS = {name: one for name, one in vars(commands).items() if isinstance(one, Command)} | {
+    "render": render
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_field_of_a_command_has_a_comment(name):
+    node, comments = COMMANDS[name].node, COMMANDS[name].comments({})
+    node.pop("defaults", None)
+    node.pop("hydra", None)
+    assert [field[1:] for field in flat(node) if field[1:] not in comments] == []
+
+
+@pytest.mark.parametrize("group", ["clips", *generated_groups(), "backbone", "head", "robot"])
+def test_every_field_of_an_option_has_a_comment(group):
+    for option in group_options(group):
+        file = CONFIGS / group / f"{option}.yaml"
+        node = yaml.safe_load(file.read_text()) if file.is_file() else dict(generated_groups()[group][option])
+        node.pop("defaults", None)
+        comments = COMMANDS["train"].comments({group: option})
+        named = {name.removeprefix(f"{group}.") for name in comments if name.startswith(f"{group}.")}
+        limits = ".safety.joints."  # low, high, ... of each joint: their group has one
+        fields = [field[1:] for field in flat(node) if not field.startswith(limits)]
+        assert [field for field in fields if field not in named] == [], option
 
 
 def test_configs_of_the_repository_are_found_in_an_editable_install():

@@ -57,8 +57,7 @@ def command_named(name):
     module, _, attribute = CONSOLE[name].partition(":")
     command = getattr(importlib.import_module(module), attribute.removesuffix(".main"))
     assert isinstance(command, Command)
-    if command.node is not None:
-        command.register()
+    command.register()
     return command
 
 

@@ -25,9 +25,9 @@ from vega_policy.evaluation.episodes import (
     plan_episodes,
     read_episodes,
 )
-from vega_policy.evaluation.evaluate import Evaluation
+from vega_policy.evaluation.evaluate import Evaluation, evaluation_folders
 from vega_policy.evaluation.policies import IncompatiblePolicyError, ObservationBatch, PolicyDescription
-from vega_policy.evaluation.report import format_summary
+from vega_policy.evaluation.report import format_summary, list_files
 from vega_policy.evaluation.rollout import Schedule, episode_noise
 from vega_policy.evaluation.stats import wilson_interval
 from vega_policy.run_dir import OtherRunError
@@ -321,6 +321,25 @@ def test_videos_show_the_whole_episode_and_the_page_links_what_exists(finished):
         assert frames == lengths[task, int(index)] + 1
     assert "blind" in page
     assert "McNemar" in page
+
+
+def test_report_videos_and_episodes_are_named_where_they_are(finished, tmp_path):
+    folder, _ = finished
+    named = [line.split(": ") for line in list_files(folder).splitlines()]
+    assert named == [
+        ["report", f"{folder}/report.html"],
+        ["videos", f"{folder}/videos"],
+        ["episodes", f"{folder}/episodes.parquet"],
+    ]
+    assert list_files(tmp_path) == ""
+
+
+def test_folders_of_suites_perturbations_and_shards_are_named():
+    env, parts = {"suite": ["a", "b"], "perturbation": ["none"]}, {"shard": 1, "shards": 2}
+    config = {"env": env, "output_dir": "eval", "shard": 0, "shards": 1}
+    assert evaluation_folders(config) == {f"{suite}/none": Path(f"eval/{suite}/none") for suite in "ab"}
+    config["env"] = {"suite": "a", "perturbation": "none"}
+    assert evaluation_folders(config | parts) == {"a": Path("eval/shards/1_of_2")}
 
 
 def test_other_settings_in_the_same_folder_are_refused_by_name(finished, tmp_path):

@@ -10,12 +10,14 @@ from lerobot.policies.act.modeling_act import ACTPolicy
 from lerobot.policies.diffusion.configuration_diffusion import DiffusionConfig
 from lerobot.policies.diffusion.modeling_diffusion import DiffusionPolicy
 from lerobot.policies.factory import make_pre_post_processors
+from omegaconf import OmegaConf
 from safetensors.numpy import save_file
 
 from tests.evaluations import STATISTICS, evaluation_config, noise_for, observe, save_checkpoint
 from tests.point_world import CAMERA
 from tests.policies import CAMERAS, tiny_config
 from vega_policy.checkpoints import find_checkpoint
+from vega_policy.cli import commands
 from vega_policy.evaluation.compare import compare_runs, comparison_notes
 from vega_policy.evaluation.episodes import read_episodes
 from vega_policy.evaluation.evaluate import evaluate_checkpoint
@@ -187,9 +189,15 @@ def test_several_suites_share_the_simulators_and_have_a_folder_each(act, tmp_pat
         assert both[suite]["settings"]["suite"] == suite
 
 
+FILES = {"report": "report.html", "episodes": "episodes.parquet"}
+
+
 def test_a_list_of_one_suite_has_a_folder_for_it_as_a_longer_list_has(act, tmp_path):
-    evaluate_checkpoint(evaluation_config(act, tmp_path / "list", "env.suite=[near]"))
+    config = evaluation_config(act, tmp_path / "list", "env.suite=[near]")
+    printed = commands.evaluate.run(OmegaConf.create(config))
     assert len(read_episodes(tmp_path / "list" / "near")) > 0
+    lines = [f"{kind}: {tmp_path}/list/near/{name}" for kind, name in FILES.items()]
+    assert printed.splitlines()[-2:] == lines  # and no videos, since videos=0
     assert not (tmp_path / "list" / "episodes.parquet").exists()
 
 

@@ -11,6 +11,7 @@ import errno
 import inspect
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -49,10 +50,10 @@ class Command:
     # Runs the command with the composed config and returns what is printed at the end; its docstring starts
     # the text of `--help`.
     run: Callable[[DictConfig], str | None]
-    config: str  # name of the root config in configs/, or of `node`
+    config: str  # name of the root config, in configs/ or of `fields`
     examples: Sequence[str] = ()  # lines of `--help` that can be copied
-    # Fields with their defaults where no YAML file holds them; `defaults` names groups.
-    node: dict[str, Any] | None = None
+    # YAML text of the root config where no file in configs/ holds it; a comment behind each field.
+    fields: str | None = None
     # Fields that arguments without `=` fill in this order; a name that ends in `...` takes all further ones
     # as a list.
     positional: Sequence[str] = ()
@@ -91,23 +92,37 @@ class Command:
         lines += [
             "",
             "== Fields: NAME=VALUE (with the values of this command line) ==",
-            annotate(OmegaConf.to_yaml(config), _comments(self.config, choices)),
+            annotate(OmegaConf.to_yaml(config), self.comments(choices)),
         ]
         return "\n".join(lines)
 
-    def _fields(self) -> dict[str, Any]:
-        """Return the fields of the root config, without what groups add."""
-        if self.node is not None:
-            return dict(self.node)
-        node = OmegaConf.to_container(OmegaConf.load(resource("configs") / f"{self.config}.yaml"))
+    @property
+    def node(self) -> dict[str, Any]:
+        """The fields of the root config with their defaults, without what groups add."""
+        node = OmegaConf.to_container(OmegaConf.create(self._text))
         assert isinstance(node, dict)
         return {str(key): value for key, value in node.items()}
+
+    def comments(self, choices: Mapping[Any, Any]) -> dict[str, str]:
+        """Return the comments of the fields by dotted path, with those of the chosen options (by group)."""
+        found = _comments_of(self._text)
+        for group, option in choices.items():
+            for name, comment in _option_comments(group, option).items():
+                found.setdefault(f"{group}.{name}", comment)
+        return found
+
+    @property
+    def _text(self) -> str:
+        """YAML text of the root config."""
+        if self.fields is not None:
+            return self.fields
+        return (resource("configs") / f"{self.config}.yaml").read_text()
 
     def _refuse_unknown_fields(self, arguments: Sequence[str]) -> None:
         """End the program if a field has no such name, as in `priro=none`; Hydra would suggest to add it."""
         if any(argument.startswith((*SEARCH_PATH_OPTIONS, "--config-name", "-cn")) for argument in arguments):
             return
-        fields = self._fields()
+        fields = self.node
         groups = [key for entry in fields.pop("defaults", ()) if isinstance(entry, dict) for key in entry]
         known = sorted({*fields, *groups, *generated_groups(), "hydra"})
         for override in _overrides(arguments):
@@ -121,9 +136,9 @@ class Command:
     def register(self) -> None:
         """Store the generated options and, where no YAML file holds it, the root config."""
         register_groups()
-        if self.node is not None:
-            defaults = ["command", *self.node.get("defaults", ()), "_self_"]
-            node = {**self.node, "defaults": defaults}
+        if self.fields is not None:
+            node = self.node
+            node["defaults"] = ["command", *node.get("defaults", ()), "_self_"]
             ConfigStore.instance().store(name=self.config, node=node)
 
     def _run(self, config: DictConfig) -> None:
@@ -159,22 +174,45 @@ def annotate(text: str, comments: Mapping[str, str]) -> str:
     return "\n".join(lines)
 
 
-def _comments(root: str, choices: Mapping[Any, Any]) -> dict[str, str]:
-    """Return the comments of the YAML files of a root config and its chosen options by dotted path."""
-    found: dict[str, str] = {}
-    files = {f"{name}.": [f"{name}/{choice}", *BASE_FILES.get(name, ())] for name, choice in choices.items()}
-    for prefix, names in ({"": [root]} | files).items():
-        for file in (resource("configs") / f"{name}.yaml" for name in names):
-            if file.is_file():
-                for path, line in _paths(file.read_text()):
-                    _, mark, comment = line.partition(" # ")
-                    if path and mark:
-                        found.setdefault(f"{prefix}{path}", comment.strip())
+def _comments_of(text: str) -> dict[str, str]:
+    """Return the comments behind the fields of a YAML text by dotted path."""
+    found = {}
+    for path, line in _paths(text):
+        _, mark, comment = line.partition(" # ")
+        if path and mark:
+            found[path] = comment.strip()
     return found
 
 
-BASE_FILES = {"dataset": ("dataset/lerobot",)}
-"""Files that options of a group build upon, whose comments hold for them too."""
+def _option_comments(group: str, option: str) -> dict[str, str]:
+    """Return the comments of an option's fields: of its file, its base files and its dataclass."""
+    file = resource("configs") / group / f"{option}.yaml"
+    text = file.read_text() if file.is_file() else ""
+    node = OmegaConf.to_container(OmegaConf.create(text))
+    assert isinstance(node, dict)
+    bases = (node or generated_groups().get(group, {}).get(option, {})).get("defaults", ())
+    found = _comments_of(text) | OPTION_COMMENTS.get(group, {})
+    if group in DATACLASSES:
+        found |= _dataclass_comments(DATACLASSES[group])
+    for base in bases:
+        if isinstance(base, str) and base != "_self_":
+            found = _option_comments(group, base) | found
+    return found
+
+
+def _dataclass_comments(cls: type) -> dict[str, str]:
+    """Return the comments of a dataclass's fields in its source: behind a field, else in the lines above."""
+    found, above = {}, []
+    for line in inspect.getsource(cls).splitlines():
+        code, mark, comment = line.partition("# ")
+        if (field := re.match(r"    (\w+): ", code)) and (mark or above):
+            text = comment if mark else " ".join(above)
+            found[field[1]] = re.sub(r"\b(None|True|False)\b", lambda word: YAML_WORDS[word[0]], text)
+        above = [*above, comment] if mark and not code.strip() else []
+    return found
+
+
+YAML_WORDS = {"None": "null", "True": "true", "False": "false"}
 
 
 def _paths(text: str) -> Iterator[tuple[str | None, str]]:
@@ -332,6 +370,25 @@ INFERENCE: Options = {
     },
 }
 """How a robot gets its next chunk, in LeRobot's terms; docs/deploy.md says what each does."""
+
+DATACLASSES = {"prior": PriorConfig, "fusion": FusionConfig, "base": BaseConfig, "scenes": SceneSettings}
+"""Groups whose options have the fields of a dataclass."""
+
+OPTION_COMMENTS = {
+    "env": {
+        "suite": "suite of tasks: the option's name",
+        "frame_size": "height and width of a frame in pixels",
+        "rendering": "profile of the renderer: full, or fast (no shadows, reflections or anti-aliasing)",
+    },
+    "inference": {
+        "type": "LeRobot's engine: sync, or rtc, which predicts while the last chunk is executed",
+        "queue_threshold": "the next chunk is predicted when at most this number of actions is left",
+        "rtc.enabled": "the next chunk continues the last one",
+        "rtc.execution_horizon": "actions of the last chunk that guide the next one",
+        "rtc.max_guidance_weight": "largest weight of that guidance",
+    },
+}
+"""Comments of the fields of other generated options."""
 
 
 def register_groups() -> None:

@@ -114,9 +114,9 @@ def inspect(config: DictConfig) -> str:
 def evaluate(config: DictConfig) -> str:
     """Evaluate a checkpoint in closed loop. The same command resumes with the missing episodes."""
     logger.info("evaluating %s in %s", config.checkpoint, config.env.suite)
-    from vega_policy.evaluation.evaluate import USUAL_FRAMES, evaluate_checkpoint
+    from vega_policy.evaluation.evaluate import USUAL_FRAMES, evaluate_checkpoint, evaluation_folders
     from vega_policy.evaluation.policies import load_lerobot_policy
-    from vega_policy.evaluation.report import format_perturbations, format_summary
+    from vega_policy.evaluation.report import format_perturbations, format_summary, list_files
 
     values = plain(config)
     is_local = values["server"]["url"] is None
@@ -125,10 +125,11 @@ def evaluate(config: DictConfig) -> str:
     first = suites if isinstance(suites, str) else suites[0]
     usual = generated_groups()["env"].get(first, USUAL_FRAMES)
     summaries = evaluate_checkpoint(values, load_policy, usual)
-    lines = [f"{suite}\n{format_summary(summary)}" for suite, summary in summaries.items()]
+    folders = evaluation_folders(values)
+    parts = [f"{name}\n{format_summary(one)}\n{list_files(folders[name])}" for name, one in summaries.items()]
     if not isinstance(values["env"]["perturbation"], str):
-        lines.append(format_perturbations(summaries))
-    return "\n\n".join([*lines, f"reports: {config.output_dir}"])
+        parts.append(f"{format_perturbations(summaries)}\n{list_files(Path(config.output_dir))}")
+    return "\n\n".join(parts)
 
 
 @partial(
@@ -139,15 +140,15 @@ def evaluate(config: DictConfig) -> str:
         "vega-eval-offline outputs/train/RUN/checkpoints/last 'episodes=[40,41]'",
         "vega-eval-offline FOLDER root=data/my_arm 'episodes=[0]'       an exported policy",
     ],
-    node={
-        "checkpoint": "???",
-        "root": None,  # folder of the dataset; null takes the run's
-        "repo_id": None,
-        "episodes": None,  # null takes those that the run held out
-        "frames": 512,  # evenly spaced frames that are evaluated
-        "device": None,
-        "output_dir": "outputs/open_loop",  # open_loop.json and open_loop.png
-    },
+    fields="""
+checkpoint: ??? # a checkpoint of a run, or an exported policy
+root: null # folder of the dataset; null takes the run's
+repo_id: null # LeRobot's name of the dataset; null takes the run's
+episodes: null # indices; null takes those that the run held out
+frames: 512 # evenly spaced frames that are evaluated
+device: null # cpu, cuda, ...; null takes the best there is
+output_dir: outputs/open_loop # for open_loop.json and open_loop.png
+""",
     positional=("checkpoint",),
 )
 def evaluate_offline(config: DictConfig) -> str:
@@ -160,7 +161,8 @@ def evaluate_offline(config: DictConfig) -> str:
     policy = load_lerobot_policy(folder, device=choose_device(config.device))
     data = {name: values[name] for name in ("root", "repo_id", "episodes")}
     errors = evaluate_open_loop(policy, folder, Path(config.output_dir), frames=config.frames, **data)
-    return f"{errors.table()}\nplot: {Path(config.output_dir) / 'open_loop.png'}"
+    output = Path(config.output_dir)
+    return f"{errors.table()}\nerrors: {output / 'open_loop.json'}\nplot: {output / 'open_loop.png'}"
 
 
 def _connect_policy(server: Mapping[str, Any], folder: Path, *, device: str, action_steps: int | None) -> Any:
@@ -190,13 +192,13 @@ def _connect_policy(server: Mapping[str, Any], folder: Path, *, device: str, act
         "vega-compare outputs/eval/A outputs/eval/A second_ablation=blind",
         "vega-compare outputs/open_loop/A outputs/open_loop/B      two of vega-eval-offline, joint by joint",
     ],
-    node={
-        "folders": "???",  # two or more evaluations or policies (<seed>/<suite> below); the last: reference
-        "first_ablation": "none",  # ablation of all folders but the last
-        "second_ablation": "none",  # ablation of the last folder
-        "markdown": False,  # print Markdown
-        "json": None,  # file that also receives all numbers
-    },
+    fields="""
+folders: ??? # two or more evaluations or policies (<seed>/<suite> below); the last one is the reference
+first_ablation: none # ablation of all folders but the last, such as blind
+second_ablation: none # ablation of the last folder
+markdown: false # true prints the table as Markdown
+json: null # file that also receives all numbers
+""",
     positional=("folders...",),
 )
 def compare(config: DictConfig) -> str:
@@ -241,9 +243,10 @@ def collect(config: DictConfig) -> str:
 
     The same command resumes after an interruption.
     """
-    collect = import_module("envs.demos.collect")  # by name: vega_policy does not depend on envs
     values = plain(config)
     root = Path(values["root"])
+    logger.info("collecting %s in %s", values["env"]["suite"], root)
+    collect = import_module("envs.demos.collect")  # by name: vega_policy does not depend on envs
     metadata = collect.collect(collect.CollectionSettings.of(values), root, processes=values["processes"])
     lines = [
         f"{name}: {counts['demonstrations']} demonstrations from {counts['attempts']} episodes"
@@ -261,11 +264,11 @@ def collect(config: DictConfig) -> str:
         "vega-replay outputs/demonstrations/libero_spatial processes=16",
         "vega-replay assets/demonstrations/libero/libero_object.safetensors 'episodes=[0,424]'",
     ],
-    node={
-        "source": "???",  # dataset or file of states of vega-collect
-        "episodes": None,  # indices; null replays all
-        "processes": 2,
-    },
+    fields="""
+source: ??? # a dataset of vega-collect (its folder), or a file of states (*.safetensors)
+episodes: null # indices, such as [0,424]; null replays all
+processes: 2 # simulators, one a process
+""",
     positional=("source",),
 )
 def replay(config: DictConfig) -> str:
@@ -334,15 +337,15 @@ LIBERO_BASES = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
     Command,
     config="demonstrators",
     examples=["vega-demonstrators libero_goal episodes=5 processes=16"],
-    node={
-        "suites": [],
-        "episodes": 20,  # of each task
-        "official": False,  # named suites start from official states
-        "tasks": None,  # indices; null takes all
-        "swap_episodes": 20,  # official states a task of the swap suites
-        "processes": 2,
-        "output": None,  # JSON file that grows as tasks end; the command resumes while the code is the same
-    },
+    fields="""
+suites: [] # such as [libero_goal]; []: the standard measurement, above
+episodes: 20 # of each task
+official: false # true: the named suites start from official states
+tasks: null # indices; null takes all
+swap_episodes: 20 # official states of each task of the swap suites
+processes: 2 # simulators, one a process
+output: null # JSON file that grows as tasks end; the command resumes while the code is the same
+""",
     positional=("suites...",),
 )
 def demonstrators(config: DictConfig) -> str:
@@ -361,6 +364,7 @@ def demonstrators(config: DictConfig) -> str:
     output = None if config.output is None else Path(config.output)
     start, results, known = time.perf_counter(), [], [] if output is None else collect.load_results(output)
     for names, official, episodes in plan:
+        logger.info("%d episodes of each task of %s; a line as a task ends", episodes, ", ".join(names))
         options = {"processes": config.processes, "only": config.tasks, "known": known}
         for result in collect.measure_success(names, episodes=episodes, official=official, **options):
             results.append(result)
@@ -378,15 +382,15 @@ def demonstrators(config: DictConfig) -> str:
     Command,
     config="export_features",
     examples=["vega-export-features my_model:encoder repo_id=ORG/NAME output=features"],
-    node={
-        "encoder": "???",  # module:function
-        "repo_id": "???",  # dataset
-        "root": None,  # its local folder
-        "output": "???",  # new folder for the features; an interrupted export is resumed
-        "frame_size": 224,  # the policy's frame_size
-        "batch_size": 32,  # instants encoded at once
-        "device": None,  # null: cuda where there is one
-    },
+    fields="""
+encoder: ??? # your function, as module:function
+repo_id: ??? # LeRobot's name of the dataset
+root: null # its local folder; null takes the hub's
+output: ??? # new folder for the features; an interrupted export is resumed
+frame_size: 224 # the policy's policy.frame_size, pixels
+batch_size: 32 # instants encoded at once
+device: null # cpu, cuda, ...; null: cuda where there is one
+""",
     positional=("encoder",),
 )
 def export_features(config: DictConfig) -> str:
@@ -402,6 +406,7 @@ def export_features(config: DictConfig) -> str:
     as the backbone has (14x14 for the compact one at 224 pixels). Views come in the dataset's camera order.
     """
     import torch
+    from tqdm import tqdm
 
     from vega_policy.data.dataset import DatasetConfig, open_dataset
     from vega_policy.data.video import frames_in_order
@@ -413,7 +418,8 @@ def export_features(config: DictConfig) -> str:
     sys.path.insert(0, str(Path.cwd()))  # the encoder's module may be in the working folder
     encode = resolve_name(config.encoder)(device)
     dataset = open_dataset(DatasetConfig(config.repo_id, root=config.root))
-    with lock_folder(Path(config.output)):
+    bar = tqdm(desc="Encoding", total=dataset.num_frames, unit="frame", mininterval=1.0)
+    with lock_folder(Path(config.output)), bar:
         writer = FeatureWriter(Path(config.output), config.encoder)
         for stretch in frames_in_order(dataset, dataset.cameras, "pyav"):
             length = len(next(iter(stretch.values())))
@@ -424,6 +430,7 @@ def export_features(config: DictConfig) -> str:
                 if not writer.skip(frames):
                     with torch.no_grad():
                         writer.add(frames, encode(frames))
+                bar.update(len(frames))
         writer.close()
     return f"features: {config.output}{' (complete before, compared)' if writer.was_complete else ''}"
 
@@ -435,11 +442,11 @@ def export_features(config: DictConfig) -> str:
         "python scripts/export_policy.py outputs/demo/train/checkpoints/last my_policy",
         "python scripts/export_policy.py my_policy my_policy_1 'evaluations=[outputs/eval/lift_wide]'",
     ],
-    node={
-        "checkpoint": "???",  # a checkpoint of a run, or an exported policy
-        "output": "???",  # new folder
-        "evaluations": [],  # output folders of evaluations of this checkpoint, for the card
-    },
+    fields="""
+checkpoint: ??? # a checkpoint of a run, or an exported policy
+output: ??? # new folder
+evaluations: [] # output folders of evaluations of this checkpoint, for the card
+""",
     positional=("checkpoint", "output"),
 )
 def export_policy(config: DictConfig) -> str:
@@ -514,7 +521,8 @@ def deploy(config: DictConfig) -> str:
     if outcome.stopped is not None:
         raise RuntimeError(f"stopped: {outcome.stopped}")
     steps = f"{outcome.steps} steps, {outcome.late_steps} deadlines missed"
-    return f"{steps}; interventions of the safety layer: {outcome.interventions or 'none'}"
+    recorded = f"\nepisodes: {config.recording.folder}" if outcome.episodes else ""
+    return f"{steps}; interventions of the safety layer: {outcome.interventions or 'none'}{recorded}"
 
 
 @partial(
@@ -542,15 +550,15 @@ def serve(config: DictConfig) -> None:
         "vega-doctor dataset data/my_arm           would vega-train start on this dataset?",
         "vega-doctor dataset data/my_arm 'rename={actions: action}'",
     ],
-    node={
-        "part": None,  # `dataset`, or null: the installation
-        "root": None,  # folder of the dataset
-        "repo_id": "local/dataset",
-        "rename": None,  # as dataset.rename
-        "task": None,  # as dataset.task
-        "frame_size": 224,  # the policy's, for the storage of a cache
-        "folder": "outputs",  # where runs and caches shall lie
-    },
+    fields="""
+part: null # dataset, or null: the installation
+root: null # folder of the dataset
+repo_id: local/dataset # LeRobot's name of the dataset
+rename: null # as dataset.rename, such as {actions: action}
+task: null # as dataset.task: one instruction for all frames
+frame_size: 224 # the policy's, for the storage of a cache
+folder: outputs # where runs and caches are going to be written
+""",
     positional=("part", "root"),
 )
 def doctor(config: DictConfig) -> None:
@@ -576,55 +584,52 @@ def doctor(config: DictConfig) -> None:
         sys.exit(1)
 
 
-BENCHMARK_FIELDS: dict[str, Any] = {
-    # with random weights
-    "defaults": [{"prior": "wan_tiny"}, {"backbone": "compact"}, {"head": "flow"}, {"env": "lift_wide"}],
-    "part": "???",  # prior, policy, train, dataset, simulate; deployment: latency, logs, server
-    "device": None,  # null: cuda where there is one
-    "output": None,  # JSON file, written after each row
-    "seconds": 1.0,  # duration of each measurement
-    # prior, policy, train
-    "sizes": ["256x256"],  # frames, HEIGHTxWIDTH
-    "frames": [2],  # frames encoded at once
-    "paths": None,  # of released, all_blocks, early_stop, fast
-    # policy, train
-    "views": 2,
-    "frame_size": 128,
-    "batch": 256,  # samples of a training step
-    "text_encoder": None,  # folder of a sentence encoder's config
-    "cases": ["live", "cached", "none"],  # of the prior's features
-    "variants": None,  # of eager, compiled
-    # dataset
-    "root": "outputs/demonstrations/lift_wide",  # with videos: vega-collect env=lift_wide
-    "repo_id": "vega/lift_wide",
-    "cache_root": "outputs/cache",
-    "cached": ["semantic", "prior"],  # of frames, semantic, prior
-    "small": False,  # the demo's small trunk and head
-    # simulate
-    "suites": ["lift_wide"],
-    # latency: success in the suite of the group env against delays in control steps, on any machine the same
-    "env": {"frame_size": None, "rendering": None},  # null: as in the checkpoint's training
-    "checkpoint": None,
-    # the first one with the first delays is the reference
-    "methods": ["aligned", "naive", "lerobot", "async", "catch_up", "rtc"],
-    "delays": [0, 1, 2, 4, 8],  # from an observation until its chunk arrives
-    "under_way": [0, 1, 2],  # from sending a command to its execution
-    "tasks": None,  # indices; null: the whole suite
-    "episodes": 40,  # of each cell, spread over the tasks; logs: null counts all
-    "action_steps": None,  # actions executed of each chunk; null takes the policy's own n_action_steps
-    # catch_up: indices of the actions that are displacements; null: all but the gripper, and none of SO-101
-    "displacements": None,
-    "batch_size": 1,  # rows of a prediction; chunks that continue the last one are predicted one by one
-    "processes": 2,  # simulator processes
-    "folder": "outputs/latency/${env.suite}",  # raw episodes and plot; the same command resumes
-    # logs
-    "logs": {},  # name: file of a simulated robot
-    # server
-    "url": "ws://127.0.0.1:8765",
-    "token_file": None,
-    "ca_file": None,
-    "clients": [1, 4, 16],
-}
+BENCHMARK_FIELDS = """
+defaults: # with random weights
+  - prior: wan_tiny
+  - backbone: compact
+  - head: flow
+  - env: lift_wide
+
+part: ??? # prior, policy, train, dataset or simulate; of deployment: latency, logs or server
+device: null # cpu, cuda, ...; null: cuda where there is one
+output: null # JSON file, written after each row
+seconds: 1.0 # duration of each measurement
+sizes: [256x256] # prior: sizes of frames, HEIGHTxWIDTH
+frames: [2] # prior: frames encoded at once
+paths: null # prior: of released, all_blocks, early_stop, fast; null: all that run here
+views: 2 # policy, train: cameras
+frame_size: 128 # policy, train, dataset, simulate: side of the frames in pixels
+batch: 256 # train, dataset: samples of a training step
+text_encoder: null # policy, train: folder of a sentence encoder's config
+cases: [live, cached, none] # train: where the prior's features come from
+variants: null # train: of eager, compiled; null: eager, and compiled on a GPU
+root: outputs/demonstrations/lift_wide # dataset: folder, with videos (vega-collect env=lift_wide)
+repo_id: vega/lift_wide # dataset: LeRobot's name of it
+cache_root: outputs/cache # dataset: where the cache is built
+cached: [semantic, prior] # dataset: of frames, semantic, prior
+small: false # dataset: true takes the demo's small trunk and head
+suites: [lift_wide] # simulate: suites that are measured
+env: # latency: the suite, the same on any machine
+  frame_size: null # pixels; null: as in the checkpoint's training
+  rendering: null # profile, full or fast; null: as in the checkpoint's training
+checkpoint: null # latency: a checkpoint of a run, or an exported policy
+methods: null # latency: such as [async,rtc]; the first is the reference; null: all that fit policy and suite
+delays: [0, 1, 2, 4, 8] # latency: control steps from an observation until its chunk arrives
+under_way: [0, 1, 2] # latency: control steps from sending a command to its execution
+tasks: null # latency: indices; null takes the whole suite
+episodes: 40 # latency: of each cell, spread over the tasks; logs: of each log, null takes all
+action_steps: null # latency: actions executed of each chunk; null takes the policy's own n_action_steps
+displacements: null # latency: indices of actions, for catch_up; null: all but the gripper, and none of SO-101
+batch_size: 1 # latency: rows of a prediction; chunks that continue the last one are predicted one by one
+processes: 2 # latency: simulators, one a process
+folder: outputs/latency/${env.suite} # latency: raw episodes and plot; the same command resumes
+logs: {} # logs: name: file of a simulated robot
+url: ws://127.0.0.1:8765 # server: its address
+token_file: null # server: file with its token
+ca_file: null # server: PEM file with the certificate to trust; null trusts what the system trusts
+clients: [1, 4, 16] # server: numbers of clients that are measured
+"""
 
 DEPLOYMENT = ("latency", "logs", "server")
 
@@ -638,7 +643,7 @@ DEPLOYMENT = ("latency", "logs", "server")
         "vega-benchmark latency checkpoint=outputs/demo/train/checkpoints/last 'delays=[0,4,8]'",
         "vega-benchmark logs +logs.sync=outputs/rollout/sync.jsonl",
     ],
-    node=BENCHMARK_FIELDS,
+    fields=BENCHMARK_FIELDS,
     positional=("part",),
 )
 def benchmark(config: DictConfig) -> str:
@@ -647,6 +652,7 @@ def benchmark(config: DictConfig) -> str:
     Parts: prior, policy, train, dataset, simulate; deployment: latency, logs, server.
     """
     import torch
+    from tqdm import tqdm
 
     from vega_policy.benchmarks import PARTS, benchmark, device_name, summarize, table, write
 
@@ -657,13 +663,17 @@ def benchmark(config: DictConfig) -> str:
         setattr(options, group, config[group].name)
     device = torch.device(options.device)
     command, rows = shlex.join(["vega-benchmark", *sys.argv[1:]]), []
+    logger.info("measuring %s on %s", options.part, device_name(device))
     measure = _deployment(options) if options.part in DEPLOYMENT else benchmark(options.part, options, device)
     for row in measure:
         rows.append(row)
-        print("  ".join(f"{key}={value}" for key, value in row.items()), file=sys.stderr)  # noqa: T201
+        tqdm.write("  ".join(f"{key}={value}" for key, value in row.items()), file=sys.stderr)
         if options.output is not None:  # after each row: a killed run keeps what it measured
             write(Path(options.output), options.part, rows, command, device)
     lines = [f"{options.part} on {device_name(device)}", table(rows), *summarize(options.part, rows)]
+    if options.part == "latency":
+        folder = Path(options.folder)
+        lines += [f"plot: {folder / 'latency.png'}", f"episodes: {folder / 'episodes.parquet'}"]
     return "\n".join(lines)
 
 
@@ -690,7 +700,7 @@ def _deployment(options: SimpleNamespace) -> Iterator[dict[str, Any]]:
 def _latency(options: SimpleNamespace) -> Iterator[dict[str, Any]]:
     """Yield success in virtual time, a row for each method, delay and number of commands under way."""
     from vega_policy.checkpoints import find_checkpoint
-    from vega_policy.deployment.latency_benchmark import Cell, benchmark_latency
+    from vega_policy.deployment import latency_benchmark as latency
     from vega_policy.deployment.server import load_served_policy
     from vega_policy.evaluation.env_pool import EnvironmentFactory, WorkerPool
     from vega_policy.evaluation.episodes import plan_episodes, select_tasks
@@ -703,10 +713,10 @@ def _latency(options: SimpleNamespace) -> Iterator[dict[str, Any]]:
     official = all(task.official_states for task in tasks)
     episodes = plan_episodes(tasks, math.ceil(options.episodes / len(tasks)), 0, official_states=official)
     cells = [
-        Cell(method, delay, under_way)
+        latency.Cell(method, delay, under_way)
         for under_way in options.under_way
         for delay in options.delays
-        for method in options.methods
+        for method in options.methods or latency.DEFAULT_METHODS
     ]
     env |= choose_frames(find_checkpoint(Path(options.checkpoint)), env)
     factory = EnvironmentFactory("envs.make", env["frame_size"], env["rendering"])
@@ -719,9 +729,13 @@ def _latency(options: SimpleNamespace) -> Iterator[dict[str, Any]]:
     if displacements is None:
         absolute = env["suite"] in import_module("envs").FAMILIES["envs.so101"]
         displacements = [] if absolute else list(range(policy.description.action_size - 1))
-    if "catch_up" in options.methods:
+    if options.methods is None:
+        fitting = latency.fitting_methods(policy, displacements)
+        logger.info("methods: %s, all that fit the policy and the suite", ", ".join(fitting))
+        cells = [cell for cell in cells if cell.method in fitting]
+    if any(cell.method == "catch_up" for cell in cells):
         settings["displacements"] = displacements
     output = Path(options.folder)
     with WorkerPool(factory, options.processes) as pool:
         sizes = {"batch_size": options.batch_size, "settings": settings, "displacements": displacements}
-        yield from benchmark_latency(policy, pool, episodes, cells, output=output, **sizes)
+        yield from latency.benchmark_latency(policy, pool, episodes, cells, output=output, **sizes)

@@ -14,22 +14,22 @@ from omegaconf import DictConfig, OmegaConf
 
 from vega_policy.cli import Command
 
-FIELDS = {
-    "source": "???",  # dataset of vega-collect and the new folder, or files of states
-    "root": None,  # new dataset
-    "frame_size": 256,  # height and width in pixels
-    "rendering": "full",  # full or fast
-    "processes": 2,
-    "video": None,  # of a dataset: lossless or h264; null: as the source
-    "repo_id": None,  # this and the next of files of states: LeRobot's name of the new dataset
-    "cache_root": "outputs/cache",  # the training's dataset.cache_root
-    "tasks": None,  # indices of tasks of each file, such as [0,1]; null takes all
-    "episodes_per_task": None,  # first ones of each task; null takes all
-    "frame_stride": 1,  # k: only every k-th state of an episode is rendered (dataset.frame_stride)
-    "reuse": [],  # datasets rendered before from states, whose frames are copied
-    "displacement": False,  # true: store where the target is in each frame (policy.displacement)
-    "egl_devices": [],  # GPUs over which the processes are spread, such as [0,1]
-}
+FIELDS = """
+source: ??? # a dataset of vega-collect (its folder) and the new folder, or files of states (*.safetensors)
+root: null # folder of the new dataset
+frame_size: 256 # height and width in pixels
+rendering: full # or fast: no shadows, reflections or anti-aliasing
+processes: 2 # renderers, one a process; they change the time it takes, never the frames
+video: null # of a dataset: lossless or h264; null: as the source
+repo_id: null # of files of states: LeRobot's name of the new dataset, such as vega/libero_object
+cache_root: outputs/cache # of files of states: the training's dataset.cache_root, which receives the frames
+tasks: null # of files of states: indices of tasks of each file, such as [0,1]; null takes all
+episodes_per_task: null # of files of states: first ones of each task; null takes all
+frame_stride: 1 # of files of states: only every k-th state of an episode is rendered (dataset.frame_stride)
+reuse: [] # of files of states: datasets rendered before from states, whose frames are copied
+displacement: false # of files of states: true stores where the target is in each frame (policy.displacement)
+egl_devices: [] # of files of states: GPUs over which the processes are spread, such as [0,1]
+"""
 
 
 @partial(
@@ -40,7 +40,7 @@ FIELDS = {
         "vega-render assets/demonstrations/libero/libero_object.safetensors root=NEW_FOLDER "
         "repo_id=vega/libero_object frame_size=128 rendering=fast processes=16",
     ],
-    node=FIELDS,
+    fields=FIELDS,
     positional=("source...",),
 )
 def render(config: DictConfig) -> str:
@@ -53,7 +53,8 @@ def render(config: DictConfig) -> str:
     source = values.pop("source")
     sources = [Path(name) for name in (source if isinstance(source, list) else [source])]
     if all(path.suffix == ".safetensors" for path in sources):
-        return render_states(sources, **{name: values[name] for name in FIELDS.keys() - {"source", "video"}})
+        del values["video"]
+        return render_states(sources, **values)
     if values["root"] is None and len(sources) == 2:
         values["root"] = sources.pop()
     if values["root"] is None or len(sources) != 1:
@@ -136,7 +137,7 @@ def _write_dataset(
         got = "a dataset that is not of states" if found is None else _describe_origin(found)
         raise ValueError(
             f"{root} holds something else than these states rendered so: expected "
-            f"{_describe_origin(expected)}, got {got}; choose another root"
+            f"{_describe_origin(expected)}, got {got}; give another root=FOLDER"
         )
 
 

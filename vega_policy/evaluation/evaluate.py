@@ -190,27 +190,40 @@ def _listed(value: str | Sequence[str]) -> list[str]:
 
 
 def _open_evaluations(config: Mapping[str, Any], provenance: dict[str, Any]) -> dict[str, Evaluation]:
-    """Open the evaluation of each suite and perturbation, by suite, or by "suite/perturbation" of several.
-
-    Each of a list has a folder of its own, also of a list of one.
-    """
-    environment, functions = config["env"], config["environments"]
-    one_suite, one_axis = (isinstance(environment[name], str) for name in ("suite", "perturbation"))
-    suites, axes = _listed(environment["suite"]), _listed(environment["perturbation"])
+    """Open the evaluation of each suite and perturbation, named as by `evaluation_folders`."""
+    functions = config["environments"]
     evaluations: dict[str, Evaluation] = {}
-    for suite, axis in product(suites, axes):
+    for name, (suite, axis, folder) in _named_evaluations(config).items():
         tasks = resolve(functions["tasks"])(suite)
         settings = read_settings(config, suite, tasks, provenance["device"], axis)
         prompts = [task.instruction for task in tasks]
         if axis != "none":
             prompts = resolve(functions["prompts"])(suite, axis, settings.perturbation_strength)
-        parts = ([] if one_suite else [suite]) + ([] if one_axis else [axis])
-        name = suite if one_axis else f"{suite}/{axis}"
         shard = Shard(config["shard"], config["shards"])
-        folder = Path(config["output_dir"], *parts)
         evaluations[name] = Evaluation(settings, tasks, folder, provenance, shard, prompts)
         logger.info("%s: %d of %d episodes left", folder, *evaluations[name].count_episodes())
     return evaluations
+
+
+def _named_evaluations(config: Mapping[str, Any]) -> dict[str, tuple[str, str, Path]]:
+    """Return suite, perturbation and folder of each evaluation by name.
+
+    Each suite and perturbation of a list has a folder of its own, also of a list of one.
+    """
+    environment, found = config["env"], {}
+    one_suite, one_axis = (isinstance(environment[name], str) for name in ("suite", "perturbation"))
+    suites, axes = _listed(environment["suite"]), _listed(environment["perturbation"])
+    for suite, axis in product(suites, axes):
+        parts = ([] if one_suite else [suite]) + ([] if one_axis else [axis])
+        name = suite if one_axis else f"{suite}/{axis}"
+        found[name] = suite, axis, Path(config["output_dir"], *parts)
+    return found
+
+
+def evaluation_folders(config: Mapping[str, Any]) -> dict[str, Path]:
+    """Return the folder of the results by suite, or by "suite/perturbation" of a list of perturbations."""
+    shard = Shard(config["shard"], config["shards"])
+    return {name: shard.folder(folder) for name, (_, _, folder) in _named_evaluations(config).items()}
 
 
 def _compare_perturbations(

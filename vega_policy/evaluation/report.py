@@ -15,7 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from vega_policy.evaluation.ablations import ABLATIONS
 from vega_policy.evaluation.env_pool import WorkerPool
-from vega_policy.evaluation.episodes import Episode, EpisodeResult, Progress, Trajectories
+from vega_policy.evaluation.episodes import EPISODES_FILE, Episode, EpisodeResult, Progress, Trajectories
 from vega_policy.evaluation.policies import PolicyDescription
 from vega_policy.evaluation.stats import mean_of_groups, mean_of_tasks, paired_difference, wilson_interval
 from vega_policy.run_dir import write_bytes, write_text
@@ -129,6 +129,12 @@ def format_summary(summary: dict[str, Any]) -> str:
         f"(p95 {timing['single_p95_ms']:.1f}) for one"
     )
     return "\n".join(lines)
+
+
+def list_files(folder: Path) -> str:
+    """Return a line for each of report, videos and table of episodes that the folder of results has."""
+    files = {"report": REPORT_FILE, "videos": FOLDER, "episodes": EPISODES_FILE}
+    return "\n".join(f"{kind}: {folder / name}" for kind, name in files.items() if (folder / name).exists())
 
 
 def write_report(folder: Path, summary: dict[str, Any], videos: Sequence[Video]) -> None:

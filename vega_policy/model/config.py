@@ -362,7 +362,7 @@ class BaseConfig:
 
     name: str = "none"  # key of `BASES`, or `none`
     path: str | None = None  # hub id or local folder; None takes the entry's source
-    revision: str | None = None
+    revision: str | None = None  # hub revision (branch, tag or commit)
     tune: str = "expert"  # what learns besides projector and fusion: `all`, its action `expert`, or `lora`
     lora_rank: int = 16  # adapters are where LeRobot puts them for this policy
     fingerprint: str | None = None  # hash over the weights, filled in by the policy; others are refused
