@@ -153,6 +153,7 @@ output_dir: outputs/open_loop # for open_loop.json and open_loop.png
 )
 def evaluate_offline(config: DictConfig) -> str:
     """Compare a checkpoint's actions with recorded ones, joint by joint; no robot or simulator is needed."""
+    logger.info("evaluating %s on recorded episodes", config.checkpoint)
     from vega_policy.checkpoints import find_checkpoint
     from vega_policy.evaluation.open_loop import evaluate_open_loop
     from vega_policy.evaluation.policies import choose_device, load_lerobot_policy

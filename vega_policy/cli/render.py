@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from dataclasses import replace
 from functools import partial
@@ -13,6 +14,8 @@ from typing import Any, cast
 from omegaconf import DictConfig, OmegaConf
 
 from vega_policy.cli import Command
+
+logger = logging.getLogger(__name__)
 
 FIELDS = """
 source: ??? # a dataset of vega-collect (its folder) and the new folder, or files of states (*.safetensors)
@@ -52,6 +55,7 @@ def render(config: DictConfig) -> str:
     values = cast(dict[str, Any], OmegaConf.to_container(config))
     source = values.pop("source")
     sources = [Path(name) for name in (source if isinstance(source, list) else [source])]
+    logger.info("rendering %s", sources[0] if len(sources) == 1 else f"{len(sources)} files")
     if all(path.suffix == ".safetensors" for path in sources):
         del values["video"]
         return render_states(sources, **values)

@@ -162,8 +162,8 @@ def benchmark_latency(
     _check_methods(policy, {cell.method for cell in cells}, displacements)
     total = len(cells) * len(episodes)
     with (
-        tqdm(desc="Episodes", total=total, unit="ep", smoothing=0) as bar,
         open_run(output, settings, option="folder"),
+        tqdm(desc="Episodes", total=total, unit="ep", smoothing=0) as bar,
     ):
         path = output / EPISODES_FILE
         raw: list[Row] = pq.read_table(path).to_pylist() if path.is_file() else []
