@@ -32,7 +32,7 @@ from envs.layouts import (
     in_view,
     outline,
 )
-from envs.libero import official_places, official_states, problem_file
+from envs.libero import load_problem, official_places, official_states, problem_file
 
 RANDOM = {"layout": "random"}
 PARTIAL = {"layout": "partial"}
@@ -79,10 +79,8 @@ def positions(env):
 
 def problem_of(suite, index):
     """Return what `find_groups` reads of LIBERO's environment, without a simulator."""
-    from libero.libero.envs.bddl_utils import robosuite_parse_problem
-
     task = envs.tasks(suite)[index]
-    parsed = robosuite_parse_problem(str(problem_file(suite, task.name)))
+    parsed = load_problem(problem_file(suite, task.name))
     names = [name for kind in parsed["objects"].values() for name in kind]
     workspace = next(name for name in parsed["fixtures"] if name.endswith(("table", "floor")))
     workspace = parsed["fixtures"][workspace][0]
