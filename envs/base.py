@@ -23,7 +23,7 @@ DEMONSTRATION_SEEDS = range(0, 1_000_000)
 EVALUATION_SEED = 1_000_000
 """Evaluation episode i has seed EVALUATION_SEED + i, so that no demonstration is ever evaluated on."""
 
-LAYOUTS = ("standard", "random", "partial")
+LAYOUTS = ("standard", "random", "partial", "fixtures")
 """How LIBERO's scenes are laid out: as its problem files say, every object anywhere in reach, or as the files
 say but for a few changes (see `envs.layouts`)."""
 

@@ -2,9 +2,10 @@
 
 A random layout draws every object again, a partial one changes a few and leaves the rest of the reset as it
 is. Fixtures stay where they are, and so does what stands on or in them; a partial layout may move one with
-them. What stands on each other, and what a relation of the instruction names ("next to the ramekin"), moves
-as one. A draw in which the instruction is ambiguous or already done, or in which the planners find no grasp,
-is replaced before the episode starts, and so is an arrangement that the standard or swapped suite evaluates.
+them, and one of the kind "fixtures" always does. What stands on each other, and what a relation of the
+instruction names ("next to the ramekin"), moves as one. A draw in which the instruction is ambiguous or
+already done, or in which the planners find no grasp, is replaced before the episode starts, and so is an
+arrangement that the standard or swapped suite evaluates.
 """
 
 from __future__ import annotations
@@ -105,15 +106,21 @@ def draw_layout(
 
     The first four start from the reset of this seed, later ones from other resets (but for official states):
     in some, LIBERO drops an object onto another, and it rolls away. `start` resets by a seed, calls its other
-    argument once all is at rest, and lets it come to rest again. `kind` is "random" or "partial". `radius` is
-    how far (m) from where the reset put it an object may go; with a finite one, objects of a random layout
-    that find no other place stay where they are. Layouts with an infinite radius are trained on: evaluated
-    arrangements (`HELD_OUT`) are drawn again. Those with a finite one are evaluated near official states.
+    argument once all is at rest, and lets it come to rest again. `kind` is "random", "partial" or "fixtures".
+    `radius` is how far (m) from where the reset put it an object may go; with a finite one, objects of a
+    random layout that find no other place stay where they are. Layouts with an infinite radius are trained
+    on: evaluated arrangements (`HELD_OUT`) are drawn again. Those with a finite one are evaluated near
+    official states.
 
     Raises:
-        NoLayoutError: If none of `MAX_DRAWS` layouts fits.
+        NoLayoutError: If none of `MAX_DRAWS` layouts fits, or `kind` is "fixtures" and none may move.
     """
     reason = ""
+    if kind == "fixtures" and not find_fixtures(env.raw, env.task.instruction):
+        raise NoLayoutError(
+            f"layout fixtures: expected a task with a fixture that may move; got {env.task.suite} "
+            f"{env.task.index} ({env.task.instruction}). Use partial, or leave this task out with tasks=[...]"
+        )
     for draw in range(MAX_DRAWS):
         rng = np.random.default_rng((seed, STREAM, draw))
         layout = Layout(env, rng, kind, radius)
@@ -134,7 +141,7 @@ class Layout:
 
     def __init__(self, env: LiberoEnv, rng: np.random.Generator, kind: str, radius: float) -> None:
         self._env, self._rng, self._radius = env, rng, radius
-        self._is_partial = kind == "partial"
+        self._kind = kind
         self._shapeless: list[str] = []  # objects of which no shape is known
         self._places: dict[str, Array] = {}  # of each object that can be moved, its pose [7] as it was put
         self._missing = ""  # why nothing could be placed
@@ -146,12 +153,13 @@ class Layout:
         cell = Workcell.of(raw)
         groups, self._relation = find_groups(raw, self._env.task.instruction)
         self._shapeless = [name for name in raw.objects_dict if body_of(cell, name) not in cell.scene]
-        if self._is_partial:
+        is_partial = self._kind != "random"
+        if is_partial:
             groups += find_fixtures(raw, self._env.task.instruction)
         groups = [
             group for group in groups if not {*group.members} & {*self._shapeless} and _bodies(cell, group)
         ]
-        (self._draw_part if self._is_partial else self._draw_all)(cell, groups)
+        (self._draw_part if is_partial else self._draw_all)(cell, groups)
         raw.sim.forward()
 
     def _draw_all(self, cell: Workcell, groups: Sequence[Group]) -> None:
@@ -170,7 +178,8 @@ class Layout:
         staying = self._staying(cell, groups)
         shapes = {group: outline(_cloud(cell, group)) for group in groups}
         changed = self._chosen(groups)
-        self._missing = "" if changed else "nothing can be moved"
+        if not changed:
+            self._missing = "nothing can be moved"
         for group in changed:
             if not self._change(cell, group, shapes, staying):
                 self._missing = f"no room for {', '.join([group.fixture, *group.members]).strip(', ')}"
@@ -183,8 +192,9 @@ class Layout:
         order = [groups[index] for index in self._rng.permutation(len(groups))]
         fixtures = [group for group in order if group.fixture]
         objects = [group for group in order if not group.fixture]
+        share = 1.0 if self._kind == "fixtures" else WITH_FIXTURE
         changed = []
-        if fixtures and self._rng.random() < WITH_FIXTURE:
+        if fixtures and self._rng.random() < share:
             if self._rng.random() < WANTED_FIXTURE:
                 fixtures.sort(key=lambda group: not group.is_wanted)
             changed = fixtures[:1]

@@ -63,8 +63,8 @@ class LiberoEnv(PandaEnv):
     from official state k; without, the seed draws the objects. The poses of fixtures (cabinet, stove,
     rack) belong to no official state: the seed draws them in either case. `{"layout": "random"}` then moves
     the objects (`envs.layouts`), each by at most `layout_radius` metres; `{"layout": "partial"}` moves a few,
-    or a fixture. `{"perturbation": axis, "perturbation_strength": s}` changes one episode along an axis of
-    `envs.perturbations`.
+    or a fixture, and "fixtures" always a fixture. `{"perturbation": axis, "perturbation_strength": s}`
+    changes one episode along an axis of `envs.perturbations`.
 
     Images are mirrored left to right: LIBERO's have the lowest row first, and policies trained on it rotate
     that by 180 degrees. Observations are of the present state; LIBERO's own lag by one substep of 2 ms.

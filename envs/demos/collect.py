@@ -74,7 +74,7 @@ class CollectionSettings:
     repo_id: str = "vega/demonstrations"  # LeRobot's name for the dataset
     video: str = "lossless"  # key of `envs.demos.shards.CODECS`
     format: str = "lerobot"  # or "states": one file of simulator states, without frames
-    layouts: str = "standard"  # or "random": LIBERO's objects anywhere in reach; or "partial"
+    layouts: str = "standard"  # or "random": LIBERO's objects anywhere in reach; "partial"; "fixtures"
     starts: str | None = None  # folder of an evaluation with the states of its episodes; see `VisitedStates`
     starts_hash: str | None = None  # of these episodes, filled in
 

@@ -36,6 +36,7 @@ from envs.libero import load_problem, official_places, official_states, problem_
 
 RANDOM = {"layout": "random"}
 PARTIAL = {"layout": "partial"}
+FIXTURES = {"layout": "fixtures"}
 SHIPPED = Path(__file__).parents[2] / "assets" / "demonstrations" / "libero_layouts"
 NEAR_STANDARD, SWAPPED = 1000, 4000  # seeds whose first partial draw of libero_object 0 is an evaluated one
 ONCE = Demonstrator(noise=0.2, options=DemonstrationOptions(retries=False))
@@ -207,6 +208,19 @@ def test_a_partial_layout_changes_what_the_task_needs_or_its_goal_and_at_most_fi
     assert 0 < exchanges < 5
 
 
+def test_a_layout_of_fixtures_moves_one_and_refuses_a_task_without(bowls, cans):
+    moved = []
+    for seed in range(4):
+        bowls.reset_blindly(seed=seed)
+        before = bowls.model.body_pos[bowls._fixtures].copy()
+        bowls.reset_blindly(seed=seed, options=FIXTURES)
+        ways = np.linalg.norm(bowls.model.body_pos[bowls._fixtures] - before, axis=1)
+        moved.append(np.flatnonzero(ways > 0.05))
+    assert all(map(len, moved)), moved
+    with pytest.raises(NoLayoutError, match=r"expected a task with a fixture.*got libero_object 0"):
+        cans.reset_blindly(seed=0, options=FIXTURES)
+
+
 def test_fixtures_stay_and_only_one_bowl_is_between_plate_and_ramekin(bowls):
     bowls.reset_blindly(seed=3)
     fixtures = [bowls.model.body_pos[body].copy() for body in bowls._fixtures]
@@ -264,10 +278,12 @@ def test_objects_stay_within_a_radius_of_where_they_were_however_near(cans, radi
 
 
 def test_an_unknown_layout_and_another_family_are_refused(cans):
-    with pytest.raises(ValueError, match="layout: expected one of standard, random, partial; got 'mirrored'"):
+    with pytest.raises(
+        ValueError, match="layout: expected one of standard, random, partial, fixtures; got 'mirrored'"
+    ):
         cans.reset_blindly(seed=0, options={"layout": "mirrored"})
     with pytest.raises(
-        ValueError, match="layouts: expected one of standard, random, partial; got 'mirrored'"
+        ValueError, match="layouts: expected one of standard, random, partial, fixtures; got 'mirrored'"
     ):
         CollectionSettings("libero_object", layouts="mirrored")
     with pytest.raises(
@@ -289,16 +305,15 @@ def test_states_of_a_random_layout_render_after_a_standard_reset(cans, tmp_path)
 
 
 @pytest.mark.slow
-def test_states_of_a_moved_fixture_render_and_replay_and_the_next_reset_has_it_back(tmp_path, monkeypatch):
-    monkeypatch.setattr(layouts, "WITH_FIXTURE", 1.0)
+def test_states_of_a_moved_fixture_render_and_replay_and_the_next_reset_has_it_back(tmp_path):
     env = envs.make("libero_goal", 1, frame_size=32, rendering="fast")  # put the bowl on the stove
     env.reset_blindly(seed=7)
     standard = env.simulator_state()
     places = env.model.body_pos[env._fixtures].copy()
-    env.reset_blindly(seed=7, options=PARTIAL)
+    env.reset_blindly(seed=7, options=FIXTURES)
     assert np.abs(env.model.body_pos[env._fixtures] - places)[:, :2].max() > 0.05
     seen = [frame.transpose(2, 0, 1) for frame in env.observe()["pixels"].values()]
-    recording = record(env, 7, ONCE, layout="partial")
+    recording = record(env, 7, ONCE, layout="fixtures")
     assert recording is not None
     write_state_shard(tmp_path / "shard", env, recording)
     (episode,) = read_states(tmp_path / "shard" / "states.safetensors")
