@@ -1,6 +1,7 @@
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,22 +22,36 @@ from vega_policy.evaluation.compare import (
 from vega_policy.evaluation.episodes import EpisodeResult, EvaluationFolder
 from vega_policy.evaluation.stats import wilson_interval
 
+RESULTS = Path(__file__).resolve().parents[2] / "assets/results"
 
-def write(folder, solved, ablation="none", tasks=2, suite=None, **settings):
+
+def write(
+    folder,
+    solved,
+    ablation="none",
+    tasks=2,
+    suite=None,
+    start="",
+    axis="none",
+    task="task",
+    seed=0,
+    **settings,
+):
     """An evaluation of `folder`'s suite, its episodes shared out among the tasks."""
     results = [
         EpisodeResult(
             ablation,
             suite or folder.name,
-            f"task_{i % tasks}",
+            f"{task}_{i % tasks}",
             i % tasks,
             i // tasks,
-            0,
+            seed,
             bool(s),
             9,
             3,
-            f"{i}",
+            f"{start}{i}",
             str(folder),
+            axis,
         )
         for i, s in enumerate(solved)
     ]
@@ -275,3 +290,126 @@ def test_unpaired_episodes_are_refused_with_suite_and_seed(main_pair):
     write(main_pair / "few/seed_0/libero_goal", first_of(20, 5))
     with pytest.raises(UnpairedRunsError, match=r"few: seed_1/libero_goal has other episodes \(10\)"):
         success(one(main_pair / "few"), "libero_goal")
+
+
+OFFICIAL = {"official_states": True, "frame_size": 128, "rendering": "fast"}
+
+
+def test_official_states_are_paired_by_number_where_their_last_bits_differ(tmp_path, monkeypatch, capsys):
+    for policy, count in (("gpu", 15), ("cpu", 12)):
+        write(tmp_path / policy / "seed_0/libero_10", first_of(20, count), start=policy, **OFFICIAL)
+    value = difference(one(tmp_path / "gpu"), one(tmp_path / "cpu"), "libero_10")
+    assert (value.only_first, value.only_second, value.first.episodes) == (3, 0, 20)
+    numbers = tmp_path / "numbers.json"
+    table = run(monkeypatch, capsys, tmp_path / "gpu", tmp_path / "cpu", f"json={numbers}")
+    line = (
+        "Start states of gpu and cpu differ in the last bits or more (their hashes do not say how far): "
+        "paired by number of the official state (seed_0/libero_10 20 of 20)."
+    )
+    assert line in table.splitlines()
+    assert line in json.loads(numbers.read_text())["notes"]
+    single = run(monkeypatch, capsys, *(tmp_path / policy / "seed_0/libero_10" for policy in ("gpu", "cpu")))
+    assert "paired by number of the official state (libero_10 20 of 20)." in single
+    assert "Left out" not in table + single
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"frame_size": 256},
+        {"rendering": "full"},
+        {"official_states": False},
+        {"official_states": None},
+        {"seed": 10_000},
+        {"seed": 10_000, "start": "gpu"},
+        {"task": "renamed"},
+        {"task": "renamed", "start": "gpu"},
+    ],
+)
+def test_other_settings_are_never_paired_by_number(tmp_path, other):
+    write(tmp_path / "gpu/libero_10", first_of(4, 2), start="gpu", **OFFICIAL)
+    write(tmp_path / "cpu/libero_10", first_of(4, 2), **{"start": "cpu", **OFFICIAL, **other})
+    with pytest.raises(UnpairedRunsError, match="episode 0 of task_0 did not start alike"):
+        compare_runs(tmp_path / "gpu/libero_10", tmp_path / "cpu/libero_10")
+
+
+@pytest.mark.parametrize("without", ["perturbation", "settings"])
+def test_perturbed_starts_and_unknown_settings_are_never_paired_by_number(tmp_path, without):
+    axis = {"axis": "layout"} if without == "perturbation" else {}
+    for policy in ("gpu", "cpu"):
+        write(tmp_path / policy / "libero_10", first_of(4, 2), start=policy, **axis, **OFFICIAL)
+    if without == "settings":
+        (tmp_path / "cpu/libero_10/settings.json").unlink()
+    with pytest.raises(UnpairedRunsError, match="episode 0 of task_0 did not start alike"):
+        compare_runs(tmp_path / "gpu/libero_10", tmp_path / "cpu/libero_10")
+
+
+def test_the_states_that_both_have_are_compared_and_the_others_are_counted(tmp_path, monkeypatch, capsys):
+    many, few = [True, True, True, False, False, True], [False, True, True, True]
+    write(tmp_path / "many/seed_0/libero_10", many, episodes_per_task=3, **OFFICIAL)
+    write(tmp_path / "few/seed_0/libero_10", few, episodes_per_task=3, **OFFICIAL)
+    value = difference(one(tmp_path / "many"), one(tmp_path / "few"), "libero_10")
+    assert (value.only_first, value.only_second, value.first.episodes) == (1, 1, 4)
+    assert (value.first.rate, value.second.rate) == (3 / 4, 3 / 4)
+    table = run(monkeypatch, capsys, tmp_path / "many", tmp_path / "few", "markdown=true").splitlines()
+    assert "Left out, states of many that few does not have: seed_0/libero_10 2 of 6." in table
+    assert not any("states of few" in line for line in table)
+    assert any("to the end: few (seed_0/libero_10 4 of 6 episodes)" in line for line in table)
+    folders = [tmp_path / policy / "seed_0/libero_10" for policy in ("few", "many")]
+    rows = compare_runs(*folders)
+    assert [rows[name]["episodes"] for name in ("task_0", "task_1", "all")] == [2, 2, 4]
+    assert (rows["task_0"]["only_second"], rows["task_1"]["only_first"]) == (1, 1)
+    assert "Left out, states of second that first does not have: libero_10 2 of 6." in run(
+        monkeypatch, capsys, *folders
+    )
+    write(tmp_path / "seeds/libero_10", few, **{**OFFICIAL, "official_states": False})
+    with pytest.raises(UnpairedRunsError, match="2 only in the first, 0 only in the second, 4 in both"):
+        compare_runs(folders[1], tmp_path / "seeds/libero_10")
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "row", "expected"),
+    [
+        (
+            "layouts/partial_displacement",
+            "layouts/partial_none",
+            "LIBERO pooled swap",
+            (200, 13.0, 7.2, 18.6, 31, 5),
+        ),
+        (
+            "layouts/partial_displacement",
+            "layouts/partial_none",
+            "libero_10_swap",
+            (50, 22.0, 5.8, 36.5, 14, 3),
+        ),
+        ("layouts/partial_none", "layouts/none", "LIBERO pooled swap", (400, 16.5, 12.2, 20.6, 74, 8)),
+        ("layouts/none", "layouts/standard_only", "LIBERO pooled swap", (400, 22.0, 17.7, 26.1, 90, 2)),
+        ("layouts/partial_displacement_bf16", "layouts/none", "LIBERO pooled", (400, 1.0, -1.6, 3.6, 15, 11)),
+        (
+            "layouts/partial_displacement_bf16",
+            "layouts/partial_none",
+            "LIBERO pooled",
+            (200, 0.5, -2.4, 3.4, 4, 3),
+        ),
+        ("layouts/future_cut_off", "layouts/none", "libero_10_swap", (93, -5.4, -13.2, 2.7, 4, 9)),
+        ("augmentation/all", "none", "libero_object", (250, 17.2, 11.6, 22.5, 49, 6)),
+        ("augmentation/dropout", "augmentation/jitter", "libero_object", (100, 3.0, -2.1, 8.0, 4, 1)),
+    ],
+)
+def test_differences_that_the_results_page_reports_come_out_of_the_raw_episodes(first, second, row, expected):
+    value = difference(one(RESULTS / first), one(RESULTS / second), row)
+    points = (round(100 * number, 1) for number in (value.difference, value.low, value.high))
+    assert (value.first.episodes, *points, value.only_first, value.only_second) == expected
+
+
+def test_pooled_states_of_two_suites_are_one_sample(main_pair):
+    for suite in LIBERO[2:]:
+        (main_pair / f"none/seed_1/{suite}/episodes.parquet").unlink()
+        (main_pair / f"none/seed_0/{suite}/episodes.parquet").unlink()
+    value = difference(one(main_pair / "wan"), one(main_pair / "none"), "LIBERO pooled")
+    assert value.by_seed == {"seed_0": pytest.approx(1 / 40), "seed_1": pytest.approx(5 / 40)}
+    assert value.difference == pytest.approx(6 / 80)
+    assert (value.only_first, value.only_second, value.first.episodes) == (6, 0, 80)
+    (main_pair / "none/seed_0/libero_object/episodes.parquet").unlink()
+    (main_pair / "none/seed_1/libero_object/episodes.parquet").unlink()
+    assert difference(one(main_pair / "wan"), one(main_pair / "none"), "LIBERO pooled") is None

@@ -33,12 +33,18 @@ OPEN_LOOP_REPORT = "open_loop.json"  # of an evaluation on recorded frames
 CONDITIONS = ("frame_size", "rendering", "action_steps", "perturbation", "perturbation_strength")
 """Settings that change what a policy observes or how often it is called, but no initial state."""
 
+FRAMES = ("frame_size", "rendering")
+"""Conditions that must be equal where start states are not."""
+
 LIBERO = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
 AVERAGES = {
     "LIBERO average" + kind.replace("_", " "): tuple(suite + kind for suite in LIBERO)
     for kind in ("", "_swap", "_object", "_lan", "_task")
 }
 """Means of suites that are reported: the four of LIBERO, and of each way in which LIBERO-PRO varies them."""
+
+POOLED = {name.replace("average", "pooled"): suites for name, suites in AVERAGES.items()}
+"""Differences over the states of at least two suites of a mean as one sample."""
 
 Settings = Mapping[str, Any]
 
@@ -50,33 +56,42 @@ class UnpairedRunsError(ValueError):
     """Two evaluations are not of the same episodes; the message names the first difference."""
 
 
+@dataclass(frozen=True)
+class Pairing:
+    """The episodes that are compared of two evaluations, and what the comparison says of the others."""
+
+    first: Sequence[EpisodeResult]  # sorted by key; the episode at a position is that of `second`
+    second: Sequence[EpisodeResult]
+    totals: tuple[int, int]  # episodes of each evaluation
+    planned: tuple[int, int] | None  # by the settings; None where they are not known
+    unequal_starts: int  # pairs of one official state that start from states of different hashes
+
+
 def compare_runs(
     first: Path, second: Path, *, first_ablation: str = "none", second_ablation: str = "none"
 ) -> dict[str, dict[str, Any]]:
     """Compare two evaluations, or two ablations of one, episode by episode.
 
-    Returns `stats.paired_difference` of each task, and under `all` of all of them. UnpairedRunsError if the
-    episodes are not the same, from the same initial states.
+    Returns `stats.paired_difference` of each task, and under `all` of all of them; see `pair_episodes`.
 
     Raises:
         FileNotFoundError: If a folder holds no finished episode.
-        UnpairedRunsError: If they are not of the same episodes from the same initial states.
+        UnpairedRunsError: If their episodes cannot be paired.
         ValueError: If both are one folder under one ablation.
     """
     _require_distinct([first, second], [first_ablation, second_ablation])
-    one, two = _read_ablation(first, first_ablation), _read_ablation(second, second_ablation)
-    _require_same_episodes(one, two)
+    pairing = _read_pairing(first, second, first_ablation, second_ablation)
     rows: dict[str, list[tuple[bool, bool]]] = {}
-    for a, b in zip(one, two, strict=True):
+    for a, b in zip(pairing.first, pairing.second, strict=True):
         rows.setdefault(a.task, []).append((a.success, b.success))
-    rows["all"] = [(a.success, b.success) for a, b in zip(one, two, strict=True)]
+    rows["all"] = [pair for pairs in rows.values() for pair in pairs]
     return {task: paired_difference(*zip(*pairs, strict=True)) for task, pairs in rows.items()}
 
 
 def comparison_notes(
     first: Path, second: Path, *, first_ablation: str = "none", second_ablation: str = "none"
 ) -> list[str]:
-    """Return the notes of a comparison of two evaluations: folders, method, and conditions that differ."""
+    """Return the notes of a comparison of two evaluations: folders, method, pairs, conditions that differ."""
     sides = (("first", first, first_ablation), ("second", second, second_ablation))
     named = [f"{side}: {path}{'' if name == 'none' else f' ({name})'}" for side, path, name in sides]
     settings = (read_conditions(first), read_conditions(second))
@@ -85,7 +100,13 @@ def comparison_notes(
         "difference: first minus second, paired, with Bonett and Price's interval; McNemar: exact p "
         "(episodes that only the first solved : only the second)"
     )
-    return [*named, method, *differing]
+    pairing = _read_pairing(first, second, first_ablation, second_ablation)
+    return [
+        *named,
+        method,
+        *_pairing_notes(("first", "second"), {pairing.first[0].suite: pairing}),
+        *differing,
+    ]
 
 
 def comparison_table(comparison: dict[str, dict[str, Any]], *, markdown: bool = False) -> str:
@@ -154,25 +175,93 @@ def _read_ablation(folder: Path, ablation: str) -> list[EpisodeResult]:
     return sorted(chosen, key=lambda result: result.key)
 
 
-def _require_same_episodes(
-    one: Sequence[EpisodeResult], two: Sequence[EpisodeResult], place: str = ""
-) -> None:
-    """Refuse to pair episodes, both sorted by key, that are not the same ones; `place` begins the message."""
-    first, second = ({(r.suite, *r.key) for r in results} for results in (one, two))
-    if first != second:
+def _read_pairing(first: Path, second: Path, first_ablation: str, second_ablation: str) -> Pairing:
+    one, two = _read_ablation(first, first_ablation), _read_ablation(second, second_ablation)
+    return pair_episodes(one, two, (read_conditions(first), read_conditions(second)))
+
+
+def pair_episodes(
+    one: Sequence[EpisodeResult],
+    two: Sequence[EpisodeResult],
+    settings: tuple[Settings, Settings],
+    place: str = "",
+) -> Pairing:
+    """Pair the episodes of two evaluations of a suite, both sorted by key; `place` begins a message.
+
+    Evaluations from official initial states are paired on the states that both have. Those without a
+    perturbation, of one frame size and rendering, may start from unequal states: after a state is restored
+    the simulator takes some idle steps, which another CPU rounds otherwise (by about 1e-16), and a hash does
+    not say how far two states are apart. All others must have the same episodes, from equal start states.
+
+    Raises:
+        UnpairedRunsError: If that does not hold, or the seeds or tasks differ.
+    """
+    first, second = ({(r.suite, *r.key): r for r in results} for results in (one, two))
+    common = [key for key in first if key in second]
+    is_official = all(of.get("official_states") for of in settings)
+    if not common or not (is_official or len(common) == len(one) == len(two)):
         raise UnpairedRunsError(
-            f"{place}the runs are not of the same episodes: {len(first - second)} only in the first, "
-            f"{len(second - first)} only in the second, {len(first & second)} in both. Evaluate both with "
+            f"{place}the runs are not of the same episodes: {len(one) - len(common)} only in the first, "
+            f"{len(two) - len(common)} only in the second, {len(common)} in both. Evaluate both with "
             "the same suite, tasks and episodes_per_task, to the end"
         )
-    for a, b in zip(one, two, strict=True):
+    is_numbered = is_official and all(settings[0].get(n) == settings[1].get(n) for n in FRAMES)
+    unequal = 0
+    for a, b in ((first[key], second[key]) for key in common):
         alike = a.initial_hash == b.initial_hash or a.perturbation != b.perturbation  # some move what starts
-        if a.seed != b.seed or not alike:
+        unequal += not alike
+        alike = alike or (is_numbered and a.perturbation == "none")
+        if (a.seed, a.task) != (b.seed, b.task) or not alike:
             raise UnpairedRunsError(
                 f"{place}episode {a.index} of {a.task} did not start alike: seed {a.seed}, state "
-                f"{a.initial_hash} in the first run, seed {b.seed}, state {b.initial_hash} in the second; "
-                "evaluate both with the same seed and the same simulator versions"
+                f"{a.initial_hash} in the first run, seed {b.seed}, state {b.initial_hash} in the second"
+                f"{'' if a.task == b.task else f' (of {b.task})'}; evaluate both with the same seed and the "
+                "same simulator versions. Only unperturbed evaluations from official initial states, of one "
+                "frame_size and rendering, are paired by number where start states differ"
             )
+    return Pairing(
+        [first[key] for key in common],
+        [second[key] for key in common],
+        (len(one), len(two)),
+        _planned_episodes(one, two, settings),
+        unequal,
+    )
+
+
+def _planned_episodes(
+    one: Sequence[EpisodeResult], two: Sequence[EpisodeResult], settings: tuple[Settings, Settings]
+) -> tuple[int, int] | None:
+    """Return how many episodes each evaluation has when it is finished; None where that is not recorded."""
+    if not all("episodes_per_task" in of for of in settings):
+        return None
+    tasks = {result.task_index for result in (*one, *two)}  # null in the settings: all of the suite
+    first, second = (len(of.get("tasks") or tasks) * of["episodes_per_task"] for of in settings)
+    return first, second
+
+
+def _pairing_notes(names: tuple[str, str], pairings: Mapping[str, Pairing]) -> list[str]:
+    """Return what was paired otherwise than by equal start states, and what was left out, by place."""
+    notes = []
+    if found := [
+        f"{k} {p.unequal_starts} of {len(p.first)}" for k, p in pairings.items() if p.unequal_starts
+    ]:
+        notes.append(
+            f"Start states of {names[0]} and {names[1]} differ in the last bits or more (their hashes do not "
+            f"say how far): paired by number of the official state ({', '.join(found)})."
+        )
+    for side, name in enumerate(names):
+        rest = {place: (p.totals[side] - len(p.first), p.totals[side]) for place, p in pairings.items()}
+        if found := [f"{place} {n} of {total}" for place, (n, total) in rest.items() if n]:
+            notes.append(
+                f"Left out, states of {name} that {names[1 - side]} does not have: {', '.join(found)}."
+            )
+        ends = {place: (p.totals[side], p.planned[side]) for place, p in pairings.items() if p.planned}
+        if found := [f"{place} {n} of {planned}" for place, (n, planned) in ends.items() if n < planned]:
+            notes.append(
+                f"Not evaluated to the end: {name} ({', '.join(found)} episodes). Long episodes, which often "
+                "fail, end last and may be missing."
+            )
+    return notes
 
 
 @dataclass(frozen=True)
@@ -311,23 +400,34 @@ def success(policy: PolicyRuns, row: str) -> Success | None:
     """
     suites = AVERAGES.get(row, (row,))
     seeds = _common_seeds([policy], suites)
-    return _success([_solved(policy, suite, seeds) for suite in suites], seeds) if seeds else None
+    if not seeds:
+        return None
+    runs = ({seed: policy.runs[seed, suite] for seed in seeds} for suite in suites)
+    return _success([_solved(policy, suite, of) for suite, of in zip(suites, runs, strict=True)], seeds)
 
 
 def difference(first: PolicyRuns, second: PolicyRuns, row: str) -> Difference | None:
-    """Compare two policies on a suite or in one of `AVERAGES`, on their common seeds; None without any.
+    """Compare two policies on a suite, in one of `AVERAGES` or of `POOLED`, on their common seeds.
+
+    None without a common seed, and for one of `POOLED` without two suites that both have.
 
     Raises:
-        UnpairedRunsError: If they, or the seeds of one of them, are not of the same episodes.
+        UnpairedRunsError: If their episodes cannot be paired, or the seeds of one are of other episodes.
     """
-    suites = AVERAGES.get(row, (row,))
+    suites = AVERAGES.get(row) or POOLED.get(row) or (row,)
+    if row in POOLED:
+        both = {suite for _, suite in first.runs.keys() & second.runs.keys()}
+        suites = tuple(suite for suite in suites if suite in both)
     seeds = _common_seeds([first, second], suites)
-    if not seeds:
+    if not seeds or (row in POOLED and len(suites) < 2):
         return None
-    for key in ((seed, suite) for seed in seeds for suite in suites):
-        place = f"{'/'.join(key)} of {first.name} (first) and {second.name} (second): "
-        _require_same_episodes(first.runs[key], second.runs[key], place)
-    one, two = ([_solved(policy, suite, seeds) for suite in suites] for policy in (first, second))
+    one, two = [], []
+    for suite in suites:
+        pairings = [_pair_policies(first, second, (seed, suite)) for seed in seeds]
+        one.append(_solved(first, suite, {seed: p.first for seed, p in zip(seeds, pairings, strict=True)}))
+        two.append(_solved(second, suite, {seed: p.second for seed, p in zip(seeds, pairings, strict=True)}))
+    if row in POOLED:
+        one, two = [np.concatenate(one, axis=1)], [np.concatenate(two, axis=1)]
     changes = [a.astype(int) - b.astype(int) for a, b in zip(one, two, strict=True)]  # each [k n]
     by_state = [change.mean(axis=0) for change in changes]
     interval = interval_of_mean(
@@ -342,10 +442,16 @@ def difference(first: PolicyRuns, second: PolicyRuns, row: str) -> Difference | 
         high=interval.high,
         only_first=int(sum((change > 0).sum() for change in changes)),
         only_second=int(sum((change < 0).sum() for change in changes)),
-        p=sign_flip_exact(changes[0].sum(axis=0)) if len(suites) == 1 else None,
+        p=sign_flip_exact(changes[0].sum(axis=0)) if len(changes) == 1 else None,
         by_seed=by_seed,
         seed_deviation=float(np.std(list(by_seed.values()), ddof=1)) if len(seeds) > 1 else None,
     )
+
+
+def _pair_policies(first: PolicyRuns, second: PolicyRuns, key: RunKey) -> Pairing:
+    place = f"{'/'.join(key)} of {first.name} (first) and {second.name} (second): "
+    settings = first.settings[key], second.settings[key]
+    return pair_episodes(first.runs[key], second.runs[key], settings, place)
 
 
 def _common_seeds(policies: Sequence[PolicyRuns], suites: Sequence[str]) -> list[str]:
@@ -354,16 +460,17 @@ def _common_seeds(policies: Sequence[PolicyRuns], suites: Sequence[str]) -> list
     return [s for s in seeds if all((s, suite) in policy.runs for suite in suites for policy in policies)]
 
 
-def _solved(policy: PolicyRuns, suite: str, seeds: Sequence[str]) -> np.ndarray:
-    """Return the success of each episode of a suite, bool [k n], a row for each seed."""
-    keys = [[result.key for result in policy.runs[seed, suite]] for seed in seeds]
-    for seed, found in zip(seeds, keys, strict=True):
-        if found != keys[0]:
+def _solved(policy: PolicyRuns, suite: str, runs: Mapping[str, Sequence[EpisodeResult]]) -> np.ndarray:
+    """Return the success of each episode of a suite, bool [k n], a row for each seed of `runs`."""
+    (first, reference), *others = runs.items()
+    for seed, results in others:
+        if [result.key for result in results] != [result.key for result in reference]:
             raise UnpairedRunsError(
-                f"{policy.name}: {seed}/{suite} has other episodes ({len(found)}) than {seeds[0]}/{suite} "
-                f"({len(keys[0])}); evaluate every seed with the same tasks and episodes_per_task, to the end"
+                f"{policy.name}: {seed}/{suite} has other episodes ({len(results)}) than "
+                f"{first}/{suite} ({len(reference)}); evaluate every seed with the same tasks and "
+                "episodes_per_task, to the end"
             )
-    return np.array([[result.success for result in policy.runs[seed, suite]] for seed in seeds])
+    return np.array([[result.success for result in results] for results in runs.values()])
 
 
 def _success(solved: Sequence[np.ndarray], seeds: Sequence[str]) -> Success:
@@ -381,7 +488,7 @@ class Comparison:
     policies: Sequence[PolicyRuns]  # the reference last
     rows: Sequence[str]  # suites and averages in the order of display
     successes: dict[str, dict[str, Success]]  # by policy and row, over all evaluations of the policy
-    differences: dict[str, dict[str, Difference]]  # to the reference, by other policy and row
+    differences: dict[str, dict[str, Difference]]  # to the reference, by other policy and row, also pooled
 
     def numbers(self) -> dict[str, Any]:
         """Return everything as JSON values: rates in [0, 1], not in percent."""
@@ -424,7 +531,8 @@ def compare_policies(policies: Sequence[PolicyRuns]) -> Comparison:
     rows = known + sorted(present - set(known)) + averages
     successes = {p.name: {row: value for row in rows if (value := success(p, row))} for p in policies}
     differences = {
-        p.name: {row: value for row in rows if (value := difference(p, reference, row))} for p in others
+        p.name: {row: value for row in [*rows, *POOLED] if (value := difference(p, reference, row))}
+        for p in others
     }
     return Comparison(policies, rows, successes, differences)
 
@@ -432,7 +540,8 @@ def compare_policies(policies: Sequence[PolicyRuns]) -> Comparison:
 _METHOD = (
     "Success and differences in %, with 95% intervals over episodes: Wilson's for success; for differences "
     "Bonett and Price's for pairs, an initial state's episodes of all seeds kept together. "
-    "Averages weigh their suites alike; theirs are Zou and Donner's."
+    "Averages weigh their suites alike; theirs are Zou and Donner's. Pooled: the states of all suites that "
+    "both policies have, as one sample."
 )
 _MCNEMAR = "McNemar: exact p (episodes that only the first solved : only the second)."
 _OWN_SEEDS = "Success is over all seeds of a policy, a difference over the seeds that both policies have."
@@ -509,8 +618,12 @@ def _notes(comparison: Comparison) -> list[str]:
             if missing := _missing(here, there):
                 notes.append(f"Not compared, in {here.name} but not in {there.name}: {', '.join(missing)}.")
         common = [key for key in policy.runs if key in reference.runs]
+        names, pairings = (policy.name, reference.name), {}
+        for key in common:
+            pairings["/".join(key)] = _pair_policies(policy, reference, key)
+        notes += _pairing_notes(names, pairings)
         notes += _differing_conditions(
-            (policy.name, reference.name),
+            names,
             {"/".join(key): (policy.settings[key], reference.settings[key]) for key in common},
         )
         notes += _notes_on_averages(comparison, policy)
