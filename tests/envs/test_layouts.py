@@ -1,6 +1,5 @@
 """Random layouts of LIBERO: what moves with what, what stays true, and how far official states are away."""
 
-import re
 from dataclasses import replace
 from pathlib import Path
 from time import process_time
@@ -32,7 +31,7 @@ from envs.layouts import (
     in_view,
     outline,
 )
-from envs.libero import load_problem, official_places, official_states, problem_file
+from envs.libero import LiberoEnv, load_problem, official_places, problem_file
 
 RANDOM = {"layout": "random"}
 PARTIAL = {"layout": "partial"}
@@ -42,10 +41,16 @@ NEAR_STANDARD, SWAPPED = 1000, 4000  # seeds whose first partial draw of libero_
 ONCE = Demonstrator(noise=0.2, options=DemonstrationOptions(retries=False))
 
 
+def make(suite, index, **settings) -> LiberoEnv:
+    env = envs.make(suite, index, **settings)
+    assert isinstance(env, LiberoEnv)
+    return env
+
+
 @pytest.fixture(scope="module")
 def cans():
     """libero_object 0: seven objects, one of them the basket, on the floor."""
-    env = envs.make("libero_object", 0, frame_size=32, rendering="fast")
+    env = make("libero_object", 0, frame_size=32, rendering="fast")
     yield env
     env.close()
 
@@ -53,7 +58,7 @@ def cans():
 @pytest.fixture(scope="module")
 def bowls():
     """libero_spatial 0: the bowl between the plate and the ramekin, another bowl, cabinet and stove."""
-    env = envs.make("libero_spatial", 0, render=False)
+    env = make("libero_spatial", 0, render=False)
     yield env
     env.close()
 
@@ -306,7 +311,7 @@ def test_states_of_a_random_layout_render_after_a_standard_reset(cans, tmp_path)
 
 @pytest.mark.slow
 def test_states_of_a_moved_fixture_render_and_replay_and_the_next_reset_has_it_back(tmp_path):
-    env = envs.make("libero_goal", 1, frame_size=32, rendering="fast")  # put the bowl on the stove
+    env = make("libero_goal", 1, frame_size=32, rendering="fast")  # put the bowl on the stove
     env.reset_blindly(seed=7)
     standard = env.simulator_state()
     places = env.model.body_pos[env._fixtures].copy()
@@ -339,9 +344,7 @@ def test_a_collection_of_other_layouts_is_refused_by_name(tmp_path):
 
 @pytest.mark.slow
 def test_an_object_whose_shape_is_not_known_stays_and_the_others_keep_away():
-    env = envs.make(
-        "libero_90", 60, render=False
-    )  # its salad dressing collides as shapes that are not sampled
+    env = make("libero_90", 60, render=False)  # its salad dressing collides as shapes that are not sampled
     env.reset_blindly(seed=0)
     before = positions(env)
     env.reset_blindly(seed=0, options=RANDOM)
@@ -353,35 +356,9 @@ def test_an_object_whose_shape_is_not_known_stays_and_the_others_keep_away():
     assert max(np.linalg.norm(place - before[name]) for name, place in after.items()) > 0.1
 
 
-def official_positions(suite, index, env):
-    """Return where the objects of `env` are in a suite's official states, [50 n 2]."""
-    task = envs.tasks(suite)[index]
-    texts = [problem_file(one.suite, one.name).read_text() for one in (task, env.task)]
-    names = [re.findall(r"\(:objects(.*?)\(:obj_of", text, re.DOTALL)[0].split() for text in texts]
-    assert names[0] == names[1]
-    starts = [env.model.joint(one.joints[0]).qposadr[0] for one in env.raw.objects_dict.values()]
-    return np.stack([official_states(task)[:, 1 + start : 3 + start] for start in starts], axis=1)
-
-
 def shipped_files(suite, partial=False):
     files = sorted(SHIPPED.glob(f"*{suite}.safetensors"))
     return [file for file in files if file.name.startswith("partial_") is partial]
-
-
-def shipped_positions(env):
-    starts = [env.model.joint(one.joints[0]).qposadr[0] for one in env.raw.objects_dict.values()]
-    for file in shipped_files(env.task.suite):
-        for episode in read_states(file, tasks=[env.task.index]):
-            yield np.stack([episode.initial[1 + start : 3 + start] for start in starts])
-
-
-def distance_to_official(env, suite, found):
-    """Return how far the nearest of the layouts `found` is from a suite's official states of the task, m.
-
-    The distance of two layouts is that of the object that differs most.
-    """
-    official = official_positions(suite, env.task.index, env)
-    return min(float(np.linalg.norm(official - here, axis=-1).max(axis=1).min()) for here in found)
 
 
 def new_layouts(env, arrange):
@@ -453,7 +430,7 @@ def test_resets_of_a_swapped_suite_are_arrangements_that_are_held_out(suite, cap
     """Apart from those in which an object falls: 50 official states stand for all that can be evaluated."""
     found = []
     for task in envs.tasks(f"{suite}_swap"):
-        env = envs.make(task.suite, task.index, render=False)
+        env = make(task.suite, task.index, render=False)
         for seed in range(8):
             env.reset_blindly(seed=seed)
             found.append(distances_to_official(env))
@@ -467,7 +444,7 @@ def test_resets_of_a_swapped_suite_are_arrangements_that_are_held_out(suite, cap
 
 
 def test_a_fixture_elsewhere_makes_an_arrangement_another_one():
-    env, swapped = (envs.make(suite, 0, render=False) for suite in ("libero_goal", "libero_goal_swap"))
+    env, swapped = (make(suite, 0, render=False) for suite in ("libero_goal", "libero_goal_swap"))
     env.reset_blindly(seed=0)
     places = env.model.body_pos[env._fixtures].copy()
     assert distances_to_official(env)["libero_goal"] < 0.03
@@ -520,7 +497,7 @@ def test_episodes_of_evaluated_arrangements_are_dropped_from_a_file_once(cans, m
 def test_no_shipped_partial_layout_is_an_official_state(suite, capsys):
     found = []
     for task in envs.tasks(suite):
-        env = envs.make(suite, task.index, render=False)
+        env = make(suite, task.index, render=False)
         found += shipped_layouts(env, partial=True)
         env.close()
     least = {name: min(distances[name] for distances in found) for name in (suite, f"{suite}_swap")}
@@ -536,11 +513,16 @@ def test_no_shipped_layout_of_any_task_is_there_twice_or_an_official_state(suite
     """Chance brings the layouts of two objects closest, so that fewer centimetres are required than above."""
     least, apart = {suite: [], f"{suite}_swap": []}, []
     for task in envs.tasks(suite):
-        env = envs.make(suite, task.index, render=False)
-        found = np.stack([*shipped_positions(env)])
+        env = make(suite, task.index, render=False)
+        starts = [env.model.joint(one.joints[0]).qposadr[0] for one in env.raw.objects_dict.values()]
+        near, places = [], []
+        for distances in shipped_layouts(env):  # restores the next layout
+            near.append(distances)
+            places.append([env.data.qpos[start : start + 2].copy() for start in starts])
         for official, distances in least.items():
-            distances.append(distance_to_official(env, official, found))
+            distances.append(min(one[official] for one in near))
         env.close()
+        found = np.array(places)
         between = np.linalg.norm(found[:, None] - found, axis=-1).max(axis=-1)
         apart.append(between[~np.eye(len(found), dtype=bool)].min())
         assert len(found) == 60
@@ -566,7 +548,7 @@ def test_no_shipped_layout_of_any_task_is_there_twice_or_an_official_state(suite
     ],
 )
 def test_the_planners_solve_random_layouts_at_the_first_try(suite, index, capsys):
-    env = envs.make(suite, index, render=False)
+    env = make(suite, index, render=False)
     solved = sum(record(env, 1000 * episode, ONCE, layout="random") is not None for episode in range(6))
     env.close()
     with capsys.disabled():
@@ -579,7 +561,7 @@ def test_the_planners_solve_random_layouts_at_the_first_try(suite, index, capsys
 def test_the_planners_solve_partial_layouts_at_the_first_try(suite, capsys):
     solved, start = [], process_time()
     for task in envs.tasks(suite):
-        env = envs.make(suite, task.index, render=False)
+        env = make(suite, task.index, render=False)
         for episode in range(3):
             solved.append(record(env, 1000 * episode + 7, ONCE, layout="partial") is not None)
         env.close()
