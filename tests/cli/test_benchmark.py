@@ -10,6 +10,7 @@ from tests.policies import model_config
 from vega_policy.benchmarks import (
     by_kind,
     cost_of_prior,
+    device_name,
     longest,
     matmul_ceiling,
     measure,
@@ -343,3 +344,9 @@ def test_the_dataset_part_compares_videos_a_warm_cache_and_no_prior(root, tmp_pa
         ["cache", "random"],
         ["cache", "none"],
     ]
+
+
+@pytest.mark.parametrize(("count", "name"), [(1, "CPU, 1 thread"), (2, "CPU, 2 threads")])
+def test_one_thread_is_singular(count, name, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: count)
+    assert device_name(CPU) == name
