@@ -17,7 +17,7 @@ from vega_policy.model.observation import stack_views
 from vega_policy.modeling_vega import VegaPolicy
 from vega_policy.priors import FORMER_WEIGHTS, PRIORS, has_trained_weights, make_prior, resolve
 from vega_policy.priors.base import empty_prompt
-from vega_policy.priors.baselines import FeatureWriter
+from vega_policy.priors.baselines import FeatureWriter, find_encoder
 from vega_policy.priors.wan import encode_empty_prompt
 from vega_policy.run_dir import OtherRunError
 
@@ -414,6 +414,24 @@ def test_other_precomputed_prior_features_are_other_weights(tmp_path):
     write(tmp_path / "other", grid=(4, 4))
     with pytest.raises(ValueError, match="other weights"):
         opened(tmp_path / "other", fingerprint=fingerprint)
+
+
+@pytest.mark.parametrize(
+    ("encoder", "reason"),
+    [
+        ("no_such_module:load", r"no_such_module:load \(No module named 'no_such_module'\)"),
+        ("needs_another:load", r"\(No module named 'no_such_repository'\)"),
+        ("json:no_such_function", "no attribute 'no_such_function'"),
+        ("json", "this names no function"),
+        ("json:decoder", "this names no function"),
+        ("my model:load", "invalid format"),
+    ],
+)
+def test_an_encoder_that_cannot_be_imported_ends_in_one_message(encoder, reason, tmp_path, monkeypatch):
+    (tmp_path / "needs_another.py").write_text("import no_such_repository")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match=f"encoder: expected .* module:function, got .*{reason}.* Run the"):
+        find_encoder(encoder)
 
 
 @pytest.mark.slow

@@ -12,8 +12,10 @@ dataset, not a robot.
 """
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from pkgutil import resolve_name
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderKLWan
@@ -234,6 +236,26 @@ def signature(frames: Tensor) -> Tensor:
     """Average frames to 16x16 pixels, [n v 3 h w] in [0, 1] -> [n v*3*16*16] float32."""
     small = functional.adaptive_avg_pool2d(frames.flatten(0, 1).float(), SIDE)
     return rearrange(small, "(n v) c h w -> n (v c h w)", v=frames.shape[1])
+
+
+def find_encoder(name: str) -> Callable[[str], Callable[[Tensor], Tensor]]:
+    """Return the function that `vega-export-features` is given as module:function.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    try:
+        function = resolve_name(name) if ":" in name else None
+    except (ImportError, AttributeError, ValueError) as error:
+        reason = str(error)
+    else:
+        if callable(function):
+            return cast(Callable[[str], Callable[[Tensor], Tensor]], function)
+        reason = "this names no function"
+    raise ValueError(
+        f"encoder: expected a function of yours as module:function, got {name} ({reason}). Run the command "
+        "in the folder of its module, with the Python in which the model's own repository is installed"
+    )
 
 
 class FeatureWriter:
