@@ -347,6 +347,13 @@ def test_the_script_trains_an_ablation_of_the_demo(script, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "outputs", "run"]
 
 
+def test_training_says_what_it_does_before_it_loads_torch(script, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "vega_policy.training.config", None)
+    with pytest.raises(SystemExit, match=r"vega_policy\.training\.config"):
+        script("experiment=demo", "output_dir=run")
+    assert "training run: loading torch and LeRobot, then the dataset" in capsys.readouterr().out
+
+
 def test_the_script_meets_missing_demonstrations_with_one_message(script, tmp_path):
     with pytest.raises(SystemExit) as stopped:
         script("experiment=demo", "policy.device=cpu", "output_dir=run")

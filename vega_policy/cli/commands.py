@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 import shlex
 import sys
 import time
@@ -9,7 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from pkgutil import resolve_name
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -55,11 +55,14 @@ def train(config: DictConfig) -> str:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
+    if HydraConfig.get().mode is RunMode.MULTIRUN:  # each job of a sweep has a folder below output_dir
+        config.output_dir = HydraConfig.get().runtime.output_dir
+    if os.environ.get("RANK", "0") == "0":  # of the processes of `accelerate launch` the first alone
+        what = "building the cache of" if config.stop_after == 0 else "training"
+        logger.info("%s %s: loading torch and LeRobot, then the dataset", what, config.output_dir)
     from vega_policy.training.config import from_hydra
     from vega_policy.training.train import train
 
-    if HydraConfig.get().mode is RunMode.MULTIRUN:  # each job of a sweep has a folder below output_dir
-        config.output_dir = HydraConfig.get().runtime.output_dir
     outcome = train(from_hydra(config))
     return f"cache: {outcome}" if config.stop_after == 0 else f"checkpoint: {outcome}"
 
@@ -412,12 +415,12 @@ def export_features(config: DictConfig) -> str:
     from vega_policy.data.dataset import DatasetConfig, open_dataset
     from vega_policy.data.video import frames_in_order
     from vega_policy.model.observation import stack_views
-    from vega_policy.priors.baselines import FeatureWriter
+    from vega_policy.priors.baselines import FeatureWriter, find_encoder
     from vega_policy.run_dir import lock_folder
 
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     sys.path.insert(0, str(Path.cwd()))  # the encoder's module may be in the working folder
-    encode = resolve_name(config.encoder)(device)
+    encode = find_encoder(config.encoder)(device)
     dataset = open_dataset(DatasetConfig(config.repo_id, root=config.root))
     bar = tqdm(desc="Encoding", total=dataset.num_frames, unit="frame", mininterval=1.0)
     with lock_folder(Path(config.output)), bar:
