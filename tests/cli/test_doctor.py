@@ -73,6 +73,34 @@ def test_instructions_that_the_text_encoder_cannot_tell_apart_are_a_warning(tmp_
     assert "vega-train would start; 1 warnings" in lines
 
 
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        (
+            "nowhere",
+            "found no such folder. Give the folder of a dataset, or collect demonstrations first: vega-",
+        ),
+        ("empty", "found an empty folder. Give the folder of a dataset"),
+        ("notes.txt", "found a file. Give the folder of a dataset"),
+        ("some.safetensors", "found a file. Render a file of states first: vega-render"),
+        (".", "Did you mean {}/data?"),
+        ("data/meta", "Did you mean {}/data?"),
+    ],
+)
+def test_a_path_that_holds_no_dataset_is_refused_with_what_is_there_and_what_to_do(
+    root, place, message, tmp_path, capsys
+):
+    shutil.copytree(root, tmp_path / "data")
+    (tmp_path / "empty").mkdir()
+    for name in ("notes.txt", "some.safetensors"):
+        (tmp_path / name).touch()
+    with pytest.raises(SystemExit, match="1"):
+        command.main(["dataset", str(tmp_path / place), f"folder={tmp_path}"])
+    lines = capsys.readouterr().out
+    assert f"No demonstrations in {tmp_path / place}: expected the folder of a finalized LeRobotData" in lines
+    assert message.format(tmp_path) in lines
+
+
 def test_a_dataset_on_which_training_would_not_start_ends_with_status_one(root, tmp_path, capsys):
     copy = shutil.copytree(root, tmp_path / "copy")
     (copy / "meta" / "tasks.parquet").unlink()

@@ -27,6 +27,7 @@ from vega_policy.data.dataset_files import (
     STATE,
     DatasetError,
     check_version,
+    describe_missing_dataset,
     describe_values,
     find_damaged_files,
     fingerprint_frames,
@@ -224,11 +225,7 @@ def open_dataset(config: DatasetConfig) -> LocalDataset:
         return open_folder(_download(config), config.repo_id, config.rename)
     root = Path(config.root)
     if not (root / "meta" / "info.json").is_file():
-        command = config.collect_command or "the command that collects or downloads it"
-        raise DatasetError(
-            f"No demonstrations in {config.root}: expected a finalized LeRobotDataset (meta/info.json), "
-            f"found {_list_folder(root)}. Collect them first: {command}"
-        )
+        raise DatasetError(describe_missing_dataset(root, config.collect_command))
     check_version(root, config.repo_id)
     if damaged := find_damaged_files(root):
         command = f": {config.collect_command}" if config.collect_command else "."
@@ -484,12 +481,6 @@ def _list_stored(dataset: LocalDataset) -> str:
         f"{key} {list(feature['shape'])}" for key, feature in dataset.features.items() if key not in counters
     ]
     return ", ".join(named) or "nothing"
-
-
-def _list_folder(folder: Path) -> str:
-    if not folder.is_dir():
-        return "no such folder"
-    return ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "an empty folder"
 
 
 @dataclass(frozen=True)

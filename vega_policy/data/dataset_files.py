@@ -105,6 +105,28 @@ def check_version(root: Path, repo_id: str) -> None:
     raise DatasetError(f"{root}: expected a LeRobotDataset {FORMAT}, got {version}. {advice}")
 
 
+def describe_missing_dataset(root: Path, command: str | None = None) -> str:
+    """Return what a folder without a dataset holds and what to do; `command` is the one that collects it."""
+    found = ", ".join(sorted(entry.name for entry in root.iterdir())[:8]) if root.is_dir() else None
+    if found is None:
+        found = "a file" if root.exists() else "no such folder"
+    return (
+        f"No demonstrations in {root}: expected the folder of a finalized LeRobotDataset (meta/info.json), "
+        f"found {found or 'an empty folder'}. {_advise(root, command)}"
+    )
+
+
+def _advise(root: Path, command: str | None) -> str:
+    if root.suffix == ".safetensors" and root.is_file():
+        return f"Render a file of states first: vega-render {root} root=FOLDER repo_id=ORG/NAME"
+    near = [root.parent, *(sorted(root.iterdir()) if root.is_dir() else ())]
+    if found := [str(folder) for folder in near if (folder / "meta" / "info.json").is_file()]:
+        return f"Did you mean {' or '.join(found[:3])}?"
+    if command:
+        return f"Collect them first: {command}"
+    return "Give the folder of a dataset, or collect demonstrations first: vega-collect env=SUITE root=FOLDER"
+
+
 def find_damaged_files(root: Path) -> list[str]:
     """Return one phrase for each unreadable or truncated file of a LeRobotDataset v3, and for missing rows.
 
