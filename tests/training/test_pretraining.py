@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from tests.pretraining_runs import CPU, TINY, WIDTH, moving_square, settings, write_shards
 from vega_policy.model.config import PriorConfig
-from vega_policy.pretraining import autoencoder, trainer, transformer
+from vega_policy.pretraining import autoencoder, export, trainer, transformer
 from vega_policy.pretraining.autoencoder import (
     denormalise,
     measure_statistics,
@@ -444,3 +444,10 @@ def test_held_out_shards_stay_held_out_when_more_are_rendered(tmp_path):
     learned, held_out = Clips.open(tmp_path / "many", 0.1)
     assert (len(learned), len(held_out)) == (28, 12)
     assert learned.mark != held_out.mark == Clips.open(tmp_path / "many", 0.1)[1].mark
+
+
+def test_a_mean_of_one_clip_has_no_interval_and_its_figures_are_json(tmp_path):
+    one, two = (export.interval(torch.tensor(values)) for values in ([3.0], [1.0, 3.0]))
+    assert json.loads(json.dumps(one, allow_nan=False)) == {"mean": 3.0, "low": None, "high": None, "n": 1}
+    assert two == pytest.approx({"mean": 2.0, "low": 2 - 1.96, "high": 2 + 1.96, "n": 2})  # sd sqrt(2), n 2
+    assert [export.format_interval(value) for value in (one, two)] == ["3.000", "2.000 [0.040, 3.960]"]

@@ -104,10 +104,12 @@ def check_size(folder: Path) -> int:
     return size
 
 
-def interval(values: Tensor) -> dict[str, float]:
-    """Return the mean of independent values [n] with a normal 95% interval."""
-    half = 1.96 * values.std().item() / len(values) ** 0.5 if len(values) > 1 else float("nan")
+def interval(values: Tensor) -> dict[str, float | None]:
+    """Return the mean of independent values [n] with a normal 95% interval; None for its ends if n is 1."""
     mean = values.mean().item()
+    if len(values) < 2:
+        return {"mean": mean, "low": None, "high": None, "n": len(values)}
+    half = 1.96 * values.std().item() / len(values) ** 0.5
     return {"mean": mean, "low": mean - half, "high": mean + half, "n": len(values)}
 
 
@@ -239,7 +241,7 @@ def write_card(folder: Path, figures: Figures, learned: Figures, settings: Pretr
 def card(figures: Figures, learned: Figures, machine: str) -> str:
     """Return the card's text."""
     rows = [
-        f"| {level} | {_with_interval(row['clips'])} | {_with_interval(row['frames'])} |"
+        f"| {level} | {format_interval(row['clips'])} | {format_interval(row['frames'])} |"
         for level, row in figures["loss"].items()
     ]
     lines = [
@@ -255,8 +257,8 @@ def card(figures: Figures, learned: Figures, machine: str) -> str:
         f"- steps: autoencoder {learned['vae_steps']}, transformer {learned['transformer_steps']}",
         f"- hardware: {machine}",
         f"- held-out clips (whole shards): {learned['held_out']}; intervals: 95%, normal, over clips",
-        f"- reconstruction, PSNR in dB: clips {_with_interval(figures['psnr_clips'])}, single frames "
-        f"{_with_interval(figures['psnr_frames'])}. LPIPS is not given: its weights are not installed.",
+        f"- reconstruction, PSNR in dB: clips {format_interval(figures['psnr_clips'])}, single frames "
+        f"{format_interval(figures['psnr_frames'])}. LPIPS is not given: its weights are not installed.",
         "",
         f"Validation loss (mean square of the velocity's error; predicting zero gives "
         f"{figures['loss_of_predicting_zero']:.3f}):",
@@ -275,7 +277,7 @@ def card(figures: Figures, learned: Figures, machine: str) -> str:
 def _describe_futures(figures: Figures) -> list[str]:
     if "future" not in figures:
         return []
-    future, still = (_with_interval(figures["future"][name]) for name in ("pure_noise", "still"))
+    future, still = (format_interval(figures["future"][name]) for name in ("pure_noise", "still"))
     return [
         f"Continuing a clean first frame from pure noise (`prior.clip=future`), loss of the other latents: "
         f"{future}; a video in which nothing moves has {still}.",
@@ -283,5 +285,7 @@ def _describe_futures(figures: Figures) -> list[str]:
     ]
 
 
-def _with_interval(value: dict[str, float]) -> str:
-    return f"{value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
+def format_interval(value: dict[str, float | None]) -> str:
+    """Return a mean of `interval` as text, without an interval where there is none."""
+    ends = "" if value["low"] is None else f" [{value['low']:.3f}, {value['high']:.3f}]"
+    return f"{value['mean']:.3f}{ends}"
