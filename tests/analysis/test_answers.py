@@ -325,6 +325,52 @@ def test_the_gain_of_each_seed_is_in_summary_and_table():
     ]
 
 
+@pytest.fixture
+def six_seeds():
+    """Gains of 0.1, 0.3, -0.2, 0.4, 0.0 and 0.6: mean 0.2, standard deviation sqrt(0.42 / 5) = 0.28983."""
+    result = QAScores(
+        [Question(scene, "object_count", "How many?", ("0", "1"), choice="0") for scene in range(10)]
+    )
+    for seed, correct in enumerate((5, 7, 2, 8, 4, 10)):
+        result.add("fused", seed, ["0"] * correct + ["1"] * (10 - correct), [Evaluation(1, 0.0, 0.0)])
+        result.add("semantic only", seed, ["0"] * 4 + ["1"] * 6, [Evaluation(1, 0.0, 0.0)])
+    return result
+
+
+def test_the_interval_of_a_gain_over_seeds_is_that_computed_by_hand(six_seeds):
+    margin = 2.570582 * (0.42 / 5) ** 0.5 / 6**0.5  # Student's t, five degrees of freedom
+    pair = ("fused", "semantic only")
+    interval = six_seeds.seed_interval(*pair)
+    assert (interval.value, interval.low, interval.high) == pytest.approx((0.2, 0.2 - margin, 0.2 + margin))
+    assert margin == pytest.approx(0.30416, abs=1e-5)
+    summary = six_seeds.summarize([pair])
+    assert summary["seed_intervals"] == {
+        "fused minus semantic only": {
+            "mean": [0.2, -0.10416, 0.50416],
+            "object_count": [0.2, -0.10416, 0.50416],
+        }
+    }
+    row = "0.200 [-0.104, 0.504]"
+    assert seed_gains_table(six_seeds, [pair]).rows[-1] == (
+        f"{' minus '.join(pair)}, mean of 6 seeds",
+        row,
+        row,
+    )
+
+
+def test_fewer_than_three_seeds_have_no_interval_over_seeds(six_seeds):
+    pair = ("fused", "semantic only")
+    for name, group in six_seeds.seeds.items():
+        six_seeds.seeds[name] = {seed: group[seed] for seed in (0, 1)}
+    assert six_seeds.seed_interval(*pair) is None
+    assert six_seeds.summarize([pair])["seed_intervals"] == {}
+    assert [row[0] for row in seed_gains_table(six_seeds, [pair]).rows] == [
+        f"fused minus semantic only, seed {seed}" for seed in (0, 1)
+    ]
+    six_seeds.seeds["fused"][2] = six_seeds.seeds["semantic only"][2] = six_seeds.seeds["fused"][1]
+    assert six_seeds.seed_interval(*pair) is not None
+
+
 def test_the_held_out_loss_of_the_kept_weights_is_in_summary_and_table():
     result = QAScores([Question(0, "object_count", "How many?", ("0", "1"), choice="0")])
     nan = float("nan")
@@ -345,6 +391,8 @@ def test_the_held_out_loss_of_the_kept_weights_is_in_summary_and_table():
     result.add("fused", 3, ["0"], [Evaluation(10, 0.1, nan), Evaluation(20, 0.1, nan)])
     held_out = result.summarize([])["held_out_loss"]["fused"]
     assert held_out[3] == {"loss": None, "step": 20}, "without held-out scenes the last weights are kept"
+    text = json.dumps(result.summarize([]), allow_nan=False)  # nan is no JSON
+    assert json.loads(text)["curves"]["fused"]["3"][0] == {"step": 10, "training": 0.1, "held_out": None}
 
 
 @pytest.mark.slow

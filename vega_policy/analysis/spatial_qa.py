@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow
 import pyarrow.parquet
+from scipy.stats import t
 
 from vega_policy.analysis.linear_probes import Estimate, difference, estimate, format_estimate
 from vega_policy.data.scenes import Scene, SceneObject
@@ -401,7 +402,12 @@ class Evaluation:
 
     step: int
     training: float  # since the last point
-    held_out: float  # of training scenes that are left out
+    held_out: float  # of training scenes that are left out; nan if there are none
+
+    def plain(self) -> dict[str, float | None]:
+        """Return the values for JSON, which has no nan: None."""
+        values = asdict(self)
+        return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
 def select_evaluation(curve: Sequence[Evaluation]) -> Evaluation:
@@ -411,6 +417,10 @@ def select_evaluation(curve: Sequence[Evaluation]) -> Evaluation:
     """
     known = [point for point in curve if math.isfinite(point.held_out)]
     return min(known, key=lambda point: point.held_out) if known else curve[-1]
+
+
+FEWEST_SEEDS = 3
+"""Training seeds from which on a gain has an interval over seeds."""
 
 
 @dataclass
@@ -473,6 +483,18 @@ class QAScores:
             gains[seed] = float(np.subtract(*means))
         return gains
 
+    def seed_interval(self, first: str, second: str, kind: str | None = None) -> Estimate | None:
+        """Return the mean of `seed_gains` with Student's 95% interval over seeds; None below three seeds.
+
+        It says how another training run would come out on these test scenes, which `gain` does not.
+        """
+        gains = np.array(list(self.seed_gains(first, second, kind).values()))
+        if len(gains) < FEWEST_SEEDS:
+            return None
+        center = float(gains.mean())
+        margin = float(t.ppf(0.975, len(gains) - 1) * gains.std(ddof=1) / math.sqrt(len(gains)))
+        return Estimate(center, center - margin, center + margin)
+
     def known(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
         """Return the pairs of models that both have scores."""
         return [pair for pair in pairs if set(pair) <= self.scores.keys()]
@@ -497,6 +519,15 @@ class QAScores:
                 }
                 for title, pair in known.items()
             },
+            "seed_intervals": {  # of the mean over seeds, where there are enough
+                title: {
+                    label: interval.rounded()
+                    for label, kind in kinds.items()
+                    if (interval := self.seed_interval(*pair, kind)) is not None
+                }
+                for title, pair in known.items()
+                if len(self.seeds[pair[0]]) >= FEWEST_SEEDS
+            },
             "held_out_loss": {  # of the weights that are kept; None without held-out scenes
                 name: {
                     seed: {
@@ -508,7 +539,7 @@ class QAScores:
                 for name, group in self.kept.items()
             },
             "curves": {
-                name: {seed: [asdict(point) for point in curve] for seed, curve in group.items()}
+                name: {seed: [point.plain() for point in curve] for seed, curve in group.items()}
                 for name, group in self.curves.items()
             },
         }
@@ -568,14 +599,17 @@ def qa_table(result: QAScores, pairs: Sequence[tuple[str, str]]) -> tuple[Table,
     note = (
         "Accuracy for choices, mean relative accuracy for distances and sizes (VSI-Bench), Acc@0.25 for "
         "grounding (ScanRefer); means over training seeds. Intervals are over test scenes: they do not "
-        "include the variance between seeds. Every answer to a text is correct equally often, so that the "
-        "text alone should stay at chance."
+        "include the variance between seeds, for which see the gain of each training seed. Every answer to a "
+        "text is correct equally often, so that the text alone should stay at chance."
     )
     return Table(_qa_header("model", result), rows), Paragraph(note, "quiet")
 
 
 def seed_gains_table(result: QAScores, pairs: Sequence[tuple[str, str]]) -> Table:
-    """Return how much the first model of each pair is better with each training seed, by kind of question."""
+    """Return how much the first model of each pair is better with each training seed, by kind of question.
+
+    From `FEWEST_SEEDS` on with the mean over seeds and its interval over seeds, beside that over scenes.
+    """
     rows = []
     for pair in result.known(pairs):
         gains = [result.seed_gains(*pair, kind) for kind in (None, *result.kinds)]
@@ -583,6 +617,9 @@ def seed_gains_table(result: QAScores, pairs: Sequence[tuple[str, str]]) -> Tabl
             (f"{' minus '.join(pair)}, seed {seed}", *(f"{part[seed]:.3f}" for part in gains))
             for seed in gains[0]
         ]
+        intervals = [result.seed_interval(*pair, kind) for kind in (None, *result.kinds)]
+        if shown := [str(interval) for interval in intervals if interval is not None]:
+            rows.append((f"{' minus '.join(pair)}, mean of {len(gains[0])} seeds", *shown))
     return Table(_qa_header("gain", result), rows)
 
 
