@@ -357,8 +357,9 @@ def test_an_object_whose_shape_is_not_known_stays_and_the_others_keep_away():
 
 
 def shipped_files(suite, partial=False):
-    files = sorted(SHIPPED.glob(f"*{suite}.safetensors"))
-    return [file for file in files if file.name.startswith("partial_") is partial]
+    folders = (SHIPPED, SHIPPED.with_name("libero_fixtures"))
+    files = [file for folder in folders for file in sorted(folder.glob(f"*{suite}.safetensors"))]
+    return [file for file in files if file.name.startswith(("partial_", "fixtures_")) is partial]
 
 
 def new_layouts(env, arrange):

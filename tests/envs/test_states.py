@@ -33,6 +33,10 @@ LAYOUTS = {  # instants of 20 demonstrations of each task, from the first, the 2
     "libero_goal": {0: 25612, 20: 25084, 40: 25273},
     "libero_10": {0: 51278, 20: 49938, 40: 50906},
 }
+PARTIAL = [
+    *sorted((SHIPPED.parent / "libero_layouts").glob("partial_*")),
+    *sorted((SHIPPED.parent / "libero_fixtures").glob("fixtures_*")),
+]
 
 
 def make_episode(task=0, length=7, seed=0):
@@ -113,20 +117,21 @@ def test_a_shipped_file_of_random_layouts_holds_a_block_of_seeds_for_each_demons
     assert sum(entry["length"] for entry in header["episodes"]) == instants
 
 
-@pytest.mark.parametrize("file", sorted((SHIPPED.parent / "libero_layouts").glob("partial_*")), ids=str)
+@pytest.mark.parametrize("file", PARTIAL, ids=lambda file: file.stem)
 def test_a_shipped_file_of_partial_layouts_counts_what_it_holds_and_not_what_was_dropped(file):
     header = read_header(file)
     origin = header["origin"]
-    assert origin["settings"]["layouts"] == "partial"
-    names = [task.name for task in envs.tasks(header["suite"])]
-    counts = [origin["tasks"][name]["demonstrations"] for name in names]
+    assert origin["settings"]["layouts"] == file.stem.partition("_")[0]
+    tasks = origin["settings"]["tasks"] or range(10)
+    names = {task.index: task.name for task in envs.tasks(header["suite"])}
+    counts = {task: origin["tasks"][names[task]]["demonstrations"] for task in tasks}
     assert [entry["task"] for entry in header["episodes"]] == [
-        task for task, count in enumerate(counts) for _ in range(count)
+        task for task, count in counts.items() for _ in range(count)
     ]
     seeds = {(entry["task"], entry["seed"]) for entry in header["episodes"]}
     dropped = {(entry["task"], entry["seed"]) for entry in origin.get("held_out", [])}
     assert not seeds & dropped
-    assert len(seeds) + len(dropped) == len(names) * origin["settings"]["episodes_per_task"]
+    assert len(seeds) + len(dropped) == len(counts) * origin["settings"]["episodes_per_task"]
 
 
 def test_a_shipped_demonstration_has_the_shapes_of_libero():

@@ -1,7 +1,9 @@
+import json
 import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,11 +14,12 @@ from safetensors.torch import load_file, save_file
 from tests.policies import batch, frames, tiny_config
 from tests.synthetic_dataset import CAMERAS, REPO_ID, write_dataset
 from tests.tiny_wan import TRANSFORMER, write_text_encoder
+from vega_policy import packaged_policies, resource
 from vega_policy.model.config import PriorConfig
 from vega_policy.model.observation import stack_views
 from vega_policy.modeling_vega import VegaPolicy
 from vega_policy.priors import FORMER_WEIGHTS, PRIORS, has_trained_weights, make_prior, resolve
-from vega_policy.priors.base import empty_prompt
+from vega_policy.priors.base import empty_prompt, local_folder
 from vega_policy.priors.baselines import FeatureWriter, find_encoder
 from vega_policy.priors.wan import encode_empty_prompt
 from vega_policy.run_dir import OtherRunError
@@ -494,3 +497,19 @@ def test_an_export_that_is_killed_after_its_manifest_is_complete_and_the_same_co
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("features: features (complete before, compared)\n")
     assert {path.name: path.read_bytes() for path in (tmp_path / "features").iterdir()} == before
+
+
+def test_a_prior_in_the_packages_assets_is_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert local_folder("assets/wan_tiny_future") == resource("assets") / "wan_tiny_future"
+    assert local_folder("other/wan_tiny_future") == Path("other/wan_tiny_future")
+    (tmp_path / "assets" / "wan_tiny_future").mkdir(parents=True)
+    assert local_folder("assets/wan_tiny_future") == Path("assets/wan_tiny_future")
+
+
+def test_every_shipped_policy_names_a_prior_that_is_shipped_with_it():
+    for folder in packaged_policies().values():
+        config = json.loads((folder / "config.json").read_text())["prior"]
+        if config["path"] is not None:
+            assert config["path"].startswith("assets/")
+            assert local_folder(config["path"]).is_dir()

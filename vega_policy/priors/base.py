@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from vega_policy import resource
 from vega_policy.model.config import PriorConfig
 from vega_policy.model.observation import check_frames, resize
 from vega_policy.priors import PriorEntry
@@ -43,7 +44,7 @@ def locate(config: PriorConfig, parts: Iterable[str], advice: str) -> Path:
         FileNotFoundError: If a part is missing; names it and says where files may come from.
     """
     parts = list(parts)
-    folder = Path(str(config.path)).expanduser()
+    folder = local_folder(str(config.path))
     if not folder.is_dir():
         folder = _fetch(str(config.path), config.revision, parts, advice)
     missing = [file for part in parts for file in _missing_files(folder, part)]
@@ -58,6 +59,17 @@ def locate(config: PriorConfig, parts: Iterable[str], advice: str) -> Path:
             f"{folder} is not a checkpoint in the hub's layout: no {', '.join(missing)}. "
             f"It holds: {', '.join(held) or 'nothing'}. {advice}"
         )
+    return folder
+
+
+def local_folder(path: str) -> Path:
+    """Return the folder that a prior's path names; `assets/...` is the package's unless it is there.
+
+    Shipped policies name their prior's weights in this way, and are loaded from anywhere.
+    """
+    folder = Path(path).expanduser()
+    if folder.parts[:1] == ("assets",) and not folder.is_dir():
+        return resource("assets").joinpath(*folder.parts[1:])
     return folder
 
 

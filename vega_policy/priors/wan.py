@@ -37,6 +37,7 @@ from vega_policy.priors.base import (
     check_layers,
     empty_prompt,
     fingerprint_seed,
+    local_folder,
     locate,
 )
 from vega_policy.priors.wan_fast import CapturedWan, FastWan, Words
@@ -105,7 +106,7 @@ class LatentWorldSimulator(BasePrior):
         if config.path is None:
             config = replace(config, path=str(resource("assets") / str(entry.shipped)))
         if config.clip == "future" and entry.architecture is not None:
-            warn_of_training(Path(str(config.path)), config.future_slots)
+            warn_of_training(local_folder(str(config.path)), config.future_slots)
         return super().load(config, entry, grid)
 
     @classmethod
