@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import abc
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from types import ModuleType
 from typing import Any, ClassVar
 
@@ -21,8 +23,8 @@ COLLISION_GROUP = 0  # robosuite keeps collision shapes in geometry group 0 and 
 class PandaEnv(ManipulationEnv):
     """A Panda under OSC_POSE control at 20 Hz with two cameras.
 
-    The model is compiled once and an episode starts with robosuite's soft reset. Simulation steps are
-    robosuite's own, without its unused observables.
+    The model is compiled once and an episode starts with robosuite's soft reset. Simulation steps are bitwise
+    robosuite's own, without its unused observables and without computing the same kinematics three times.
 
     An action is 6 pose deltas (full scale 5 cm, 0.5 rad) and the gripper (-1 open, 1 closed). The state is
     the end effector's position in metres and orientation as axis-angle, both in the world's frame, and the
@@ -65,11 +67,25 @@ class PandaEnv(ManipulationEnv):
             raw.robots[0].controller.update(force=True)
             raw.robots[0].controller.reset_goal()
             self._resumes = False
-        for substep in range(self._substeps):
-            raw.sim.forward()
-            raw._pre_action(action, policy_step=substep == 0)
-            raw.sim.step()
+        with self._solving_again():
+            for substep in range(self._substeps):
+                self._mujoco.mj_forward(self.model, self.data)
+                raw._pre_action(action, policy_step=substep == 0)
+                self._mujoco.mj_step2(self.model, self.data)
         return bool(raw._check_success())
+
+    @contextmanager
+    def _solving_again(self) -> Iterator[None]:
+        """Have the controller's own forward pass start behind kinematics and contacts, which are up to date.
+
+        The solver has to run again: its result is the warm start of the step's.
+        """
+        mujoco, sim = self._mujoco, self.raw.sim
+        sim.forward = partial(mujoco.mj_forwardSkip, self.model, self.data, mujoco.mjtStage.mjSTAGE_VEL, 0)
+        try:
+            yield
+        finally:
+            del sim.forward
 
     def _proprioception(self) -> np.ndarray:
         robot, data = self.raw.robots[0], self.data

@@ -18,10 +18,10 @@ def lift(robosuite_env):
     return robosuite_env("lift_wide")
 
 
-def trajectory(env, seed, observed=False):
+def trajectory(env, seed, observed=False, actions=ACTIONS):
     env.reset_blindly(seed=seed)
     states = [env.simulator_state()]
-    for action in ACTIONS:
+    for action in actions:
         env.step_blindly(action)
         if observed:
             env.observe()
@@ -58,10 +58,12 @@ def test_a_step_is_robosuites_own_step(robosuite_env):
     with global_seed(5):
         stock.reset()
     expected = [stock.sim.get_state().flatten()]
-    for action in ACTIONS:
+    actions = [*ACTIONS, *[np.array([0, 0, -1, 0, 0, 0, 1.0])] * 24]  # until the hand pushes the table
+    for action in actions:
         stock.step(action)
         expected.append(stock.sim.get_state().flatten())
-    assert np.array_equal(trajectory(env, seed=5), np.stack(expected))
+    assert np.array_equal(trajectory(env, seed=5, actions=actions), np.stack(expected))
+    assert 0 < stock.sim.data.get_site_xpos("gripper0_grip_site")[2] - 0.8 < 0.03
 
 
 def test_resetting_leaves_the_callers_random_numbers_alone(lift):
