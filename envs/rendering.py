@@ -8,6 +8,7 @@ import importlib.metadata
 import logging
 import os
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -27,6 +28,8 @@ BATCH = 32  # states whose frames are drawn before the first pixel is read
 MAX_CAMERAS = 4  # for which a batch has room
 
 MjModel = MjData = Any  # mujoco is a compiled module without type stubs
+
+_OF_THREAD = threading.local()
 
 
 @dataclass(frozen=True)
@@ -277,15 +280,28 @@ class CameraRig:
             self._model.geom_group[:] = groups
 
 
+def _gl_context() -> Any:
+    """Return the OpenGL context of this thread, in which each environment has buffers of its own.
+
+    A context for each environment would compile the driver's shaders again (0.3 s with a software renderer),
+    and a GPU would change between them.
+    """
+    context = getattr(_OF_THREAD, "context", None)
+    if context is None:
+        context = _OF_THREAD.context = load_mujoco().GLContext(8, 8)  # drawn into are buffers alone
+        atexit.register(context.free)  # before EGL itself shuts down
+    return context
+
+
 class _Screen:
-    """An off-screen buffer with its OpenGL context."""
+    """An off-screen buffer in its OpenGL context."""
 
     def __init__(self, model: MjModel, size: int, hidden_groups: tuple[int, ...]) -> None:
         mujoco = load_mujoco()
         self._mujoco, self._model = mujoco, model
         model.vis.global_.offwidth = model.vis.global_.offheight = size  # the buffer has the frame's size
         with explained_back_end():
-            self._context = mujoco.GLContext(size, size)
+            self._context = _gl_context()
             self._context.make_current()
             self._buffer = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_100)
         self._scene = mujoco.MjvScene(model, maxgeom=10_000)
@@ -344,12 +360,11 @@ class _Screen:
         mujoco.mjr_render(self._viewport, self._scene, self._buffer)
 
     def close(self) -> None:
-        """Free buffer and context, in this order and in this context: ids are shared by all contexts."""
+        """Free the buffer, in its context: ids are shared by all contexts."""
         self._context.make_current()
         if self._pixels is not None:
             self._pixels.free()
         self._buffer.free()
-        self._context.free()
 
 
 def _has_pixel_buffers() -> bool:

@@ -5,6 +5,7 @@ import importlib.metadata
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -231,12 +232,35 @@ def test_a_driver_that_gives_no_context_is_one_error_of_ours(monkeypatch):
 
     env = envs.make("lift", 0, frame_size=16)
     monkeypatch.setattr("mujoco.egl.GLContext", broken)
-    with pytest.raises(
-        RuntimeError, match=r"rendering cannot start .*AttributeError: .*eglQueryString"
-    ) as failed:
-        env.reset(seed=0)
+    with (
+        ThreadPoolExecutor(1) as thread,  # which has no context yet
+        pytest.raises(
+            RuntimeError, match=r"rendering cannot start .*AttributeError: .*eglQueryString"
+        ) as failed,
+    ):
+        thread.submit(env.reset, seed=0).result()
     env.close()
     assert is_own_error(failed.value)
+
+
+def test_environments_of_a_thread_share_one_context_and_show_what_they_show_alone(monkeypatch):
+    made, create = [], rendering.load_mujoco().GLContext
+    monkeypatch.setattr("mujoco.egl.GLContext", lambda *size: made.append(size) or create(*size))
+
+    def show(*sizes):
+        """Return what environments show when the last one is open, after the others have shown it."""
+        opened = [envs.make("lift", 0, frame_size=size, rendering="fast") for size in sizes]
+        frames = [env.reset(seed=0)[0]["pixels"]["image"] for env in opened]
+        assert np.array_equal(opened[0].observe()["pixels"]["image"], frames[0])
+        for env in opened:
+            env.close()
+        return frames
+
+    with ThreadPoolExecutor(1) as thread:
+        small, large = thread.submit(show, 16, 40).result()
+    assert len(made) == 1
+    assert np.array_equal(small, show(16)[0])
+    assert np.array_equal(large, show(40)[0])
 
 
 def test_unknown_profiles_and_tiny_frames_are_refused():
