@@ -5,6 +5,7 @@ Heavy imports stay inside the fixtures: pytest-xdist's controller reads this fil
 
 import gc
 import importlib.metadata
+import sys
 from functools import cache
 
 import pytest
@@ -17,6 +18,7 @@ register_groups()  # composed configs need the generated options
 ConfigStore.__deepcopy__ = lambda self, memo: self
 # diffusers and transformers each read the files of all installed packages
 importlib.metadata.packages_distributions = cache(importlib.metadata.packages_distributions)
+FROZEN: dict[str, int] = {}  # number of modules that the collector no longer walks through
 gc.disable()  # until all is imported: the collector would walk through the imported modules again and again
 
 
@@ -28,6 +30,14 @@ def pytest_collectstart():
 def pytest_collection_finish():
     gc.freeze()
     gc.enable()
+
+
+def pytest_runtest_teardown():
+    # robosuite collects garbage whenever a simulator is closed, in all modules that tests have imported
+    if len(sys.modules) > FROZEN.get("modules", 0) + 100:
+        FROZEN["modules"] = len(sys.modules)
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ import torch
 
 from envs.demos.states import read_states
 from envs.posed_views import write_demonstrations
-from tests.policies import TEXT_ENCODER
+from tests.policies import SMALL_ENCODERS
 from vega_policy.analysis import FutureSettings, decode
 from vega_policy.analysis.features import UNTRAINED
 from vega_policy.analysis.linear_probes import (
@@ -181,7 +181,7 @@ def write_stub(folder, *, processes, file, tasks, **spec):
 
 BASE = {
     "prior": {"name": "wan_tiny", "clip": "future", "layer": [2, 5]},
-    "backbone": {"pretrained": False, "text_encoder": TEXT_ENCODER, "width": 32, "heads": 2, "depth": 1},
+    "backbone": {"width": 32, "heads": 2, "depth": 1, **SMALL_ENCODERS},
     "scenes": {"name": "s", "suite": "libero_spatial"},
     "output_dir": "x",
     "measure": "future",
@@ -191,6 +191,7 @@ BASE = {
 
 
 def test_a_run_writes_a_table_of_all_encoders_and_resumes_from_its_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("vega_policy.analysis.linear_probes.RESAMPLES", 100)
     prior = BASE["prior"] | {"path": str(ASSETS / "wan_tiny_future")}
     (tmp_path / "stub.safetensors").write_bytes(b"states")
     future = {"states": str(tmp_path), "suites": ["stub"], "tasks": [0, 1, 2], "episodes_per_task": 2}

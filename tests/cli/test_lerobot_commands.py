@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from lerobot.scripts import lerobot_eval, lerobot_train
 from lerobot.utils.import_utils import register_third_party_plugins
 from safetensors.torch import load_file
 
+from envs.robosuite import TASKS
 from tests.base_checkpoints import write_base
 from tests.policies import SMALL_ENCODERS
 from tests.synthetic_dataset import REPO_ID, write_dataset
@@ -93,6 +95,9 @@ def train_and_evaluate(call: Callable[..., object], folder: Path, policy: Sequen
 
 def test_lerobots_trainer_and_evaluator_run_the_policy(tmp_path, monkeypatch):
     mains = {"lerobot-train": lerobot_train.main, "lerobot-eval": lerobot_eval.main}
+
+    short = replace(TASKS["lift_wide"], horizon=8)  # two chunks
+    monkeypatch.setitem(TASKS, "lift_wide", short)
 
     def call(command, *arguments):
         monkeypatch.setattr(sys, "argv", [command, *arguments])
