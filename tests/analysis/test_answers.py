@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
-from tests.policies import TEXT_ENCODER
+from tests.policies import SMALL_ENCODERS
 from tests.synthetic_scenes import scenes
 from vega_policy.analysis import decode
 from vega_policy.analysis.features import FeatureCache, Features
@@ -59,11 +59,11 @@ SMALL = BackboneConfig(
     width=32,
     depth=0,
     heads=2,
-    pretrained=False,
-    text_encoder=TEXT_ENCODER,
     freeze_image_encoder=True,
     freeze_text_encoder=True,
+    **SMALL_ENCODERS,
 )
+CHANNELS = 48  # of the image encoder
 CONFIG = qa_model_config(SMALL, FusionConfig(), 64, 4)
 PRIOR = PriorConfig(name="random", seed=3)
 TRAINING = QATraining(steps=3, scenes=4, questions=4)
@@ -81,11 +81,11 @@ def test_a_planted_count_is_read_in_unseen_scenes_and_guessed_without_vision():
     asked = [
         Question(scene, "object_count", "How many?", options, choice=str(scene % 4)) for scene in range(64)
     ]
-    planted = torch.zeros(64, 4, 112, *GRID)
+    planted = torch.zeros(64, 4, CHANNELS, *GRID)
     for scene in range(64):
         planted[scene, :, scene % 4] = 3.0
     features, codec = Features(planted, None), AnswerCodec(asked[:48])
-    training = QATraining(steps=80, scenes=32, learning_rate=3e-3)
+    training = QATraining(steps=80, scenes=16, learning_rate=3e-3)
     accuracy = {}
     for name, shown in {"seeing": features, "blind": features.mean()}.items():
         model, _ = train_qa_model(CONFIG, codec, codec.encode(asked[:48]), shown, training)
@@ -116,7 +116,7 @@ def test_the_fused_model_finds_answers_planted_in_the_priors_tokens():
     parts = [[q for q in part if q.kind in kinds] for part in (questions.train, questions.test)]
     backbone = BackboneConfig(**{**vars(SMALL), "width": 128, "heads": 4})
     codec = AnswerCodec(parts[0])
-    features = Features(torch.zeros(len(shown), 1, 112, 8, 8), planted_prior(shown)[:, :1])
+    features = Features(torch.zeros(len(shown), 1, CHANNELS, 8, 8), planted_prior(shown)[:, :1])
     config = replace(qa_model_config(backbone, FusionConfig(), 128, 1), prior=PriorConfig(name="random"))
     model, _ = train_qa_model(config, codec, codec.encode(parts[0]), features, QATraining())
     scores, chance = scored(model, codec, parts[1], features), chance_scores(*parts)
@@ -145,7 +145,7 @@ def counted(labels):
         Question(scene, "object_count", "How many?", ("0", "1"), choice=str(label), objects=("bowl",))
         for scene, label in enumerate(labels)
     ]
-    planted = torch.zeros(len(asked), 4, 112, *GRID)
+    planted = torch.zeros(len(asked), 4, CHANNELS, *GRID)
     planted[::2, :, 0] = 1.0
     return asked, Features(planted, None)
 
@@ -179,7 +179,7 @@ def test_answers_do_not_depend_on_the_other_questions_of_the_batch():
         Question(index % 3, "object_count", f"How many of {index}?", ("0", "1"), choice="0")
         for index in range(8)
     ]
-    features = Features(torch.randn(3, 4, 112, *GRID, generator=torch.Generator().manual_seed(0)), None)
+    features = Features(torch.randn(3, 4, CHANNELS, *GRID, generator=torch.Generator().manual_seed(0)), None)
     codec = AnswerCodec(asked)
     model = SpatialQAModel(CONFIG, 2, features).eval()
     with torch.no_grad():
@@ -190,7 +190,7 @@ def test_answers_do_not_depend_on_the_other_questions_of_the_batch():
 
 
 def test_frozen_encoders_stay_frozen_and_the_rest_is_trained():
-    features = Features(torch.randn(2, 4, 112, *GRID), torch.randn(2, 4, 256, *GRID))
+    features = Features(torch.randn(2, 4, CHANNELS, *GRID), torch.randn(2, 4, 256, *GRID))
     model = SpatialQAModel(replace(CONFIG, prior=PriorConfig(name="random")), 3, features)
     learning = {
         name.split(".")[1] if name.startswith("encoder") else name.split(".")[0]
@@ -414,7 +414,7 @@ def write_synthetic(folder, count, **_):
 
 QUESTIONS = {
     "prior": {"name": "wan_tiny"},
-    "backbone": {name: getattr(SMALL, name) for name in ("width", "heads", "pretrained", "text_encoder")}
+    "backbone": {"width": SMALL.width, "heads": SMALL.heads, **SMALL_ENCODERS}
     | {"freeze_image_encoder": True, "freeze_text_encoder": True},
     "scenes": {"name": "s", "suite": "libero_spatial"},
     "output_dir": "x",

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.policies import TEXT_ENCODER
+from tests.policies import SMALL_ENCODERS
 from tests.synthetic_scenes import scenes
 from vega_policy.analysis import decode
 from vega_policy.analysis.features import (
@@ -38,11 +38,10 @@ SMALL = BackboneConfig(
     width=32,
     depth=1,
     heads=2,
-    pretrained=False,
-    text_encoder=TEXT_ENCODER,
     freeze_image_encoder=True,
     freeze_text_encoder=True,
     latents=4,
+    **SMALL_ENCODERS,
 )
 
 
