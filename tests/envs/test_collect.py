@@ -48,7 +48,7 @@ SETTINGS = CollectionSettings(
     episodes_per_task=3,
     episodes_per_shard=1,
     frame_size=32,
-    demonstrator=Demonstrator(noise=0.2),
+    demonstrator=Demonstrator(noise=0.2, options=DemonstrationOptions(follow_through=False)),
 )
 
 
@@ -190,7 +190,7 @@ def test_a_dataset_from_before_a_setting_existed_has_its_default(root, tmp_path,
     with caplog.at_level(logging.INFO):
         collect(SETTINGS, folder, processes=1)
     assert "nothing to collect" in caplog.text
-    other = Demonstrator(noise=0.2, options=DemonstrationOptions(missed_fraction=0.5))
+    other = Demonstrator(0.2, options=DemonstrationOptions(follow_through=False, missed_fraction=0.5))
     with pytest.raises(ValueError, match=r"missed_fraction \(stored: 0\.0, received: 0\.5\)"):
         collect(replace(SETTINGS, demonstrator=other), folder, processes=1)
 
@@ -505,6 +505,7 @@ def test_the_script_skips_a_finished_dataset_and_reports_errors_in_one_line(root
         "episodes_per_task=3",
         "episodes_per_shard=1",
         "demonstrator.noise=0.2",
+        "demonstrator.options.follow_through=false",
     ]
     collect_command([*arguments, "env.frame_size=32"])
     printed = capsys.readouterr().out

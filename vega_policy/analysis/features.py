@@ -511,7 +511,7 @@ class FeatureCache:
         for start in tqdm(range(0, len(frames), BATCH), f"Encoding: {label}", unit="batch"):
             part = frames_to_float(frames[start : start + BATCH]).to(self.device)
             maps.append(encode(resize(part, self.frame_size, self.frame_size)))
-        # In the memory format of cached ones, so that their sums, which name cached models, are the same bits.
+        # In the memory format of cached ones: their sums, which name cached models, are then the same bits.
         features = torch.cat(maps).unflatten(0, (-1, len(self.scenes[0].views))).contiguous()
         if path is not None:
             with atomic_file(path) as draft, draft.open("wb") as file:
