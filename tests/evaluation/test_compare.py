@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from omegaconf import OmegaConf
+from pyarrow import parquet
 
 from vega_policy.cli.commands import compare
 from vega_policy.evaluation.compare import (
@@ -413,3 +414,72 @@ def test_pooled_states_of_two_suites_are_one_sample(main_pair):
     (main_pair / "none/seed_0/libero_object/episodes.parquet").unlink()
     (main_pair / "none/seed_1/libero_object/episodes.parquet").unlink()
     assert difference(one(main_pair / "wan"), one(main_pair / "none"), "LIBERO pooled") is None
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "count"), [("partial_displacement", "partial_none", 5), ("none", "standard_only", 10)]
+)
+def test_the_interval_over_tasks_is_that_of_the_means_of_the_raw_episodes(
+    first, second, count, monkeypatch, capsys, tmp_path
+):
+    means = []
+    for suite in (f"{name}_swap" for name in LIBERO):
+        sides = []
+        for policy in (first, second):
+            table = parquet.read_table(RESULTS / f"layouts/{policy}/seed_0/{suite}/episodes.parquet")
+            solved = np.zeros((10, 10))
+            for row in table.to_pylist():
+                solved[row["task_index"], row["index"]] = row["success"]
+            sides.append(solved[:, :count])
+        means += list((sides[0] - sides[1]).mean(axis=1))
+    center, margin = np.mean(means), 2.022691 * np.std(means, ddof=1) / 40**0.5  # t for 39 degrees of freedom
+    line = (
+        f"LIBERO pooled swap, over 40 tasks: {100 * center:+.1f} [{100 * (center - margin):+.1f}, "
+        f"{100 * (center + margin):+.1f}]; tasks better : worse "
+        f"{sum(mean > 0 for mean in means)}:{sum(mean < 0 for mean in means)}."
+    )
+    folders, file = [RESULTS / "layouts" / name for name in (first, second)], tmp_path / "numbers.json"
+    assert line in run(monkeypatch, capsys, *folders, f"json={file}").splitlines()
+    assert f"\n\n{line}\n\n" in run(monkeypatch, capsys, *folders, "markdown=true")
+    rows = json.loads(file.read_text())["difference_to_reference"][first]
+    pooled = rows["LIBERO pooled swap"]
+    over_tasks = [pooled["over_tasks"][name] for name in ("difference", "low", "high")]
+    assert over_tasks == pytest.approx([center, center - margin, center + margin], abs=1e-6)
+    assert pooled["difference"] == pytest.approx(center)
+    assert over_tasks[1] < pooled["low"] < pooled["high"] < over_tasks[2]
+    assert rows["libero_10_swap"]["over_tasks"]["tasks"] == 10
+    assert rows["LIBERO average swap"]["over_tasks"] is None
+
+
+def test_seeds_are_averaged_within_a_task_and_a_suite_alone_has_its_own_line(tmp_path, monkeypatch, capsys):
+    """Six tasks of two states under two seeds; task 0 is gained in both seeds, task 1 in one of them."""
+    gained = {"seed_0": (0, 6, 1, 7), "seed_1": (0, 6)}
+    for seed, episodes in gained.items():
+        write(tmp_path / "new" / seed / "lift", [i in episodes for i in range(12)], tasks=6)
+        write(tmp_path / "old" / seed / "lift", [False] * 12, tasks=6)
+    margin = 2.570582 * np.std([1, 0.5, 0, 0, 0, 0], ddof=1) / 6**0.5  # t for 5 degrees of freedom
+    low, high = 100 * (0.25 - margin), 100 * (0.25 + margin)
+    line = f"over 6 tasks: +25.0 [{low:+.1f}, {high:+.1f}]; tasks better : worse 2:0."
+    assert f"lift, {line}" in run(monkeypatch, capsys, tmp_path / "new", tmp_path / "old").splitlines()
+    shutil.copytree(tmp_path / "old", tmp_path / "third")
+    many = run(monkeypatch, capsys, *(tmp_path / name for name in ("third", "new", "old"))).splitlines()
+    assert f"lift, new against old, {line}" in many
+    assert (
+        "lift, third against old, over 6 tasks: +0.0 in every task, no interval; tasks better : worse 0:0."
+        in many
+    )
+    pair = [tmp_path / name / "seed_0/lift" for name in ("new", "old")]
+    printed, file = run(monkeypatch, capsys, *pair, f"json={tmp_path / 'pair.json'}"), tmp_path / "pair.json"
+    margin = 100 * 2.570582 * np.std([1, 1, 0, 0, 0, 0], ddof=1) / 6**0.5
+    assert f"all, over 6 tasks: +33.3 [{100 / 3 - margin:+.1f}, {100 / 3 + margin:+.1f}]" in printed
+    assert json.loads(file.read_text())["tasks"]["all"]["over_tasks"]["better"] == 2
+
+
+def test_fewer_than_five_tasks_have_no_interval_over_tasks(main_pair, monkeypatch, capsys):
+    for suite in LIBERO[1:]:
+        for seed in ("seed_0", "seed_1"):
+            (main_pair / f"none/{seed}/{suite}/episodes.parquet").unlink()
+    assert "over tasks" not in run(monkeypatch, capsys, main_pair / "wan", main_pair / "none")
+    pair = [main_pair / policy / "seed_0/libero_spatial" for policy in ("wan", "none")]
+    assert compare_runs(*pair)["all"]["over_tasks"] is None
+    assert "over tasks" not in run(monkeypatch, capsys, *pair)

@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import binomtest
+from scipy.stats import binomtest, ttest_1samp
 
 from vega_policy.evaluation.stats import (
     Interval,
+    TaskDifference,
+    difference_over_tasks,
     interval_of_mean,
     mcnemar_exact,
     mean_of_groups,
@@ -15,6 +17,7 @@ from vega_policy.evaluation.stats import (
     paired_interval,
     repeated_wilson_interval,
     sign_flip_exact,
+    student_interval,
     wilson_interval,
 )
 
@@ -183,3 +186,54 @@ def test_a_mean_of_nothing_is_refused():
         interval_of_mean([], [])
     with pytest.raises(ValueError, match=r"got \[0, 4\]"):
         repeated_wilson_interval(np.ones((0, 4), bool))
+
+
+def test_students_interval_of_five_values_is_the_textbook_one():
+    values = np.array([0.1, 0.2, 0.3, 0.4, 0.5])
+    margin = 2.776445 * 0.025**0.5 / 5**0.5  # the table's quantile for 4 degrees of freedom
+    assert student_interval(values) == pytest.approx((0.3 - margin, 0.3 + margin), abs=1e-6)
+    with pytest.raises(ValueError, match=r"n >= 2, got shape \[1\]"):
+        student_interval(values[:1])
+
+
+def test_a_task_counts_once_whatever_its_states_and_seeds():
+    # Five tasks of 2, 2, 2, 4 and 1 states under two seeds; their means are 1, 1/2, 0, -1/4 and 1.
+    tasks = list("aabbccdddde")
+    changes = np.array([[1, 1, 1, 0, 1, -1, -1, 0, 0, 0, 1], [1, 1, 0, 1, 0, 0, 0, -1, 0, 0, 1]])
+    value = difference_over_tasks(changes, tasks)
+    expected = ttest_1samp([1, 0.5, 0, -0.25, 1], 0).confidence_interval(0.95)
+    assert value == TaskDifference(5, pytest.approx(0.45), pytest.approx(expected.low), 1.0, 3, 1)
+    assert expected.high > 1  # clipped to what a difference can be
+    assert difference_over_tasks(changes[:, 2:], tasks[2:]) is None  # four tasks
+
+
+def test_states_of_a_task_that_repeat_each_other_narrow_only_the_interval_over_episodes():
+    tasks, once = np.array(list("abcdefgh")), np.array([[1, 1, 1, 0, 0, 0, 0, -1]])
+    single, tenfold = (difference_over_tasks(once.repeat(n, axis=1), list(tasks.repeat(n))) for n in (1, 10))
+    assert tenfold == single
+    assert tenfold is not None
+    over_episodes = paired_interval(once[0].repeat(10))
+    assert tenfold.high - tenfold.low > 2.5 * (over_episodes.high - over_episodes.low)
+    mixed = np.tile([1, 1, 1, 0, 0, 0, 0, -1], 8)[None]  # the same outcomes in every task
+    alike = difference_over_tasks(mixed, list(tasks.repeat(8)))
+    assert alike == TaskDifference(8, 0.25, None, None, 8, 0)
+    assert alike.describe("all") == (
+        "all, over 8 tasks: +25.0 in every task, no interval; tasks better : worse 8:0."
+    )
+
+
+def test_one_task_whose_states_all_end_alike_widens_the_interval_over_tasks():
+    tasks = [name for name in "abcdefgh" for _ in range(8)]
+    spread = np.zeros((8, 8), int)
+    spread[range(8), range(8)] = 1  # one state in each task ...
+    spread[0, 1] = 1  # (and a second one, so that the tasks differ)
+    together = np.zeros((8, 8), int)
+    together[0] = 1  # ... or all states of one task
+    together[1, 0] = 1
+    narrow, wide = (difference_over_tasks(of.reshape(1, -1), tasks) for of in (spread, together))
+    over_episodes = [paired_interval(of.reshape(-1).astype(float)) for of in (spread, together)]
+    assert over_episodes[0] == over_episodes[1]
+    assert narrow is not None
+    assert wide is not None
+    assert narrow.difference == wide.difference
+    assert narrow.high - narrow.low < over_episodes[0].high - over_episodes[0].low < wide.high - wide.low

@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 import pyarrow
 import pyarrow.parquet
-from scipy.stats import t
 
 from vega_policy.analysis.linear_probes import Estimate, difference, estimate, format_estimate
 from vega_policy.data.scenes import Scene, SceneObject
 from vega_policy.evaluation.report import Paragraph, Table
+from vega_policy.evaluation.stats import student_interval
 
 KINDS = (
     "object_count",
@@ -491,9 +491,7 @@ class QAScores:
         gains = np.array(list(self.seed_gains(first, second, kind).values()))
         if len(gains) < FEWEST_SEEDS:
             return None
-        center = float(gains.mean())
-        margin = float(t.ppf(0.975, len(gains) - 1) * gains.std(ddof=1) / math.sqrt(len(gains)))
-        return Estimate(center, center - margin, center + margin)
+        return Estimate(float(gains.mean()), *student_interval(gains))
 
     def known(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
         """Return the pairs of models that both have scores."""

@@ -19,12 +19,15 @@ from vega_policy.evaluation.episodes import (
     read_episodes,
 )
 from vega_policy.evaluation.stats import (
+    TaskDifference,
+    difference_over_tasks,
     interval_of_mean,
     mean_of_tasks,
     paired_difference,
     paired_interval,
     repeated_wilson_interval,
     sign_flip_exact,
+    student_interval,
 )
 from vega_policy.run_dir import SETTINGS, read_json
 
@@ -72,7 +75,8 @@ def compare_runs(
 ) -> dict[str, dict[str, Any]]:
     """Compare two evaluations, or two ablations of one, episode by episode.
 
-    Returns `stats.paired_difference` of each task, and under `all` of all of them; see `pair_episodes`.
+    Returns `stats.paired_difference` of each task, and under `all` of all of them, there also `over_tasks`:
+    `stats.difference_over_tasks`, or None; see `pair_episodes`.
 
     Raises:
         FileNotFoundError: If a folder holds no finished episode.
@@ -85,7 +89,11 @@ def compare_runs(
     for a, b in zip(pairing.first, pairing.second, strict=True):
         rows.setdefault(a.task, []).append((a.success, b.success))
     rows["all"] = [pair for pairs in rows.values() for pair in pairs]
-    return {task: paired_difference(*zip(*pairs, strict=True)) for task, pairs in rows.items()}
+    comparison = {task: paired_difference(*zip(*pairs, strict=True)) for task, pairs in rows.items()}
+    changes = [a.success - b.success for a, b in zip(pairing.first, pairing.second, strict=True)]
+    over_tasks = difference_over_tasks(np.array([changes]), [result.task for result in pairing.first])
+    comparison["all"]["over_tasks"] = over_tasks and asdict(over_tasks)
+    return comparison
 
 
 def comparison_notes(
@@ -111,6 +119,8 @@ def comparison_notes(
 
 def comparison_table(comparison: dict[str, dict[str, Any]], *, markdown: bool = False) -> str:
     """Return a comparison of two evaluations as text or Markdown, a line for each task and one for all."""
+    over_tasks = comparison["all"]["over_tasks"]
+    notes = [TaskDifference(**over_tasks).describe("all"), _TASKS] if over_tasks else []
     chosen = comparison if len(comparison) > 2 else {"all": comparison["all"]}
     rows = [
         (
@@ -126,14 +136,16 @@ def comparison_table(comparison: dict[str, dict[str, Any]], *, markdown: bool = 
     ]
     if markdown:
         head = ("task", "episodes", "first, %", "second, %", "difference [95% interval]", "McNemar p")
-        return _markdown_table([head, *((*row[:4], f"{row[4]} {row[5]}", row[6]) for row in rows)])
+        table = _markdown_table([head, *((*row[:4], f"{row[4]} {row[5]}", row[6]) for row in rows)])
+        return "\n\n".join([table, *notes])
     width = max(len(task) for task in ("task", *chosen))
     head = ("task", "episodes", "first", "second", "difference", "95% interval", "McNemar p")
     lines = [head, *((*row[:2], *(f"{percent}%" for percent in row[2:5]), *row[5:]) for row in rows)]
-    return "\n".join(
+    table = (
         f"{task:<{width}} {n:>8} {one:>7} {two:>7} {change:>11}   {interval:<16} {p}"
         for task, n, one, two, change, interval, p in lines
     )
+    return "\n".join([*table, *notes])
 
 
 def _differing_conditions(
@@ -390,6 +402,7 @@ class Difference:
     p: float | None  # exact, a state's episodes of all seeds kept together; None for a mean of suites
     by_seed: dict[str, float]
     seed_deviation: float | None  # standard deviation of `by_seed`; None for a single seed
+    over_tasks: TaskDifference | None  # None for few tasks, and for a mean of suites
 
 
 def success(policy: PolicyRuns, row: str) -> Success | None:
@@ -421,11 +434,12 @@ def difference(first: PolicyRuns, second: PolicyRuns, row: str) -> Difference | 
     seeds = _common_seeds([first, second], suites)
     if not seeds or (row in POOLED and len(suites) < 2):
         return None
-    one, two = [], []
+    one, two, tasks = [], [], []
     for suite in suites:
         pairings = [_pair_policies(first, second, (seed, suite)) for seed in seeds]
         one.append(_solved(first, suite, {seed: p.first for seed, p in zip(seeds, pairings, strict=True)}))
         two.append(_solved(second, suite, {seed: p.second for seed, p in zip(seeds, pairings, strict=True)}))
+        tasks += [f"{suite}/{result.task}" for result in pairings[0].first]
     if row in POOLED:
         one, two = [np.concatenate(one, axis=1)], [np.concatenate(two, axis=1)]
     changes = [a.astype(int) - b.astype(int) for a, b in zip(one, two, strict=True)]  # each [k n]
@@ -445,6 +459,7 @@ def difference(first: PolicyRuns, second: PolicyRuns, row: str) -> Difference | 
         p=sign_flip_exact(changes[0].sum(axis=0)) if len(changes) == 1 else None,
         by_seed=by_seed,
         seed_deviation=float(np.std(list(by_seed.values()), ddof=1)) if len(seeds) > 1 else None,
+        over_tasks=difference_over_tasks(changes[0], tasks) if len(changes) == 1 else None,
     )
 
 
@@ -543,6 +558,10 @@ _METHOD = (
     "Averages weigh their suites alike; theirs are Zou and Donner's. Pooled: the states of all suites that "
     "both policies have, as one sample."
 )
+_TASKS = (
+    "An interval over episodes is for these tasks again, from states like these; one over tasks is for other "
+    "tasks of the kind (Student's, of the tasks' mean differences, which weigh alike)."
+)
 _MCNEMAR = "McNemar: exact p (episodes that only the first solved : only the second)."
 _OWN_SEEDS = "Success is over all seeds of a policy, a difference over the seeds that both policies have."
 _ONE_SEED = "With one training seed the intervals do not cover how another training run would come out."
@@ -612,7 +631,9 @@ def _notes(comparison: Comparison) -> list[str]:
     *others, reference = comparison.policies
     values = [value for rows in comparison.differences.values() for value in rows.values()]
     repeated = any(len(value.by_seed) > 1 for value in values)
-    notes = [f"{_METHOD} {_MCNEMAR if len(others) == 1 else _OWN_SEEDS}", _SEEDS if repeated else _ONE_SEED]
+    over_tasks = _lines_over_tasks(comparison)
+    notes = [*over_tasks, f"{_METHOD} {_MCNEMAR if len(others) == 1 else _OWN_SEEDS}"]
+    notes += [*([_TASKS] if over_tasks else []), _SEEDS if repeated else _ONE_SEED]
     for policy in others:
         for here, there in ((policy, reference), (reference, policy)):
             if missing := _missing(here, there):
@@ -628,6 +649,21 @@ def _notes(comparison: Comparison) -> list[str]:
         )
         notes += _notes_on_averages(comparison, policy)
     return notes
+
+
+def _lines_over_tasks(comparison: Comparison) -> list[str]:
+    """Return the difference over tasks of each pooled row, and of the suites that are pooled in none."""
+    *others, reference = comparison.policies
+    lines = []
+    for name, rows in comparison.differences.items():
+        versus = "" if len(others) == 1 else f", {name} against {reference.name}"
+        pooled = {suite for row in POOLED.keys() & rows.keys() for suite in POOLED[row]}
+        lines += [
+            value.over_tasks.describe(row + versus)
+            for row, value in rows.items()
+            if value.over_tasks and row not in pooled
+        ]
+    return lines
 
 
 def _notes_on_averages(comparison: Comparison, policy: PolicyRuns) -> list[str]:
@@ -703,10 +739,7 @@ def compare_open_loop(first: Path, second: Path) -> str:
 
 def _describe_interval(differences: np.ndarray) -> str:
     """Return the interval of the mean of differences [e], or why there is none."""
-    from scipy.stats import t
-
-    count = len(differences)
-    if count < 2:
+    if len(differences) < 2:
         return "(one episode)"
-    center, margin = differences.mean(), t.ppf(0.975, count - 1) * differences.std(ddof=1) / np.sqrt(count)
-    return f"[{center - margin:+.4g}, {center + margin:+.4g}]"
+    interval = student_interval(differences)
+    return f"[{interval.low:+.4g}, {interval.high:+.4g}]"

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.stats import binomtest
+from scipy.stats import binomtest, t
+
+MIN_TASKS = 5
+"""Fewer tasks have no interval over tasks."""
 
 
 class Interval(NamedTuple):
@@ -72,6 +76,60 @@ def paired_interval(differences: np.ndarray, confidence: float = 0.95) -> Interv
     center = float(padded.mean())
     margin = _quantile(confidence) * float(padded.std()) / math.sqrt(len(padded))
     return Interval(max(-1.0, center - margin), min(1.0, center + margin))
+
+
+def student_interval(values: np.ndarray) -> Interval:
+    """Return Student's 95% interval of the mean of independent values [n].
+
+    Raises:
+        ValueError: If there are fewer than two values.
+    """
+    if values.ndim != 1 or len(values) < 2:
+        raise ValueError(f"expected values [n] with n >= 2, got shape {list(values.shape)}")
+    center, error = float(values.mean()), float(values.std(ddof=1)) / math.sqrt(len(values))
+    margin = float(t.ppf(0.975, len(values) - 1)) * error
+    return Interval(center - margin, center + margin)
+
+
+@dataclass(frozen=True)
+class TaskDifference:
+    """Mean of the tasks' paired differences in success, first minus second; every task has one weight."""
+
+    tasks: int
+    difference: float  # in [-1, 1]
+    low: float | None  # of the 95% interval; None where all tasks have the same difference
+    high: float | None
+    better: int  # tasks that the first policy solved more often
+    worse: int
+
+    def describe(self, row: str) -> str:
+        """Return one sentence, in %, for a row of a table."""
+        change = f"{100 * self.difference:+.1f} in every task, no interval"
+        if self.low is not None and self.high is not None:
+            change = f"{100 * self.difference:+.1f} [{100 * self.low:+.1f}, {100 * self.high:+.1f}]"
+        return f"{row}, over {self.tasks} tasks: {change}; tasks better : worse {self.better}:{self.worse}."
+
+
+def difference_over_tasks(changes: np.ndarray, tasks: Sequence[str]) -> TaskDifference | None:
+    """Return the mean difference over tasks with Student's interval; None for fewer than `MIN_TASKS`.
+
+    The changes, int [k n], are first minus second policy by seed and initial state, and `tasks` [n] names the
+    states' tasks. The sample are the tasks, so the states of one task need not be independent.
+    """
+    names, places = np.unique(tasks, return_inverse=True)
+    if len(names) < MIN_TASKS:
+        return None
+    sums = np.bincount(places, weights=changes.sum(axis=0))  # exactly 0 for a task that is neither
+    means = sums / (np.bincount(places) * len(changes))
+    interval = student_interval(means) if np.ptp(means) > 0 else None
+    return TaskDifference(
+        tasks=len(names),
+        difference=float(means.mean()),
+        low=None if interval is None else max(-1.0, interval.low),
+        high=None if interval is None else min(1.0, interval.high),
+        better=int((sums > 0).sum()),
+        worse=int((sums < 0).sum()),
+    )
 
 
 def interval_of_mean(rates: Sequence[float], intervals: Sequence[Interval]) -> Interval:
