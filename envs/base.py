@@ -25,7 +25,7 @@ EVALUATION_SEED = 1_000_000
 
 LAYOUTS = ("standard", "random", "partial", "fixtures")
 """How LIBERO's scenes are laid out: as its problem files say, every object anywhere in reach, or as the files
-say but for a few changes (see `envs.layouts`)."""
+say but for a few changes, or for a fixture that moves (see `envs.layouts`)."""
 
 
 @dataclass(frozen=True)

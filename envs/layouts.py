@@ -192,6 +192,8 @@ class Layout:
         order = [groups[index] for index in self._rng.permutation(len(groups))]
         fixtures = [group for group in order if group.fixture]
         objects = [group for group in order if not group.fixture]
+        if self._kind == "fixtures" and not fixtures:  # their shapes are not known
+            return []
         share = 1.0 if self._kind == "fixtures" else WITH_FIXTURE
         changed = []
         if fixtures and self._rng.random() < share:

@@ -222,6 +222,8 @@ def test_a_layout_of_fixtures_moves_one_and_refuses_a_task_without(bowls, cans):
         ways = np.linalg.norm(bowls.model.body_pos[bowls._fixtures] - before, axis=1)
         moved.append(np.flatnonzero(ways > 0.05))
     assert all(map(len, moved)), moved
+    layout = layouts.Layout(bowls, np.random.default_rng(0), "fixtures", np.inf)
+    assert layout._chosen([layouts.Group(("plate_1",), is_wanted=True, is_mirrored=False)]) == []
     with pytest.raises(NoLayoutError, match=r"expected a task with a fixture.*got libero_object 0"):
         cans.reset_blindly(seed=0, options=FIXTURES)
 
