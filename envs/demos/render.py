@@ -169,10 +169,18 @@ def find_displacements(plan: Plan, processes: int) -> list[np.ndarray]:
         ValueError: If `processes` is less than 1.
         RuntimeError: If a process dies.
     """
-    with tqdm(total=len(plan.episodes), unit="episode", desc="Targets", smoothing=0.02) as bar:
-        results = _run(partial(_TargetFinder, plan), plan, processes, bar)
+    first_rows = _first_rows(plan)
+    once = replace(plan, episodes=[one for one in plan.episodes if first_rows[one.row] == one.row])
+    with tqdm(total=len(once.episodes), unit="episode", desc="Targets", smoothing=0.02) as bar:
+        results = _run(partial(_TargetFinder, once), once, processes, bar)
     by_row = {row: found for result in results for row, found in result.items()}
-    return [by_row[episode.row] for episode in plan.episodes]
+    return [by_row[first_rows[episode.row]] for episode in plan.episodes]
+
+
+def _first_rows(plan: Plan) -> dict[int, int]:
+    """Return for each episode, by its first row, that of the first episode equal to it."""
+    firsts: dict[str, int] = {}
+    return {one.row: firsts.setdefault(json.dumps(one.identity), one.row) for one in plan.episodes}
 
 
 def with_sources(plan: Plan, places: Mapping[str, tuple[Path, int]]) -> Plan:
@@ -213,15 +221,25 @@ def render_frames(
     """Render all frames of a plan into the file `target` [n v 3 h w]; return their sum by camera [3 h w].
 
     Finished episodes are recorded in the folder `notes` with a checksum of their frames; a second call
-    renders only the others. The number of processes does not change the frames; with 1 they are rendered in
-    this one. They are spread over the GPUs `egl_devices`; none leaves the choice to MuJoCo.
+    renders only the others. Equal episodes are rendered once, then copied. The number of processes does not
+    change the frames; with 1 they are rendered in this one. They are spread over the GPUs `egl_devices`; none
+    leaves the choice to MuJoCo.
 
     Raises:
         RuntimeError: If a rendering process dies.
     """
-    job = _RenderJob(plan, target, notes, _read_notes(notes), tuple(egl_devices))
+    first_rows, total = _first_rows(plan), np.zeros((), np.int64)
+    once = [episode for episode in plan.episodes if first_rows[episode.row] == episode.row]
+    copies = [
+        replace(episode, source=(target, first_rows[episode.row]))
+        for episode in plan.episodes
+        if first_rows[episode.row] != episode.row
+    ]
     with tqdm(total=plan.rows, unit="state", desc="Rendering", smoothing=0.02) as bar:
-        total = sum(_run(partial(_Renderer, job), plan, processes, bar), start=np.zeros((), np.int64))
+        for episodes in filter(None, (once, copies)):
+            part = replace(plan, episodes=episodes)
+            job = _RenderJob(part, target, notes, _read_notes(notes), tuple(egl_devices))
+            total = sum(_run(partial(_Renderer, job), part, processes, bar), start=total)
     return dict(zip(plan.cameras, total, strict=True))
 
 
@@ -298,11 +316,12 @@ def _run_in_pool[Result](
         processes, started, initializer=_start_worker, initargs=(worker, queue, count, numbers)
     )
     running: list[Future[Result]] = [pool.submit(_run_worker) for _ in range(processes)]
+    before = bar.n
     try:
         left: Any = running
         while left:
             done, left = wait(left, timeout=0.5, return_when=FIRST_EXCEPTION)
-            if new := count.value - bar.n:
+            if new := before + count.value - bar.n:
                 bar.update(new)
             for future in done:
                 future.result()

@@ -10,7 +10,7 @@ import torch
 
 import envs
 from envs.demos.planner_fixtures import displacements
-from envs.demos.render import find_displacements, plan_rendering, render_frames
+from envs.demos.render import find_displacements, plan_rendering, render_episode, render_frames
 from envs.demos.shards import Recording, dataset_features, dataset_frames
 from envs.demos.states import StateEpisode, read_states, write_states
 from tests.training_runs import tiny_policy
@@ -206,6 +206,26 @@ def test_frames_rendered_before_are_copied_into_a_joint_dataset(lift, rendering,
     key = {"repo_id": "vega/joint", **fingerprint_frames(joint)}
     copied = open_stream(cache, frames_stream(key, CAMERAS, SIZE), 2 * ROWS, None).numpy()
     assert np.array_equal(copied, np.concatenate([frames, frames]))
+
+
+def test_a_file_that_is_listed_twice_is_rendered_once(lift, rendering, tmp_path, monkeypatch):
+    (file, _), (_, frames, means) = lift, rendering
+    rendered, render_one = [], render_episode
+
+    def count(env, episode, stride):
+        rendered.append(episode.seed)
+        return render_one(env, episode, stride)
+
+    monkeypatch.setattr("envs.demos.render.render_episode", count)
+    options = {"frame_size": SIZE, "rendering": "fast", "cache_root": tmp_path / "cache", "processes": 1}
+    root = tmp_path / "twice"
+    render_states([file, file], root=root, repo_id="vega/twice", **options)
+    stream = frames_stream({"repo_id": "vega/twice", **fingerprint_frames(root)}, CAMERAS, SIZE)
+    twice = open_stream(tmp_path / "cache", stream, 2 * ROWS, None).numpy()
+    assert rendered == [1, 2]
+    assert np.array_equal(twice, np.concatenate([frames, frames]))
+    for camera, mean in open_mean_frames(tmp_path / "cache", stream).items():
+        np.testing.assert_allclose(mean, means[camera], atol=1e-4)
 
 
 @pytest.mark.slow

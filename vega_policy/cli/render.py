@@ -18,7 +18,7 @@ from vega_policy.cli import Command
 logger = logging.getLogger(__name__)
 
 FIELDS = """
-source: ??? # a dataset of vega-collect (its folder) and the new folder, or files of states (*.safetensors)
+source: ??? # a dataset of vega-collect and the new folder, or files of states (*.safetensors; repeats count)
 root: null # folder of the new dataset
 frame_size: 256 # height and width in pixels
 rendering: full # or fast: no shadows, reflections or anti-aliasing
