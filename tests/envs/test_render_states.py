@@ -14,6 +14,7 @@ from envs.demos.render import find_displacements, plan_rendering, render_episode
 from envs.demos.shards import Recording, dataset_features, dataset_frames
 from envs.demos.states import StateEpisode, read_states, write_states
 from tests.training_runs import tiny_policy
+from vega_policy.cli.render import render as render_command
 from vega_policy.cli.render import render_states
 from vega_policy.data.dataset import DatasetConfig, DatasetError, read_table
 from vega_policy.data.dataset_files import fingerprint_frames, read_info
@@ -429,3 +430,9 @@ def test_what_cannot_be_rendered_is_refused(lift, rendered, tmp_path, monkeypatc
     values = rendered | {"frame_size": SIZE, "rendering": "fast", "processes": 1} | change
     with pytest.raises(ValueError, match=message):
         render_states([lift[0]], **values)
+
+
+def test_a_folder_of_states_is_answered_with_the_pattern_of_its_files(lift, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["vega-render", str(lift[0].parent)])
+    with pytest.raises(SystemExit, match=r"name the files of that folder: .*/\*\.safetensors"):
+        render_command.main()

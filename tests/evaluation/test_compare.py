@@ -205,6 +205,9 @@ def test_policies_of_the_same_name_are_called_by_their_paths(tmp_path):
         write(tmp_path / place / "wan/seed_0/lift", first_of(4, 2))
     folders = [tmp_path / place / "wan" for place in ("x", "y")]
     assert [p.name for p in read_policies(folders, ["none", "none"])] == [str(folder) for folder in folders]
+    write(folders[0] / "seed_0/lift", first_of(4, 1), ablation="blind")
+    names = [policy.name for policy in read_policies(folders, ["blind", "none"])]
+    assert names == [f"{folders[0]} (blind)", str(folders[1])]
 
 
 def test_a_copied_evaluation_is_no_second_training(main_pair):

@@ -62,8 +62,10 @@ def render(config: DictConfig) -> str:
     if values["root"] is None and len(sources) == 2:
         values["root"] = sources.pop()
     if values["root"] is None or len(sources) != 1:
+        held = sources[0].is_dir() and sorted(sources[0].glob("*.safetensors"))
+        hint = f"; name the files of that folder: {sources[0]}/*.safetensors" if held else ""
         raise ValueError(
-            f"expected a dataset and a new folder, or files of states (*.safetensors); got {source}"
+            f"expected a dataset and a new folder, or files of states (*.safetensors); got {source}{hint}"
         )
     render_again = import_module("envs.demos.collect").render_again
     options = {name: values[name] for name in ("frame_size", "rendering", "video", "processes")}

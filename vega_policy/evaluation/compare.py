@@ -296,16 +296,16 @@ def evaluations_below(folder: Path) -> list[Path]:
 
 
 def read_policies(folders: Sequence[Path], ablations: Sequence[str]) -> list[PolicyRuns]:
-    """Read several policies, named by their folders' names, or by the paths where two names are the same.
+    """Read several policies, named by their folders' names, or by the paths where two have the same name.
 
     Raises:
         FileNotFoundError: If a folder holds no evaluation.
         ValueError: If two are one folder under one ablation; see `read_policy`.
     """
     _require_distinct(folders, ablations)
-    names = [folder.resolve().name for folder in folders]
-    pairs = list(zip(names, ablations, strict=True))
-    names = [str(folder) for folder in folders] if len(set(pairs)) < len(pairs) else names
+    paths = [folder.resolve() for folder in folders]
+    names = [path.name for path in paths]
+    names = [str(folder) for folder in folders] if len(set(names)) < len(set(paths)) else names
     names = [n if of == "none" else f"{n} ({of})" for n, of in zip(names, ablations, strict=True)]
     return [read_policy(*policy) for policy in zip(folders, ablations, names, strict=True)]
 
