@@ -169,18 +169,18 @@ def find_displacements(plan: Plan, processes: int) -> list[np.ndarray]:
         ValueError: If `processes` is less than 1.
         RuntimeError: If a process dies.
     """
-    first_rows = _first_rows(plan)
-    once = replace(plan, episodes=[one for one in plan.episodes if first_rows[one.row] == one.row])
+    once, first_rows = _without_repeats(plan)
     with tqdm(total=len(once.episodes), unit="episode", desc="Targets", smoothing=0.02) as bar:
         results = _run(partial(_TargetFinder, once), once, processes, bar)
     by_row = {row: found for result in results for row, found in result.items()}
     return [by_row[first_rows[episode.row]] for episode in plan.episodes]
 
 
-def _first_rows(plan: Plan) -> dict[int, int]:
-    """Return for each episode, by its first row, that of the first episode equal to it."""
+def _without_repeats(plan: Plan) -> tuple[Plan, dict[int, int]]:
+    """Return the first ones of equal episodes, and the row of that first one by the row of each episode."""
     firsts: dict[str, int] = {}
-    return {one.row: firsts.setdefault(json.dumps(one.identity), one.row) for one in plan.episodes}
+    rows = {one.row: firsts.setdefault(json.dumps(one.identity), one.row) for one in plan.episodes}
+    return replace(plan, episodes=[one for one in plan.episodes if rows[one.row] == one.row]), rows
 
 
 def with_sources(plan: Plan, places: Mapping[str, tuple[Path, int]]) -> Plan:
@@ -228,17 +228,13 @@ def render_frames(
     Raises:
         RuntimeError: If a rendering process dies.
     """
-    first_rows, total = _first_rows(plan), np.zeros((), np.int64)
-    once = [episode for episode in plan.episodes if first_rows[episode.row] == episode.row]
-    copies = [
-        replace(episode, source=(target, first_rows[episode.row]))
-        for episode in plan.episodes
-        if first_rows[episode.row] != episode.row
-    ]
+    once, first_rows = _without_repeats(plan)
+    repeats = [one for one in plan.episodes if first_rows[one.row] != one.row]
+    copies = replace(plan, episodes=[replace(one, source=(target, first_rows[one.row])) for one in repeats])
+    finished, total = _read_notes(notes), np.zeros((), np.int64)
     with tqdm(total=plan.rows, unit="state", desc="Rendering", smoothing=0.02) as bar:
-        for episodes in filter(None, (once, copies)):
-            part = replace(plan, episodes=episodes)
-            job = _RenderJob(part, target, notes, _read_notes(notes), tuple(egl_devices))
+        for part in (once, copies) if repeats else (once,):
+            job = _RenderJob(part, target, notes, finished, tuple(egl_devices))
             total = sum(_run(partial(_Renderer, job), part, processes, bar), start=total)
     return dict(zip(plan.cameras, total, strict=True))
 

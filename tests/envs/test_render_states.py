@@ -56,14 +56,14 @@ def lift(tmp_path_factory):
     return file, np.concatenate(frames)
 
 
-def render(file, folder, **options):
-    """Render a file into `folder`/data and `folder`/cache and return the frames of the cache."""
+def render(file, folder, times=1, **options):
+    """Render a file, listed `times` times, into `folder`/data and /cache; return frames and their means."""
     values = {"repo_id": "vega/lift", "frame_size": SIZE, "rendering": "fast", "processes": 1} | options
     root, cache = folder / "data", folder / "cache"
-    render_states([file], root=root, cache_root=cache, **values)
+    render_states([file] * times, root=root, cache_root=cache, **values)
     key = {"repo_id": values["repo_id"], **fingerprint_frames(root)}
     stream = frames_stream(key, CAMERAS, SIZE)
-    return open_stream(cache, stream, ROWS, None).numpy(), open_mean_frames(cache, stream)
+    return open_stream(cache, stream, times * ROWS, None).numpy(), open_mean_frames(cache, stream)
 
 
 @pytest.fixture(scope="module")
@@ -138,8 +138,8 @@ def test_the_dataset_holds_clean_and_executed_actions_and_one_without_the_latter
 
 @pytest.mark.slow
 def test_the_number_of_processes_does_not_change_the_frames(lift, tmp_path):
-    one, _ = render(lift[0], tmp_path / "one")
-    two, _ = render(lift[0], tmp_path / "two", processes=2)
+    one, _ = render(lift[0], tmp_path / "one", times=2)
+    two, _ = render(lift[0], tmp_path / "two", times=2, processes=2)
     assert np.array_equal(one, two)
 
 
@@ -174,7 +174,8 @@ def test_files_of_one_task_are_rendered_by_one_simulator(lift, tmp_path, monkeyp
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_displacements_of_several_files_are_those_of_each_episode_alone(processes, monkeypatch):
-    files = [SHIPPED / f"{name}.safetensors" for name in ("libero_goal", "recovery_libero_goal")]
+    names = ("libero_goal", "recovery_libero_goal", "libero_goal")
+    files = [SHIPPED / f"{name}.safetensors" for name in names]
     tasks, alone = [1, 3], []
     options = {"tasks": tasks, "episodes_per_task": 1, "frame_stride": 50, "displacement": True}
     plan, _ = plan_rendering(files, frame_size=SIZE, rendering="fast", **options)
@@ -218,14 +219,10 @@ def test_a_file_that_is_listed_twice_is_rendered_once(lift, rendering, tmp_path,
         return render_one(env, episode, stride)
 
     monkeypatch.setattr("envs.demos.render.render_episode", count)
-    options = {"frame_size": SIZE, "rendering": "fast", "cache_root": tmp_path / "cache", "processes": 1}
-    root = tmp_path / "twice"
-    render_states([file, file], root=root, repo_id="vega/twice", **options)
-    stream = frames_stream({"repo_id": "vega/twice", **fingerprint_frames(root)}, CAMERAS, SIZE)
-    twice = open_stream(tmp_path / "cache", stream, 2 * ROWS, None).numpy()
+    twice, found = render(file, tmp_path, times=2)
     assert rendered == [1, 2]
     assert np.array_equal(twice, np.concatenate([frames, frames]))
-    for camera, mean in open_mean_frames(tmp_path / "cache", stream).items():
+    for camera, mean in found.items():
         np.testing.assert_allclose(mean, means[camera], atol=1e-4)
 
 

@@ -62,7 +62,7 @@ def render(config: DictConfig) -> str:
     if values["root"] is None and len(sources) == 2:
         values["root"] = sources.pop()
     if values["root"] is None or len(sources) != 1:
-        held = sources[0].is_dir() and sorted(sources[0].glob("*.safetensors"))
+        held = sources[0].is_dir() and any(sources[0].glob("*.safetensors"))
         hint = f"; name the files of that folder: {sources[0]}/*.safetensors" if held else ""
         raise ValueError(
             f"expected a dataset and a new folder, or files of states (*.safetensors); got {source}{hint}"
